@@ -1,0 +1,30 @@
+"""Errors that hf_kvopt raises for state; wrong arguments raise `ValueError` or `TypeError`.
+
+    KVOptError
+    ├── OutOfBlocks          the pool's cap is reached
+    ├── CacheStateError      a cache used in a way that would give wrong tokens
+    ├── UnsupportedModel     the model needs something that this attention or cache does not have
+    └── UnsupportedDevice    the device cannot run the format or kernel that was asked for
+
+Every message says what, got, expected, and what to do. A cache stays usable after any of them.
+"""
+
+
+class KVOptError(RuntimeError):
+    """Base of all errors about the state of a cache, a model or a device."""
+
+
+class OutOfBlocks(KVOptError):
+    """More blocks were asked for than the pool's cap leaves; nothing was taken."""
+
+
+class CacheStateError(KVOptError):
+    """The cache does not fit the call: other model, other batch, or a length that would corrupt the output."""
+
+
+class UnsupportedModel(KVOptError):
+    """The model needs something that hf_kvopt cannot give without risking a wrong token."""
+
+
+class UnsupportedDevice(KVOptError):
+    """The device lacks what the requested format or kernel needs."""
