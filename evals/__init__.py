@@ -1,0 +1,1 @@
+"""Measurements of hf_kvopt: every number is reproducible with `python -m evals.<name>`."""
