@@ -1,0 +1,75 @@
+"""Memory of a cache and of a run, in bytes."""
+
+import resource
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+STATUS = Path("/proc/self/status")
+CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+class KVBytes(NamedTuple):
+    """Bytes that hold tokens, and bytes that the cache keeps for itself in all."""
+
+    used: int = 0
+    reserved: int = 0
+
+
+def kv_bytes(cache: Cache) -> KVBytes:
+    """Count a cache's own bytes: from its `stats()` where it has them, else from its layers' tensors."""
+    if hasattr(cache, "stats"):
+        stats = cache.stats()
+        return KVBytes(stats.used_bytes, stats.reserved_bytes)
+    used = reserved = 0
+    for layer in cache.layers:
+        if not isinstance(layer, CacheLayerMixin) or layer.keys is None or layer.values is None:
+            continue
+        size = sum(t.numel() * t.element_size() for t in (layer.keys, layer.values))
+        length = layer.keys.shape[-2]
+        reserved += size
+        used += size * min(int(layer.get_seq_length()), length) // length if length else 0
+    return KVBytes(used, reserved)
+
+
+def peak_bytes(device: torch.device, body: Callable[[], object]) -> int:
+    """Run `body` and give the most memory it held at once beyond what was held before.
+
+    On a GPU: bytes that torch allocated. On a CPU: growth of the process's resident set, which only a fresh
+    process tells rightly, since memory that was freed before stays resident and is used again without growth.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        body()
+        return torch.cuda.max_memory_allocated(device) - before
+    has_high_water = _reset_high_water()
+    before = _status_bytes("VmRSS") if has_high_water else _max_rss_bytes()
+    body()
+    return max(0, (_status_bytes("VmHWM") if has_high_water else _max_rss_bytes()) - before)
+
+
+def _reset_high_water() -> bool:
+    """Set Linux's VmHWM back to the present resident set; False where the system has no such thing."""
+    try:
+        CLEAR_REFS.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _status_bytes(key: str) -> int:
+    for line in STATUS.read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(key)
+
+
+def _max_rss_bytes() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

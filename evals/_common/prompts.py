@@ -1,0 +1,79 @@
+"""Token windows to prompt with: the bundled held-out text, a data set by name, or random ids."""
+
+import argparse
+from collections.abc import Iterable
+
+import torch
+from datasets import load_dataset
+from torch import Tensor
+
+from evals._common.cli import BadArgumentError
+from evals._common.models import Subject
+from evals.reference_model import heldout_texts
+
+
+def add_text_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add `--dataset`, `--split` and `--column`."""
+    parser.add_argument(
+        "--dataset", help="NAME or NAME:CONFIG for datasets.load_dataset (the bundled held-out text)"
+    )
+    parser.add_argument("--split", default="test", help="split of --dataset (%(default)s)")
+    parser.add_argument("--column", default="text", help="text column of --dataset (%(default)s)")
+
+
+def load_texts(args: argparse.Namespace) -> Iterable[str]:
+    """Give the texts that the arguments of `add_text_arguments` chose.
+
+    Raises:
+        BadArgumentError: the data set, its split or its column is not there.
+    """
+    if args.dataset is None:
+        return heldout_texts()
+    name, _, config = args.dataset.partition(":")
+    try:
+        rows = load_dataset(name, config or None, split=args.split)
+    except (OSError, ValueError) as error:
+        raise BadArgumentError(
+            f"cannot load data set {args.dataset!r}, split {args.split!r}: {error}"
+        ) from error
+    if args.column not in rows.column_names:
+        raise BadArgumentError(
+            f"no column {args.column!r} in {args.dataset!r}: it has {', '.join(rows.column_names)}"
+        )
+    return (row[args.column] for row in rows)
+
+
+def token_stream(
+    subject: Subject,
+    texts: Iterable[str],
+    num_tokens: int,
+    seed: int = 0,
+) -> Tensor:  # [num_tokens] int64, on the CPU
+    """Encode texts one after another, over again where they run out; random ids without a tokenizer."""
+    if subject.tokenizer is None:
+        vocab_size = subject.model.config.get_text_config().vocab_size
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(3, vocab_size, (num_tokens,), generator=generator)
+    ids: list[int] = []
+    for text in texts:
+        if len(ids) >= num_tokens:
+            break
+        if text.strip():
+            ids += subject.tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise BadArgumentError("the texts hold no token")
+    return torch.tensor(ids).repeat(-(-num_tokens // len(ids)))[:num_tokens]
+
+
+def pad_left(
+    prompts: list[Tensor],  # each [prompt_len] int64
+    pad_token_id: int,
+) -> tuple[Tensor, Tensor]:  # ids and mask, both [batch, longest prompt_len]
+    """Stack prompts of differing length with padding on the left."""
+    longest = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), longest), pad_token_id)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = prompt
+        mask[row, longest - len(prompt) :] = 1
+    return ids, mask

@@ -1,0 +1,97 @@
+"""A side of a comparison: a cache and an attention, written `cache+attention`, such as `paged+hf_kvopt`."""
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple
+
+from transformers import AttentionInterface, Cache, DynamicCache, PreTrainedModel, StaticCache
+
+import hf_kvopt
+from evals._common.cli import BadArgumentError
+
+CacheFactory = Callable[[PreTrainedModel, int], Cache]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheKind:
+    """How to make an empty cache for a model, given the most tokens that a row will hold."""
+
+    about: str
+    make: CacheFactory
+
+
+def _dynamic(model: PreTrainedModel, max_len: int) -> Cache:
+    return DynamicCache(config=model.config)
+
+
+def _static(model: PreTrainedModel, max_len: int) -> Cache:
+    return StaticCache(config=model.config, max_cache_len=max_len)
+
+
+def _paged(model: PreTrainedModel, max_len: int) -> Cache:
+    return hf_kvopt.PagedCache(model.config)
+
+
+CACHES: Mapping[str, CacheKind] = MappingProxyType(
+    {
+        "dynamic": CacheKind(about="transformers DynamicCache, grown by torch.cat", make=_dynamic),
+        "static": CacheKind(about="transformers StaticCache, allocated for the whole run", make=_static),
+        "paged": CacheKind(about="hf_kvopt PagedCache", make=_paged),
+    }
+)
+
+
+class Side(NamedTuple):
+    """A cache by name (or `module:factory`, called with model and max_len) and an attention by name."""
+
+    cache: str
+    attention: str
+
+    def __str__(self) -> str:
+        return f"{self.cache}+{self.attention}"
+
+    def make_cache(self, model: PreTrainedModel, max_len: int) -> Cache:
+        """Make an empty cache that can hold `max_len` tokens a row."""
+        return _factory(self.cache)(model, max_len)
+
+    def attend(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Switch the model to this side's attention, and give it back."""
+        try:
+            model.set_attn_implementation(self.attention)
+        except (ImportError, ValueError) as error:
+            raise BadArgumentError(
+                f"{type(model).__name__} cannot take attention {self.attention!r}: {error}"
+            ) from error
+        if model.config._attn_implementation != self.attention:
+            raise BadArgumentError(f"{type(model).__name__} ignores attention {self.attention!r}")
+        return model
+
+
+def parse_side(text: str) -> Side:
+    """Read `cache+attention`.
+
+    Raises:
+        BadArgumentError: the form is another, or the cache or the attention is unknown.
+    """
+    cache, plus, attention = text.rpartition("+")
+    if not (cache and plus and attention):
+        raise BadArgumentError(f"a side is cache+attention, such as paged+hf_kvopt: got {text!r}")
+    _factory(cache)
+    known = ["eager", *AttentionInterface().valid_keys()]
+    if attention not in known:
+        raise BadArgumentError(f"unknown attention {attention!r}: known are {', '.join(sorted(known))}")
+    return Side(cache, attention)
+
+
+def _factory(name: str) -> CacheFactory:
+    if name in CACHES:
+        return CACHES[name].make
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise BadArgumentError(f"unknown cache {name!r}: known are {', '.join(CACHES)}, or module:factory")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise BadArgumentError(f"cannot import cache factory {name!r}: {error}") from error

@@ -1,0 +1,74 @@
+"""Compares two runs of the same scenario, up to where they part."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from evals._common.noise import LOGIT_NOISE
+from evals.equality.scenario import Run
+
+
+class Divergence(NamedTuple):
+    """The first token that differs, and how far apart the baseline's two best logits were there."""
+
+    row: int
+    step: int
+    margin: float
+
+
+class Comparison(NamedTuple):
+    """Tokens equal in front of the first difference, logits compared over the same steps."""
+
+    num_tokens: int
+    num_equal: int
+    max_logit: float
+    max_logit_delta: float
+    divergence: Divergence | None
+
+    @property
+    def is_equal(self) -> bool:
+        """Every token is the same and no logit moved by more than float32 noise (a NaN counts as moved)."""
+        return self.divergence is None and self.max_logit_delta <= LOGIT_NOISE["float32"] * self.max_logit
+
+
+def compare(baseline: Run, run: Run) -> Comparison:
+    """Compare row by row, up to a row's first difference: behind it the inputs are others."""
+    firsts = [_first_difference(a, b) for a, b in zip(baseline.tokens, run.tokens, strict=True)]
+    width = max(baseline.tokens.shape[1], run.tokens.shape[1])
+    parted = [(width if step is None else step) for step in firsts]
+    earliest = min(range(len(parted)), key=parted.__getitem__)
+    deltas = [_row_delta(baseline, run, row, step) for row, step in enumerate(parted)]
+    return Comparison(
+        num_tokens=baseline.tokens.numel(),
+        num_equal=sum(min(step, baseline.tokens.shape[1]) for step in parted),
+        max_logit=float(baseline.logits[baseline.logits.isfinite()].abs().max()),
+        max_logit_delta=float(torch.stack(deltas).max()),
+        divergence=_divergence(baseline, earliest, firsts[earliest]),
+    )
+
+
+def _first_difference(a: Tensor, b: Tensor) -> int | None:
+    """Give the first step at which two rows differ; one that ends earlier differs where it ends."""
+    common = min(len(a), len(b))
+    unequal = (a[:common] != b[:common]).nonzero()
+    if len(unequal):
+        return int(unequal[0])
+    return None if len(a) == len(b) else common
+
+
+def _row_delta(baseline: Run, run: Run, row: int, parted: int) -> Tensor:  # scalar
+    """Give a row's largest logit difference, up to the step where it parts: its inputs are still the same."""
+    steps = min(parted + 1, int(baseline.lengths[row]), int(run.lengths[row]))
+    a, b = baseline.logits[:steps, row], run.logits[:steps, row]
+    # Equal infinities differ by NaN, which would hide the NaN that matters.
+    return (a - b).abs().masked_fill(a == b, 0.0).max() if steps else torch.tensor(0.0)
+
+
+def _divergence(baseline: Run, row: int, step: int | None) -> Divergence | None:
+    if step is None:
+        return None
+    if step >= int(baseline.lengths[row]):
+        return Divergence(row, step, float("nan"))
+    best, second = baseline.logits[step, row].topk(2).values.tolist()
+    return Divergence(row, step, best - second)

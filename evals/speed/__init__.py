@@ -1,0 +1,1 @@
+"""What do a prefill, a decode step and a whole generate() cost? `python -m evals.speed`."""

@@ -1,0 +1,50 @@
+"""The ratios that the random `bench` shape has to reach on two CPU cores in float32."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from evals._common.sides import Side
+from evals.speed.measure import Timings, median_ratio
+
+OURS = Side("paged", "hf_kvopt")
+DYNAMIC = Side("dynamic", "sdpa")
+STATIC = Side("static", "sdpa")
+
+
+class Bar(NamedTuple):
+    """Our median time over the peer's must not exceed the limit; context None is any."""
+
+    metric: str
+    context: int | None
+    peer: Side
+    limit: float
+
+
+class Verdict(NamedTuple):
+    """A bar with what was measured."""
+
+    bar: Bar
+    context: int
+    ratio: float
+
+    @property
+    def is_met(self) -> bool:
+        return self.ratio <= self.bar.limit
+
+
+BARS = (
+    Bar("step_ms", 8192, STATIC, 0.95),
+    Bar("step_ms", 8192, DYNAMIC, 0.55),
+    Bar("step_ms", 128, DYNAMIC, 1.05),
+    Bar("prefill_ms", None, DYNAMIC, 1.05),
+)
+
+
+def judge(context: int, timings: Mapping[Side, Timings]) -> list[Verdict]:
+    """Give the verdict on every bar that this context and these sides allow."""
+    verdicts = []
+    for bar in BARS:
+        if bar.context in (None, context) and OURS in timings and bar.peer in timings:
+            ours, peer = getattr(timings[OURS], bar.metric), getattr(timings[bar.peer], bar.metric)
+            verdicts.append(Verdict(bar, context, median_ratio(ours, peer)))
+    return verdicts
