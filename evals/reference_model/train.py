@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from evals.reference_model import corpus
+from evals.reference_model import attention, corpus
 from evals.reference_model.batches import BatchStream, row_len_at
 from evals.reference_model.tokenizer import VOCAB_SIZE, train_tokenizer
 
@@ -47,6 +47,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         pad_token_id=tokenizer.pad_token_id,
     )
     model = LlamaForCausalLM(config)
+    model.set_attn_implementation(attention.register())
     for name, weight in model.named_parameters():
         # Each layer begins as the identity, so that depth does not slow the first steps.
         if name.endswith(("o_proj.weight", "down_proj.weight")):
@@ -99,6 +100,7 @@ def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out:
     tokenizer.save_pretrained(out)
     config = json.loads((out / "config.json").read_text())
     config["dtype"] = "float32"
+    config.pop("_attn_implementation", None)
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -107,14 +109,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for model/, state.pt and log.jsonl")
     parser.add_argument("--source", type=Path, action="append", default=[], help="further standard library")
-    parser.add_argument("--tokens", type=int, default=42_000_000)
-    parser.add_argument("--batch-tokens", type=int, default=16_384)
+    parser.add_argument("--tokens", type=int, default=44_000_000)
+    parser.add_argument("--batch-tokens", type=int, default=8_192)
     parser.add_argument("--lr", type=float, default=5e-3, help="of Muon, in units of AdamW's step")
     parser.add_argument("--adam-lr", type=float, default=4e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--warmup-tokens", type=int, default=1_000_000)
     parser.add_argument("--decay-share", type=float, default=0.3)
-    parser.add_argument("--long-share", type=float, nargs=2, default=(0.25, 0.03), help="rows of 2,048, 8,192")
+    parser.add_argument("--long-share", type=float, nargs=2, default=(0.15, 0.03), help="2,048, 8,192")
     parser.add_argument("--save-every", type=int, default=100, help="steps")
     parser.add_argument("--max-steps", type=int, default=None, help="stop early, to time")
     parser.add_argument("--threads", type=int, default=2)
@@ -179,7 +181,8 @@ def run(
     if args.compile:
         loss_of = torch.compile(loss_of)
     start, log = time.perf_counter(), (args.out / "log.jsonl").open("a")
-    for step in (bar := tqdm(range(first_step, last_step), initial=first_step, total=last_step, mininterval=5)):
+    bar = tqdm(range(first_step, last_step), initial=first_step, total=last_step, mininterval=5)
+    for step in bar:
         row_len = row_len_at(step / num_steps, args.long_share)
         factor = learning_rate_factor(step * args.batch_tokens, args)
         for optimizer in optimizers:
@@ -210,7 +213,8 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     tokenizer, documents, is_test = prepare(args)
     device = torch.device(args.device)
-    model = build_model(tokenizer).to(device)
+    model = build_model(tokenizer)
+    nn.Module.to(model, device)
     optimizers = build_optimizers(model, args)
     step = 0
     if (args.out / "state.pt").exists():
