@@ -1,0 +1,32 @@
+"""Cheap `generate()` for Hugging Face transformers: paged KV caches, attention over them, and what builds on both.
+
+>>> import hf_kvopt                                                                       # doctest: +SKIP
+>>> model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="hf_kvopt")
+>>> model.generate(**inputs, past_key_values=hf_kvopt.PagedCache())
+
+Importing registers the attention and its mask under "hf_kvopt", once, and touches nothing else.
+"""
+
+from hf_kvopt.attention.register import ATTENTION_NAME, register
+from hf_kvopt.cache.paged import PagedCache
+from hf_kvopt.cache.stats import CacheStats
+from hf_kvopt.config import CacheConfig
+from hf_kvopt.enable import disable, enable
+from hf_kvopt.errors import CacheStateError, KVOptError, OutOfBlocks, UnsupportedDevice, UnsupportedModel
+
+__version__ = "0.1.0"
+__all__ = [
+    "ATTENTION_NAME",
+    "CacheConfig",
+    "CacheStateError",
+    "CacheStats",
+    "KVOptError",
+    "OutOfBlocks",
+    "PagedCache",
+    "UnsupportedDevice",
+    "UnsupportedModel",
+    "disable",
+    "enable",
+]
+
+register()

@@ -1,0 +1,157 @@
+"""Masks as patterns: causal, sliding and padded attention said in a few numbers instead of a [q, kv] tensor.
+
+`lazy_mask` is registered with transformers under the same key as the attention. For plain patterns it returns a
+`LazyMask`, which our attention reads and which turns into the dense boolean mask for anybody else; for other patterns
+(chunks, packed sequences, blockwise image attention, user functions) the dense mask itself.
+"""
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import masking_utils
+from transformers.masking_utils import eager_mask, sdpa_mask
+
+from hf_kvopt.attention.support import model_traits
+from hf_kvopt.errors import UnsupportedModel
+from hf_kvopt.pool.lazy import LazyTensor
+
+
+class Pattern(NamedTuple):
+    """Who may attend to whom: query i of q_len sits at key position kv_len - q_len + i."""
+
+    is_causal: bool
+    window: int | None  # keys with position > query position - window
+
+
+class LazyMask(LazyTensor):
+    """A boolean mask [batch, 1, q_len, kv_len] that is made when somebody looks at it.
+
+    Args:
+        shape: the mask's shape.
+        device: the mask's device.
+        pattern: what holds for every row.
+        padding: [batch, kv_len] bool, False where a row has no token; None where all have.
+        make_dense: builds the tensor.
+    """
+
+    pattern: Pattern
+    padding: Tensor | None
+
+    @staticmethod
+    def __new__(
+        cls: type,
+        shape: tuple[int, int, int, int],
+        device: torch.device,
+        pattern: Pattern,
+        padding: Tensor | None,
+        make_dense: Callable[[], Tensor],
+    ) -> "LazyMask":
+        """See the class."""
+        mask = LazyMask.wrap(shape, torch.bool, device)
+        mask.pattern, mask.padding, mask.make_dense = pattern, padding, make_dense
+        return mask
+
+    @cached_property
+    def starts(self) -> list[int] | None:
+        """First key position of each row, where padding is all on the left; None where it is not."""
+        if self.padding is None:
+            return [0] * self.shape[0]
+        first = self.padding.int().argmax(-1)
+        columns = torch.arange(self.shape[-1], device=self.padding.device)
+        # A row of padding only has its first token nowhere; argmax says 0.
+        is_left = (columns >= first[:, None]).eq(self.padding).all()
+        return first.tolist() if bool(is_left) else None
+
+    @cached_property
+    def key_mask(self) -> Tensor | None:
+        """[batch, 1, 1, kv_len] bool: `padding` as attention takes it."""
+        return None if self.padding is None else self.padding[:, None, None, :]
+
+    def dense(self) -> Tensor:
+        return self.make_dense().contiguous()
+
+    def rewrap(self) -> "LazyMask":
+        return LazyMask(tuple(self.shape), self.device, self.pattern, self.padding, self.make_dense)  # type: ignore[arg-type]
+
+    def before_fallback(self, op: str) -> None:
+        # A boolean mask that is added to scores shifts them by one: a wrong token, not an error.
+        if op.startswith(("aten.add", "aten.sub", "aten.mul", "aten.rsub")):
+            raise UnsupportedModel(
+                f"this model computes with its attention mask ({op}): got attn_implementation='hf_kvopt', whose masks "
+                "are boolean; load the model with attn_implementation='eager' and pass the cache alone"
+            )
+
+    def __repr__(self, **_: Any) -> str:
+        return (
+            f"LazyMask(shape={tuple(self.shape)}, pattern={self.pattern}, padded={self.padding is not None})"
+        )
+
+
+def lazy_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = masking_utils.causal_mask_function,
+    attention_mask: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Tensor:
+    """The mask function that transformers calls, keywords and all; see `AttentionMaskInterface`.
+
+    Returns a `LazyMask` or a dense bool [batch, 1, q_len, kv_len]; for models that need transformers' eager float
+    mask, that one.
+    """
+    arguments = dict(
+        kwargs, batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
+        mask_function=mask_function, attention_mask=attention_mask, device=device,
+        allow_is_causal_skip=False, allow_is_bidirectional_skip=False,
+    )  # fmt: skip
+    config = kwargs.get("config")
+    if config is not None and not model_traits(type(config)).takes_boolean_masks:
+        return eager_mask(**arguments)
+    if torch.compiler.is_compiling() or isinstance(q_offset, Tensor):
+        return sdpa_mask(**arguments)
+    pattern = describe(mask_function)
+    is_aligned = q_offset + q_length == kv_offset + kv_length
+    if pattern is None or (not is_aligned and pattern != Pattern(False, None)):
+        return sdpa_mask(**arguments)
+    padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    if padding is not None:
+        padding = padding[:, kv_offset : kv_offset + kv_length]
+        # One look at the mask a forward; on a GPU it would wait for the device, so padding is simply carried there.
+        if padding.device.type == "cpu" and bool(padding.all()):
+            padding = None
+    shape = (batch_size, 1, q_length, kv_length)
+    return LazyMask(shape, torch.device(device), pattern, padding, lambda: sdpa_mask(**arguments))
+
+
+def describe(mask_function: Callable) -> Pattern | None:
+    """The pattern that one of transformers' own mask functions stands for; None for any other function."""
+    if mask_function is masking_utils.causal_mask_function:
+        return Pattern(is_causal=True, window=None)
+    if mask_function is masking_utils.bidirectional_mask_function:
+        return Pattern(is_causal=False, window=None)
+    parts = _closure(mask_function, _AND_MASK).get("mask_functions", ())
+    if len(parts) == 2 and parts[1] is masking_utils.causal_mask_function:
+        window = _closure(parts[0], _SLIDING).get("sliding_window")
+        if isinstance(window, int):
+            return Pattern(is_causal=True, window=window)
+    return None
+
+
+def _closure(function: Callable, like: Callable) -> dict[str, Any]:
+    """The captured names of `function`, if it was made by the same code as `like`."""
+    code = getattr(function, "__code__", None)
+    if code is None or code is not like.__code__:
+        return {}
+    cells = function.__closure__ or ()
+    return {name: cell.cell_contents for name, cell in zip(code.co_freevars, cells, strict=True)}
+
+
+_AND_MASK = masking_utils.and_masks(masking_utils.causal_mask_function)
+_SLIDING = masking_utils.sliding_window_overlay(1)

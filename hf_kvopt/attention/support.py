@@ -1,0 +1,43 @@
+"""What can be known of a model from its code: whether it calls an attention interface, and which masks it takes."""
+
+import inspect
+import re
+import sys
+from functools import cache
+from types import ModuleType
+from typing import NamedTuple
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+
+class ModelTraits(NamedTuple):
+    """Facts about a modelling file."""
+
+    calls_interface: bool  # its attention is chosen by `attn_implementation`
+    takes_boolean_masks: bool  # it was written for sdpa's masks, not only for eager's additive ones
+
+
+@cache
+def model_traits(config_class: type[PreTrainedConfig]) -> ModelTraits:
+    """Traits of the modelling file that belongs to `config_class`; an unknown file is taken to be current."""
+    module = _modelling_module(config_class)
+    if module is None:
+        return ModelTraits(calls_interface=True, takes_boolean_masks=True)
+    try:
+        source = inspect.getsource(module)
+    except (OSError, TypeError):
+        return ModelTraits(calls_interface=True, takes_boolean_masks=True)
+    # transformers' own heuristic (PreTrainedModel._can_set_attn_implementation), which is private to model classes.
+    has_attention = re.search(r"^class \w*Attention\w*\(nn\.Module\):", source, re.MULTILINE) is not None
+    calls_interface = not has_attention or "ALL_ATTENTION_FUNCTIONS.get_interface(" in source
+    base = [
+        value for value in vars(module).values()
+        if inspect.isclass(value) and issubclass(value, PreTrainedModel) and value.__module__ == module.__name__
+    ]  # fmt: skip
+    supports_sdpa = any(getattr(value, "_supports_sdpa", False) for value in base) or not base
+    return ModelTraits(calls_interface, calls_interface and supports_sdpa)
+
+
+def _modelling_module(config_class: type[PreTrainedConfig]) -> ModuleType | None:
+    name = config_class.__module__
+    return sys.modules.get(name.replace("configuration_", "modeling_")) if "configuration_" in name else None

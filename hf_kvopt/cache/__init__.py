@@ -1,0 +1,1 @@
+"""Caches that a user passes as `past_key_values`."""

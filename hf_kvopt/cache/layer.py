@@ -1,0 +1,189 @@
+"""PagedLayer: one attention layer of a paged cache, as transformers' `Cache` sees it.
+
+`update` plans the step once for all layers of the kind (`BlockTable.reserve`), writes the new tokens into this
+layer's pool and hands back two `KVHandle`s. Operations on the batch or the length live on the cache, because all
+layers of a kind share one table.
+"""
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from hf_kvopt.errors import CacheStateError
+from hf_kvopt.pool.block_table import BlockTable
+from hf_kvopt.pool.storage import KVPool, Plane
+
+
+class PagedLayer(CacheLayerMixin):
+    """Keys and values of one layer in blocks.
+
+    Between calls: the layer has written the columns up to `clock` of the table that it shares.
+
+    Args:
+        table: the rows of all layers of this kind; its window makes the layer a sliding one.
+    """
+
+    is_croppable = True
+
+    # No super().__init__(): it would assign the `keys` and `values` that are computed here.
+    def __init__(self, table: BlockTable) -> None:
+        self.table = table
+        self.pool: KVPool | None = None
+        self.clock = 0
+        self.is_sliding = table.window is not None
+        if table.window is not None:
+            self.sliding_window = table.window
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether the pool exists."""
+        return self.pool is not None
+
+    @property
+    def record_past(self) -> bool:
+        """Whether blocks behind the window are kept until the next crop."""
+        return self.table.record_past
+
+    @property
+    def keys(self) -> Tensor | None:
+        """[batch, num_kv_heads, tokens held, head_dim], by reference; None before the first update."""
+        return self._stored("keys")
+
+    @property
+    def values(self) -> Tensor | None:
+        """Like `keys`."""
+        return self._stored("values")
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the states as the model sees them."""
+        return self.pool.keys.dtype if self.pool else None
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the layer computes, also while its pool is offloaded."""
+        return self.pool.keys.home if self.pool else None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        allocator = self.table.allocator
+        self.table.keep_contiguous = key_states.device.type == "cpu"
+        self.pool = KVPool(key_states, value_states, self.table.block_size, allocator.num_blocks)
+        self.pool.keys.is_first = not allocator.pools
+        allocator.pools.append(self.pool)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write [batch, num_kv_heads, q_len, head_dim] behind what is held, and hand back all that a query may see.
+
+        Raises:
+            CacheStateError: another batch size, another model's geometry, or gradients are on.
+            OutOfBlocks: the cap is reached; nothing was written.
+        """
+        self._check(key_states, value_states)
+        if self.pool is None:
+            self.lazy_initialization(key_states, value_states)
+        pool, table = self.pool, self.table
+        assert pool is not None
+        num_tokens = key_states.shape[2]
+        start, stop = self._num_columns(), self._num_columns() + num_tokens
+        replaces = table.replaces_window(num_tokens)
+        past = self._past_dense(pool) if replaces else None
+        table.reserve(key_states.shape[0], self.clock + num_tokens)
+        self.clock += num_tokens
+        skipped = max(0, table.base - start)
+        for plane, states in zip(pool.planes, (key_states, value_states), strict=True):
+            plane.write(states[:, :, skipped:], table, start + skipped, stop)
+        if replaces:
+            # A window is kept, but this step's first queries look further back: they get the states as they came.
+            return _behind(past, 0, key_states), _behind(past, 1, value_states)
+        return self._handle(pool.keys, stop), self._handle(pool.values, stop)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        start = self.table.visible_start(query_length)
+        return self._num_columns() + query_length - start, start
+
+    def get_seq_length(self) -> int:
+        return self._num_columns()
+
+    def get_max_length(self) -> int:
+        return -1 if self.table.window is None else self.table.window
+
+    def offload(self) -> None:
+        if self.pool is not None:
+            self.pool.to(torch.device("cpu"))
+
+    def prefetch(self) -> None:
+        if self.pool is not None:
+            self.pool.to(self.pool.keys.home)
+
+    def reset(self) -> None:
+        self._refuse("reset")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Layers of a kind share a table: only the cache can do this."""
+        self._refuse("crop")
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._refuse("reorder_cache")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """See `crop`."""
+        self._refuse("batch_repeat_interleave")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """See `crop`."""
+        self._refuse("batch_select_indices")
+
+    def _num_columns(self) -> int:
+        """Tokens of the longest row that this layer has written; in a step it may lag behind the table."""
+        return max(0, self.table.max_length - (self.table.clock - self.clock))
+
+    def _handle(self, plane: Plane, stop: int) -> Tensor:
+        return plane.handle(self.table, stop - self.table.base, is_fresh=True)
+
+    def _stored(self, name: str) -> Tensor | None:
+        if self.pool is None or not self.table.rows:
+            return None
+        return getattr(self.pool, name).handle(
+            self.table, self._num_columns() - self.table.base, is_fresh=False
+        )
+
+    def _past_dense(self, pool: KVPool) -> tuple[Tensor, Tensor] | None:
+        """What is held, copied before the table lets go of it."""
+        held = self._num_columns() - self.table.base if self.table.rows else 0
+        if held <= 0:
+            return None
+        return tuple(plane.read(self.table, held, plane.dtype).clone() for plane in pool.planes)  # type: ignore[return-value]
+
+    def _check(self, key_states: Tensor, value_states: Tensor) -> None:
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            raise CacheStateError(
+                "a paged cache keeps no graph of its writes: got states that require gradients; run the model under "
+                "torch.no_grad() or torch.inference_mode(), or train with use_cache=False"
+            )
+        if torch.compiler.is_compiling():
+            raise CacheStateError(
+                "this cache grows, which a compiled step cannot: got an update under torch.compile; use "
+                "PagedCache(max_tokens=..., compileable=True)"
+            )
+        pool = self.pool
+        if pool is not None and not (pool.keys.matches(key_states) and pool.values.matches(value_states)):
+            raise CacheStateError(
+                f"this layer of the cache holds keys and values of [{pool.keys.num_heads}, {pool.keys.dim}] and "
+                f"[{pool.values.num_heads}, {pool.values.dim}] (heads, head_dim) in {pool.keys.dtype}: got "
+                f"{list(key_states.shape)} and {list(value_states.shape)} in {key_states.dtype}; use one cache a model, "
+                "and free() it before giving it to another"
+            )
+
+    def _refuse(self, name: str) -> NoReturn:
+        raise CacheStateError(
+            f"{name} was called on one layer of a paged cache: got a layer whose table other layers share; call "
+            f"cache.{name}(...) on the cache"
+        )
+
+
+def _behind(past: tuple[Tensor, Tensor] | None, idx: int, states: Tensor) -> Tensor:
+    return states if past is None else torch.cat([past[idx], states], dim=2)

@@ -1,0 +1,245 @@
+"""PagedCache: a drop-in `past_key_values` whose memory comes in blocks.
+
+    cache.layers   PagedLayer 0  PagedLayer 1  (stock linear layer)  PagedLayer 3 ...
+                        └─ table "full" ─┴──────────┐                     └─ table "window 512"
+                           allocator ── pools of layers 0, 1, ...            allocator ── pools of layer 3, ...
+
+Growing copies nothing that is there already but at an extension of the pool; beams and forks share blocks and copy
+one when they write into it. Instead of `DynamicCache`, which concatenates every layer at every step.
+"""
+
+import copy
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    Cache,
+    DynamicCache,
+    get_layer_types_and_kwargs,
+)
+
+from hf_kvopt.cache.layer import PagedLayer
+from hf_kvopt.cache.stats import CacheStats, measure
+from hf_kvopt.config import CacheConfig
+from hf_kvopt.errors import KVOptError
+from hf_kvopt.pool.allocator import BlockAllocator
+from hf_kvopt.pool.block_table import BlockTable
+
+_WINDOWED = ("sliding_attention", "chunked_attention")
+
+
+class PagedCache(DynamicCache):
+    """KV cache in blocks for `model.generate(..., past_key_values=PagedCache())`.
+
+    Args:
+        config: the model's config. Needed for models with linear-attention layers, and for sliding layers to free
+            what lies behind their window; without it every layer keeps all tokens, which is right for any model
+            whose layers are all attention.
+        block_size: tokens a block, a power of two from 16 to 256.
+        max_tokens: hard cap on the tokens over all rows (`OutOfBlocks` beyond it); None grows as needed.
+        compileable: fixed capacity of `max_tokens`; see `CacheConfig`.
+        offloading: keep all layers but the one that computes in CPU memory (CUDA only), as `DynamicCache` does.
+        offload_only_non_sliding: leave sliding layers on the device.
+
+    Raises:
+        ValueError: a value cannot work.
+
+    Source: PagedAttention, arXiv:2309.06180; transformers issues #30536 (cat doubles the peak), #31717 (give memory
+    back).
+
+    >>> with PagedCache() as cache:                                                       # doctest: +SKIP
+    ...     model.generate(**inputs, past_key_values=cache)
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig | None = None,
+        *,
+        block_size: int = 16,
+        max_tokens: int | None = None,
+        compileable: bool = False,
+        offloading: bool = False,
+        offload_only_non_sliding: bool = False,
+    ) -> None:
+        if config is not None and not isinstance(config, PreTrainedConfig):
+            raise TypeError(
+                f"config must be a model's config, e.g. model.config: got {type(config).__name__}"
+            )
+        self.cache_config = CacheConfig(block_size=block_size, max_tokens=max_tokens, compileable=compileable)
+        self._tables: dict[int | None, BlockTable] = {}
+        kwargs: dict[str, Any] = {
+            "offloading": offloading,
+            "offload_only_non_sliding": offload_only_non_sliding,
+        }
+        if config is None:
+            # Past DynamicCache's __init__, which would build its own layers.
+            Cache.__init__(self, layer_class_to_replicate=self._make_layer, **kwargs)
+        else:
+            Cache.__init__(self, layers=self._layers_for(config), **kwargs)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store the new states of one layer; see `PagedLayer.update` for shapes and errors.
+
+        A refused update leaves the cache as it was before the forward that asked for it.
+        """
+        try:
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        except KVOptError:
+            self._rollback()
+            raise
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last `-tokens_to_remove` tokens of every row; 0 only drops what lies behind sliding windows.
+
+        Raises:
+            ValueError: a positive number (transformers' rule since 5.20).
+            CacheStateError: more tokens than are held, or the window before them is gone.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes a number of tokens to remove, as 0 or less: got {tokens_to_remove}")
+        for table in self._live_tables():
+            table.require_croppable(-tokens_to_remove)
+        for layer in self._stock_layers():
+            layer.crop(tokens_to_remove)
+        for table in self._live_tables():
+            table.crop(-tokens_to_remove)
+        self._sync_clocks()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let row i be what row `beam_idx[i]` was; beams share blocks until they write."""
+        for layer in self._stock_layers():
+            layer.reorder_cache(beam_idx)
+        self._select(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row `repeats` times; the copies share its blocks."""
+        for layer in self._stock_layers():
+            layer.batch_repeat_interleave(repeats)
+        self._select([row for row in range(self.num_rows) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices` (integers or a boolean mask), in that order."""
+        for layer in self._stock_layers():
+            layer.batch_select_indices(indices)
+        self._select(torch.arange(self.num_rows)[indices.cpu()].tolist())
+
+    def activate_past_recording(self) -> None:
+        """Keep what lies behind sliding windows until the next `crop`, so that it can be undone."""
+        super().activate_past_recording()
+        for table in self._tables.values():
+            table.record_past = table.window is not None
+
+    def reset(self) -> None:
+        """Forget all tokens and the batch size; memory stays reserved for the next batch."""
+        for layer in self._stock_layers():
+            layer.reset()
+        for table in self._tables.values():
+            table.clear()
+        self._sync_clocks()
+
+    def free(self) -> None:
+        """Forget all tokens and give the memory back, but for pools that forks of this cache still use."""
+        self.reset()
+        # Forks keep the old allocator and its pools alive; without forks both go here.
+        self._tables = {}
+        for layer in self._paged_layers():
+            layer.pool, layer.table = None, self._table_for(layer.table.window)
+
+    def stats(self) -> CacheStats:
+        """Blocks, tokens and bytes held now; `repr` prints them readably."""
+        return measure(
+            list(self._tables.values()), [layer.pool for layer in self._paged_layers() if layer.pool]
+        )
+
+    def check_integrity(self) -> None:
+        """Raise KVOptError unless every block is either free or held exactly as often as it is counted."""
+        for table in self._tables.values():
+            table.allocator.check_integrity()
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the batch; 0 while nothing is held."""
+        return max((table.batch_size for table in self._tables.values()), default=0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.free()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy-on-write fork, as `copy.deepcopy(cache)` is transformers' way to reuse a prompt."""
+        return fork(self, memo)
+
+    def _layers_for(self, config: PreTrainedConfig) -> list[Any]:
+        types, kwargs = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+        return [self._layer_for(kind, options) for kind, options in zip(types, kwargs, strict=True)]
+
+    def _layer_for(self, kind: str, options: dict[str, Any]) -> Any:
+        if kind == "full_attention":
+            return self._make_layer()
+        if kind in _WINDOWED:
+            return self._make_layer(options["sliding_window"])
+        # Recurrent states, indexers and compressed keys have no blocks: transformers' own layers keep them.
+        return DYNAMIC_LAYER_TYPE_MAPPING[kind](**options)
+
+    def _make_layer(self, window: int | None = None) -> PagedLayer:
+        return PagedLayer(self._table_for(window))
+
+    def _table_for(self, window: int | None) -> BlockTable:
+        if window not in self._tables:
+            allocator = BlockAllocator(max_blocks=self.cache_config.max_blocks)
+            self._tables[window] = BlockTable(allocator, self.cache_config.block_size, window)
+        return self._tables[window]
+
+    def _paged_layers(self) -> list[PagedLayer]:
+        return [layer for layer in self.layers if isinstance(layer, PagedLayer)]
+
+    def _stock_layers(self) -> list[Any]:
+        return [layer for layer in self.layers if not isinstance(layer, PagedLayer)]
+
+    def _live_tables(self) -> list[BlockTable]:
+        return [table for table in self._tables.values() if table.rows]
+
+    def _select(self, indices: Sequence[int]) -> None:
+        for table in self._live_tables():
+            table.select(indices)
+
+    def _sync_clocks(self) -> None:
+        for layer in self._paged_layers():
+            layer.clock = layer.table.clock
+
+    def _rollback(self) -> None:
+        """Undo a forward of which only some layers were written."""
+        clock = min(layer.clock for layer in self._paged_layers())
+        for table in self._tables.values():
+            table.rollback(clock)
+        self._sync_clocks()
+
+
+def fork(cache: PagedCache, memo: dict[int, Any]) -> Any:
+    """A copy of `cache` over the same blocks; whoever writes first copies the block that is written."""
+    child = cache.__class__.__new__(cache.__class__)
+    memo[id(cache)] = child
+    child.__dict__.update(cache.__dict__)
+    child._tables = {window: table.fork() for window, table in cache._tables.items()}
+    child.layers = []
+    for layer in cache.layers:
+        if isinstance(layer, PagedLayer):
+            twin = PagedLayer(child._tables[layer.table.window])
+            twin.pool, twin.clock = layer.pool, layer.clock
+            child.layers.append(twin)
+        else:
+            child.layers.append(copy.deepcopy(layer, memo))
+    if cache.layer_class_to_replicate is not None:
+        child.layer_class_to_replicate = child._make_layer
+    return child

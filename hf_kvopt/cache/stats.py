@@ -1,0 +1,67 @@
+"""What a paged cache holds, counted from its tables and pools."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from hf_kvopt.pool.block_table import BlockTable
+from hf_kvopt.pool.storage import KVPool
+
+
+class CacheStats(NamedTuple):
+    """A snapshot of a cache; blocks and tokens summed over its tables, bytes over its layers.
+
+    `used_blocks` counts a shared block once, `shared_blocks` those that more than one row (or fork) holds.
+    `waste_tokens` is the tail slack: slots of used blocks that hold no token. `used_bytes` are those of used blocks,
+    `reserved_bytes` all that the allocator was asked for. `num_tokens` are the tokens of the rows, shared ones
+    counted for each row. `dense_fallbacks` counts the times that some operation needed a gathered copy.
+    """
+
+    num_blocks: int
+    used_blocks: int
+    shared_blocks: int
+    free_blocks: int
+    num_tokens: int
+    waste_tokens: int
+    used_bytes: int
+    reserved_bytes: int
+    dense_fallbacks: int
+
+
+def measure(tables: Sequence[BlockTable], pools: Sequence[KVPool]) -> CacheStats:
+    """Count `tables` and `pools`."""
+    num_blocks = used = shared = tokens = waste = used_bytes = 0
+    for table in tables:
+        alloc = table.allocator
+        alloc.reclaim()
+        held = {block for row in table.held_rows() for block in row}
+        num_blocks += alloc.num_blocks
+        used += alloc.num_blocks - alloc.num_free
+        shared += sum(alloc.refcounts[block] > 1 for block in held)
+        tokens += sum(length - table.base for length in table.lengths)
+        waste += _tail_slack(table)
+        block_bytes = sum(p.num_bytes for pool in alloc.pools for p in pool.planes) // max(
+            1, alloc.num_blocks
+        )
+        used_bytes += (alloc.num_blocks - alloc.num_free) * block_bytes
+    planes = [plane for pool in pools for plane in pool.planes]
+    return CacheStats(
+        num_blocks=num_blocks,
+        used_blocks=used,
+        shared_blocks=shared,
+        free_blocks=num_blocks - used,
+        num_tokens=tokens,
+        waste_tokens=waste,
+        used_bytes=used_bytes,
+        reserved_bytes=sum(plane.num_bytes for plane in planes),
+        dense_fallbacks=sum(plane.num_fallbacks for plane in planes),
+    )
+
+
+def _tail_slack(table: BlockTable) -> int:
+    """Slots without a token in the last blocks; a last block that rows share counts once, by its fullest row."""
+    filled: Counter[int] = Counter()
+    for row, length in zip(table.rows, table.lengths, strict=True):
+        if row:
+            filled[row[-1]] = max(filled[row[-1]], length - table.base - (len(row) - 1) * table.block_size)
+    return sum(table.block_size - count for count in filled.values())

@@ -1,0 +1,110 @@
+"""The one-call front door: `enable(model, cache="paged")` and plain `model.generate(**inputs)` is cheap.
+
+`enable` sets the attention and overrides, on this one instance, the method by which `generate` makes its cache;
+`disable` puts both back. Nothing global changes.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.generation import GenerationConfig
+
+from hf_kvopt.attention.register import ATTENTION_NAME
+from hf_kvopt.attention.support import model_traits
+from hf_kvopt.cache.paged import PagedCache
+from hf_kvopt.errors import UnsupportedModel
+
+CacheFactory = Callable[..., DynamicCache]
+CACHES: dict[str, CacheFactory] = {"paged": PagedCache}
+_STATE = "_hf_kvopt_state"
+
+
+def enable(
+    model: PreTrainedModel, cache: str | None = "paged", *, attention: bool = True, **cache_options: Any
+) -> PreTrainedModel:
+    """Make plain `model.generate(...)` use hf_kvopt's attention and cache.
+
+    Args:
+        model: a transformers model that can generate.
+        cache: "paged", or None to keep transformers' cache.
+        attention: also set `attn_implementation="hf_kvopt"`.
+        cache_options: handed to the cache at each `generate` call, e.g. `block_size=32`, `max_tokens=100_000`.
+
+    Returns:
+        The model, for chaining.
+
+    Raises:
+        ValueError: an unknown cache name, or options that the cache does not take.
+        UnsupportedModel: a model that chooses neither attention nor cache by transformers' interfaces, or that
+            selects keys sparsely.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"enable takes a transformers model: got {type(model).__name__}; unwrap it first, e.g. pipe.model"
+        )
+    if cache is not None and cache not in CACHES:
+        raise ValueError(f"unknown cache {cache!r}: expected one of {sorted(CACHES)} or None")
+    disable(model)
+    if cache is not None:
+        CACHES[cache](**cache_options)  # refuse bad options now, not in the first generate
+    _check_supported(model, attention)
+    previous = model.config._attn_implementation
+    if attention:
+        model.set_attn_implementation(ATTENTION_NAME)
+    if cache is not None:
+        model._prepare_cache_for_generation = _preparer(model, CACHES[cache], cache_options)
+    setattr(model, _STATE, previous)
+    return model
+
+
+def disable(model: PreTrainedModel) -> PreTrainedModel:
+    """Put back what `enable` changed; a no-op on a model that is not enabled."""
+    if hasattr(model, _STATE):
+        previous = getattr(model, _STATE)
+        delattr(model, _STATE)
+        model.__dict__.pop("_prepare_cache_for_generation", None)
+        if model.config._attn_implementation != previous:
+            model.set_attn_implementation(previous)
+    return model
+
+
+def _preparer(model: PreTrainedModel, factory: CacheFactory, options: dict[str, Any]) -> Callable[..., None]:
+    """A stand-in for `GenerationMixin._prepare_cache_for_generation` that makes our cache where it makes the default."""
+    original = type(model)._prepare_cache_for_generation
+
+    def prepare(
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        is_ours_to_make = (
+            model_kwargs.get("past_key_values") is None
+            and generation_config.use_cache is not False
+            and generation_config.cache_implementation is None
+            and model._supports_default_dynamic_cache()
+        )
+        if is_ours_to_make:
+            config = model.config.get_text_config(decoder=True)
+            cache = factory(config=config, **options)
+            if model.config.is_encoder_decoder:
+                cache = EncoderDecoderCache(cache, factory(config=config, **options))
+            if generation_config.is_assistant:
+                cache.activate_past_recording()
+            model_kwargs["past_key_values"] = cache
+            return
+        original(model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+
+    return prepare
+
+
+def _check_supported(model: PreTrainedModel, attention: bool) -> None:
+    config = model.config.get_text_config(decoder=True)
+    if attention and not model_traits(type(config)).calls_interface:
+        raise UnsupportedModel(
+            f"{type(model).__name__} has its attention written into the model: got attention=True, which cannot be "
+            "chosen there; call enable(model, attention=False) to use the cache alone"
+        )

@@ -1,0 +1,1 @@
+"""Attention and storage kernels: Triton on a GPU, plain torch on a CPU."""

@@ -1,0 +1,211 @@
+"""Attention in plain torch, fast on a CPU: softmax(scale * q k^T + mask) v without a [q_len, kv_len] tensor.
+
+- A query head group reads its KV head once: at decode the group is folded into the query axis, so K and V are never
+  repeated (in a prefill SDPA's own grouped kernel does the same).
+- Plain patterns need no mask: causal squares go to SDPA as they are, left padding is cut off row by row, a window
+  narrows the keys. What is left is done in query tiles, each with a mask of its own size.
+- Soft capping, learned sinks and differing head sizes, which SDPA does not know, take the written-out softmax.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Elements of one tile's scores: 64 MiB in float32, and large enough that a matrix product pays.
+_TILE_SCORES = 1 << 24
+_TILE_ROWS = 256
+
+
+def attend(
+    q: Tensor,  # [batch, num_heads, q_len, head_dim]
+    k: Tensor,  # [batch, num_kv_heads, kv_len, head_dim]
+    v: Tensor,  # [batch, num_kv_heads, kv_len, v_head_dim]
+    *,
+    scale: float,
+    is_causal: bool,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,  # [num_heads]
+    starts: Sequence[int] | None = None,  # [batch]
+    mask: Tensor | None = None,  # [batch | 1, num_heads | 1, q_len | 1, kv_len] bool or additive
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention with queries aligned to the end of the keys: query i sits at position kv_len - q_len + i.
+
+    Returns:
+        [batch, q_len, num_heads, v_head_dim] contiguous, in q's dtype. A row that may see no key is zero or the mean
+        of some values; it is padding.
+    """
+    if starts is not None and any(starts):
+        return _attend_padded(q, k, v, starts, scale, is_causal, window, softcap, sinks, mask, dropout)
+    q_len, kv_len = q.shape[2], k.shape[2]
+    if is_causal and q_len == 1:
+        is_causal = False
+        if window is not None and window < kv_len:
+            k, v = k[:, :, -window:], v[:, :, -window:]
+            mask = None if mask is None else mask[..., -window:]
+        window = None
+    if window is not None and window >= kv_len:
+        window = None
+    extras = (scale, softcap, sinks, dropout)
+    if not is_causal and window is None:
+        if q_len == 1:
+            return _decode(q, k, v, mask, *extras)
+        if mask is None:
+            return _tile(q, k, v, None, *extras).transpose(1, 2).contiguous()
+    if mask is None and window is None and q_len == kv_len and _is_plain(q, v, softcap, sinks):
+        out = F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return out.transpose(1, 2).contiguous()
+    tiles = []
+    for first in range(0, q_len, _tile_rows(q, k)):
+        last = min(q_len, first + _tile_rows(q, k))
+        lo, hi, tile_mask = _tile_mask(first, last, q_len, kv_len, is_causal, window, mask, q.device)
+        tile = _tile(q[:, :, first:last], k[:, :, lo:hi], v[:, :, lo:hi], tile_mask, *extras)
+        tiles.append(tile.transpose(1, 2))
+    return torch.cat(tiles, dim=1)
+
+
+def _attend_padded(
+    q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int], scale: float, is_causal: bool, window: int | None,
+    softcap: float | None, sinks: Tensor | None, mask: Tensor | None, dropout: float,
+) -> Tensor:  # fmt: skip
+    """Each row without the keys, and without the queries, that are padding."""
+    batch, num_heads, q_len, _ = q.shape
+    kv_len = k.shape[2]
+    out = q.new_zeros(batch, q_len, num_heads, v.shape[-1])
+    rows = []
+    for row, start in enumerate(starts):
+        first = max(0, start - (kv_len - q_len))
+        if first == q_len:
+            rows.append(out[row : row + 1])
+            continue
+        one = slice(row, row + 1)
+        row_mask = None
+        if mask is not None:
+            row_mask = mask[
+                one if mask.shape[0] > 1 else slice(None), :, (first if mask.shape[2] > 1 else 0) :, start:
+            ]
+        real = attend(
+            q[one, :, first:], k[one, :, start:], v[one, :, start:], scale=scale, is_causal=is_causal, window=window,
+            softcap=softcap, sinks=sinks, mask=row_mask, dropout=dropout,
+        )  # fmt: skip
+        rows.append(torch.cat([out[one, :first], real], dim=1))
+    return torch.cat(rows)
+
+
+def _decode(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None, sinks: Tensor | None,
+    dropout: float,
+) -> Tensor:  # fmt: skip
+    """One query a row: the heads of a KV group become the queries of one attention over that KV head."""
+    batch, num_heads, _, dim = q.shape
+    num_kv_heads = k.shape[1]
+    folded = q.reshape(batch, num_kv_heads, num_heads // num_kv_heads, dim)
+    if mask is not None and mask.shape[1] > 1:
+        mask = mask.reshape(mask.shape[0], num_kv_heads, -1, mask.shape[-1])
+    if _is_plain(q, v, softcap, sinks):
+        out = F.scaled_dot_product_attention(
+            folded, k, v, attn_mask=_fitting(mask, q), dropout_p=dropout, scale=scale
+        )
+    else:
+        heads = None if sinks is None else sinks.reshape(1, num_kv_heads, -1, 1)
+        out = _written_out(folded, k, v, mask, scale, softcap, heads, dropout)
+    return out.reshape(batch, 1, num_heads, v.shape[-1])
+
+
+def _tile(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None, sinks: Tensor | None,
+    dropout: float,
+) -> Tensor:  # fmt: skip
+    """[batch, num_heads, tile, v_head_dim] of a tile of queries against the keys that it is given."""
+    batch, num_heads, rows, dim = q.shape
+    num_kv_heads = k.shape[1]
+    if _is_plain(q, v, softcap, sinks):
+        return F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=_fitting(mask, q),
+            dropout_p=dropout,
+            scale=scale,
+            enable_gqa=num_heads != num_kv_heads,
+        )
+    group = num_heads // num_kv_heads
+    folded = q.reshape(batch, num_kv_heads, group * rows, dim)
+    if mask is not None:
+        mask = mask.expand(-1, num_heads if mask.shape[1] > 1 else group, rows, -1)
+        mask = mask.reshape(mask.shape[0], -1 if mask.shape[1] > group else 1, group * rows, mask.shape[-1])
+    heads = None
+    if sinks is not None:
+        heads = (
+            sinks.reshape(1, num_kv_heads, group, 1).expand(1, -1, -1, rows).reshape(1, num_kv_heads, -1, 1)
+        )
+    out = _written_out(folded, k, v, mask, scale, softcap, heads, dropout)
+    return out.reshape(batch, num_heads, rows, v.shape[-1])
+
+
+def _written_out(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None, sinks: Tensor | None,
+    dropout: float,
+) -> Tensor:  # fmt: skip
+    """softmax over [scores, sink] of which the sink's share is dropped; scores and sums in float32."""
+    scores = torch.matmul(q, k.transpose(2, 3)).float() * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        # The least finite value, not -inf: a row that may see nothing stays finite.
+        scores = (
+            scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+            if mask.dtype == torch.bool
+            else scores + mask
+        )
+    if sinks is not None:
+        sink = sinks.float().expand(scores.shape[0], -1, -1, -1)
+        probs = torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1)[..., :-1]
+    else:
+        probs = torch.softmax(scores, dim=-1)
+    probs = F.dropout(probs, dropout) if dropout else probs
+    return torch.matmul(probs.to(v.dtype), v)
+
+
+def _tile_mask(
+    first: int, last: int, q_len: int, kv_len: int, is_causal: bool, window: int | None, mask: Tensor | None,
+    device: torch.device,
+) -> tuple[int, int, Tensor | None]:  # fmt: skip
+    """The keys [lo, hi) that queries `first` to `last` can see, and the mask among those."""
+    offset = kv_len - q_len
+    lo = 0 if window is None else max(0, offset + first - window + 1)
+    hi = offset + last if is_causal else kv_len
+    given = None if mask is None else mask[:, :, first:last] if mask.shape[2] > 1 else mask
+    given = None if given is None else given[..., lo:hi]
+    if not is_causal and window is None:
+        return lo, hi, given
+    rows = torch.arange(offset + first, offset + last, device=device)[:, None]
+    columns = torch.arange(lo, hi, device=device)
+    seen = columns <= rows if is_causal else columns < kv_len
+    if window is not None:
+        seen = seen & (columns > rows - window)
+    seen = seen[None, None]
+    if given is None:
+        return lo, hi, seen
+    if given.dtype == torch.bool:
+        return lo, hi, seen & given
+    return lo, hi, torch.where(seen, given, torch.finfo(given.dtype).min)
+
+
+def _tile_rows(q: Tensor, k: Tensor) -> int:
+    scores_per_row = q.shape[0] * q.shape[1] * k.shape[2]
+    return max(16, min(_TILE_ROWS, _TILE_SCORES // max(1, scores_per_row)))
+
+
+def _is_plain(q: Tensor, v: Tensor, softcap: float | None, sinks: Tensor | None) -> bool:
+    return softcap is None and sinks is None and q.shape[-1] == v.shape[-1]
+
+
+def _fitting(mask: Tensor | None, q: Tensor) -> Tensor | None:
+    """SDPA takes additive masks in the queries' dtype only."""
+    return mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype)

@@ -1,0 +1,267 @@
+"""Block allocator: which blocks of a pool are free, and how many rows hold each of the others.
+
+    refcount  [2][1][1][0][0][1][0][0][0]      a block with refcount > 1 is shared and must be copied before a write
+    run       |--used--|-free-|  |--free--|    free blocks are kept as maximal runs, so that a row can be handed
+                                               neighbours and stays one contiguous piece of memory when it grows
+
+One allocator serves one or more block tables (forks of a cache share it) and the pools of all their layers: a block
+number means the same slots in each pool. Invariant between calls: free + held == num_blocks, refcount == number of
+holders (PagedAttention, arXiv:2309.06180).
+"""
+
+import threading
+import weakref
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from hf_kvopt.errors import KVOptError, OutOfBlocks
+
+
+class BlockHolder(Protocol):
+    """Whoever holds blocks (a table, a prefix tree): asked for them and told when they move."""
+
+    def held_rows(self) -> Sequence[Sequence[int]]:
+        """Every block list that this holder keeps a reference on, one count a mention."""
+        ...
+
+    def renumber(self, new_ids: dict[int, int]) -> None:
+        """Replace each block number by `new_ids[number]`."""
+        ...
+
+
+class BlockPool(Protocol):
+    """Storage that follows the allocator's block numbers."""
+
+    def resize(self, num_blocks: int, src: list[int], dst: list[int]) -> None:
+        """Move to storage of `num_blocks` blocks, block `src[i]` becoming `dst[i]`."""
+        ...
+
+    def copy_blocks(self, src: list[int], dst: list[int]) -> None:
+        """Copy the bytes of block `src[i]` to `dst[i]`, scales included."""
+        ...
+
+
+class BlockAllocator:
+    """Owns the free list and reference counts of one block space; grows by extents up to `max_blocks`.
+
+    Args:
+        max_blocks: hard cap, or None to grow as needed.
+        extent: the least number of blocks added by one growth.
+    """
+
+    def __init__(self, max_blocks: int | None = None, extent: int = 16) -> None:
+        self.max_blocks = max_blocks
+        self.extent = extent
+        self.refcounts: list[int] = []
+        self.pools: list[BlockPool] = []
+        self.holders: weakref.WeakSet[BlockHolder] = weakref.WeakSet()
+        self.lock = threading.RLock()
+        self._run_ends: dict[int, int] = {}  # start of a maximal free run -> one past its end
+        self._run_starts: dict[int, int] = {}  # the same runs, by their end
+        self.num_free = 0
+        self.abandoned: deque[list[int]] = deque()  # rows of collected holders, given back at the next call
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that the pools hold memory for."""
+        return len(self.refcounts)
+
+    @property
+    def num_available(self) -> int | None:
+        """Blocks that could still be handed out, growth included; None without a cap."""
+        return None if self.max_blocks is None else self.max_blocks - self.num_blocks + self.num_free
+
+    def allocate(self, num_blocks: int, after: int | None = None) -> list[int]:
+        """Take `num_blocks` free blocks, the neighbours of block `after` first, each with refcount 1.
+
+        Raises:
+            OutOfBlocks: fewer are free; nothing is taken.
+        """
+        with self.lock:
+            self.require_free(num_blocks)
+            blocks: list[int] = []
+            while len(blocks) < num_blocks:
+                start = blocks[-1] + 1 if blocks else (-1 if after is None else after + 1)
+                if start not in self._run_ends:
+                    start = max(self._run_ends, key=lambda s: self._run_ends[s] - s)
+                end = min(self._run_ends[start], start + num_blocks - len(blocks))
+                blocks += self._take(start, end)
+            return blocks
+
+    def spread(self, sizes: Sequence[int]) -> list[list[int]]:
+        """Take one piece per size, evenly spaced over the largest free run so that each has room to grow behind it."""
+        with self.lock:
+            self.require_free(sum(sizes))
+            if not self._run_ends:
+                return [[] for _ in sizes]
+            start = max(self._run_ends, key=lambda s: self._run_ends[s] - s)
+            # A used left neighbour is a row that may still grow: leave it the first share of the run.
+            shares = len(sizes) + (start > 0)
+            pitch = (self._run_ends[start] - start) // shares
+            if pitch == 0 or pitch < max(sizes):
+                return [self.allocate(size) for size in sizes]
+            first = start + pitch * (shares - len(sizes))
+            return [self._take(first + i * pitch, first + i * pitch + size) for i, size in enumerate(sizes)]
+
+    def can_extend(self, last: int, num_blocks: int) -> bool:
+        """Whether the `num_blocks` blocks right behind block `last` are free."""
+        return self._run_ends.get(last + 1, last + 1) - (last + 1) >= num_blocks
+
+    def require_free(self, num_blocks: int) -> None:
+        """Raise OutOfBlocks unless `num_blocks` blocks are free now."""
+        if num_blocks > self.num_free:
+            cap = "no cap" if self.max_blocks is None else f"cap {self.max_blocks}"
+            raise OutOfBlocks(
+                f"{num_blocks} more KV blocks were asked for: got {self.num_free} free of {self.num_blocks} ({cap}); "
+                "raise max_tokens, generate fewer rows or tokens at once, or free() caches that share this pool"
+            )
+
+    def ensure_free(self, num_blocks: int) -> None:
+        """Grow until `num_blocks` blocks are free; raise OutOfBlocks, unchanged, where the cap forbids it."""
+        with self.lock:
+            self.reclaim()
+            missing = num_blocks - self.num_free
+            if missing <= 0:
+                return
+            if self.max_blocks is not None and self.num_blocks + missing > self.max_blocks:
+                raise OutOfBlocks(
+                    f"{num_blocks} more KV blocks were asked for: got {self.num_available} available "
+                    f"(cap {self.max_blocks} blocks, {self.num_blocks - self.num_free} in use); raise max_tokens, "
+                    "generate fewer rows or tokens at once, or free() caches that share this pool"
+                )
+            needed = self.num_blocks + missing
+            self.relayout(needed + max(self.extent, needed // 4))
+
+    def make_room(self, rows: Sequence[list[int]], wanted: Sequence[int]) -> None:
+        """Lay the pools out anew where a row in one piece could not stay so: one copy now, a view at each step after.
+
+        Only rows that nobody shares are worth it, and only where the cap leaves enough to pay for the copy.
+        """
+        with self.lock:
+            if not any(n and row and not self.can_extend(row[-1], n) and self._is_movable(row)
+                       for row, n in zip(rows, wanted, strict=True)):  # fmt: skip
+                return
+            held = self.num_blocks - self.num_free
+            num_rows = sum(len(holder.held_rows()) for holder in self.holders)
+            least = held + num_rows * (max(wanted) + held // (16 * num_rows))
+            size = max(self.num_blocks, least + max(self.extent, held // 4))
+            if self.max_blocks is None or self.max_blocks >= least:
+                self.relayout(size)
+
+    def _is_movable(self, row: list[int]) -> bool:
+        return is_one_run(row) and all(self.refcounts[block] == 1 for block in row)
+
+    def relayout(self, num_blocks: int) -> None:
+        """Move every held block into pools of `num_blocks` blocks (at most the cap), rows contiguous and spread.
+
+        A block is copied once, to the place that the first row holding it gives it. Costs one copy of the cache, a
+        layer at a time, and is amortised by growing in proportion.
+        """
+        with self.lock:
+            if self.max_blocks is not None:
+                num_blocks = min(num_blocks, self.max_blocks)
+            rows = [row for holder in self.holders for row in holder.held_rows() if row] + list(
+                self.abandoned
+            )
+            held = self.num_blocks - self.num_free
+            gap = (num_blocks - held) // max(1, len(rows))
+            new_ids: dict[int, int] = {}
+            cursor = 0
+            for row in rows:
+                for block in row:
+                    if block not in new_ids:
+                        new_ids[block] = cursor
+                        cursor += 1
+                cursor += gap
+            refcounts = [0] * num_blocks
+            for old, new in new_ids.items():
+                refcounts[new] = self.refcounts[old]
+            for pool in self.pools:
+                pool.resize(num_blocks, list(new_ids.keys()), list(new_ids.values()))
+            for holder in self.holders:
+                holder.renumber(new_ids)
+            for row in self.abandoned:
+                row[:] = [new_ids[block] for block in row]
+            self.refcounts = refcounts
+            self._rebuild_runs()
+
+    def retain(self, blocks: Iterable[int]) -> None:
+        """Add a holder to each block."""
+        with self.lock:
+            for block in blocks:
+                self.refcounts[block] += 1
+
+    def release(self, blocks: Iterable[int]) -> None:
+        """Drop a holder of each block; those without one become free."""
+        with self.lock:
+            for block in blocks:
+                if self.refcounts[block] <= 0:
+                    raise KVOptError(
+                        f"block {block} was released twice; this is a bug, run check_integrity()"
+                    )
+                self.refcounts[block] -= 1
+                if self.refcounts[block] == 0:
+                    self._give(block)
+
+    def reclaim(self) -> None:
+        """Take back the blocks of holders that were collected."""
+        with self.lock:
+            while self.abandoned:
+                self.release(self.abandoned.popleft())
+
+    def check_integrity(self) -> None:
+        """Raise KVOptError unless refcounts, free runs and the holders' rows agree exactly."""
+        with self.lock:
+            self.reclaim()
+            held = Counter(b for holder in self.holders for row in holder.held_rows() for b in row)
+            wrong = [b for b, count in enumerate(self.refcounts) if count != held.get(b, 0)]
+            free = {b for start, end in self._run_ends.items() for b in range(start, end)}
+            zero = {b for b, count in enumerate(self.refcounts) if count == 0}
+            if wrong or free != zero or len(free) != self.num_free:
+                raise KVOptError(
+                    f"block accounting is broken: {wrong = }, free runs hold {len(free)} blocks, {len(zero)} have no "
+                    f"holder, num_free is {self.num_free}"
+                )
+
+    def _take(self, start: int, end: int) -> list[int]:
+        """Cut [start, end) out of the free run that contains it."""
+        run_start = start if start in self._run_ends else max(s for s in self._run_ends if s <= start)
+        run_end = self._run_ends.pop(run_start)
+        del self._run_starts[run_end]
+        for lo, hi in ((run_start, start), (end, run_end)):
+            if lo < hi:
+                self._run_ends[lo], self._run_starts[hi] = hi, lo
+        self.refcounts[start:end] = [1] * (end - start)
+        self.num_free -= end - start
+        return list(range(start, end))
+
+    def _give(self, block: int) -> None:
+        """Put a block back, joining the runs on its two sides."""
+        start, end = block, block + 1
+        if start in self._run_starts:
+            start = self._run_starts.pop(start)
+        if end in self._run_ends:
+            end = self._run_ends.pop(end)
+        self._run_ends[start], self._run_starts[end] = end, start
+        self.num_free += 1
+
+    def _rebuild_runs(self) -> None:
+        self._run_ends, self._run_starts, self.num_free = {}, {}, 0
+        for block, count in enumerate(self.refcounts):
+            if count == 0:
+                self._give(block)
+
+    def __getstate__(self) -> dict[str, object]:
+        state = self.__dict__.copy()
+        state["lock"], state["holders"] = None, list(self.holders)
+        return state
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self.lock, self.holders = threading.RLock(), weakref.WeakSet(state["holders"])  # type: ignore[arg-type, call-overload]
+
+
+def is_one_run(row: Sequence[int]) -> bool:
+    """Whether the blocks of `row` follow each other in memory."""
+    return row[-1] - row[0] == len(row) - 1 and row == list(range(row[0], row[-1] + 1))

@@ -1,0 +1,346 @@
+"""Block table: which blocks, in which order, hold the tokens of each row; one table for all layers of a kind.
+
+    row 0   tokens 0..40    blocks [7][8][9]      length 41, the last block half full
+    row 1   tokens 0..40    blocks [7][8][3]      blocks 7 and 8 shared with row 0: written never, copied on write
+
+Time is counted by `clock`, the number of columns ever appended (less those cropped). A layer that has written up to
+clock c asks `reserve(c + q)`: the first layer of a forward plans the step, the others find it done. Lengths are per
+row, so that rows may accept different numbers of draft tokens. A sliding table drops whole blocks behind its window;
+`base` is the position of the first token that it still holds.
+"""
+
+import weakref
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from hf_kvopt.errors import CacheStateError
+from hf_kvopt.pool.allocator import BlockAllocator, is_one_run
+
+
+class BlockTable:
+    """Owns one reference to each block in its rows and gives them back when it is released or collected.
+
+    Args:
+        allocator: the block space, shared with forks of this table.
+        block_size: tokens a block.
+        window: sliding window in tokens (a query sees itself and `window - 1` before it), or None to keep all.
+    """
+
+    def __init__(self, allocator: BlockAllocator, block_size: int, window: int | None = None) -> None:
+        self.allocator = allocator
+        self.block_size = block_size
+        self.window = window
+        self.rows: list[list[int]] = []
+        self.lengths: list[int] = []
+        self.clock = 0
+        self.base = 0
+        self.record_past = False
+        self.keep_contiguous = True
+        # Rows, lengths and base before a step that replaced all of them: a failed forward goes back there.
+        self._retired_rows: list[list[int]] = []
+        self._retired: tuple[list[int], int] | None = None
+        self.version = 0  # counts changes: a handle made before one is out of date
+        self._tensors: dict[str, Tensor] = {}
+        self._pitch: tuple[int, int] | None = None
+        self._pitch_is_known = False
+        allocator.holders.add(self)
+        self._watch()
+
+    @property
+    def batch_size(self) -> int:
+        """Rows; 0 before the first `reserve`."""
+        return len(self.rows)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest row, those dropped behind a window included."""
+        return max(self.lengths, default=0)
+
+    def reserve(self, batch_size: int, clock: int) -> None:
+        """Make room for the columns up to `clock`; a no-op where another layer already did.
+
+        Raises:
+            CacheStateError: the batch size changed.
+            OutOfBlocks: the cap is reached; the table is as before.
+        """
+        if self.rows and batch_size != len(self.rows):
+            raise CacheStateError(
+                f"the cache holds {len(self.rows)} rows: got a batch of {batch_size}; call cache.reset() for a new batch, "
+                "or batch_repeat_interleave / batch_select_indices to change this one"
+            )
+        num_tokens = clock - self.clock
+        if num_tokens <= 0:
+            return
+        self._drop_retired()
+        if not self.rows:
+            self._start_rows([num_tokens] * batch_size)
+        elif self.replaces_window(num_tokens):
+            self._start_rows([length + num_tokens for length in self.lengths])
+        else:
+            self._extend_rows(num_tokens)
+        self.clock = clock
+        self._lengths_changed()
+
+    def replaces_window(self, num_tokens: int) -> bool:
+        """Whether a step of `num_tokens` leaves nothing of what is held now, so that it starts on new blocks."""
+        return self.window is not None and not self.record_past and num_tokens >= self.window
+
+    def visible_start(self, num_tokens: int) -> int:
+        """Position of the first token that the queries of a step of `num_tokens` are given: the mask's kv offset."""
+        if self.window is None or self.record_past or not self.rows or self.replaces_window(num_tokens):
+            return self.base
+        return max(self.base, (min(self.lengths) - self.window + 1) // self.block_size * self.block_size)
+
+    def rollback(self, clock: int) -> None:
+        """Undo the last `reserve`, back to `clock`, after a forward that failed before all layers had written."""
+        if clock >= self.clock:
+            return
+        if self._retired is not None:
+            self._release_rows(self.rows)
+            self.rows[:], (self.lengths, self.base) = self._retired_rows, self._retired
+            self._retired_rows[:], self._retired = [], None
+        elif clock == 0:
+            self.clear()
+        else:
+            self._truncate([length - (self.clock - clock) for length in self.lengths])
+        self.clock = clock
+        self._rows_changed()
+
+    def crop(self, num_tokens: int) -> None:
+        """Remove the last `num_tokens` columns of every row, and what lies behind the window.
+
+        Raises:
+            CacheStateError: the window before the new end was already dropped.
+        """
+        self.crop_rows([length - num_tokens for length in self.lengths])
+        self.clock -= num_tokens
+
+    def crop_rows(self, lengths: Sequence[int]) -> None:
+        """Cut row i down to `lengths[i]` tokens; rows may differ."""
+        if not self.rows:
+            return
+        self._require_held(min(lengths))
+        self._drop_retired()
+        self._truncate(lengths)
+        if self.window is not None:
+            needed = max(0, min(lengths) - self.window + 1)
+            self._drop_front(needed // self.block_size * self.block_size)
+        self._rows_changed()
+
+    def require_croppable(self, num_tokens: int) -> None:
+        """Raise CacheStateError unless `crop(num_tokens)` can be done."""
+        self._require_held(min(self.lengths) - num_tokens)
+
+    def _require_held(self, shortest: int) -> None:
+        needed = 0 if self.window is None else max(0, shortest - self.window + 1)
+        if shortest < 0 or self.base > needed:
+            raise CacheStateError(
+                f"cannot crop to {shortest} tokens: got a cache that holds tokens {self.base} to {self.max_length}; call "
+                "cache.activate_past_recording() before the forward that is to be undone, and crop at most its tokens"
+            )
+
+    def select(self, indices: Sequence[int]) -> None:
+        """Let row i be what row `indices[i]` was (beams, repeats, batch selection); blocks are shared, not copied."""
+        self._drop_retired()
+        rows = [list(self.rows[i]) for i in indices]
+        for row in rows:
+            self.allocator.retain(row)
+        self._release_rows(self.rows)
+        self.rows[:] = rows
+        self.lengths = [self.lengths[i] for i in indices]
+        self._rows_changed()
+
+    def fork(self) -> "BlockTable":
+        """A second table over the same blocks; whoever writes first copies the block that is written."""
+        self._drop_retired()
+        child = BlockTable(self.allocator, self.block_size, self.window)
+        for name in ("clock", "base", "record_past", "keep_contiguous"):
+            setattr(child, name, getattr(self, name))
+        child.rows[:] = [list(row) for row in self.rows]
+        child.lengths = list(self.lengths)
+        for row in child.rows:
+            self.allocator.retain(row)
+        return child
+
+    def clear(self) -> None:
+        """Give all blocks back and forget the batch."""
+        self._drop_retired()
+        self._release_rows(self.rows)
+        self.rows.clear()
+        self.lengths, self.clock, self.base = [], 0, 0
+        self._rows_changed()
+
+    def span(self) -> tuple[int, int] | None:
+        """(first slot of row 0, slots from a row to the next) where rows are contiguous and evenly spaced, else None."""
+        if not self._pitch_is_known:
+            self._pitch, self._pitch_is_known = self._find_pitch(), True
+        return self._pitch if self.lengths.count(self.lengths[0]) == len(self.lengths) else None
+
+    def block_table(self, device: torch.device) -> Tensor:
+        """[batch, max_blocks] int32 on `device`, short rows filled with block 0."""
+        width = max((len(row) for row in self.rows), default=0)
+        return self._tensor(
+            "table", device, [row + [0] * (width - len(row)) for row in self.rows], torch.int32
+        )
+
+    def seq_lens(self, device: torch.device) -> Tensor:
+        """[batch] int32: tokens held of each row (from `base` on)."""
+        return self._tensor("lens", device, [length - self.base for length in self.lengths], torch.int32)
+
+    def slots(self, start: int, stop: int, device: torch.device) -> Tensor:
+        """[batch, stop - start] int64 slots of the columns `start` to `stop`, counted back from each row's end."""
+        size, longest = self.block_size, self.max_length
+        table = [
+            [
+                row[(p - self.base) // size] * size + (p - self.base) % size
+                for p in range(start - lag, stop - lag)
+            ]
+            for row, lag in zip(self.rows, (longest - length for length in self.lengths), strict=True)
+        ]
+        return self._tensor(f"slots {start} {stop}", device, table, torch.int64)
+
+    def held_rows(self) -> list[list[int]]:
+        """Rows now, and those kept for a rollback."""
+        return self.rows + self._retired_rows
+
+    def renumber(self, new_ids: dict[int, int]) -> None:
+        """Follow a relayout of the allocator."""
+        for row in self.held_rows():
+            row[:] = [new_ids[block] for block in row]
+        self._rows_changed()
+
+    def _start_rows(self, lengths: list[int]) -> None:
+        """Fresh rows for `lengths` tokens, less what a window drops at once; what was held is retired."""
+        window_start = (
+            0 if self.window is None or self.record_past else max(0, min(lengths) - self.window + 1)
+        )
+        base = window_start // self.block_size * self.block_size
+        sizes = [-(-(length - base) // self.block_size) for length in lengths]
+        self.allocator.ensure_free(sum(sizes))
+        if self.rows:
+            self._retired_rows[:], self._retired = self.rows, (self.lengths, self.base)
+        self.rows[:] = self.allocator.spread(sizes)
+        self.lengths, self.base = lengths, base
+        self._rows_changed()
+
+    def _extend_rows(self, num_tokens: int) -> None:
+        self._drop_front(self.visible_start(num_tokens))
+        lengths = [length + num_tokens for length in self.lengths]
+        wanted = [
+            -(-(n - self.base) // self.block_size) - len(row)
+            for n, row in zip(lengths, self.rows, strict=True)
+        ]
+        copied = self._rows_to_copy()
+        if copied or any(wanted):
+            self.allocator.ensure_free(sum(wanted) + len(copied))
+            if self.keep_contiguous:
+                self.allocator.make_room(self.rows, wanted)
+            self._copy_on_write(copied)
+            for row, num_blocks in zip(self.rows, wanted, strict=True):
+                row += self.allocator.allocate(num_blocks, after=row[-1] if row else None)
+            self._rows_changed()
+        self.lengths = lengths
+
+    def _rows_to_copy(self) -> list[int]:
+        """Rows whose half full last block is shared; the last holder of a block may keep it."""
+        left: dict[int, int] = {}
+        copied = []
+        for i, (row, length) in enumerate(zip(self.rows, self.lengths, strict=True)):
+            if row and (length - self.base) % self.block_size:
+                last = row[-1]
+                left.setdefault(last, self.allocator.refcounts[last])
+                if left[last] > 1:
+                    left[last] -= 1
+                    copied.append(i)
+        return copied
+
+    def _copy_on_write(self, copied: list[int]) -> None:
+        if not copied:
+            return
+        src, dst = [], []
+        for i in copied:
+            row = self.rows[i]
+            before = row[-2] if len(row) > 1 else None
+            src.append(row[-1])
+            dst += self.allocator.allocate(1, after=before)
+            row[-1] = dst[-1]
+        for pool in self.allocator.pools:
+            pool.copy_blocks(src, dst)
+        self.allocator.release(src)
+
+    def _truncate(self, lengths: Sequence[int]) -> None:
+        for row, length in zip(self.rows, lengths, strict=True):
+            keep = -(-max(0, length - self.base) // self.block_size)
+            self.allocator.release(row[keep:])
+            del row[keep:]
+        self.lengths = list(lengths)
+
+    def _drop_front(self, base: int) -> None:
+        """Free the blocks before position `base`, a multiple of the block size."""
+        count = (base - self.base) // self.block_size
+        if count <= 0:
+            return
+        for row in self.rows:
+            self.allocator.release(row[:count])
+            del row[:count]
+        self.base = base
+        self._rows_changed()
+
+    def _drop_retired(self) -> None:
+        self._release_rows(self._retired_rows)
+        self._retired_rows[:], self._retired = [], None
+
+    def _release_rows(self, rows: list[list[int]]) -> None:
+        for row in rows:
+            self.allocator.release(row)
+            row.clear()
+
+    def _find_pitch(self) -> tuple[int, int] | None:
+        rows = self.rows
+        if not rows or not rows[0] or not all(is_one_run(row) for row in rows):
+            return None
+        pitch = rows[1][0] - rows[0][0] if len(rows) > 1 else 0
+        if pitch < 0 or any(b[0] - a[0] != pitch for a, b in pairwise(rows)):
+            return None
+        return rows[0][0] * self.block_size, pitch * self.block_size
+
+    def _tensor(self, name: str, device: torch.device, data: list, dtype: torch.dtype) -> Tensor:
+        """`data` on `device`, kept until it changes: layers of one step share it."""
+        name = f"{name} {device}"
+        if name not in self._tensors:
+            self._tensors[name] = torch.tensor(data, dtype=dtype).to(device, non_blocking=True)
+        return self._tensors[name]
+
+    def _rows_changed(self) -> None:
+        self.version += 1
+        self._tensors.clear()
+        self._pitch_is_known = False
+
+    def _lengths_changed(self) -> None:
+        self.version += 1
+        for name in [name for name in self._tensors if not name.startswith("table")]:
+            del self._tensors[name]
+
+    def _watch(self) -> None:
+        """Give the blocks back when the table is collected."""
+        self._finalizer = weakref.finalize(self, _give_back, self.allocator, self.rows, self._retired_rows)
+        self._finalizer.atexit = False
+
+    def __getstate__(self) -> dict[str, object]:
+        state = self.__dict__.copy()
+        del state["_finalizer"]
+        state["_tensors"] = {}
+        return state
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._watch()
+
+
+def _give_back(allocator: BlockAllocator, *row_lists: list[list[int]]) -> None:
+    # The collector may run this in the middle of an allocator call: leave the blocks where the next call finds them.
+    for rows in row_lists:
+        allocator.abandoned.extend(rows)

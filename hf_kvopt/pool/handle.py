@@ -1,0 +1,139 @@
+"""KVHandle: what a cache hands to a model instead of keys or values; the whole contract between cache and attention.
+
+It looks like `[batch, num_kv_heads, kv_len, head_dim]`. Our attention takes `codes`, `scale` and the block table out
+of it and reads the blocks in place; every other operation gets a gathered, dequantized copy. A handle is valid until
+the next `update` or other change of its cache; a later use raises.
+"""
+
+import logging
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_kvopt.errors import CacheStateError
+from hf_kvopt.pool.lazy import LazyTensor
+
+if TYPE_CHECKING:
+    from hf_kvopt.pool.block_table import BlockTable
+    from hf_kvopt.pool.storage import Plane
+
+logger = logging.getLogger(__name__)
+
+
+class HandleSpec(NamedTuple):
+    """Everything about a handle that is no tensor; hashable, so that it can be guarded on under torch.compile."""
+
+    shape: tuple[int, int, int, int]  # batch, num_kv_heads, kv_len, head_dim
+    dtype: torch.dtype
+    format: str
+
+
+class KVHandle(LazyTensor):
+    """Keys or values of one layer, by reference.
+
+    Args:
+        codes: [num_blocks, block_size, num_kv_heads, width] storage of the pool.
+        scale: [num_blocks, block_size, num_kv_heads], or None for unquantized storage.
+        block_table: [batch, max_blocks] int32, or None where `table` makes it on demand.
+        seq_lens: [batch] int32, or None likewise.
+        spec: shape, dtype and storage format.
+        plane: the storage itself, for the dense view (eager mode).
+        table: the rows, for the dense view (eager mode).
+    """
+
+    codes: Tensor
+    scale: Tensor | None
+    spec: HandleSpec
+    plane: "Plane | None"
+    table: "BlockTable | None"
+
+    @staticmethod
+    def __new__(
+        cls: type,
+        codes: Tensor,
+        scale: Tensor | None,
+        block_table: Tensor | None,
+        seq_lens: Tensor | None,
+        spec: HandleSpec,
+        plane: "Plane | None" = None,
+        table: "BlockTable | None" = None,
+        is_fresh: bool = False,
+    ) -> "KVHandle":
+        """See the class."""
+        handle = KVHandle.wrap(spec.shape, spec.dtype, codes.device)
+        handle.codes, handle.scale, handle.spec = codes, scale, spec
+        handle._block_table, handle._seq_lens = block_table, seq_lens
+        handle.plane, handle.table = plane, table
+        handle.version = table.version if table is not None else 0
+        # Set by `update`, cleared by the attention that follows it: the one that owns this layer of the cache.
+        handle.is_fresh = is_fresh
+        return handle
+
+    def check_valid(self) -> None:
+        """Raise CacheStateError where the cache has moved on since this handle was made."""
+        if self.table is not None and self.version != self.table.version:
+            raise CacheStateError(
+                "this KV handle is out of date: its cache was updated, cropped or reordered after it was made; "
+                "take cache.layers[i].keys / .values again, or clone() them before the next step"
+            )
+
+    @property
+    def block_table(self) -> Tensor:
+        """[batch, max_blocks] int32."""
+        return self._block_table if self.table is None else self.table.block_table(self.codes.device)
+
+    @property
+    def seq_lens(self) -> Tensor:
+        """[batch] int32: tokens of each row that are in the table."""
+        return self._seq_lens if self.table is None else self.table.seq_lens(self.codes.device)
+
+    def view_dense(self) -> Tensor:
+        """[batch, num_kv_heads, kv_len, head_dim]: a view of the pool where rows lie evenly in it, else a copy."""
+        self.check_valid()
+        if self.plane is not None and self.table is not None:
+            return self.plane.read(self.table, self.spec.shape[2], self.spec.dtype)
+        # Fixed capacity: row r owns the r-th equal share of the pool, so that lengths may change under a CUDA graph.
+        batch, num_heads, kv_len, dim = self.spec.shape
+        return self.codes.view(batch, -1, num_heads, dim)[:, :kv_len].transpose(1, 2)
+
+    def dense(self) -> Tensor:
+        return self.view_dense().contiguous()
+
+    def before_fallback(self, op: str) -> None:
+        if self.plane is not None:
+            self.plane.num_fallbacks += 1
+        _say_once(op)
+
+    def rewrap(self) -> "KVHandle":
+        return KVHandle(
+            self.codes,
+            self.scale,
+            self._block_table,
+            self._seq_lens,
+            self.spec,
+            self.plane,
+            self.table,
+            self.is_fresh,
+        )
+
+    def __repr__(self, **_: Any) -> str:
+        return f"KVHandle(shape={self.spec.shape}, dtype={self.spec.dtype}, format={self.spec.format!r})"
+
+    def __tensor_flatten__(self) -> tuple[list[str], HandleSpec]:
+        return [
+            n for n in ("codes", "scale", "_block_table", "_seq_lens") if getattr(self, n) is not None
+        ], self.spec
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], spec: HandleSpec, *_: Any) -> "KVHandle":
+        parts = (inner.get(n) for n in ("codes", "scale", "_block_table", "_seq_lens"))
+        return KVHandle(*parts, spec)  # type: ignore[arg-type]
+
+
+@cache
+def _say_once(op: str) -> None:
+    logger.warning(
+        "%s is not read in place: keys or values were gathered from the paged cache into a copy for it", op
+    )

@@ -1,0 +1,144 @@
+"""Storage of one layer: how blocks encode keys and values.
+
+    codes  [num_blocks, block_size, num_kv_heads, width]     width == head_dim, less where codes are packed
+    scale  [num_blocks, block_size, num_kv_heads]            one a token and head, absent for the native format
+
+A token is written once, alone, with its own scale, so a row never depends on its neighbours and a block that is
+copied or shared carries everything with it.
+"""
+
+import weakref
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from hf_kvopt.pool.block_table import BlockTable
+from hf_kvopt.pool.handle import HandleSpec, KVHandle
+
+
+class Plane:
+    """The keys or the values of one layer.
+
+    Args:
+        states: a tensor [batch, num_kv_heads, any, head_dim] as the model makes them: gives shape, dtype and device.
+        block_size: tokens a block.
+    """
+
+    def __init__(self, states: Tensor, block_size: int) -> None:
+        self.num_heads, self.dim = states.shape[1], states.shape[-1]
+        self.dtype, self.home = states.dtype, states.device
+        self.block_size = block_size
+        self.num_fallbacks = 0
+        self.is_first = False  # the first layer that made a pool: the one at which a whole forward is checked
+        self.owner: weakref.ref[object] | None = None  # the attention module that filled it
+        self.scale: Tensor | None = None
+        self.codes = self._blocks(0)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that memory is held for."""
+        return self.codes.shape[0]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held, free blocks included."""
+        return self.codes.untyped_storage().nbytes()
+
+    def matches(self, states: Tensor) -> bool:
+        """Whether `states` come from a layer of the same geometry."""
+        return (states.shape[1], states.shape[-1], states.dtype) == (self.num_heads, self.dim, self.dtype)
+
+    def write(self, states: Tensor, table: BlockTable, start: int, stop: int) -> None:
+        """Store states [batch, num_kv_heads, stop - start, head_dim] at the columns `start` to `stop`."""
+        states = states.transpose(1, 2)  # [batch, tokens, num_kv_heads, head_dim], as the blocks lie
+        flat = self.codes.view(-1, self.num_heads, self.dim)
+        span = table.span()
+        if span is not None:
+            first, pitch = span
+            self._strided(first + start - table.base, pitch, len(states), stop - start).copy_(states)
+        else:
+            slots = table.slots(start, stop, flat.device)
+            flat.index_put_((slots.reshape(-1),), states.reshape(-1, self.num_heads, self.dim))
+
+    def read(self, table: BlockTable, kv_len: int, dtype: torch.dtype) -> Tensor:
+        """[batch, num_kv_heads, kv_len, head_dim] of the first `kv_len` tokens held: a view where rows lie evenly."""
+        span = table.span()
+        if span is not None:
+            return self._strided(span[0], span[1], table.batch_size, kv_len).transpose(1, 2)
+        rows = self.codes[table.block_table(self.codes.device).long()]
+        return rows.flatten(1, 2)[:, :kv_len].transpose(1, 2)
+
+    def handle(self, table: BlockTable, kv_len: int, is_fresh: bool) -> KVHandle:
+        """The first `kv_len` tokens of every row, by reference."""
+        shape = (table.batch_size, self.num_heads, kv_len, self.dim)
+        spec = HandleSpec(shape, self.dtype, "native")
+        return KVHandle(self.codes, self.scale, None, None, spec, self, table, is_fresh)
+
+    def resize(self, num_blocks: int, src: list[int], dst: list[int]) -> None:
+        """Move to `num_blocks` blocks, block `src[i]` becoming `dst[i]`; the rest is zero."""
+        old, self.codes = self.codes, self._blocks(num_blocks, self.codes.device)
+        for first, length in _runs(src, dst):
+            a, b = src[first], dst[first]
+            self.codes[b : b + length].copy_(old[a : a + length])
+
+    def copy_blocks(self, src: list[int], dst: list[int]) -> None:
+        """Copy block `src[i]` to `dst[i]`."""
+        for a, b in zip(src, dst, strict=True):
+            self.codes[b].copy_(self.codes[a])
+
+    def to(self, device: torch.device) -> None:
+        """Move the bytes, in place of the object."""
+        self.codes = self.codes.to(device, non_blocking=True)
+
+    def _strided(self, first: int, pitch: int, batch: int, length: int) -> Tensor:
+        """[batch, length, num_kv_heads, dim] view: row r starts at slot first + r * pitch."""
+        slot = self.num_heads * self.dim
+        return self.codes.as_strided(
+            (batch, length, self.num_heads, self.dim), (pitch * slot, slot, self.dim, 1), first * slot
+        )
+
+    def _blocks(self, num_blocks: int, device: torch.device | None = None) -> Tensor:
+        # A tensor made in inference mode could not be written outside of it. Zeros, because a masked slot is still
+        # multiplied by its zero probability, and zero times an old NaN is NaN.
+        with torch.inference_mode(False):
+            shape = (num_blocks, self.block_size, self.num_heads, self.dim)
+            return torch.zeros(shape, dtype=self.dtype, device=device or self.home)
+
+
+class KVPool:
+    """Keys and values of one layer; follows the allocator's block numbers."""
+
+    def __init__(self, key_states: Tensor, value_states: Tensor, block_size: int, num_blocks: int) -> None:
+        self.keys, self.values = Plane(key_states, block_size), Plane(value_states, block_size)
+        self.resize(num_blocks, [], [])
+
+    @property
+    def planes(self) -> tuple[Plane, Plane]:
+        """Keys, values."""
+        return self.keys, self.values
+
+    def resize(self, num_blocks: int, src: list[int], dst: list[int]) -> None:
+        """See `Plane.resize`; one plane at a time, so that the transient is half a layer."""
+        for plane in self.planes:
+            plane.resize(num_blocks, src, dst)
+
+    def copy_blocks(self, src: list[int], dst: list[int]) -> None:
+        """See `Plane.copy_blocks`."""
+        for plane in self.planes:
+            plane.copy_blocks(src, dst)
+
+    def to(self, device: torch.device) -> None:
+        """See `Plane.to`."""
+        for plane in self.planes:
+            plane.to(device)
+
+
+def _runs(src: list[int], dst: list[int]) -> list[tuple[int, int]]:
+    """(first index, length) of the stretches in which both lists count up by one."""
+    if not src:
+        return []
+    pairs = list(zip(src, dst, strict=True))
+    cuts = [i + 1 for i, (p, q) in enumerate(pairwise(pairs)) if q[0] != p[0] + 1 or q[1] != p[1] + 1]
+    bounds = [0, *cuts, len(pairs)]
+    return [(a, b - a) for a, b in pairwise(bounds)]
