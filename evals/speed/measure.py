@@ -1,4 +1,4 @@
-"""Times sides against each other in one process: repeat by repeat in rotating order, so that drift is shared."""
+"""Times sides in one process, repeat by repeat in rotating order, so that drift is shared."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
