@@ -14,9 +14,7 @@ import hf_kvopt
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default=str(Path(__file__).parents[1] / "evals/reference_model/model"))
-parser.add_argument(
-    "--prompt", default='import os\n\n\ndef read_lines(path):\n    """Return the lines of a file."""\n'
-)
+parser.add_argument("--prompt", default='import os\n\n\ndef read_lines(path):\n    """Return the lines of a file."""\n')
 parser.add_argument("--new-tokens", type=int, default=100)
 parser.add_argument("--device", default="cpu")
 args = parser.parse_args()

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from hf_kvopt.errors import KVOptError
+from hf_kvopt import KVOptError
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 

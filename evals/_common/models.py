@@ -90,9 +90,7 @@ def _check_source(source: str) -> None:
     if source.startswith((".", "~", os.sep)) or source.count("/") > 1:
         path = Path(source).expanduser()
         if not (path / "config.json").is_file():
-            raise BadArgumentError(
-                f"no model at {source!r}: expected a hub id, or a folder that holds config.json"
-            )
+            raise BadArgumentError(f"no model at {source!r}: expected a hub id, or a folder that holds config.json")
 
 
 def _tokenizer(source: str) -> PreTrainedTokenizerBase | None:

@@ -14,9 +14,7 @@ from evals.reference_model import heldout_texts
 
 def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     """Add `--dataset`, `--split` and `--column`."""
-    parser.add_argument(
-        "--dataset", help="NAME or NAME:CONFIG for datasets.load_dataset (the bundled held-out text)"
-    )
+    parser.add_argument("--dataset", help="NAME or NAME:CONFIG for datasets.load_dataset (the bundled held-out text)")
     parser.add_argument("--split", default="test", help="split of --dataset (%(default)s)")
     parser.add_argument("--column", default="text", help="text column of --dataset (%(default)s)")
 
@@ -33,13 +31,9 @@ def load_texts(args: argparse.Namespace) -> Iterable[str]:
     try:
         rows = load_dataset(name, config or None, split=args.split)
     except (OSError, ValueError) as error:
-        raise BadArgumentError(
-            f"cannot load data set {args.dataset!r}, split {args.split!r}: {error}"
-        ) from error
+        raise BadArgumentError(f"cannot load data set {args.dataset!r}, split {args.split!r}: {error}") from error
     if args.column not in rows.column_names:
-        raise BadArgumentError(
-            f"no column {args.column!r} in {args.dataset!r}: it has {', '.join(rows.column_names)}"
-        )
+        raise BadArgumentError(f"no column {args.column!r} in {args.dataset!r}: it has {', '.join(rows.column_names)}")
     return (row[args.column] for row in rows)
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from evals._common.cli import Parser, add_output_argument, at_least
 from evals._common.models import Subject, add_model_arguments, load_subject
+from evals._common.noise import LOGIT_NOISE
 from evals._common.prompts import add_text_arguments, load_texts, token_stream
 from evals._common.rows import append_rows, provenance
 from evals._common.screen import Advance, progress, show_table
@@ -34,9 +35,7 @@ def make_parser() -> Parser:
     parser = Parser("evals.equality", description=(__doc__ or "").split("\n\n")[0])
     add_model_arguments(parser)
     add_text_arguments(parser)
-    parser.add_argument(
-        "--sides", nargs="+", default=["paged+hf_kvopt", "paged+sdpa"], help="cache+attention ..."
-    )
+    parser.add_argument("--sides", nargs="+", default=["paged+hf_kvopt", "paged+sdpa"], help="cache+attention ...")
     parser.add_argument("--baseline", default="dynamic+sdpa", help="cache+attention (%(default)s)")
     parser.add_argument("--scenarios", nargs="+", choices=names, default=names, help="all")
     parser.add_argument("--prompt-len", type=at_least(1), default=45, help="tokens (%(default)s)")
@@ -75,7 +74,7 @@ def _results(
         for side in sides:
             got = _run_side(args, subject, side, scenario, stream)
             advance(f"{scenario.name} {side}")
-            yield Result(side, scenario, compare(expected, got))
+            yield Result(side, scenario, compare(expected, got, LOGIT_NOISE[args.dtype]))
 
 
 def _run_side(args: argparse.Namespace, subject: Subject, side: Side, scenario: Scenario, stream: Any) -> Run:

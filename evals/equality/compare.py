@@ -5,7 +5,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from evals._common.noise import LOGIT_NOISE
 from evals.equality.scenario import Run
 
 
@@ -24,15 +23,20 @@ class Comparison(NamedTuple):
     num_equal: int
     max_logit: float
     max_logit_delta: float
+    noise: float
     divergence: Divergence | None
 
     @property
     def is_equal(self) -> bool:
-        """Every token is the same and no logit moved by more than float32 noise (a NaN counts as moved)."""
-        return self.divergence is None and self.max_logit_delta <= LOGIT_NOISE["float32"] * self.max_logit
+        """Every token is the same and no logit moved by more than noise (a NaN counts as moved)."""
+        return self.divergence is None and self.max_logit_delta <= self.noise * self.max_logit
 
 
-def compare(baseline: Run, run: Run) -> Comparison:
+def compare(
+    baseline: Run,
+    run: Run,
+    noise: float,  # share of the largest logit that rounding may move
+) -> Comparison:
     """Compare row by row, up to a row's first difference: behind it the inputs are others."""
     firsts = [_first_difference(a, b) for a, b in zip(baseline.tokens, run.tokens, strict=True)]
     width = max(baseline.tokens.shape[1], run.tokens.shape[1])
@@ -42,8 +46,9 @@ def compare(baseline: Run, run: Run) -> Comparison:
     return Comparison(
         num_tokens=baseline.tokens.numel(),
         num_equal=sum(min(step, baseline.tokens.shape[1]) for step in parted),
-        max_logit=float(baseline.logits[baseline.logits.isfinite()].abs().max()),
+        max_logit=float(baseline.logits.nan_to_num(0.0, 0.0, 0.0).abs().max()),
         max_logit_delta=float(torch.stack(deltas).max()),
+        noise=noise,
         divergence=_divergence(baseline, earliest, firsts[earliest]),
     )
 

@@ -51,9 +51,7 @@ def make_prompts(
     """Cut one prompt after another from the stream and pad them on the left."""
     lengths = [max(1, round(prompt_len * share)) for share in scenario.prompt_shares]
     starts = range(0, prompt_len * len(lengths), prompt_len)
-    return pad_left(
-        [stream[start : start + n] for start, n in zip(starts, lengths, strict=True)], pad_token_id
-    )
+    return pad_left([stream[start : start + n] for start, n in zip(starts, lengths, strict=True)], pad_token_id)
 
 
 def run_scenario(

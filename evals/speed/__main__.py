@@ -44,14 +44,10 @@ def make_parser() -> Parser:
     parser.add_argument("--contexts", nargs="+", type=at_least(1), default=[128, 2048, 8192], help="tokens")
     parser.add_argument("--batches", nargs="+", type=at_least(1), default=[1])
     parser.add_argument("--steps", type=at_least(1), default=32, help="decode steps a repeat (%(default)s)")
-    parser.add_argument(
-        "--new-tokens", type=at_least(0), default=32, help="of generate(), 0: skip it (%(default)s)"
-    )
+    parser.add_argument("--new-tokens", type=at_least(0), default=32, help="of generate(), 0: skip it (%(default)s)")
     parser.add_argument("--repeats", type=at_least(1), default=7, help="%(default)s")
     parser.add_argument("--no-peak", action="store_true", help="skip peak memory, a process a side on a CPU")
-    parser.add_argument(
-        "--out", type=Path, help="JSON file to append rows to (speed-<device>.json of the results)"
-    )
+    parser.add_argument("--out", type=Path, help="JSON file to append rows to (speed-<device>.json of the results)")
     return parser
 
 
@@ -92,17 +88,13 @@ def _measure(
     return Result(work, timings, peaks, faults)
 
 
-def _token_rows(
-    args: argparse.Namespace, subject: Subject, work: Workload
-) -> Tensor:  # [batch, context + steps]
+def _token_rows(args: argparse.Namespace, subject: Subject, work: Workload) -> Tensor:  # [batch, context + steps]
     length = work.context + work.steps
     stream = token_stream(subject, load_texts(args), work.batch * length)
     return stream.view(work.batch, length).to(subject.model.device)
 
 
-def _rows(
-    args: argparse.Namespace, subject: Subject, sides: Sequence[Side], result: Result
-) -> list[dict[str, Any]]:
+def _rows(args: argparse.Namespace, subject: Subject, sides: Sequence[Side], result: Result) -> list[dict[str, Any]]:
     work, timings = result.work, result.timings
     rows = []
     for side, timing in timings.items():

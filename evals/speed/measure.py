@@ -45,9 +45,7 @@ def differing_sides(
     return wrong
 
 
-def _all_logits(
-    subject: Subject, side: Side, work: Workload, ids: Tensor
-) -> Tensor:  # [1 + steps, batch, vocab]
+def _all_logits(subject: Subject, side: Side, work: Workload, ids: Tensor) -> Tensor:  # [1 + steps, batch, vocab]
     model, cache = side.attend(subject.model), work.make_cache(side, subject)
     first = prefill(model, cache, ids[:, : work.context])
     return torch.stack([first, *decode(model, cache, ids[:, work.context :])]).float()
@@ -84,9 +82,7 @@ def time_sides(
     return timings
 
 
-def _time_forward(
-    clock: Clock, subject: Subject, side: Side, work: Workload, ids: Tensor, timings: Timings
-) -> None:
+def _time_forward(clock: Clock, subject: Subject, side: Side, work: Workload, ids: Tensor, timings: Timings) -> None:
     model, cache = side.attend(subject.model), work.make_cache(side, subject)
     clock.settle()
     timings.prefill_ms.append(clock.time_ms(lambda: prefill(model, cache, ids[:, : work.context])))
@@ -95,9 +91,7 @@ def _time_forward(
     timings.kv = kv_bytes(cache)
 
 
-def _time_generate(
-    clock: Clock, subject: Subject, side: Side, work: Workload, ids: Tensor, timings: Timings
-) -> None:
+def _time_generate(clock: Clock, subject: Subject, side: Side, work: Workload, ids: Tensor, timings: Timings) -> None:
     model, cache = side.attend(subject.model), work.make_cache(side, subject)
     clock.settle()
     prompt = ids[:, : work.context]

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from evals._common.noise import LOGIT_NOISE
 from evals.equality.__main__ import main
-from evals.equality.compare import compare
+from evals.equality.compare import Comparison, compare
 from evals.equality.scenario import SCENARIOS, Run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,9 +45,7 @@ def test_rows_say_what_they_were_measured_on_and_are_appended(tmp_path: Path) ->
         assert once[0][field] not in (None, "")
 
 
-def test_model_path_prompts_with_text_of_the_heldout_file_and_of_a_data_set(
-    tmp_path: Path, model_path: Path
-) -> None:
+def test_model_path_prompts_with_text_of_the_heldout_file_and_of_a_data_set(tmp_path: Path, model_path: Path) -> None:
     folder = tmp_path / "texts"
     folder.mkdir()
     (folder / "test.jsonl").write_text(json.dumps({"text": "a line of text " * 9}) + "\n")
@@ -55,9 +54,7 @@ def test_model_path_prompts_with_text_of_the_heldout_file_and_of_a_data_set(
     assert short_run(tmp_path / "rows.json", *arguments, "--dataset", str(folder))[0] == 0
 
 
-@pytest.mark.parametrize(
-    ("cache", "scenario"), [("swapped", "greedy"), ("poisoned", "padded"), ("unordered", "beam")]
-)
+@pytest.mark.parametrize(("cache", "scenario"), [("swapped", "greedy"), ("poisoned", "padded"), ("unordered", "beam")])
 def test_a_broken_cache_turns_it_red(tmp_path: Path, cache: str, scenario: str) -> None:
     arguments = ["--shape", "tiny", "--sides", f"broken_caches:{cache}+sdpa", "--scenarios", scenario]
     status, rows = short_run(tmp_path / "rows.json", *arguments)
@@ -77,18 +74,22 @@ def run_of(tokens: list[list[int]], logits: Tensor) -> Run:
     return Run(tokens=torch.tensor(tokens), logits=logits, lengths=lengths)
 
 
+def compared(baseline: Run, run: Run) -> Comparison:
+    return compare(baseline, run, LOGIT_NOISE["float32"])
+
+
 def test_first_divergence_is_the_earliest_with_the_margin_of_the_baseline() -> None:
     logits = torch.zeros(3, 2, 5)
     logits[1, 1, 2], logits[1, 1, 3] = 4.0, 3.5
     baseline = run_of([[1, 1, 1], [1, 2, 1]], logits)
-    comparison = compare(baseline, run_of([[1, 1, 0], [1, 3, 3]], logits))
+    comparison = compared(baseline, run_of([[1, 1, 0], [1, 3, 3]], logits))
     assert comparison.divergence == (1, 1, 0.5)
     assert comparison.num_equal == 2 + 1
 
 
 def test_a_run_that_ends_earlier_differs_where_it_ends() -> None:
     logits = torch.ones(3, 1, 5)
-    comparison = compare(run_of([[1, 1, 1]], logits), run_of([[1, 1]], logits[:2]))
+    comparison = compared(run_of([[1, 1, 1]], logits), run_of([[1, 1]], logits[:2]))
     assert comparison.divergence is not None
     assert comparison.divergence.step == 2
     assert not comparison.is_equal
@@ -97,17 +98,17 @@ def test_a_run_that_ends_earlier_differs_where_it_ends() -> None:
 def test_logits_behind_a_divergence_are_not_compared() -> None:
     logits, other = torch.ones(3, 1, 5), torch.ones(3, 1, 5)
     other[2] = 100.0
-    comparison = compare(run_of([[1, 1, 1]], logits), run_of([[1, 2, 1]], other))
+    comparison = compared(run_of([[1, 1, 1]], logits), run_of([[1, 2, 1]], other))
     assert comparison.max_logit_delta == 0.0
 
 
 def test_nan_is_never_equal_and_equal_infinities_are() -> None:
     logits = torch.ones(2, 1, 4)
     logits[0, 0, 0] = -math.inf
-    assert compare(run_of([[1, 1]], logits), run_of([[1, 1]], logits.clone())).is_equal
+    assert compared(run_of([[1, 1]], logits), run_of([[1, 1]], logits.clone())).is_equal
     poisoned = logits.clone()
     poisoned[1, 0, 2] = math.nan
-    assert not compare(run_of([[1, 1]], logits), run_of([[1, 1]], poisoned)).is_equal
+    assert not compared(run_of([[1, 1]], logits), run_of([[1, 1]], poisoned)).is_equal
 
 
 @pytest.mark.parametrize(
@@ -141,9 +142,7 @@ def test_a_file_that_is_no_list_of_rows_is_left_alone(tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
     out.write_text("{}")
     with pytest.raises(SystemExit):
-        main(
-            [*SHORT, "--shape", "tiny", "--sides", "static+sdpa", "--scenarios", "greedy", "--out", str(out)]
-        )
+        main([*SHORT, "--shape", "tiny", "--sides", "static+sdpa", "--scenarios", "greedy", "--out", str(out)])
     assert out.read_text() == "{}"
 
 
