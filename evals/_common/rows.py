@@ -1,6 +1,7 @@
 """JSON rows: every figure stands beside what it was measured on."""
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -46,7 +47,7 @@ def append_rows(path: Path, rows: Sequence[Row]) -> None:
     everything = [*read_rows(path), *rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    lines = ",\n".join(json.dumps(row) for row in everything)
+    lines = ",\n".join(json.dumps(_finite(row), allow_nan=False) for row in everything)
     scratch.write_text(f"[\n{lines}\n]\n", encoding="utf8")
     scratch.replace(path)
 
@@ -62,6 +63,15 @@ def read_rows(path: Path) -> list[Row]:
     if not isinstance(rows, list):
         raise BadArgumentError(f"cannot append rows to {str(path)!r}: expected a JSON list")
     return rows
+
+
+def _finite(value: Any) -> Any:
+    """Write NaN and infinities as null: JSON has no word for them."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _revision() -> str:

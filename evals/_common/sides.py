@@ -1,5 +1,6 @@
 """A side of a comparison: a cache and an attention, written `cache+attention`, such as `paged+hf_kvopt`."""
 
+import argparse
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -67,6 +68,15 @@ class Side(NamedTuple):
         if model.config._attn_implementation != self.attention:
             raise BadArgumentError(f"{type(model).__name__} ignores attention {self.attention!r}")
         return model
+
+
+def add_sides_argument(parser: argparse.ArgumentParser, *default: str) -> None:
+    """Add `--sides`, with the caches that can be named."""
+    caches = "; ".join(f"{name}: {kind.about}" for name, kind in CACHES.items())
+    what = (
+        f"cache+attention ... ({' '.join(default)}). Caches are {caches}; or module:factory, called with model, max_len"
+    )
+    parser.add_argument("--sides", nargs="+", metavar="SIDE", default=list(default), help=what)
 
 
 def parse_side(text: str) -> Side:

@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from evals._common.cli import Parser, add_output_argument, at_least
-from evals._common.models import Subject, add_model_arguments, load_subject
+from evals._common.models import Subject, add_model_arguments, check_length, load_subject
 from evals._common.noise import LOGIT_NOISE
 from evals._common.prompts import add_text_arguments, load_texts, token_stream
 from evals._common.rows import append_rows, provenance
 from evals._common.screen import Advance, progress, show_table
-from evals._common.sides import Side, parse_side
+from evals._common.sides import Side, add_sides_argument, parse_side
 from evals.equality.compare import Comparison, compare
 from evals.equality.scenario import SCENARIOS, Run, Scenario, make_prompts, run_scenario
 
@@ -35,7 +35,7 @@ def make_parser() -> Parser:
     parser = Parser("evals.equality", description=(__doc__ or "").split("\n\n")[0])
     add_model_arguments(parser)
     add_text_arguments(parser)
-    parser.add_argument("--sides", nargs="+", default=["paged+hf_kvopt", "paged+sdpa"], help="cache+attention ...")
+    add_sides_argument(parser, "paged+hf_kvopt", "paged+sdpa")
     parser.add_argument("--baseline", default="dynamic+sdpa", help="cache+attention (%(default)s)")
     parser.add_argument("--scenarios", nargs="+", choices=names, default=names, help="all")
     parser.add_argument("--prompt-len", type=at_least(1), default=45, help="tokens (%(default)s)")
@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure, show and write; 1 where a float32 comparison differs."""
     baseline, *sides = [parse_side(text) for text in [args.baseline, *args.sides]]
     subject = load_subject(args)
+    check_length(subject, args.prompt_len + args.new_tokens)
     scenarios = [scenario for scenario in SCENARIOS if scenario.name in args.scenarios]
     with progress(len(scenarios) * (1 + len(sides))) as advance:
         results = list(_results(args, subject, baseline, sides, scenarios, advance))

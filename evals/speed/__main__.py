@@ -18,8 +18,8 @@ from evals._common.models import Subject, add_model_arguments, check_length, loa
 from evals._common.prompts import add_text_arguments, load_texts, token_stream
 from evals._common.rows import append_rows, provenance
 from evals._common.screen import Advance, megabytes, progress, show_table
-from evals._common.sides import Side, parse_side
-from evals.speed.bars import OURS, Verdict, judge
+from evals._common.sides import Side, add_sides_argument, parse_side
+from evals.speed.bars import DYNAMIC, OURS, STATIC, Verdict, judge
 from evals.speed.measure import Timings, differing_sides, median_ratio, time_sides
 from evals.speed.peak import peak_of
 from evals.speed.workload import Workload
@@ -39,10 +39,11 @@ def make_parser() -> Parser:
     parser = Parser("evals.speed", description=(__doc__ or "").split("\n\n")[0])
     add_model_arguments(parser)
     add_text_arguments(parser)
-    sides = ["dynamic+sdpa", "static+sdpa", "paged+hf_kvopt"]
-    parser.add_argument("--sides", nargs="+", default=sides, help=f"cache+attention ... ({' '.join(sides)})")
-    parser.add_argument("--contexts", nargs="+", type=at_least(1), default=[128, 2048, 8192], help="tokens")
-    parser.add_argument("--batches", nargs="+", type=at_least(1), default=[1])
+    add_sides_argument(parser, *map(str, (DYNAMIC, STATIC, OURS)))
+    parser.add_argument(
+        "--contexts", nargs="+", type=at_least(1), default=[128, 2048, 8192], help="tokens (128 2048 8192)"
+    )
+    parser.add_argument("--batches", nargs="+", type=at_least(1), default=[1], help="rows (1)")
     parser.add_argument("--steps", type=at_least(1), default=32, help="decode steps a repeat (%(default)s)")
     parser.add_argument("--new-tokens", type=at_least(0), default=32, help="of generate(), 0: skip it (%(default)s)")
     parser.add_argument("--repeats", type=at_least(1), default=7, help="%(default)s")

@@ -60,6 +60,7 @@ def test_a_broken_cache_turns_it_red(tmp_path: Path, cache: str, scenario: str) 
     status, rows = short_run(tmp_path / "rows.json", *arguments)
     assert status == 1
     assert not rows[0]["is_equal"]
+    assert (rows[0]["max_logit_delta"] is None) == (cache == "poisoned")
 
 
 def test_bfloat16_reports_the_divergence_and_stays_green(tmp_path: Path) -> None:
