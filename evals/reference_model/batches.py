@@ -6,6 +6,8 @@ from torch import Tensor
 
 # Library modules are what the held-out set consists of: each epoch reads them three times, tests once.
 LIBRARY_REPEATS = 3
+# Rows of 8,192 come by twos even where a step has fewer tokens, so that two workers have something to do.
+MIN_ROWS = 2
 
 
 class BatchStream:
@@ -21,7 +23,7 @@ class BatchStream:
 
     def batch(self, step: int, row_len: int, batch_tokens: int) -> Tensor:
         """Return int64 ids `[rows, row_len + 1]`, the rows of a step holding `batch_tokens` targets."""
-        num_rows = max(1, batch_tokens // row_len)
+        num_rows = max(MIN_ROWS, batch_tokens // row_len)
         rows_per_epoch = (self.epoch_tokens - 1) // row_len
         picked = []
         for index in range(step * num_rows, (step + 1) * num_rows):

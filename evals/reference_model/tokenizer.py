@@ -6,7 +6,7 @@ an identifier with the character before it (`.append`, ` self`); digits come in 
 
 from collections.abc import Iterable
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 VOCAB_SIZE = 4096
@@ -37,6 +37,7 @@ def train_tokenizer(texts: Iterable[str], max_length: int) -> PreTrainedTokenize
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = begin_with_bos(tokenizer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=BOS,
@@ -44,4 +45,11 @@ def train_tokenizer(texts: Iterable[str], max_length: int) -> PreTrainedTokenize
         pad_token=PAD,
         model_max_length=max_length,
         clean_up_tokenization_spaces=False,
+    )
+
+
+def begin_with_bos(tokenizer: Tokenizer) -> processors.TemplateProcessing:
+    """Put the start token in front of each text, as each file began in training."""
+    return processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
     )

@@ -11,18 +11,17 @@ import json
 import logging
 import platform
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from evals.reference_model import attention, corpus
 from evals.reference_model.batches import BatchStream, row_len_at
 from evals.reference_model.tokenizer import VOCAB_SIZE, train_tokenizer
+from evals.reference_model.workers import GradientWorkers
 
 logger = logging.getLogger(__name__)
 CONTEXT = 8192
@@ -81,27 +80,22 @@ def learning_rate_factor(tokens: int, args: argparse.Namespace) -> float:
     return warm * min(1.0, max(0.0, (args.tokens - tokens) / (args.tokens - decay_start)))
 
 
-def make_loss(model: LlamaForCausalLM) -> Callable[[Tensor], Tensor]:
-    """Return the mean cross entropy of next tokens of `[rows, row_len + 1]`, under bf16 autocast."""
-
-    def loss(rows: Tensor) -> Tensor:
-        with torch.autocast(model.device.type, dtype=torch.bfloat16):
-            hidden = model.model(input_ids=rows[:, :-1], use_cache=False).last_hidden_state
-            logits = model.lm_head(hidden)
-        return F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
-
-    return loss
-
-
 def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """Write weights in bf16, and a configuration that loads them in float32."""
+    """Write weights in bf16, tied ones once, and a configuration that loads them in float32."""
     weights = {name: value.detach().to(torch.bfloat16) for name, value in model.state_dict().items()}
+    del weights["lm_head.weight"]
     model.save_pretrained(out, state_dict=weights)
+    (out / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(out)
-    config = json.loads((out / "config.json").read_text())
-    config["dtype"] = "float32"
-    config.pop("_attn_implementation", None)
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    _edit_json(out / "config.json", {"dtype": "float32"})
+    # transformers 5 would write its own class name, which earlier versions do not know.
+    _edit_json(out / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def _edit_json(path: Path, changes: dict[str, object]) -> None:
+    machine_bound = {"is_local", "local_files_only", "_attn_implementation"}
+    content = {k: v for k, v in json.loads(path.read_text()).items() if k not in machine_bound}
+    path.write_text(json.dumps(content | changes, indent=2) + "\n")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -116,10 +110,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--warmup-tokens", type=int, default=1_000_000)
     parser.add_argument("--decay-share", type=float, default=0.3)
-    parser.add_argument("--long-share", type=float, nargs=2, default=(0.15, 0.03), help="2,048, 8,192")
+    parser.add_argument("--long-share", type=float, nargs=2, default=(0.15, 0.015), help="2,048, 8,192")
     parser.add_argument("--save-every", type=int, default=100, help="steps")
     parser.add_argument("--max-steps", type=int, default=None, help="stop early, to time")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2, help="threads, each on pieces of its own")
+    parser.add_argument("--piece-tokens", type=int, default=1_024, help="what a thread takes at a time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
@@ -140,6 +135,7 @@ def prepare(args: argparse.Namespace) -> tuple[PreTrainedTokenizerFast, list[lis
     documents = [[tokenizer.bos_token_id, *ids, tokenizer.eos_token_id] for ids in encoded]
     provenance = {
         "python": platform.python_version(),
+        "further_sources": [source.name for source in args.source],
         "license": "PSF-2.0",
         "files": len(files),
         "bytes": sum(len(f.text.encode()) for f in files),
@@ -177,9 +173,7 @@ def run(
     """Do the steps from `first_step` on; log one JSON line every ten of them."""
     num_steps = args.tokens // args.batch_tokens
     last_step = min(num_steps, args.max_steps or num_steps)
-    loss_of = make_loss(model)
-    if args.compile:
-        loss_of = torch.compile(loss_of)
+    workers = GradientWorkers(model, args.workers, compiled=args.compile)
     start, log = time.perf_counter(), (args.out / "log.jsonl").open("a")
     bar = tqdm(range(first_step, last_step), initial=first_step, total=last_step, mininterval=5)
     for step in bar:
@@ -188,14 +182,14 @@ def run(
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = factor * (args.lr if isinstance(optimizer, torch.optim.Muon) else args.adam_lr)
-        loss = loss_of(stream.batch(step, row_len, args.batch_tokens).to(model.device))
-        loss.backward()
+        rows = stream.batch(step, row_len, args.batch_tokens).to(model.device)
+        loss = workers.backward(list(rows.split(max(1, args.piece_tokens // row_len))))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if step % 10 == 9:
-            row = {"step": step + 1, "row_len": row_len, "loss": round(loss.item(), 4), "lr_factor": factor}
+            row = {"step": step + 1, "row_len": row_len, "loss": round(loss, 4), "lr_factor": factor}
             row["seconds"] = round(time.perf_counter() - start, 1)
             log.write(json.dumps(row) + "\n")
             log.flush()
@@ -210,7 +204,6 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    torch.set_num_threads(args.threads)
     tokenizer, documents, is_test = prepare(args)
     device = torch.device(args.device)
     model = build_model(tokenizer)
