@@ -127,9 +127,7 @@ def _add_bias(bias: Tensor, mask: Tensor | None) -> Tensor:
     return bias + mask
 
 
-def _check_ownership(
-    module: nn.Module, handle: KVHandle, kwargs: dict[str, Any], mask: Tensor | None
-) -> None:
+def _check_ownership(module: nn.Module, handle: KVHandle, kwargs: dict[str, Any], mask: Tensor | None) -> None:
     """Catch a cache that another model filled, and a prompt that is fed on top of itself."""
     if not handle.is_fresh or handle.plane is None or torch.compiler.is_compiling():
         return
@@ -154,13 +152,7 @@ def _check_ownership(
 def _check_positions(handle: KVHandle, position_ids: Tensor | None, attention_mask: Tensor | None) -> None:
     """A first position before the end of what is cached means that cached tokens came again."""
     table, plane = handle.table, handle.plane
-    if (
-        table is None
-        or plane is None
-        or not plane.is_first
-        or position_ids is None
-        or position_ids.dim() != 2
-    ):
+    if table is None or plane is None or not plane.is_first or position_ids is None or position_ids.dim() != 2:
         return
     q_len = position_ids.shape[1]
     past = table.max_length - q_len

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import masking_utils
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from hf_kvopt.attention.support import model_traits
+from hf_kvopt.attention.support import takes_boolean_masks
 from hf_kvopt.errors import UnsupportedModel
 from hf_kvopt.pool.lazy import LazyTensor
 
@@ -85,9 +85,7 @@ class LazyMask(LazyTensor):
             )
 
     def __repr__(self, **_: Any) -> str:
-        return (
-            f"LazyMask(shape={tuple(self.shape)}, pattern={self.pattern}, padded={self.padding is not None})"
-        )
+        return f"LazyMask(shape={tuple(self.shape)}, pattern={self.pattern}, padded={self.padding is not None})"
 
 
 def lazy_mask(
@@ -112,10 +110,11 @@ def lazy_mask(
         allow_is_causal_skip=False, allow_is_bidirectional_skip=False,
     )  # fmt: skip
     config = kwargs.get("config")
-    if config is not None and not model_traits(type(config)).takes_boolean_masks:
+    if config is not None and not takes_boolean_masks(type(config)):
         return eager_mask(**arguments)
-    if torch.compiler.is_compiling() or isinstance(q_offset, Tensor):
+    if torch.compiler.is_compiling() or (isinstance(q_offset, Tensor) and q_length == 1):
         return sdpa_mask(**arguments)
+    q_offset = int(q_offset)
     pattern = describe(mask_function)
     is_aligned = q_offset + q_length == kv_offset + kv_length
     if pattern is None or (not is_aligned and pattern != Pattern(False, None)):

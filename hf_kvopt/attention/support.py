@@ -7,6 +7,7 @@ from functools import cache
 from types import ModuleType
 from typing import NamedTuple
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 
@@ -15,6 +16,12 @@ class ModelTraits(NamedTuple):
 
     calls_interface: bool  # its attention is chosen by `attn_implementation`
     takes_boolean_masks: bool  # it was written for sdpa's masks, not only for eager's additive ones
+
+
+@torch.compiler.assume_constant_result
+def takes_boolean_masks(config_class: type[PreTrainedConfig]) -> bool:
+    """`ModelTraits.takes_boolean_masks`, as a constant where a compiled graph asks."""
+    return model_traits(config_class).takes_boolean_masks
 
 
 @cache

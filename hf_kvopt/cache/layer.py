@@ -73,9 +73,7 @@ class PagedLayer(CacheLayerMixin):
         self.pool.keys.is_first = not allocator.pools
         allocator.pools.append(self.pool)
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write [batch, num_kv_heads, q_len, head_dim] behind what is held, and hand back all that a query may see.
 
         Raises:
@@ -100,6 +98,12 @@ class PagedLayer(CacheLayerMixin):
             # A window is kept, but this step's first queries look further back: they get the states as they came.
             return _behind(past, 0, key_states), _behind(past, 1, value_states)
         return self._handle(pool.keys, stop), self._handle(pool.values, stop)
+
+    def fork(self, table: BlockTable) -> "PagedLayer":
+        """A layer over the same pool whose rows are those of `table`, a fork of this layer's."""
+        twin = PagedLayer(table)
+        twin.pool, twin.clock = self.pool, self.clock
+        return twin
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         start = self.table.visible_start(query_length)
@@ -147,9 +151,7 @@ class PagedLayer(CacheLayerMixin):
     def _stored(self, name: str) -> Tensor | None:
         if self.pool is None or not self.table.rows:
             return None
-        return getattr(self.pool, name).handle(
-            self.table, self._num_columns() - self.table.base, is_fresh=False
-        )
+        return getattr(self.pool, name).handle(self.table, self._num_columns() - self.table.base, is_fresh=False)
 
     def _past_dense(self, pool: KVPool) -> tuple[Tensor, Tensor] | None:
         """What is held, copied before the table lets go of it."""

@@ -23,6 +23,7 @@ from transformers.cache_utils import (
     get_layer_types_and_kwargs,
 )
 
+from hf_kvopt.cache.fixed import FixedLayer
 from hf_kvopt.cache.layer import PagedLayer
 from hf_kvopt.cache.stats import CacheStats, measure
 from hf_kvopt.config import CacheConfig
@@ -67,9 +68,7 @@ class PagedCache(DynamicCache):
         offload_only_non_sliding: bool = False,
     ) -> None:
         if config is not None and not isinstance(config, PreTrainedConfig):
-            raise TypeError(
-                f"config must be a model's config, e.g. model.config: got {type(config).__name__}"
-            )
+            raise TypeError(f"config must be a model's config, e.g. model.config: got {type(config).__name__}")
         self.cache_config = CacheConfig(block_size=block_size, max_tokens=max_tokens, compileable=compileable)
         self._tables: dict[int | None, BlockTable] = {}
         kwargs: dict[str, Any] = {
@@ -104,6 +103,10 @@ class PagedCache(DynamicCache):
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes a number of tokens to remove, as 0 or less: got {tokens_to_remove}")
+        if self.cache_config.compileable:
+            for layer in self._fixed_layers():
+                layer.set_length(max(0, int(layer.length) + tokens_to_remove))
+            return
         for table in self._live_tables():
             table.require_croppable(-tokens_to_remove)
         for layer in self._stock_layers():
@@ -140,9 +143,12 @@ class PagedCache(DynamicCache):
         """Forget all tokens and the batch size; memory stays reserved for the next batch."""
         for layer in self._stock_layers():
             layer.reset()
-        for table in self._tables.values():
-            table.clear()
-        self._sync_clocks()
+        for fixed in self._fixed_layers():
+            fixed.set_length(0)
+        if not self.cache_config.compileable:
+            for table in self._tables.values():
+                table.clear()
+            self._sync_clocks()
 
     def free(self) -> None:
         """Forget all tokens and give the memory back, but for pools that forks of this cache still use."""
@@ -153,10 +159,10 @@ class PagedCache(DynamicCache):
             layer.pool, layer.table = None, self._table_for(layer.table.window)
 
     def stats(self) -> CacheStats:
-        """Blocks, tokens and bytes held now; `repr` prints them readably."""
-        return measure(
-            list(self._tables.values()), [layer.pool for layer in self._paged_layers() if layer.pool]
-        )
+        """Blocks, tokens and bytes held now."""
+        for layer in self._fixed_layers():
+            layer.table.lengths = [int(layer.length)] * layer.table.batch_size
+        return measure(list(self._tables.values()), [layer.pool for layer in self._paged_layers() if layer.pool])
 
     def check_integrity(self) -> None:
         """Raise KVOptError unless every block is either free or held exactly as often as it is counted."""
@@ -193,6 +199,8 @@ class PagedCache(DynamicCache):
         return DYNAMIC_LAYER_TYPE_MAPPING[kind](**options)
 
     def _make_layer(self, window: int | None = None) -> PagedLayer:
+        if self.cache_config.compileable:
+            return FixedLayer(self._table_for(None))
         return PagedLayer(self._table_for(window))
 
     def _table_for(self, window: int | None) -> BlockTable:
@@ -204,6 +212,9 @@ class PagedCache(DynamicCache):
     def _paged_layers(self) -> list[PagedLayer]:
         return [layer for layer in self.layers if isinstance(layer, PagedLayer)]
 
+    def _fixed_layers(self) -> list[FixedLayer]:
+        return [layer for layer in self.layers if isinstance(layer, FixedLayer)]
+
     def _stock_layers(self) -> list[Any]:
         return [layer for layer in self.layers if not isinstance(layer, PagedLayer)]
 
@@ -211,8 +222,11 @@ class PagedCache(DynamicCache):
         return [table for table in self._tables.values() if table.rows]
 
     def _select(self, indices: Sequence[int]) -> None:
-        for table in self._live_tables():
-            table.select(indices)
+        for layer in self._fixed_layers():
+            layer.select_rows(list(indices))
+        if not self.cache_config.compileable:
+            for table in self._live_tables():
+                table.select(indices)
 
     def _sync_clocks(self) -> None:
         for layer in self._paged_layers():
@@ -220,6 +234,8 @@ class PagedCache(DynamicCache):
 
     def _rollback(self) -> None:
         """Undo a forward of which only some layers were written."""
+        if self.cache_config.compileable:
+            return
         clock = min(layer.clock for layer in self._paged_layers())
         for table in self._tables.values():
             table.rollback(clock)
@@ -235,9 +251,7 @@ def fork(cache: PagedCache, memo: dict[int, Any]) -> Any:
     child.layers = []
     for layer in cache.layers:
         if isinstance(layer, PagedLayer):
-            twin = PagedLayer(child._tables[layer.table.window])
-            twin.pool, twin.clock = layer.pool, layer.clock
-            child.layers.append(twin)
+            child.layers.append(layer.fork(child._tables[layer.table.window]))
         else:
             child.layers.append(copy.deepcopy(layer, memo))
     if cache.layer_class_to_replicate is not None:

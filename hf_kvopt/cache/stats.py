@@ -40,9 +40,7 @@ def measure(tables: Sequence[BlockTable], pools: Sequence[KVPool]) -> CacheStats
         shared += sum(alloc.refcounts[block] > 1 for block in held)
         tokens += sum(length - table.base for length in table.lengths)
         waste += _tail_slack(table)
-        block_bytes = sum(p.num_bytes for pool in alloc.pools for p in pool.planes) // max(
-            1, alloc.num_blocks
-        )
+        block_bytes = sum(p.num_bytes for pool in alloc.pools for p in pool.planes) // max(1, alloc.num_blocks)
         used_bytes += (alloc.num_blocks - alloc.num_free) * block_bytes
     planes = [plane for pool in pools for plane in pool.planes]
     return CacheStats(

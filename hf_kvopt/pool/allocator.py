@@ -161,9 +161,7 @@ class BlockAllocator:
         with self.lock:
             if self.max_blocks is not None:
                 num_blocks = min(num_blocks, self.max_blocks)
-            rows = [row for holder in self.holders for row in holder.held_rows() if row] + list(
-                self.abandoned
-            )
+            rows = [row for holder in self.holders for row in holder.held_rows() if row] + list(self.abandoned)
             held = self.num_blocks - self.num_free
             gap = (num_blocks - held) // max(1, len(rows))
             new_ids: dict[int, int] = {}
@@ -197,9 +195,7 @@ class BlockAllocator:
         with self.lock:
             for block in blocks:
                 if self.refcounts[block] <= 0:
-                    raise KVOptError(
-                        f"block {block} was released twice; this is a bug, run check_integrity()"
-                    )
+                    raise KVOptError(f"block {block} was released twice; this is a bug, run check_integrity()")
                 self.refcounts[block] -= 1
                 if self.refcounts[block] == 0:
                     self._give(block)

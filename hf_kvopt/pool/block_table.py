@@ -182,9 +182,7 @@ class BlockTable:
     def block_table(self, device: torch.device) -> Tensor:
         """[batch, max_blocks] int32 on `device`, short rows filled with block 0."""
         width = max((len(row) for row in self.rows), default=0)
-        return self._tensor(
-            "table", device, [row + [0] * (width - len(row)) for row in self.rows], torch.int32
-        )
+        return self._tensor("table", device, [row + [0] * (width - len(row)) for row in self.rows], torch.int32)
 
     def seq_lens(self, device: torch.device) -> Tensor:
         """[batch] int32: tokens held of each row (from `base` on)."""
@@ -194,10 +192,7 @@ class BlockTable:
         """[batch, stop - start] int64 slots of the columns `start` to `stop`, counted back from each row's end."""
         size, longest = self.block_size, self.max_length
         table = [
-            [
-                row[(p - self.base) // size] * size + (p - self.base) % size
-                for p in range(start - lag, stop - lag)
-            ]
+            [row[(p - self.base) // size] * size + (p - self.base) % size for p in range(start - lag, stop - lag)]
             for row, lag in zip(self.rows, (longest - length for length in self.lengths), strict=True)
         ]
         return self._tensor(f"slots {start} {stop}", device, table, torch.int64)
@@ -214,9 +209,7 @@ class BlockTable:
 
     def _start_rows(self, lengths: list[int]) -> None:
         """Fresh rows for `lengths` tokens, less what a window drops at once; what was held is retired."""
-        window_start = (
-            0 if self.window is None or self.record_past else max(0, min(lengths) - self.window + 1)
-        )
+        window_start = 0 if self.window is None or self.record_past else max(0, min(lengths) - self.window + 1)
         base = window_start // self.block_size * self.block_size
         sizes = [-(-(length - base) // self.block_size) for length in lengths]
         self.allocator.ensure_free(sum(sizes))
@@ -229,10 +222,7 @@ class BlockTable:
     def _extend_rows(self, num_tokens: int) -> None:
         self._drop_front(self.visible_start(num_tokens))
         lengths = [length + num_tokens for length in self.lengths]
-        wanted = [
-            -(-(n - self.base) // self.block_size) - len(row)
-            for n, row in zip(lengths, self.rows, strict=True)
-        ]
+        wanted = [-(-(n - self.base) // self.block_size) - len(row) for n, row in zip(lengths, self.rows, strict=True)]
         copied = self._rows_to_copy()
         if copied or any(wanted):
             self.allocator.ensure_free(sum(wanted) + len(copied))

@@ -122,9 +122,7 @@ class KVHandle(LazyTensor):
         return f"KVHandle(shape={self.spec.shape}, dtype={self.spec.dtype}, format={self.spec.format!r})"
 
     def __tensor_flatten__(self) -> tuple[list[str], HandleSpec]:
-        return [
-            n for n in ("codes", "scale", "_block_table", "_seq_lens") if getattr(self, n) is not None
-        ], self.spec
+        return [n for n in ("codes", "scale", "_block_table", "_seq_lens") if getattr(self, n) is not None], self.spec
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], spec: HandleSpec, *_: Any) -> "KVHandle":
@@ -134,6 +132,4 @@ class KVHandle(LazyTensor):
 
 @cache
 def _say_once(op: str) -> None:
-    logger.warning(
-        "%s is not read in place: keys or values were gathered from the paged cache into a copy for it", op
-    )
+    logger.warning("%s is not read in place: keys or values were gathered from the paged cache into a copy for it", op)

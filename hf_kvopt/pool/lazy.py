@@ -42,9 +42,7 @@ class LazyTensor(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _PASS_THROUGH:
             return args[0].rewrap()
-        if func._schema.is_mutable and any(
-            isinstance(written, LazyTensor) for written in _written(func, args, kwargs)
-        ):
+        if func._schema.is_mutable and any(isinstance(written, LazyTensor) for written in _written(func, args, kwargs)):
             raise CacheStateError(
                 f"{func} writes into a {cls.__name__}, which has no storage of its own: the write would be lost; "
                 "clone() it first"

