@@ -1,6 +1,6 @@
 """`python -m evals.speed`: prefill, decode step, generate() and peak memory of sides in one process.
 
-Sides run interleaved, repeat by repeat, after an equality check that is the warm-up as well; figures are
+Sides run interleaved, a few steps at a time, after an equality check that is the warm-up as well; figures are
 medians. No row is written for a side whose logits are not the first side's, and the exit status is then 1.
 """
 
@@ -8,7 +8,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -46,7 +46,7 @@ def make_parser() -> Parser:
     parser.add_argument("--batches", nargs="+", type=at_least(1), default=[1], help="rows (1)")
     parser.add_argument("--steps", type=at_least(1), default=32, help="decode steps a repeat (%(default)s)")
     parser.add_argument("--new-tokens", type=at_least(0), default=32, help="of generate(), 0: skip it (%(default)s)")
-    parser.add_argument("--repeats", type=at_least(1), default=7, help="%(default)s")
+    parser.add_argument("--repeats", type=at_least(1), default=5, help="%(default)s")
     parser.add_argument("--no-peak", action="store_true", help="skip peak memory, a process a side on a CPU")
     parser.add_argument("--out", type=Path, help="JSON file to append rows to (speed-<device>.json of the results)")
     return parser
@@ -113,7 +113,8 @@ def _rows(args: argparse.Namespace, subject: Subject, sides: Sequence[Side], res
                 "repeats": args.repeats,
                 "prefill_ms": median(timing.prefill_ms),
                 "step_ms": median(timing.step_ms),
-                "step_ms_repeats": [round(ms, 4) for ms in timing.step_ms],
+                "step_ms_mean": mean(timing.step_ms),
+                "step_ms_range": [min(timing.step_ms), max(timing.step_ms)],
                 "prefill_ratio": median_ratio(timing.prefill_ms, timings[sides[0]].prefill_ms),
                 "step_ratio": median_ratio(timing.step_ms, timings[sides[0]].step_ms),
                 "generate_tokens_per_s": _tokens_per_s(work, timing),

@@ -1,11 +1,13 @@
-"""Times sides in one process, repeat by repeat in rotating order, so that drift is shared."""
+"""Times sides in one process, turn by turn in rotating order, so that drift is shared."""
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
 import torch
 from torch import Tensor
+from transformers import Cache
 
 from evals._common.clock import Clock
 from evals._common.memory import KVBytes, kv_bytes
@@ -15,10 +17,14 @@ from evals._common.screen import Advance
 from evals._common.sides import Side
 from evals.speed.workload import Workload, decode, generate, prefill
 
+# Steps that one side does before the next has its turn: short enough that all see the same machine, long enough that
+# what the others left in the CPU's caches is a small part of it.
+STRETCH = 4
+
 
 @dataclass(kw_only=True)
 class Timings:
-    """One entry a repeat: repeat i of every side ran before repeat i + 1 of any."""
+    """Entry i of every side ran before entry i + 1 of any: one a repeat, of steps one a stretch of a repeat."""
 
     prefill_ms: list[float] = field(default_factory=list)
     step_ms: list[float] = field(default_factory=list)
@@ -69,26 +75,43 @@ def time_sides(
     repeats: int,
     advance: Advance,
 ) -> dict[Side, Timings]:
-    """Time prefill, decode steps (mean over the steps of a repeat) and a whole generate() of every side."""
+    """Time prefill, decode steps and a whole generate() of every side; the caches of all sides are alive at once."""
     clock = Clock(subject.model.device)
     timings = {side: Timings() for side in sides}
     for repeat in range(repeats):
         turn = repeat % len(sides)
-        for side in (*sides[turn:], *sides[:turn]):
-            _time_forward(clock, subject, side, work, ids, timings[side])
+        order = [*sides[turn:], *sides[:turn]]
+        gc.collect()
+        caches = {side: _time_prefill(clock, subject, side, work, ids, timings[side]) for side in order}
+        for start in range(work.context, work.context + work.steps, STRETCH):
+            for side, cache in caches.items():
+                _time_steps(clock, subject, side, cache, ids[:, start : start + STRETCH], timings[side])
+        for side in order:
+            timings[side].kv = kv_bytes(caches.pop(side))
             if work.new_tokens:
                 _time_generate(clock, subject, side, work, ids, timings[side])
             advance(f"{work.context} tokens, batch {work.batch}: {side}")
     return timings
 
 
-def _time_forward(clock: Clock, subject: Subject, side: Side, work: Workload, ids: Tensor, timings: Timings) -> None:
+def _time_prefill(clock: Clock, subject: Subject, side: Side, work: Workload, ids: Tensor, timings: Timings) -> Cache:
     model, cache = side.attend(subject.model), work.make_cache(side, subject)
     clock.settle()
     timings.prefill_ms.append(clock.time_ms(lambda: prefill(model, cache, ids[:, : work.context])))
+    return cache
+
+
+def _time_steps(
+    clock: Clock,
+    subject: Subject,
+    side: Side,
+    cache: Cache,
+    ids: Tensor,  # [batch, at most STRETCH]
+    timings: Timings,
+) -> None:
+    model = side.attend(subject.model)
     clock.settle()
-    timings.step_ms.append(clock.time_ms(lambda: decode(model, cache, ids[:, work.context :])) / work.steps)
-    timings.kv = kv_bytes(cache)
+    timings.step_ms.append(clock.time_ms(lambda: decode(model, cache, ids)) / ids.shape[1])
 
 
 def _time_generate(clock: Clock, subject: Subject, side: Side, work: Workload, ids: Tensor, timings: Timings) -> None:
@@ -99,5 +122,5 @@ def _time_generate(clock: Clock, subject: Subject, side: Side, work: Workload, i
 
 
 def median_ratio(subject_ms: Sequence[float], peer_ms: Sequence[float]) -> float:
-    """Give the median over repeats of subject over peer, each pair from the same repeat."""
+    """Give the median of subject over peer; entry i of both ran one after the other, so that drift cancels."""
     return median(a / b for a, b in zip(subject_ms, peer_ms, strict=True))
