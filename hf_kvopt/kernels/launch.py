@@ -49,8 +49,7 @@ class Config(NamedTuple):
     block_n: int
     num_warps: int
     num_stages: int
-    tma: bool = False
-    warp_specialize: bool = False
+    tma: bool = False  # read keys and values through tensor descriptors where they suit
 
     @property
     def options(self) -> dict[str, int]:

@@ -9,6 +9,7 @@ from typing import Any
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     HAS_TRITON = True
 except ImportError:
@@ -23,9 +24,9 @@ except ImportError:
         def jit(self, fn: Callable[..., Any] | None = None, **_: Any) -> Callable[..., Any]:
             return (lambda kernel: kernel) if fn is None else fn
 
-    triton = tl = _Missing()
+    triton = tl = TensorDescriptor = _Missing()
 
 # Read once: triton decides at decoration, when the kernel files are imported.
 INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
 
-__all__ = ["HAS_TRITON", "INTERPRET", "tl", "triton"]
+__all__ = ["HAS_TRITON", "INTERPRET", "TensorDescriptor", "tl", "triton"]

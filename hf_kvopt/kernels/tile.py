@@ -52,8 +52,8 @@ def is_seen(
     IS_CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
 ):
-    """Return [BLOCK_M, BLOCK_N]: which query sees which kv index, explicit masks aside."""
-    seen = ((offs_n >= kv_lo) & (offs_n < kv_len))[None, :] & (position[:, None] == position[:, None])
+    """Return [BLOCK_M or 1, BLOCK_N]: which query sees which kv index, explicit masks aside."""
+    seen = ((offs_n >= kv_lo) & (offs_n < kv_len))[None, :]
     if IS_CAUSAL:
         seen = seen & (offs_n[None, :] <= position[:, None])
     if HAS_WINDOW:

@@ -1,0 +1,340 @@
+"""The ops as the rest of the package calls them, registered with torch.library under `hf_kvopt::`.
+
+One rule for all: a CUDA tensor takes the kernel, and so does a CPU tensor under TRITON_INTERPRET=1; every other tensor
+takes the torch path; what a CUDA device cannot do raises `UnsupportedDevice`. Fake implementations and declared
+mutations let `torch.compile(fullgraph=True)` and CUDA graphs see one opaque op each.
+
+Queries are aligned bottom-right: query i of a row sits at position seq_len - q_len + i. The ops have no gradient,
+and raise where one would be lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hf_kvopt.errors import KVOptError, UnsupportedDevice
+from hf_kvopt.kernels import flash_prefill as _flash_prefill
+from hf_kvopt.kernels import merge_state as _merge_state
+from hf_kvopt.kernels import paged_decode as _paged_decode
+from hf_kvopt.kernels import paged_prefill as _paged_prefill
+from hf_kvopt.kernels import store_kv as _store_kv
+from hf_kvopt.kernels.checks import check_format_runs
+from hf_kvopt.kernels.launch import target_of
+from hf_kvopt.kernels.reference import AttentionOut
+from hf_kvopt.kernels.shim import HAS_TRITON, INTERPRET
+from hf_kvopt.quant import Format, format_of
+
+_PATTERN = (
+    "float scale, bool is_causal=True, int? window=None, float? softcap=None, Tensor? sinks=None, "
+    "Tensor? starts=None, Tensor? mask=None"
+)
+_POOLS = "Tensor q, Tensor k_pool, Tensor v_pool, Tensor block_table, Tensor seq_lens"
+_SCHEMAS = {
+    "store_kv": "(Tensor k, Tensor v, Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor slot_mapping, "
+    "Tensor(c!)? k_scale=None, Tensor(d!)? v_scale=None) -> ()",
+    "paged_decode": f"({_POOLS}, {_PATTERN}, Tensor? k_scale=None, Tensor? v_scale=None, "
+    "Tensor(a!)? scratch=None) -> (Tensor, Tensor)",
+    "paged_prefill": f"({_POOLS}, {_PATTERN}, Tensor? k_scale=None, Tensor? v_scale=None) -> (Tensor, Tensor)",
+    "flash_prefill": f"(Tensor q, Tensor k, Tensor v, {_PATTERN}, Tensor? cu_seqlens_q=None, "
+    "Tensor? cu_seqlens_k=None, SymInt? max_q_len=None) -> (Tensor, Tensor)",
+    "merge_state": "(Tensor partial_out, Tensor partial_lse, Tensor? sinks=None, ScalarType? dtype=None) "
+    "-> (Tensor, Tensor)",
+}
+
+
+def runs_kernel(tensor: Tensor) -> bool:
+    """Whether an op over this tensor runs the Triton kernel; raises UnsupportedDevice on CUDA without Triton."""
+    if tensor.is_cuda and not HAS_TRITON:
+        raise UnsupportedDevice("kernels on CUDA need Triton: got none installed; pip install triton, or use the CPU")
+    return tensor.is_cuda or (INTERPRET and tensor.device.type == "cpu")
+
+
+def _takes_kernel(*inputs: Tensor) -> bool:
+    """`runs_kernel`, and an error where a gradient would be lost without a word."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+        raise KVOptError(
+            "hf_kvopt ops have no gradient: got an input that requires one; call under torch.no_grad(), or train with "
+            "attn_implementation='sdpa'"
+        )
+    return runs_kernel(inputs[0])
+
+
+def require_format(fmt: Format, like: Tensor) -> None:
+    """Raise UnsupportedDevice if kernels on this tensor's device cannot read the format; for cache construction."""
+    if runs_kernel(like):
+        check_format_runs(fmt, target_of(like))
+
+
+def store_kv(
+    k: Tensor,  # [batch, num_kv_heads, q_len, k_dim], last axis contiguous
+    v: Tensor,  # [batch, num_kv_heads, q_len, v_dim]
+    k_pool: Tensor,  # [num_blocks, block_size, num_kv_heads, k_dim or packed], written in place
+    v_pool: Tensor,
+    slot_mapping: Tensor,  # [batch * q_len] int64: block * block_size + offset, -1 to skip
+    k_scale: Tensor | None = None,  # [num_blocks, block_size, num_kv_heads] float16 or float32
+    v_scale: Tensor | None = None,
+) -> None:
+    """Quantize (the pools' dtypes say how) and scatter new keys and values into their slots."""
+    torch.ops.hf_kvopt.store_kv(k, v, k_pool, v_pool, slot_mapping, k_scale, v_scale)
+
+
+def paged_decode(
+    q: Tensor,  # [batch, num_heads, q_len, head_dim], last axis contiguous
+    k_pool: Tensor,  # [num_blocks, block_size, num_kv_heads, head_dim or packed]
+    v_pool: Tensor,  # [num_blocks, block_size, num_kv_heads, v_dim or packed]
+    block_table: Tensor,  # [batch, max_blocks] int32
+    seq_lens: Tensor,  # [batch] int32, new tokens included
+    *,
+    scale: float,
+    is_causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,  # [num_heads]
+    starts: Tensor | None = None,  # [batch] int32
+    mask: Tensor | None = None,  # [batch | 1, num_heads | 1, q_len | 1, kv_len] bool or float
+    k_scale: Tensor | None = None,  # [num_blocks, block_size, num_kv_heads]
+    v_scale: Tensor | None = None,
+    scratch: Tensor | None = None,  # float32, see paged_decode.decode_scratch
+    return_lse: bool = False,
+) -> AttentionOut:
+    """Attention of one or a few queries a row, split over the KV length; lengths stay on the device."""
+    out, lse = torch.ops.hf_kvopt.paged_decode(
+        q, k_pool, v_pool, block_table, seq_lens, scale, is_causal, window, softcap, sinks, starts, mask, k_scale,
+        v_scale, scratch,
+    )  # fmt: skip
+    return AttentionOut(out, lse if return_lse else None)
+
+
+def paged_prefill(
+    q: Tensor,  # [batch, num_heads, q_len, head_dim], last axis contiguous
+    k_pool: Tensor,  # [num_blocks, block_size, num_kv_heads, head_dim or packed]
+    v_pool: Tensor,  # [num_blocks, block_size, num_kv_heads, v_dim or packed]
+    block_table: Tensor,  # [batch, max_blocks] int32
+    seq_lens: Tensor,  # [batch] int32, new tokens included
+    *,
+    scale: float,
+    is_causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,  # [num_heads]
+    starts: Tensor | None = None,  # [batch] int32
+    mask: Tensor | None = None,  # [batch | 1, num_heads | 1, q_len | 1, kv_len] bool or float
+    k_scale: Tensor | None = None,  # [num_blocks, block_size, num_kv_heads]
+    v_scale: Tensor | None = None,
+    return_lse: bool = False,
+) -> AttentionOut:
+    """Attention of a chunk of queries through the block table."""
+    out, lse = torch.ops.hf_kvopt.paged_prefill(
+        q, k_pool, v_pool, block_table, seq_lens, scale, is_causal, window, softcap, sinks, starts, mask, k_scale,
+        v_scale,
+    )  # fmt: skip
+    return AttentionOut(out, lse if return_lse else None)
+
+
+def flash_prefill(
+    q: Tensor,  # [batch, num_heads, q_len, head_dim], last axis contiguous
+    k: Tensor,  # [batch, num_kv_heads, kv_len, head_dim], last axis contiguous
+    v: Tensor,  # [batch, num_kv_heads, kv_len, v_dim], last axis contiguous
+    *,
+    scale: float,
+    is_causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,  # [num_heads]
+    starts: Tensor | None = None,  # [batch] int32
+    mask: Tensor | None = None,  # [batch | 1, num_heads | 1, q_len | 1, kv_len] bool or float
+    cu_seqlens_q: Tensor | None = None,  # [num_seqs + 1] int32: packed sequences, batch is 1
+    cu_seqlens_k: Tensor | None = None,  # [num_seqs + 1] int32
+    max_q_len: int | None = None,
+    return_lse: bool = False,
+) -> AttentionOut:
+    """Attention over dense keys and values."""
+    out, lse = torch.ops.hf_kvopt.flash_prefill(
+        q, k, v, scale, is_causal, window, softcap, sinks, starts, mask, cu_seqlens_q, cu_seqlens_k, max_q_len
+    )
+    return AttentionOut(out, lse if return_lse else None)
+
+
+def merge_state(
+    partial_out: Tensor,  # [num_splits, batch, q_len, num_heads, v_dim], contiguous
+    partial_lse: Tensor,  # [num_splits, batch, num_heads, q_len] float32, without sinks
+    sinks: Tensor | None = None,  # [num_heads]
+    dtype: torch.dtype | None = None,  # of the output; that of the parts if None
+) -> AttentionOut:
+    """Merge attention over parts of the keys by their log-sum-exp."""
+    return AttentionOut(*torch.ops.hf_kvopt.merge_state(partial_out, partial_lse, sinks, dtype))
+
+
+def _store_kv_impl(
+    k: Tensor,
+    v: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    slot_mapping: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> None:
+    op = _store_kv.store_kv if _takes_kernel(k, v) else _store_kv.store_kv_reference
+    op(k, v, k_pool, v_pool, slot_mapping, k_scale, v_scale)
+
+
+def _paged_decode_impl(
+    q: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    is_causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    starts: Tensor | None = None,
+    mask: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    scratch: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    pools = (q, k_pool, v_pool, block_table, seq_lens)
+    if _takes_kernel(q):
+        return _both(
+            _paged_decode.paged_decode(
+                *pools, scale=scale, is_causal=is_causal, window=window, softcap=softcap, sinks=sinks, starts=starts,
+                mask=mask, k_scale=k_scale, v_scale=v_scale, scratch=scratch,
+            )
+        )  # fmt: skip
+    return _paged_torch(*pools, scale, is_causal, window, softcap, sinks, starts, mask, k_scale, v_scale)
+
+
+def _paged_prefill_impl(
+    q: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    is_causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    starts: Tensor | None = None,
+    mask: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    pools = (q, k_pool, v_pool, block_table, seq_lens)
+    if _takes_kernel(q):
+        return _both(
+            _paged_prefill.paged_prefill(
+                *pools, scale=scale, is_causal=is_causal, window=window, softcap=softcap, sinks=sinks, starts=starts,
+                mask=mask, k_scale=k_scale, v_scale=v_scale,
+            )
+        )  # fmt: skip
+    return _paged_torch(*pools, scale, is_causal, window, softcap, sinks, starts, mask, k_scale, v_scale)
+
+
+def _paged_torch(
+    q: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    is_causal: bool,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    starts: Tensor | None,
+    mask: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The torch path of both paged ops; float32 inside."""
+    return _both(
+        _paged_decode.paged_decode_reference(
+            q, k_pool, v_pool, block_table, seq_lens, scale=scale, is_causal=is_causal, window=window, softcap=softcap,
+            sinks=sinks, starts=starts, mask=mask, k_scale=k_scale, v_scale=v_scale,
+        )
+    )  # fmt: skip
+
+
+def _flash_prefill_impl(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    is_causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    starts: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_q_len: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    op = _flash_prefill.flash_prefill if _takes_kernel(q, k, v) else _flash_prefill.flash_prefill_reference
+    return _both(
+        op(
+            q, k, v, scale=scale, is_causal=is_causal, window=window, softcap=softcap, sinks=sinks, starts=starts,
+            mask=mask, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_q_len=max_q_len,
+        )
+    )  # fmt: skip
+
+
+def _merge_state_impl(
+    partial_out: Tensor, partial_lse: Tensor, sinks: Tensor | None = None, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    op = _merge_state.merge_state if _takes_kernel(partial_out) else _merge_state.merge_state_reference
+    return _both(op(partial_out, partial_lse, sinks, dtype))
+
+
+def _both(result: AttentionOut) -> tuple[Tensor, Tensor]:
+    assert result.lse is not None  # every op computes it; only the callers above may drop it
+    return result.out, result.lse
+
+
+def _store_kv_fake(k: Tensor, v: Tensor, *args: object) -> None:
+    return None
+
+
+def _paged_fake(q: Tensor, k_pool: Tensor, v_pool: Tensor, *args: object) -> tuple[Tensor, Tensor]:
+    batch, num_heads, q_len, _ = q.shape
+    v_dim = v_pool.shape[3] * format_of(v_pool.dtype).codes_per_byte
+    return _empty_results(q, batch, q_len, num_heads, v_dim)
+
+
+def _flash_prefill_fake(q: Tensor, k: Tensor, v: Tensor, *args: object) -> tuple[Tensor, Tensor]:
+    return _empty_results(q, q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+
+
+def _merge_state_fake(
+    partial_out: Tensor, partial_lse: Tensor, sinks: Tensor | None = None, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    return partial_out.new_empty(partial_out.shape[1:], dtype=dtype), partial_lse.new_empty(partial_lse.shape[1:])
+
+
+def _empty_results(q: Tensor, batch: int, q_len: int, num_heads: int, v_dim: int) -> tuple[Tensor, Tensor]:
+    out = q.new_empty((batch, q_len, num_heads, v_dim))
+    return out, q.new_empty((batch, num_heads, q_len), dtype=torch.float32)
+
+
+def _register() -> None:
+    implementations: dict[str, tuple[Callable[..., object], Callable[..., object]]] = {
+        "store_kv": (_store_kv_impl, _store_kv_fake),
+        "paged_decode": (_paged_decode_impl, _paged_fake),
+        "paged_prefill": (_paged_prefill_impl, _paged_fake),
+        "flash_prefill": (_flash_prefill_impl, _flash_prefill_fake),
+        "merge_state": (_merge_state_impl, _merge_state_fake),
+    }
+    for name, schema in _SCHEMAS.items():
+        real, fake = implementations[name]
+        torch.library.define(f"hf_kvopt::{name}", schema)
+        torch.library.impl(f"hf_kvopt::{name}", "default", real)
+        torch.library.register_fake(f"hf_kvopt::{name}", fake)
+
+
+_register()
