@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerationConfig
 
 from hf_kvopt.attention.register import ATTENTION_NAME
@@ -54,7 +54,8 @@ def enable(
     if attention:
         model.set_attn_implementation(ATTENTION_NAME)
     if cache is not None:
-        model._prepare_cache_for_generation = _preparer(model, CACHES[cache], cache_options)
+        # In the instance's own dict: `generate` calls the method through self (nn.Module would file it elsewhere).
+        model.__dict__["_prepare_cache_for_generation"] = _preparer(model, CACHES[cache], cache_options)
     setattr(model, _STATE, previous)
     return model
 
@@ -71,8 +72,8 @@ def disable(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _preparer(model: PreTrainedModel, factory: CacheFactory, options: dict[str, Any]) -> Callable[..., None]:
-    """A stand-in for `GenerationMixin._prepare_cache_for_generation` that makes our cache where it makes the default."""
-    original = type(model)._prepare_cache_for_generation
+    """Instead of `GenerationMixin._prepare_cache_for_generation`: our cache where that would make the default."""
+    original: Callable[..., None] = getattr(type(model), "_prepare_cache_for_generation")  # noqa: B009  private there
 
     def prepare(
         generation_config: GenerationConfig,
@@ -85,11 +86,11 @@ def _preparer(model: PreTrainedModel, factory: CacheFactory, options: dict[str, 
             model_kwargs.get("past_key_values") is None
             and generation_config.use_cache is not False
             and generation_config.cache_implementation is None
-            and model._supports_default_dynamic_cache()
+            and model._supports_default_dynamic_cache()  # type: ignore[operator]
         )
         if is_ours_to_make:
             config = model.config.get_text_config(decoder=True)
-            cache = factory(config=config, **options)
+            cache: Cache = factory(config=config, **options)
             if model.config.is_encoder_decoder:
                 cache = EncoderDecoderCache(cache, factory(config=config, **options))
             if generation_config.is_assistant:
@@ -103,7 +104,7 @@ def _preparer(model: PreTrainedModel, factory: CacheFactory, options: dict[str, 
 
 def _check_supported(model: PreTrainedModel, attention: bool) -> None:
     config = model.config.get_text_config(decoder=True)
-    if attention and not model_traits(type(config)).calls_interface:
+    if attention and not model_traits(type(config)).calls_interface:  # type: ignore[arg-type]
         raise UnsupportedModel(
             f"{type(model).__name__} has its attention written into the model: got attention=True, which cannot be "
             "chosen there; call enable(model, attention=False) to use the cache alone"

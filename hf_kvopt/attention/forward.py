@@ -113,8 +113,8 @@ def _take_apart(
         return Masking(causal, window, None, attention_mask.key_mask)
     if attention_mask.dim() != 4:
         raise ValueError(
-            f"attention_mask must have 4 dimensions [batch, heads, q_len, kv_len] here: got {tuple(attention_mask.shape)}; "
-            "pass a 2D padding mask to the model, not to the attention"
+            "attention_mask must have 4 dimensions [batch, heads, q_len, kv_len] here: got "
+            f"{tuple(attention_mask.shape)}; pass a 2D padding mask to the model, not to the attention"
         )
     return Masking(False, None, None, attention_mask[..., :kv_len])
 

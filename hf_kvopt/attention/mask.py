@@ -39,6 +39,7 @@ class LazyMask(LazyTensor):
 
     pattern: Pattern
     padding: Tensor | None
+    make_dense: Callable[[], Tensor | None]
 
     @staticmethod
     def __new__(
@@ -47,7 +48,7 @@ class LazyMask(LazyTensor):
         device: torch.device,
         pattern: Pattern,
         padding: Tensor | None,
-        make_dense: Callable[[], Tensor],
+        make_dense: Callable[[], Tensor | None],
     ) -> "LazyMask":
         """See the class."""
         mask = LazyMask.wrap(shape, torch.bool, device)
@@ -71,7 +72,9 @@ class LazyMask(LazyTensor):
         return None if self.padding is None else self.padding[:, None, None, :]
 
     def dense(self) -> Tensor:
-        return self.make_dense().contiguous()
+        mask = self.make_dense()
+        assert mask is not None  # the skips that would leave it out are off
+        return mask.contiguous()
 
     def rewrap(self) -> "LazyMask":
         return LazyMask(tuple(self.shape), self.device, self.pattern, self.padding, self.make_dense)  # type: ignore[arg-type]
@@ -84,7 +87,7 @@ class LazyMask(LazyTensor):
                 "are boolean; load the model with attn_implementation='eager' and pass the cache alone"
             )
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, *_: Any, **__: Any) -> str:  # type: ignore[override]
         return f"LazyMask(shape={tuple(self.shape)}, pattern={self.pattern}, padded={self.padding is not None})"
 
 
@@ -98,7 +101,7 @@ def lazy_mask(
     attention_mask: Tensor | None = None,
     device: torch.device | str = "cpu",
     **kwargs: Any,
-) -> Tensor:
+) -> Tensor | None:
     """The mask function that transformers calls, keywords and all; see `AttentionMaskInterface`.
 
     Returns a `LazyMask` or a dense bool [batch, 1, q_len, kv_len]; for models that need transformers' eager float

@@ -21,7 +21,7 @@ class ModelTraits(NamedTuple):
 @torch.compiler.assume_constant_result
 def takes_boolean_masks(config_class: type[PreTrainedConfig]) -> bool:
     """`ModelTraits.takes_boolean_masks`, as a constant where a compiled graph asks."""
-    return model_traits(config_class).takes_boolean_masks
+    return model_traits(config_class).takes_boolean_masks  # type: ignore[arg-type]
 
 
 @cache

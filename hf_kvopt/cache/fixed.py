@@ -94,8 +94,8 @@ class FixedLayer(PagedLayer):
             return
         if len(indices) != self.table.batch_size:
             raise CacheStateError(
-                f"a cache of fixed capacity keeps its batch size of {self.table.batch_size}: got {len(indices)} rows; use "
-                "PagedCache without compileable=True to change the batch"
+                f"a cache of fixed capacity keeps its batch size of {self.table.batch_size}: got {len(indices)} rows; "
+                "use PagedCache without compileable=True to change the batch"
             )
         for plane in self.pool.planes:
             rows = plane.codes.view(len(indices), self.row_capacity, plane.num_heads, plane.dim)

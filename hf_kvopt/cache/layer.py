@@ -37,7 +37,7 @@ class PagedLayer(CacheLayerMixin):
             self.sliding_window = table.window
 
     @property
-    def is_initialized(self) -> bool:
+    def is_initialized(self) -> bool:  # type: ignore[override]
         """Whether the pool exists."""
         return self.pool is not None
 
@@ -47,12 +47,12 @@ class PagedLayer(CacheLayerMixin):
         return self.table.record_past
 
     @property
-    def keys(self) -> Tensor | None:
+    def keys(self) -> Tensor | None:  # type: ignore[override]
         """[batch, num_kv_heads, tokens held, head_dim], by reference; None before the first update."""
         return self._stored("keys")
 
     @property
-    def values(self) -> Tensor | None:
+    def values(self) -> Tensor | None:  # type: ignore[override]
         """Like `keys`."""
         return self._stored("values")
 
@@ -176,8 +176,8 @@ class PagedLayer(CacheLayerMixin):
             raise CacheStateError(
                 f"this layer of the cache holds keys and values of [{pool.keys.num_heads}, {pool.keys.dim}] and "
                 f"[{pool.values.num_heads}, {pool.values.dim}] (heads, head_dim) in {pool.keys.dtype}: got "
-                f"{list(key_states.shape)} and {list(value_states.shape)} in {key_states.dtype}; use one cache a model, "
-                "and free() it before giving it to another"
+                f"{list(key_states.shape)} and {list(value_states.shape)} in {key_states.dtype}; use one cache a "
+                "model, and free() it before giving it to another"
             )
 
     def _refuse(self, name: str) -> NoReturn:

@@ -77,7 +77,7 @@ class PagedCache(DynamicCache):
         }
         if config is None:
             # Past DynamicCache's __init__, which would build its own layers.
-            Cache.__init__(self, layer_class_to_replicate=self._make_layer, **kwargs)
+            Cache.__init__(self, layer_class_to_replicate=self._make_layer, **kwargs)  # type: ignore[arg-type]
         else:
             Cache.__init__(self, layers=self._layers_for(config), **kwargs)
 
@@ -255,5 +255,5 @@ def fork(cache: PagedCache, memo: dict[int, Any]) -> Any:
         else:
             child.layers.append(copy.deepcopy(layer, memo))
     if cache.layer_class_to_replicate is not None:
-        child.layer_class_to_replicate = child._make_layer
+        child.layer_class_to_replicate = child._make_layer  # type: ignore[assignment]
     return child

@@ -40,7 +40,7 @@ def measure(tables: Sequence[BlockTable], pools: Sequence[KVPool]) -> CacheStats
         shared += sum(alloc.refcounts[block] > 1 for block in held)
         tokens += sum(length - table.base for length in table.lengths)
         waste += _tail_slack(table)
-        block_bytes = sum(p.num_bytes for pool in alloc.pools for p in pool.planes) // max(1, alloc.num_blocks)
+        block_bytes = sum(pool.num_bytes for pool in alloc.pools) // max(1, alloc.num_blocks)
         used_bytes += (alloc.num_blocks - alloc.num_free) * block_bytes
     planes = [plane for pool in pools for plane in pool.planes]
     return CacheStats(
@@ -51,7 +51,7 @@ def measure(tables: Sequence[BlockTable], pools: Sequence[KVPool]) -> CacheStats
         num_tokens=tokens,
         waste_tokens=waste,
         used_bytes=used_bytes,
-        reserved_bytes=sum(plane.num_bytes for plane in planes),
+        reserved_bytes=sum(pool.num_bytes for pool in pools),
         dense_fallbacks=sum(plane.num_fallbacks for plane in planes),
     )
 

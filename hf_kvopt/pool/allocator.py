@@ -33,6 +33,11 @@ class BlockHolder(Protocol):
 class BlockPool(Protocol):
     """Storage that follows the allocator's block numbers."""
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held, free blocks included."""
+        ...
+
     def resize(self, num_blocks: int, src: list[int], dst: list[int]) -> None:
         """Move to storage of `num_blocks` blocks, block `src[i]` becoming `dst[i]`."""
         ...
@@ -255,7 +260,7 @@ class BlockAllocator:
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
-        self.lock, self.holders = threading.RLock(), weakref.WeakSet(state["holders"])  # type: ignore[arg-type, call-overload]
+        self.lock, self.holders = threading.RLock(), weakref.WeakSet(state["holders"])  # type: ignore[call-overload]
 
 
 def is_one_run(row: Sequence[int]) -> bool:

@@ -68,8 +68,8 @@ class BlockTable:
         """
         if self.rows and batch_size != len(self.rows):
             raise CacheStateError(
-                f"the cache holds {len(self.rows)} rows: got a batch of {batch_size}; call cache.reset() for a new batch, "
-                "or batch_repeat_interleave / batch_select_indices to change this one"
+                f"the cache holds {len(self.rows)} rows: got a batch of {batch_size}; call cache.reset() for a new "
+                "batch, or batch_repeat_interleave / batch_select_indices to change this one"
             )
         num_tokens = clock - self.clock
         if num_tokens <= 0:
@@ -138,8 +138,8 @@ class BlockTable:
         needed = 0 if self.window is None else max(0, shortest - self.window + 1)
         if shortest < 0 or self.base > needed:
             raise CacheStateError(
-                f"cannot crop to {shortest} tokens: got a cache that holds tokens {self.base} to {self.max_length}; call "
-                "cache.activate_past_recording() before the forward that is to be undone, and crop at most its tokens"
+                f"cannot crop to {shortest} tokens: got a cache that holds tokens {self.base} to {self.max_length}; "
+                "call cache.activate_past_recording() before the forward that is to be undone, and crop only its tokens"
             )
 
     def select(self, indices: Sequence[int]) -> None:
@@ -174,7 +174,7 @@ class BlockTable:
         self._rows_changed()
 
     def span(self) -> tuple[int, int] | None:
-        """(first slot of row 0, slots from a row to the next) where rows are contiguous and evenly spaced, else None."""
+        """(first slot of row 0, slots from row to row) where rows are contiguous and evenly spaced, else None."""
         if not self._pitch_is_known:
             self._pitch, self._pitch_is_known = self._find_pitch(), True
         return self._pitch if self.lengths.count(self.lengths[0]) == len(self.lengths) else None

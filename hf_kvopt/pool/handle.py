@@ -48,6 +48,10 @@ class KVHandle(LazyTensor):
     spec: HandleSpec
     plane: "Plane | None"
     table: "BlockTable | None"
+    version: int
+    is_fresh: bool
+    _block_table: Tensor | None
+    _seq_lens: Tensor | None
 
     @staticmethod
     def __new__(
@@ -82,12 +86,18 @@ class KVHandle(LazyTensor):
     @property
     def block_table(self) -> Tensor:
         """[batch, max_blocks] int32."""
-        return self._block_table if self.table is None else self.table.block_table(self.codes.device)
+        if self.table is not None:
+            return self.table.block_table(self.codes.device)
+        assert self._block_table is not None
+        return self._block_table
 
     @property
     def seq_lens(self) -> Tensor:
         """[batch] int32: tokens of each row that are in the table."""
-        return self._seq_lens if self.table is None else self.table.seq_lens(self.codes.device)
+        if self.table is not None:
+            return self.table.seq_lens(self.codes.device)
+        assert self._seq_lens is not None
+        return self._seq_lens
 
     def view_dense(self) -> Tensor:
         """[batch, num_kv_heads, kv_len, head_dim]: a view of the pool where rows lie evenly in it, else a copy."""
@@ -118,7 +128,7 @@ class KVHandle(LazyTensor):
             self.is_fresh,
         )
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, *_: Any, **__: Any) -> str:  # type: ignore[override]
         return f"KVHandle(shape={self.spec.shape}, dtype={self.spec.dtype}, format={self.spec.format!r})"
 
     def __tensor_flatten__(self) -> tuple[list[str], HandleSpec]:
@@ -127,7 +137,7 @@ class KVHandle(LazyTensor):
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], spec: HandleSpec, *_: Any) -> "KVHandle":
         parts = (inner.get(n) for n in ("codes", "scale", "_block_table", "_seq_lens"))
-        return KVHandle(*parts, spec)  # type: ignore[arg-type]
+        return KVHandle(*parts, spec)  # type: ignore[arg-type, call-arg]
 
 
 @cache

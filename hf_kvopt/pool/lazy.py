@@ -20,7 +20,7 @@ _PASS_THROUGH = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 class LazyTensor(torch.Tensor):
     """Base of the wrapper subclasses; a subclass gives `dense()`, `rewrap()` and the two `__tensor_*flatten__`."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
     def wrap(cls, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Any:
@@ -39,7 +39,9 @@ class LazyTensor(torch.Tensor):
         """Called before `dense()` serves operation `op`."""
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if func in _PASS_THROUGH:
             return args[0].rewrap()
         if func._schema.is_mutable and any(isinstance(written, LazyTensor) for written in _written(func, args, kwargs)):

@@ -123,6 +123,11 @@ class KVPool:
         """Keys, values."""
         return self.keys, self.values
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held, free blocks included."""
+        return sum(plane.num_bytes for plane in self.planes)
+
     def resize(self, num_blocks: int, src: list[int], dst: list[int]) -> None:
         """See `Plane.resize`; one plane at a time, so that the transient is half a layer."""
         for plane in self.planes:
