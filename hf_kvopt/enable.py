@@ -4,6 +4,7 @@
 `disable` puts both back. Nothing global changes.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers.generation import GenerationConfig
 from hf_kvopt.attention.register import ATTENTION_NAME
 from hf_kvopt.attention.support import model_traits
 from hf_kvopt.cache.paged import PagedCache
-from hf_kvopt.errors import UnsupportedModel
+from hf_kvopt.errors import CacheStateError, UnsupportedModel
 
 CacheFactory = Callable[..., DynamicCache]
 CACHES: dict[str, CacheFactory] = {"paged": PagedCache}
@@ -49,7 +50,7 @@ def enable(
     disable(model)
     if cache is not None:
         CACHES[cache](**cache_options)  # refuse bad options now, not in the first generate
-    _check_supported(model, attention)
+    _check_supported(model, cache is not None, attention)
     previous = model.config._attn_implementation
     if attention:
         model.set_attn_implementation(ATTENTION_NAME)
@@ -82,6 +83,11 @@ def _preparer(model: PreTrainedModel, factory: CacheFactory, options: dict[str, 
         batch_size: int,
         max_cache_length: int,
     ) -> None:
+        if generation_config.use_cache is False and isinstance(model_kwargs.get("past_key_values"), PagedCache):
+            raise CacheStateError(
+                "use_cache=False with a cache passed in feeds the whole text again at every step: got both; drop "
+                "use_cache=False or past_key_values"
+            )
         is_ours_to_make = (
             model_kwargs.get("past_key_values") is None
             and generation_config.use_cache is not False
@@ -92,7 +98,8 @@ def _preparer(model: PreTrainedModel, factory: CacheFactory, options: dict[str, 
             config = model.config.get_text_config(decoder=True)
             cache: Cache = factory(config=config, **options)
             if model.config.is_encoder_decoder:
-                cache = EncoderDecoderCache(cache, factory(config=config, **options))
+                # Cross-attention sees the whole encoder, also in decoders that slide: no config, no window.
+                cache = EncoderDecoderCache(cache, factory(**options))
             if generation_config.is_assistant:
                 cache.activate_past_recording()
             model_kwargs["past_key_values"] = cache
@@ -102,10 +109,22 @@ def _preparer(model: PreTrainedModel, factory: CacheFactory, options: dict[str, 
     return prepare
 
 
-def _check_supported(model: PreTrainedModel, attention: bool) -> None:
-    config = model.config.get_text_config(decoder=True)
-    if attention and not model_traits(type(config)).calls_interface:  # type: ignore[arg-type]
+def _check_supported(model: PreTrainedModel, cache: bool, attention: bool) -> None:
+    name = type(model).__name__
+    traits = model_traits(type(model.config.get_text_config(decoder=True)))  # type: ignore[arg-type]
+    if attention and not traits.calls_interface:
         raise UnsupportedModel(
-            f"{type(model).__name__} has its attention written into the model: got attention=True, which cannot be "
-            "chosen there; call enable(model, attention=False) to use the cache alone"
+            f"{name} has its attention written into the model: got attention=True, which cannot be chosen there; call "
+            "enable(model, attention=False) to use the cache alone"
+        )
+    if attention and traits.selects_keys:
+        raise UnsupportedModel(
+            f"{name} attends to a sparse selection of keys: got attention=True, which reads all; call "
+            "enable(model, attention=False) to use the cache alone"
+        )
+    takes_cache = "past_key_values" in inspect.signature(model.forward).parameters
+    if cache and not (takes_cache and model._supports_default_dynamic_cache()):  # type: ignore[operator]
+        raise UnsupportedModel(
+            f"{name} keeps its past in a cache of its own, or keeps none: got a cache that it would ignore; use the "
+            "model as it is"
         )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_kvopt.attention.mask import LazyMask
+from hf_kvopt.attention.support import slides
 from hf_kvopt.errors import CacheStateError, UnsupportedModel
 from hf_kvopt.kernels.cpu import attend
 from hf_kvopt.pool.handle import KVHandle
@@ -69,6 +70,8 @@ def attention_forward(
     if isinstance(key, KVHandle):
         _check_ownership(module, key, kwargs, attention_mask)
     masking = _take_apart(module, query, key, attention_mask, is_causal, sliding_window)
+    if isinstance(key, KVHandle) and key.table is not None and key.table.window is None:
+        _check_window(module, attention_mask, sliding_window)
     if position_bias is not None:
         bias = position_bias[..., -key.shape[2] :]
         masking = masking._replace(mask=_add_bias(bias, masking.mask))
@@ -116,7 +119,28 @@ def _take_apart(
             "attention_mask must have 4 dimensions [batch, heads, q_len, kv_len] here: got "
             f"{tuple(attention_mask.shape)}; pass a 2D padding mask to the model, not to the attention"
         )
+    if attention_mask.shape[-1] < kv_len:
+        raise CacheStateError(
+            f"attention_mask covers {attention_mask.shape[-1]} keys: got {kv_len} from the cache; a cache made without "
+            "the model's config cannot tell its layers apart here, use PagedCache(config=model.config)"
+        )
     return Masking(False, None, None, attention_mask[..., :kv_len])
+
+
+def _check_window(module: nn.Module, attention_mask: Tensor | None, sliding_window: int | None) -> None:
+    """Refuse a layer whose window nobody but the cache keeps, and this cache keeps everything."""
+    if sliding_window is not None or (
+        isinstance(attention_mask, LazyMask) and attention_mask.pattern.window is not None
+    ):
+        return
+    if not isinstance(attention_mask, LazyMask) and attention_mask is not None:
+        return
+    config, layer_idx = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    if config is not None and layer_idx is not None and slides(config, layer_idx):
+        raise UnsupportedModel(
+            f"{type(module).__name__} slides by what its cache forgets: got a cache without the model's config, which "
+            "forgets nothing; use PagedCache(config=model.config)"
+        )
 
 
 def _add_bias(bias: Tensor, mask: Tensor | None) -> Tensor:
@@ -141,11 +165,6 @@ def _check_ownership(module: nn.Module, handle: KVHandle, kwargs: dict[str, Any]
             f"this cache was filled by another model ({type(owner).__name__} at another place): got "
             f"{type(module).__name__}; use one cache a model, or cache.free() before handing it on"
         )
-    if kwargs.get("use_cache") is False:
-        raise CacheStateError(
-            "use_cache=False with a cache passed in would feed the whole text again at every step: got both; drop "
-            "use_cache=False or past_key_values"
-        )
     _check_positions(handle, kwargs.get("position_ids"), mask)
 
 
@@ -160,7 +179,7 @@ def _check_positions(handle: KVHandle, position_ids: Tensor | None, attention_ma
         return
     # Left padding shifts positions back by as much; behind a window it is known only up to the window's start.
     starts = attention_mask.starts if isinstance(attention_mask, LazyMask) else [0]
-    if starts is not None and int(position_ids[:, 0].max()) < past - table.base - max(starts):
+    if starts is not None and int(position_ids[:, 0].max()) < past - table.base - handle.skip - max(starts):
         raise CacheStateError(
             f"{q_len} tokens from position {int(position_ids[:, 0].max())} on were fed to a cache that already holds "
             f"{past}: got a cache that is not shorter than the prompt, which transformers then feeds again; call "

@@ -9,12 +9,14 @@ from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import get_layer_types_and_kwargs
 
 
 class ModelTraits(NamedTuple):
     """Facts about a modelling file."""
 
     calls_interface: bool  # its attention is chosen by `attn_implementation`
+    selects_keys: bool  # it hands the attention a sparse selection of keys
     takes_boolean_masks: bool  # it was written for sdpa's masks, not only for eager's additive ones
 
 
@@ -29,11 +31,11 @@ def model_traits(config_class: type[PreTrainedConfig]) -> ModelTraits:
     """Traits of the modelling file that belongs to `config_class`; an unknown file is taken to be current."""
     module = _modelling_module(config_class)
     if module is None:
-        return ModelTraits(calls_interface=True, takes_boolean_masks=True)
+        return ModelTraits(calls_interface=True, selects_keys=False, takes_boolean_masks=True)
     try:
         source = inspect.getsource(module)
     except (OSError, TypeError):
-        return ModelTraits(calls_interface=True, takes_boolean_masks=True)
+        return ModelTraits(calls_interface=True, selects_keys=False, takes_boolean_masks=True)
     # transformers' own heuristic (PreTrainedModel._can_set_attn_implementation), which is private to model classes.
     has_attention = re.search(r"^class \w*Attention\w*\(nn\.Module\):", source, re.MULTILINE) is not None
     calls_interface = not has_attention or "ALL_ATTENTION_FUNCTIONS.get_interface(" in source
@@ -42,9 +44,16 @@ def model_traits(config_class: type[PreTrainedConfig]) -> ModelTraits:
         if inspect.isclass(value) and issubclass(value, PreTrainedModel) and value.__module__ == module.__name__
     ]  # fmt: skip
     supports_sdpa = any(getattr(value, "_supports_sdpa", False) for value in base) or not base
-    return ModelTraits(calls_interface, calls_interface and supports_sdpa)
+    selects_keys = re.search(r"scaling=self\.scaling,\n(?:\s+\w+=[\w.]+,\n)*\s+(?:block_)?indices=", source) is not None
+    return ModelTraits(calls_interface, selects_keys, calls_interface and supports_sdpa)
 
 
 def _modelling_module(config_class: type[PreTrainedConfig]) -> ModuleType | None:
     name = config_class.__module__
     return sys.modules.get(name.replace("configuration_", "modeling_")) if "configuration_" in name else None
+
+
+def slides(config: PreTrainedConfig, layer_idx: int) -> bool:
+    """Whether transformers' cache would slide at this layer."""
+    types, _ = get_layer_types_and_kwargs(config)
+    return layer_idx < len(types) and types[layer_idx] == "sliding_attention"

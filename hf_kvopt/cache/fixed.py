@@ -69,6 +69,13 @@ class FixedLayer(PagedLayer):
         )
         return keys, values
 
+    def fork(self, table: BlockTable, memo: dict[int, Any]) -> "FixedLayer":
+        """A copy with its own memory: addresses are fixed, so nothing can be shared."""
+        twin = FixedLayer(table)
+        if self.pool is not None:
+            twin.update(*(getattr(self, name).clone() for name in ("keys", "values")))
+        return twin
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         if self.pool is None:
             return query_length, 0

@@ -83,30 +83,31 @@ class PagedLayer(CacheLayerMixin):
         self._check(key_states, value_states)
         if self.pool is None:
             self.lazy_initialization(key_states, value_states)
-        pool, table = self.pool, self.table
+        pool, table, start = self.pool, self.table, self._num_columns()
         assert pool is not None
         num_tokens = key_states.shape[2]
-        start, stop = self._num_columns(), self._num_columns() + num_tokens
+        first = table.visible_start(self.clock)
         replaces = table.replaces_window(num_tokens)
-        past = self._past_dense(pool) if replaces else None
+        past = self._past_dense(pool, first) if replaces else None
         table.reserve(key_states.shape[0], self.clock + num_tokens)
         self.clock += num_tokens
         skipped = max(0, table.base - start)
         for plane, states in zip(pool.planes, (key_states, value_states), strict=True):
-            plane.write(states[:, :, skipped:], table, start + skipped, stop)
+            plane.write(states[:, :, skipped:], table, start + skipped, start + num_tokens)
         if replaces:
-            # A window is kept, but this step's first queries look further back: they get the states as they came.
+            # Only a window is kept, but this step's first queries look further back: they get the states as they came.
             return _behind(past, 0, key_states), _behind(past, 1, value_states)
-        return self._handle(pool.keys, stop), self._handle(pool.values, stop)
+        kv_len, skip = start + num_tokens - first, first - table.base
+        return pool.keys.handle(table, kv_len, skip, True), pool.values.handle(table, kv_len, skip, True)
 
-    def fork(self, table: BlockTable) -> "PagedLayer":
+    def fork(self, table: BlockTable, memo: dict[int, Any]) -> "PagedLayer":
         """A layer over the same pool whose rows are those of `table`, a fork of this layer's."""
         twin = PagedLayer(table)
         twin.pool, twin.clock = self.pool, self.clock
         return twin
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        start = self.table.visible_start(query_length)
+        start = self.table.visible_start(self.clock)
         return self._num_columns() + query_length - start, start
 
     def get_seq_length(self) -> int:
@@ -145,20 +146,21 @@ class PagedLayer(CacheLayerMixin):
         """Tokens of the longest row that this layer has written; in a step it may lag behind the table."""
         return max(0, self.table.max_length - (self.table.clock - self.clock))
 
-    def _handle(self, plane: Plane, stop: int) -> Tensor:
-        return plane.handle(self.table, stop - self.table.base, is_fresh=True)
-
     def _stored(self, name: str) -> Tensor | None:
         if self.pool is None or not self.table.rows:
             return None
-        return getattr(self.pool, name).handle(self.table, self._num_columns() - self.table.base, is_fresh=False)
+        plane: Plane = getattr(self.pool, name)
+        first = self.table.visible_start(self.clock)
+        return plane.handle(self.table, self._num_columns() - first, first - self.table.base, is_fresh=False)
 
-    def _past_dense(self, pool: KVPool) -> tuple[Tensor, Tensor] | None:
-        """What is held, copied before the table lets go of it."""
-        held = self._num_columns() - self.table.base if self.table.rows else 0
-        if held <= 0:
+    def _past_dense(self, pool: KVPool, first: int) -> tuple[Tensor, ...] | None:
+        """What a query sees of the past, copied before the table lets go of it; the first layer of a step finds it in
+        the table, the others in what that layer retired."""
+        table = self.table if self.table.clock == self.clock else self.table.retired
+        if table is None or not table.rows:
             return None
-        return tuple(plane.read(self.table, held, plane.dtype).clone() for plane in pool.planes)  # type: ignore[return-value]
+        held = self._num_columns() - first
+        return tuple(plane.read(table, held, first - table.base).clone() for plane in pool.planes)
 
     def _check(self, key_states: Tensor, value_states: Tensor) -> None:
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
@@ -187,5 +189,5 @@ class PagedLayer(CacheLayerMixin):
         )
 
 
-def _behind(past: tuple[Tensor, Tensor] | None, idx: int, states: Tensor) -> Tensor:
+def _behind(past: tuple[Tensor, ...] | None, idx: int, states: Tensor) -> Tensor:
     return states if past is None else torch.cat([past[idx], states], dim=2)

@@ -9,6 +9,8 @@ one when they write into it. Instead of `DynamicCache`, which concatenates every
 """
 
 import copy
+import functools
+import logging
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -20,10 +22,12 @@ from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     Cache,
     DynamicCache,
+    LinearAttentionLayer,
     get_layer_types_and_kwargs,
 )
 
 from hf_kvopt.cache.fixed import FixedLayer
+from hf_kvopt.cache.hybrid import HybridLayer
 from hf_kvopt.cache.layer import PagedLayer
 from hf_kvopt.cache.stats import CacheStats, measure
 from hf_kvopt.config import CacheConfig
@@ -31,7 +35,11 @@ from hf_kvopt.errors import KVOptError
 from hf_kvopt.pool.allocator import BlockAllocator
 from hf_kvopt.pool.block_table import BlockTable
 
+logger = logging.getLogger(__name__)
+
 _WINDOWED = ("sliding_attention", "chunked_attention")
+_HYBRID = ("hybrid", "hybrid_sliding")
+_WITHOUT_KV = ("conv", "linear_attention", "dummy")
 
 
 class PagedCache(DynamicCache):
@@ -135,7 +143,9 @@ class PagedCache(DynamicCache):
 
     def activate_past_recording(self) -> None:
         """Keep what lies behind sliding windows until the next `crop`, so that it can be undone."""
-        super().activate_past_recording()
+        for layer in self._stock_layers():
+            if hasattr(layer, "activate_past_recording"):
+                layer.activate_past_recording()
         for table in self._tables.values():
             table.record_past = table.window is not None
 
@@ -170,6 +180,14 @@ class PagedCache(DynamicCache):
             table.allocator.check_integrity()
 
     @property
+    def is_linear(self) -> list[bool]:
+        """Per layer, whether it has states and no keys; hybrid layers have both."""
+        return [
+            linear and not isinstance(layer, PagedLayer)
+            for linear, layer in zip(super().is_linear, self.layers, strict=True)
+        ]
+
+    @property
     def num_rows(self) -> int:
         """Rows of the batch; 0 while nothing is held."""
         return max((table.batch_size for table in self._tables.values()), default=0)
@@ -195,7 +213,12 @@ class PagedCache(DynamicCache):
             return self._make_layer()
         if kind in _WINDOWED:
             return self._make_layer(options["sliding_window"])
+        if kind in _HYBRID and not self.cache_config.compileable:
+            states = LinearAttentionLayer(number_of_states=options.get("number_of_states", 1))
+            return HybridLayer(self._table_for(options.get("sliding_window")), states)
         # Recurrent states, indexers and compressed keys have no blocks: transformers' own layers keep them.
+        if kind not in _WITHOUT_KV:
+            _say_once(kind)
         return DYNAMIC_LAYER_TYPE_MAPPING[kind](**options)
 
     def _make_layer(self, window: int | None = None) -> PagedLayer:
@@ -216,7 +239,9 @@ class PagedCache(DynamicCache):
         return [layer for layer in self.layers if isinstance(layer, FixedLayer)]
 
     def _stock_layers(self) -> list[Any]:
-        return [layer for layer in self.layers if not isinstance(layer, PagedLayer)]
+        """transformers' own layers, and the states of hybrid ones."""
+        layers = [layer.states if isinstance(layer, HybridLayer) else layer for layer in self.layers]
+        return [layer for layer in layers if not isinstance(layer, PagedLayer)]
 
     def _live_tables(self) -> list[BlockTable]:
         return [table for table in self._tables.values() if table.rows]
@@ -242,16 +267,23 @@ class PagedCache(DynamicCache):
         self._sync_clocks()
 
 
+@functools.cache
+def _say_once(kind: str) -> None:
+    logger.warning("layers of kind %r keep transformers' own storage in a paged cache: right, but not in blocks", kind)
+
+
 def fork(cache: PagedCache, memo: dict[int, Any]) -> Any:
     """A copy of `cache` over the same blocks; whoever writes first copies the block that is written."""
     child = cache.__class__.__new__(cache.__class__)
     memo[id(cache)] = child
     child.__dict__.update(cache.__dict__)
-    child._tables = {window: table.fork() for window, table in cache._tables.items()}
+    child._tables = {}
+    if not cache.cache_config.compileable:
+        child._tables = {window: table.fork() for window, table in cache._tables.items()}
     child.layers = []
     for layer in cache.layers:
         if isinstance(layer, PagedLayer):
-            child.layers.append(layer.fork(child._tables[layer.table.window]))
+            child.layers.append(layer.fork(child._table_for(layer.table.window), memo))
         else:
             child.layers.append(copy.deepcopy(layer, memo))
     if cache.layer_class_to_replicate is not None:

@@ -29,7 +29,7 @@ def attend(
     is_causal: bool,
     window: int | None = None,
     softcap: float | None = None,
-    sinks: Tensor | None = None,  # [num_heads]
+    sinks: Tensor | None = None,  # [num_heads], or [batch, num_heads, q_len, 1] where each query has its own
     starts: Sequence[int] | None = None,  # [batch]
     mask: Tensor | None = None,  # [batch | 1, num_heads | 1, q_len | 1, kv_len] bool or additive
     dropout: float = 0.0,
@@ -51,6 +51,8 @@ def attend(
         window = None
     if window is not None and window >= kv_len:
         window = None
+    if sinks is not None and sinks.dim() == 1:
+        sinks = sinks[None, :, None, None].expand(-1, -1, q_len, -1)
     extras = (scale, softcap, sinks, dropout)
     if not is_causal and window is None:
         if q_len == 1:
@@ -66,7 +68,10 @@ def attend(
     for first in range(0, q_len, _tile_rows(q, k)):
         last = min(q_len, first + _tile_rows(q, k))
         lo, hi, tile_mask = _tile_mask(first, last, q_len, kv_len, is_causal, window, mask, q.device)
-        tile = _tile(q[:, :, first:last], k[:, :, lo:hi], v[:, :, lo:hi], tile_mask, *extras)
+        tile_sinks = None if sinks is None else sinks[:, :, first:last]
+        tile = _tile(
+            q[:, :, first:last], k[:, :, lo:hi], v[:, :, lo:hi], tile_mask, scale, softcap, tile_sinks, dropout
+        )
         tiles.append(tile.transpose(1, 2))
     return torch.cat(tiles, dim=1)
 
@@ -89,9 +94,12 @@ def _attend_padded(
         row_mask = None
         if mask is not None:
             row_mask = mask[one if mask.shape[0] > 1 else slice(None), :, (first if mask.shape[2] > 1 else 0) :, start:]
+        row_sinks = sinks
+        if sinks is not None and sinks.dim() == 4:
+            row_sinks = sinks[one if len(sinks) > 1 else slice(None), :, first:]
         real = attend(
             q[one, :, first:], k[one, :, start:], v[one, :, start:], scale=scale, is_causal=is_causal, window=window,
-            softcap=softcap, sinks=sinks, mask=row_mask, dropout=dropout,
+            softcap=softcap, sinks=row_sinks, mask=row_mask, dropout=dropout,
         )  # fmt: skip
         rows.append(torch.cat([out[one, :first], real], dim=1))
     return torch.cat(rows)
@@ -110,7 +118,7 @@ def _decode(
     if _is_plain(q, v, softcap, sinks):
         out = F.scaled_dot_product_attention(folded, k, v, attn_mask=_fitting(mask, q), dropout_p=dropout, scale=scale)
     else:
-        heads = None if sinks is None else sinks.reshape(1, num_kv_heads, -1, 1)
+        heads = None if sinks is None else sinks.reshape(len(sinks), num_kv_heads, -1, 1)
         out = _written_out(folded, k, v, mask, scale, softcap, heads, dropout)
     return out.reshape(batch, 1, num_heads, v.shape[-1])
 
@@ -180,7 +188,7 @@ def _tile(
         mask = mask.reshape(mask.shape[0], -1 if mask.shape[1] > group else 1, group * rows, mask.shape[-1])
     heads = None
     if sinks is not None:
-        heads = sinks.reshape(1, num_kv_heads, group, 1).expand(1, -1, -1, rows).reshape(1, num_kv_heads, -1, 1)
+        heads = sinks.reshape(len(sinks), num_kv_heads, group * rows, 1)
     out = _written_out(folded, k, v, mask, scale, softcap, heads, dropout)
     return out.reshape(batch, num_heads, rows, v.shape[-1])
 

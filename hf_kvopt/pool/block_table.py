@@ -39,9 +39,8 @@ class BlockTable:
         self.base = 0
         self.record_past = False
         self.keep_contiguous = True
-        # Rows, lengths and base before a step that replaced all of them: a failed forward goes back there.
-        self._retired_rows: list[list[int]] = []
-        self._retired: tuple[list[int], int] | None = None
+        # What was held before a step that replaced all of it: layers still read it, a failed forward goes back to it.
+        self.retired: BlockTable | None = None
         self.version = 0  # counts changes: a handle made before one is out of date
         self._tensors: dict[str, Tensor] = {}
         self._pitch: tuple[int, int] | None = None
@@ -88,20 +87,24 @@ class BlockTable:
         """Whether a step of `num_tokens` leaves nothing of what is held now, so that it starts on new blocks."""
         return self.window is not None and not self.record_past and num_tokens >= self.window
 
-    def visible_start(self, num_tokens: int) -> int:
-        """Position of the first token that the queries of a step of `num_tokens` are given: the mask's kv offset."""
-        if self.window is None or self.record_past or not self.rows or self.replaces_window(num_tokens):
+    def visible_start(self, clock: int) -> int:
+        """Position of the first token that queries from column `clock` on are given: the mask's kv offset.
+
+        Not a token more than the window has, as some models slide by what their cache hands out alone.
+        """
+        if self.window is None or not self.lengths:
             return self.base
-        return max(self.base, (min(self.lengths) - self.window + 1) // self.block_size * self.block_size)
+        return max(0, min(self.lengths) - (self.clock - clock) - self.window + 1)
 
     def rollback(self, clock: int) -> None:
         """Undo the last `reserve`, back to `clock`, after a forward that failed before all layers had written."""
         if clock >= self.clock:
             return
-        if self._retired is not None:
+        if self.retired is not None:
             self._release_rows(self.rows)
-            self.rows[:], (self.lengths, self.base) = self._retired_rows, self._retired
-            self._retired_rows[:], self._retired = [], None
+            self.rows[:], self.lengths, self.base = self.retired.rows, self.retired.lengths, self.retired.base
+            self.retired.rows.clear()
+            self.retired = None
         elif clock == 0:
             self.clear()
         else:
@@ -126,8 +129,7 @@ class BlockTable:
         self._drop_retired()
         self._truncate(lengths)
         if self.window is not None:
-            needed = max(0, min(lengths) - self.window + 1)
-            self._drop_front(needed // self.block_size * self.block_size)
+            self._drop_front(max(0, min(lengths) - self.window + 1))
         self._rows_changed()
 
     def require_croppable(self, num_tokens: int) -> None:
@@ -198,12 +200,12 @@ class BlockTable:
         return self._tensor(f"slots {start} {stop}", device, table, torch.int64)
 
     def held_rows(self) -> list[list[int]]:
-        """Rows now, and those kept for a rollback."""
-        return self.rows + self._retired_rows
+        """The rows."""
+        return self.rows
 
     def renumber(self, new_ids: dict[int, int]) -> None:
         """Follow a relayout of the allocator."""
-        for row in self.held_rows():
+        for row in self.rows:
             row[:] = [new_ids[block] for block in row]
         self._rows_changed()
 
@@ -214,13 +216,16 @@ class BlockTable:
         sizes = [-(-(length - base) // self.block_size) for length in lengths]
         self.allocator.ensure_free(sum(sizes))
         if self.rows:
-            self._retired_rows[:], self._retired = self.rows, (self.lengths, self.base)
+            self.retired = BlockTable(self.allocator, self.block_size, self.window)
+            self.retired.rows[:] = self.rows
+            self.retired.lengths, self.retired.base, self.retired.clock = self.lengths, self.base, self.clock
         self.rows[:] = self.allocator.spread(sizes)
         self.lengths, self.base = lengths, base
         self._rows_changed()
 
     def _extend_rows(self, num_tokens: int) -> None:
-        self._drop_front(self.visible_start(num_tokens))
+        if not self.record_past:
+            self._drop_front(self.visible_start(self.clock))
         lengths = [length + num_tokens for length in self.lengths]
         wanted = [-(-(n - self.base) // self.block_size) - len(row) for n, row in zip(lengths, self.rows, strict=True)]
         copied = self._rows_to_copy()
@@ -268,20 +273,21 @@ class BlockTable:
             del row[keep:]
         self.lengths = list(lengths)
 
-    def _drop_front(self, base: int) -> None:
-        """Free the blocks before position `base`, a multiple of the block size."""
-        count = (base - self.base) // self.block_size
+    def _drop_front(self, first: int) -> None:
+        """Free the blocks that lie wholly before position `first`."""
+        count = (first - self.base) // self.block_size
         if count <= 0:
             return
         for row in self.rows:
             self.allocator.release(row[:count])
             del row[:count]
-        self.base = base
+        self.base += count * self.block_size
         self._rows_changed()
 
     def _drop_retired(self) -> None:
-        self._release_rows(self._retired_rows)
-        self._retired_rows[:], self._retired = [], None
+        if self.retired is not None:
+            self.retired.clear()
+            self.retired = None
 
     def _release_rows(self, rows: list[list[int]]) -> None:
         for row in rows:
@@ -316,7 +322,7 @@ class BlockTable:
 
     def _watch(self) -> None:
         """Give the blocks back when the table is collected."""
-        self._finalizer = weakref.finalize(self, _give_back, self.allocator, self.rows, self._retired_rows)
+        self._finalizer = weakref.finalize(self, _give_back, self.allocator, self.rows)
         self._finalizer.atexit = False
 
     def __getstate__(self) -> dict[str, object]:
@@ -330,7 +336,6 @@ class BlockTable:
         self._watch()
 
 
-def _give_back(allocator: BlockAllocator, *row_lists: list[list[int]]) -> None:
+def _give_back(allocator: BlockAllocator, rows: list[list[int]]) -> None:
     # The collector may run this in the middle of an allocator call: leave the blocks where the next call finds them.
-    for rows in row_lists:
-        allocator.abandoned.extend(rows)
+    allocator.abandoned.extend(rows)

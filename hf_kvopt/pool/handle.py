@@ -41,6 +41,7 @@ class KVHandle(LazyTensor):
         spec: shape, dtype and storage format.
         plane: the storage itself, for the dense view (eager mode).
         table: the rows, for the dense view (eager mode).
+        skip: tokens held that lie before the first one handed out (they are behind a window).
     """
 
     codes: Tensor
@@ -48,6 +49,7 @@ class KVHandle(LazyTensor):
     spec: HandleSpec
     plane: "Plane | None"
     table: "BlockTable | None"
+    skip: int
     version: int
     is_fresh: bool
     _block_table: Tensor | None
@@ -63,13 +65,14 @@ class KVHandle(LazyTensor):
         spec: HandleSpec,
         plane: "Plane | None" = None,
         table: "BlockTable | None" = None,
+        skip: int = 0,
         is_fresh: bool = False,
     ) -> "KVHandle":
         """See the class."""
         handle = KVHandle.wrap(spec.shape, spec.dtype, codes.device)
         handle.codes, handle.scale, handle.spec = codes, scale, spec
         handle._block_table, handle._seq_lens = block_table, seq_lens
-        handle.plane, handle.table = plane, table
+        handle.plane, handle.table, handle.skip = plane, table, skip
         handle.version = table.version if table is not None else 0
         # Set by `update`, cleared by the attention that follows it: the one that owns this layer of the cache.
         handle.is_fresh = is_fresh
@@ -103,7 +106,7 @@ class KVHandle(LazyTensor):
         """[batch, num_kv_heads, kv_len, head_dim]: a view of the pool where rows lie evenly in it, else a copy."""
         self.check_valid()
         if self.plane is not None and self.table is not None:
-            return self.plane.read(self.table, self.spec.shape[2], self.spec.dtype)
+            return self.plane.read(self.table, self.spec.shape[2], self.skip)
         # Fixed capacity: row r owns the r-th equal share of the pool, so that lengths may change under a CUDA graph.
         batch, num_heads, kv_len, dim = self.spec.shape
         return self.codes.view(batch, -1, num_heads, dim)[:, :kv_len].transpose(1, 2)
@@ -125,6 +128,7 @@ class KVHandle(LazyTensor):
             self.spec,
             self.plane,
             self.table,
+            self.skip,
             self.is_fresh,
         )
 

@@ -61,19 +61,19 @@ class Plane:
             slots = table.slots(start, stop, flat.device)
             flat.index_put_((slots.reshape(-1),), states.reshape(-1, self.num_heads, self.dim))
 
-    def read(self, table: BlockTable, kv_len: int, dtype: torch.dtype) -> Tensor:
-        """[batch, num_kv_heads, kv_len, head_dim] of the first `kv_len` tokens held: a view where rows lie evenly."""
+    def read(self, table: BlockTable, kv_len: int, skip: int = 0) -> Tensor:
+        """[batch, num_kv_heads, kv_len, head_dim], `skip` tokens in: a view where rows lie evenly in the pool."""
         span = table.span()
         if span is not None:
-            return self._strided(span[0], span[1], table.batch_size, kv_len).transpose(1, 2)
+            return self._strided(span[0] + skip, span[1], table.batch_size, kv_len).transpose(1, 2)
         rows = self.codes[table.block_table(self.codes.device).long()]
-        return rows.flatten(1, 2)[:, :kv_len].transpose(1, 2)
+        return rows.flatten(1, 2)[:, skip : skip + kv_len].transpose(1, 2)
 
-    def handle(self, table: BlockTable, kv_len: int, is_fresh: bool) -> KVHandle:
-        """The first `kv_len` tokens of every row, by reference."""
+    def handle(self, table: BlockTable, kv_len: int, skip: int, is_fresh: bool) -> KVHandle:
+        """`kv_len` tokens of every row, `skip` tokens in, by reference."""
         shape = (table.batch_size, self.num_heads, kv_len, self.dim)
         spec = HandleSpec(shape, self.dtype, "native")
-        return KVHandle(self.codes, self.scale, None, None, spec, self, table, is_fresh)
+        return KVHandle(self.codes, self.scale, None, None, spec, self, table, skip, is_fresh)
 
     def resize(self, num_blocks: int, src: list[int], dst: list[int]) -> None:
         """Move to `num_blocks` blocks, block `src[i]` becoming `dst[i]`; the rest is zero."""
