@@ -120,6 +120,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "local_attn_chunk_length": 16,
         "lsh_attn_chunk_length": 16,
         "num_buckets": 2,
+        "hash_seed": 0,
     },
     "roc_bert": {"shape_vocab_size": 32, "pronunciation_vocab_size": 32},
     "zaya": {

@@ -1,0 +1,79 @@
+"""Prints what is supported, as Markdown: `python -m tests.models.table` by model, `--grouped` for the README."""
+
+import argparse
+import logging
+import sys
+from collections import defaultdict
+from typing import NamedTuple
+
+import torch
+import transformers
+
+from tests.models import expected, routes
+from tests.models.cases import UNTESTABLE, Case, covered_cases
+from tests.models.kinds import layer_kinds
+
+
+class Row(NamedTuple):
+    """One model of the table."""
+
+    model: str
+    layers: str
+    reads: str  # how attention gets at keys and values
+    result: str
+
+
+def row(case: Case) -> Row:
+    """Run a model through `enable` (through the cache alone where its attention cannot be chosen)."""
+    is_written_in = expected.REFUSED.get(case.name) == expected.WRITTEN_IN
+    got = routes.by_cache_alone(case) if is_written_in else routes.by_enable(case)
+    reads, result = "", got.result
+    if got.result == "exact":
+        reads = "gathered" if got.num_fallbacks else "in place"
+        result = "exact, cache alone" if is_written_in else "exact"
+    elif got.result == "unused":
+        result = f"exact, not paged: {expected.NOT_PAGED.get(case.name, 'unknown')}"
+    elif got.result == "refused":
+        result = f"refused: {expected.REFUSED.get(case.name, got.detail)}"
+    return Row(case.name, " + ".join(layer_kinds(case)), reads, result)
+
+
+def by_model(rows: list[Row]) -> str:
+    lines = [f"| {r.model} | {r.layers} | {r.reads} | {r.result} |" for r in rows]
+    return "\n".join(["| model | layers of the cache | attention reads | result |", "|---|---|---|---|", *lines])
+
+
+def grouped(rows: list[Row]) -> str:
+    """One line for all models that have the result, the way of reading and the layers in common."""
+    groups: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for r in rows:
+        groups[r.result, r.reads, r.layers if r.result.startswith("exact") else ""].append(r.model)
+    ordered = sorted(groups.items(), key=lambda item: (item[0][0], -len(item[1])))
+    lines = [
+        f"| {result} | {reads} | {layers} | {len(names)} | {', '.join(names)} |"
+        for (result, reads, layers), names in ordered
+    ]
+    return "\n".join(
+        ["| result | attention reads | layers of the cache | types | models |", "|---|---|---|---|---|", *lines]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--grouped", action="store_true", help="one line for all models that are alike")
+    args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("hf_kvopt").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    rows = []
+    for case in covered_cases():
+        print(f"\r{case.name:40}", end="", file=sys.stderr)
+        rows.append(row(case))
+    print(f"\r{' ':40}\r", end="", file=sys.stderr)
+    print((grouped if args.grouped else by_model)(rows))
+    print("\nNot run, because transformers itself does not generate with them here:\n")
+    print("\n".join(f"- {name}: {reason}" for name, reason in UNTESTABLE.items()))
+
+
+if __name__ == "__main__":
+    main()

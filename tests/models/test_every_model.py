@@ -1,0 +1,59 @@
+"""Every model gives exactly the eager tokens from the paged cache, or refuses with one clear error."""
+
+from collections.abc import Container
+
+import pytest
+
+from tests.models import expected, routes
+from tests.models.cases import Case, covered_cases
+from tests.models.kinds import is_pure_attention
+
+ALL = pytest.mark.parametrize("case", covered_cases(), ids=lambda case: case.name)
+
+
+@ALL
+def test_enable_gives_the_eager_tokens_or_refuses(case: Case) -> None:
+    got = routes.by_enable(case)
+    assert got.result == _expected(case, expected.REFUSED), got.detail
+
+
+@ALL
+def test_the_cache_alone_gives_the_eager_tokens_or_is_refused(case: Case) -> None:
+    got = routes.by_cache_alone(case)
+    assert got.result == _expected(case, expected.REFUSED_ALONE), got.detail
+
+
+@ALL
+def test_a_handed_over_cache_gives_the_eager_tokens_or_is_refused(case: Case) -> None:
+    _check_handed_over(case, routes.by_construction(case))
+
+
+@ALL
+def test_switched_attention_gives_the_eager_tokens_or_is_refused(case: Case) -> None:
+    _check_handed_over(case, routes.by_switching(case))
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in covered_cases() if is_pure_attention(case)], ids=lambda case: case.name
+)
+def test_a_cache_without_a_config_gives_the_eager_tokens_or_is_refused(case: Case) -> None:
+    got = routes.without_config(case)
+    if case.name in expected.NEED_CONFIG:
+        assert got.result == "refused"
+    else:
+        _check_handed_over(case, got)
+
+
+def _expected(case: Case, refused: Container[str]) -> str:
+    if case.name in refused:
+        return "refused"
+    return "unused" if case.name in expected.NOT_PAGED else "exact"
+
+
+def _check_handed_over(case: Case, got: routes.Outcome) -> None:
+    """What `enable` refuses may still work here, and transformers may refuse by itself; never a wrong token."""
+    assert got.result != "wrong", got.detail
+    if got.result == "refused":
+        assert case.name in expected.REFUSED or got.detail.startswith("transformers"), got.detail
+    if got.result == "unused":
+        assert case.name in expected.NOT_PAGED or case.name in expected.REFUSED
