@@ -1,4 +1,4 @@
-"""Caches that are wrong on purpose, named on the command line as `broken_caches:<factory>`."""
+"""Caches that are wrong on purpose, named on the command line as `tests.evals.broken_caches:<factory>`."""
 
 from typing import Any
 

@@ -1,17 +1,12 @@
-"""A tiny model with a tokenizer on disk, and the repository root on the path for `import evals`."""
+"""A tiny model with a tokenizer, on disk."""
 
-import sys
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
-from transformers import PreTrainedTokenizerFast  # noqa: E402
-
-from evals._common.shapes import random_model  # noqa: E402
+from evals._common.shapes import random_model
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +19,8 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _tiny_models_on_one_thread(one_thread: None) -> None:
+    pass

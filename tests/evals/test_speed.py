@@ -48,7 +48,7 @@ def test_peak_memory_is_measured_in_a_fresh_process(tmp_path: Path) -> None:
 
 
 def test_no_row_is_written_for_a_side_that_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sides = ["dynamic+sdpa", "broken_caches:swapped+sdpa"]
+    sides = ["dynamic+sdpa", "tests.evals.broken_caches:swapped+sdpa"]
     status, rows = short_run(tmp_path / "rows.json", "--no-peak", "--sides", *sides)
     assert status == 1
     assert [row["side"] for row in rows] == ["dynamic+sdpa"]

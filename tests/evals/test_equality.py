@@ -56,7 +56,7 @@ def test_model_path_prompts_with_text_of_the_heldout_file_and_of_a_data_set(tmp_
 
 @pytest.mark.parametrize(("cache", "scenario"), [("swapped", "greedy"), ("poisoned", "padded"), ("unordered", "beam")])
 def test_a_broken_cache_turns_it_red(tmp_path: Path, cache: str, scenario: str) -> None:
-    arguments = ["--shape", "tiny", "--sides", f"broken_caches:{cache}+sdpa", "--scenarios", scenario]
+    arguments = ["--shape", "tiny", "--sides", f"tests.evals.broken_caches:{cache}+sdpa", "--scenarios", scenario]
     status, rows = short_run(tmp_path / "rows.json", *arguments)
     assert status == 1
     assert not rows[0]["is_equal"]
@@ -65,7 +65,7 @@ def test_a_broken_cache_turns_it_red(tmp_path: Path, cache: str, scenario: str) 
 
 def test_bfloat16_reports_the_divergence_and_stays_green(tmp_path: Path) -> None:
     arguments = ["--shape", "tiny", "--dtype", "bfloat16", "--scenarios", "greedy"]
-    status, rows = short_run(tmp_path / "rows.json", *arguments, "--sides", "broken_caches:poisoned+sdpa")
+    status, rows = short_run(tmp_path / "rows.json", *arguments, "--sides", "tests.evals.broken_caches:poisoned+sdpa")
     assert status == 0
     assert rows[0]["first_divergence"].keys() == {"row", "step", "margin"}
 
@@ -118,7 +118,7 @@ def test_nan_is_never_equal_and_equal_infinities_are() -> None:
         (["--sides", "paper+sdpa"], "unknown cache 'paper': known are dynamic, static, paged"),
         (["--sides", "static+flash"], "unknown attention 'flash': known are"),
         (["--sides", "static"], "cache+attention"),
-        (["--sides", "broken_caches:absent+sdpa"], "'broken_caches:absent'"),
+        (["--sides", "tests.evals.broken_caches:absent+sdpa"], "'tests.evals.broken_caches:absent'"),
         (["--baseline", "dynamic+nothing"], "unknown attention 'nothing'"),
         (["--model", "./no/such/model"], "'./no/such/model'"),
         (["--shape", "huge"], "'huge'"),
