@@ -26,7 +26,6 @@ REFUSED_ALONE = {name: reason for name, reason in REFUSED.items() if reason == O
 
 # Exact tokens, but keys and values stay in transformers' own layers.
 NOT_PAGED = {
-    **_all("falcon_h1 inkling2_text inkling_text zamba zamba2 zaya", "attention and states in one layer"),
     **_all("axk2 deepseek_v32 glm_moe_dsa hy_v4 qwen4_exp qwen4_exp_text", "layers with an indexer"),
     **_all("deepseek_v4", "compressed layers"),
     **_all("musicgen_melody", "`generate` leaves the cache to the model; hand one over"),
