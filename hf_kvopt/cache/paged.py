@@ -22,6 +22,8 @@ from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     Cache,
     DynamicCache,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
     get_layer_types_and_kwargs,
 )
@@ -183,8 +185,9 @@ class PagedCache(DynamicCache):
     def is_linear(self) -> list[bool]:
         """Per layer, whether it has states and no keys; hybrid layers have both."""
         return [
-            linear and not isinstance(layer, PagedLayer)
-            for linear, layer in zip(super().is_linear, self.layers, strict=True)
+            isinstance(layer, LinearAttentionCacheLayerMixin)
+            and not isinstance(layer, (HybridLayer, LinearAttentionAndFullAttentionLayer))
+            for layer in self.layers
         ]
 
     @property
