@@ -98,7 +98,11 @@ class PagedLayer(CacheLayerMixin):
             # Only a window is kept, but this step's first queries look further back: they get the states as they came.
             return _behind(past, 0, key_states), _behind(past, 1, value_states)
         kv_len, skip = start + num_tokens - first, first - table.base
-        return pool.keys.handle(table, kv_len, skip, True), pool.values.handle(table, kv_len, skip, True)
+        keys, values = (
+            plane.handle(table, kv_len, skip, True, states if start == 0 else None)
+            for plane, states in zip(pool.planes, (key_states, value_states), strict=True)
+        )
+        return keys, values
 
     def fork(self, table: BlockTable, memo: dict[int, Any]) -> "PagedLayer":
         """A layer over the same pool whose rows are those of `table`, a fork of this layer's."""

@@ -211,8 +211,9 @@ class BlockTable:
 
     def _start_rows(self, lengths: list[int]) -> None:
         """Fresh rows for `lengths` tokens, less what a window drops at once; what was held is retired."""
-        window_start = 0 if self.window is None or self.record_past else max(0, min(lengths) - self.window + 1)
-        base = window_start // self.block_size * self.block_size
+        # Not rounded down to a block: where a step replaces what was held, the slots before it would never be written,
+        # and a crop could bring them into sight.
+        base = 0 if self.window is None or self.record_past else max(0, min(lengths) - self.window + 1)
         sizes = [-(-(length - base) // self.block_size) for length in lengths]
         self.allocator.ensure_free(sum(sizes))
         if self.rows:

@@ -42,6 +42,7 @@ class KVHandle(LazyTensor):
         plane: the storage itself, for the dense view (eager mode).
         table: the rows, for the dense view (eager mode).
         skip: tokens held that lie before the first one handed out (they are behind a window).
+        states: the very tensor that this handle stands for, where it is still at hand (a first prefill).
     """
 
     codes: Tensor
@@ -50,6 +51,7 @@ class KVHandle(LazyTensor):
     plane: "Plane | None"
     table: "BlockTable | None"
     skip: int
+    states: Tensor | None
     version: int
     is_fresh: bool
     _block_table: Tensor | None
@@ -67,6 +69,7 @@ class KVHandle(LazyTensor):
         table: "BlockTable | None" = None,
         skip: int = 0,
         is_fresh: bool = False,
+        states: Tensor | None = None,
     ) -> "KVHandle":
         """See the class."""
         handle = KVHandle.wrap(spec.shape, spec.dtype, codes.device)
@@ -76,6 +79,7 @@ class KVHandle(LazyTensor):
         handle.version = table.version if table is not None else 0
         # Set by `update`, cleared by the attention that follows it: the one that owns this layer of the cache.
         handle.is_fresh = is_fresh
+        handle.states = states
         return handle
 
     def check_valid(self) -> None:
@@ -130,6 +134,7 @@ class KVHandle(LazyTensor):
             self.table,
             self.skip,
             self.is_fresh,
+            self.states,
         )
 
     def __repr__(self, *_: Any, **__: Any) -> str:  # type: ignore[override]

@@ -13,6 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from hf_kvopt.kernels.dispatch import runs_kernel
 from hf_kvopt.pool.block_table import BlockTable
 from hf_kvopt.pool.handle import HandleSpec, KVHandle
 
@@ -69,11 +70,13 @@ class Plane:
         rows = self.codes[table.block_table(self.codes.device).long()]
         return rows.flatten(1, 2)[:, skip : skip + kv_len].transpose(1, 2)
 
-    def handle(self, table: BlockTable, kv_len: int, skip: int, is_fresh: bool) -> KVHandle:
+    def handle(
+        self, table: BlockTable, kv_len: int, skip: int, is_fresh: bool, states: Tensor | None = None
+    ) -> KVHandle:
         """`kv_len` tokens of every row, `skip` tokens in, by reference."""
         shape = (table.batch_size, self.num_heads, kv_len, self.dim)
         spec = HandleSpec(shape, self.dtype, "native")
-        return KVHandle(self.codes, self.scale, None, None, spec, self, table, skip, is_fresh)
+        return KVHandle(self.codes, self.scale, None, None, spec, self, table, skip, is_fresh, states)
 
     def resize(self, num_blocks: int, src: list[int], dst: list[int]) -> None:
         """Move to `num_blocks` blocks, block `src[i]` becoming `dst[i]`; the rest is zero."""
@@ -99,10 +102,11 @@ class Plane:
 
     def _blocks(self, num_blocks: int, device: torch.device | None = None) -> Tensor:
         device = device or self.home
+        like = torch.empty(0, device=device)
         # A tensor made in inference mode could not be written outside of it. Zeros, because a masked slot is still
         # multiplied by its zero probability, and zero times an old NaN is NaN.
         with torch.inference_mode(False):
-            if device.type != "cpu":
+            if runs_kernel(like):
                 shape = (num_blocks, self.block_size, self.num_heads, self.dim)
                 return torch.zeros(shape, dtype=self.dtype, device=device)
             # The same layout with the heads outermost in memory: a core then streams one head's keys without gaps

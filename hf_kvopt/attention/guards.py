@@ -1,0 +1,68 @@
+"""Checks that turn a silent wrong token into one clear error; each sees what only the attention function sees."""
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_kvopt.attention.mask import LazyMask
+from hf_kvopt.attention.support import slides
+from hf_kvopt.errors import CacheStateError, UnsupportedModel
+from hf_kvopt.pool.handle import KVHandle
+
+
+def check_ownership(module: nn.Module, handle: KVHandle, kwargs: dict[str, Any], mask: Tensor | None) -> None:
+    """Catch a cache that another model filled, and a prompt that is fed on top of itself."""
+    if not handle.is_fresh or handle.plane is None or torch.compiler.is_compiling():
+        return
+    # Only the first reader of an update owns the layer: models with shared KV hand the same tensor on.
+    handle.is_fresh = False
+    owner = handle.plane.owner() if handle.plane.owner is not None else None
+    if owner is None:
+        handle.plane.owner = weakref.ref(module)
+    elif owner is not module:
+        raise CacheStateError(
+            f"this cache was filled by another model ({type(owner).__name__} at another place): got "
+            f"{type(module).__name__}; use one cache a model, or cache.free() before handing it on"
+        )
+    _check_positions(handle, kwargs.get("position_ids"), mask)
+
+
+def _check_positions(handle: KVHandle, position_ids: Tensor | None, attention_mask: Tensor | None) -> None:
+    """A first position before the end of what is cached means that cached tokens came again."""
+    table, plane = handle.table, handle.plane
+    if table is None or plane is None or not plane.is_first or position_ids is None or position_ids.dim() != 2:
+        return
+    q_len = position_ids.shape[1]
+    past = table.max_length - q_len
+    if q_len == 1 or past <= 0:
+        return
+    # Left padding shifts positions back by as much; behind a window it is known only up to the window's start.
+    starts = attention_mask.starts if isinstance(attention_mask, LazyMask) else [0]
+    if starts is not None and int(position_ids[:, 0].max()) < past - table.base - handle.skip - max(starts):
+        raise CacheStateError(
+            f"{q_len} tokens from position {int(position_ids[:, 0].max())} on were fed to a cache that already holds "
+            f"{past}: got a cache that is not shorter than the prompt, which transformers then feeds again; call "
+            "cache.reset(), or cache.crop(-n) so that at least the last prompt token is missing"
+        )
+
+
+def check_window(
+    module: nn.Module, handle: KVHandle, attention_mask: Tensor | None, sliding_window: int | None
+) -> None:
+    """Refuse a layer whose window nobody but the cache keeps, and this cache keeps everything."""
+    if handle.table is None or handle.table.window is not None:
+        return
+    if sliding_window is not None or (
+        isinstance(attention_mask, LazyMask) and attention_mask.pattern.window is not None
+    ):
+        return
+    if not isinstance(attention_mask, LazyMask) and attention_mask is not None:
+        return
+    config, layer_idx = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    if config is not None and layer_idx is not None and slides(config, layer_idx):
+        raise UnsupportedModel(
+            f"{type(module).__name__} slides by what its cache forgets: got a cache without the model's config, which "
+            "forgets nothing; use PagedCache(config=model.config)"
+        )

@@ -1,0 +1,66 @@
+"""Brings the forms in which a mask arrives to one: a pattern, and what the pattern cannot say."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hf_kvopt.attention.mask import LazyMask
+from hf_kvopt.errors import CacheStateError
+
+
+class Masking(NamedTuple):
+    """A mask taken apart: what a pattern says, and what it does not."""
+
+    is_causal: bool
+    window: int | None
+    starts: list[int] | None  # left padding: the first key of each row
+    mask: Tensor | None  # [batch | 1, heads | 1, q_len | 1, kv_len] bool or additive
+
+
+def take_apart(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    attention_mask: Tensor | None,
+    is_causal: bool | None,
+    sliding_window: int | None,
+) -> Masking:
+    """The mask that holds between `query` and `key`; keys are cut or refused as eager attention would.
+
+    Raises:
+        ValueError: a mask without four dimensions.
+        CacheStateError: a mask over fewer keys than the cache hands out.
+    """
+    q_len, kv_len = query.shape[2], key.shape[2]
+    if attention_mask is None:
+        causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+        return Masking(bool(causal), sliding_window if causal else None, None, None)
+    if isinstance(attention_mask, LazyMask) and tuple(attention_mask.shape[2:]) == (q_len, kv_len):
+        causal, window = attention_mask.pattern
+        if attention_mask.padding is None:
+            return Masking(causal, window, None, None)
+        # Pads are skipped row by row in a prefill; for a few queries one mask over the keys is cheaper.
+        if q_len > 1 and causal and query.device.type == "cpu" and attention_mask.starts is not None:
+            return Masking(causal, window, attention_mask.starts, None)
+        return Masking(causal, window, None, attention_mask.key_mask)
+    if attention_mask.dim() != 4:
+        raise ValueError(
+            "attention_mask must have 4 dimensions [batch, heads, q_len, kv_len] here: got "
+            f"{tuple(attention_mask.shape)}; pass a 2D padding mask to the model, not to the attention"
+        )
+    if attention_mask.shape[-1] < kv_len:
+        raise CacheStateError(
+            f"attention_mask covers {attention_mask.shape[-1]} keys: got {kv_len} from the cache; a cache made without "
+            "the model's config cannot tell its layers apart here, use PagedCache(config=model.config)"
+        )
+    return Masking(False, None, None, attention_mask[..., :kv_len])
+
+
+def add_bias(bias: Tensor, mask: Tensor | None) -> Tensor:
+    """An additive mask out of a bias on the scores and a mask."""
+    if mask is None:
+        return bias
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias, torch.finfo(bias.dtype).min)
+    return bias + mask

@@ -1,0 +1,118 @@
+"""Which code computes an attention: a Triton kernel over blocks or over dense tensors, or the torch path.
+
+paged, few queries      paged_decode      keys split over programs, lengths on the device
+paged, many queries     paged_prefill     through the block table
+nothing cached before   flash_prefill     over the states as they came
+CPU, or what a kernel does not take       torch path over a view of the pool, or over a gathered copy
+"""
+
+import logging
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_kvopt.attention.masking import Masking
+from hf_kvopt.kernels import dispatch
+from hf_kvopt.kernels.cpu import attend
+from hf_kvopt.pool.handle import KVHandle
+
+logger = logging.getLogger(__name__)
+
+# Queries times the heads of a KV group that one tile of the split kernel takes at most.
+_DECODE_ROWS = 64
+_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class Extras(NamedTuple):
+    """What a model adds to plain softmax attention."""
+
+    scale: float
+    softcap: float | None
+    sinks: Tensor | None  # [num_heads], or [batch, num_heads, q_len, 1]
+    dropout: float
+
+
+def run(query: Tensor, key: Tensor, value: Tensor, masking: Masking, extras: Extras) -> Tensor:
+    """Attention, [batch, q_len, num_heads, v_head_dim] contiguous."""
+    if not dispatch.runs_kernel(query):
+        return _torch_path(query, key, value, masking, extras)
+    obstacle = _obstacle(query, key, value, extras)
+    if obstacle is not None:
+        _say_once(obstacle)
+        return _torch_path(query, key, value, masking, extras)
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    starts = None
+    if masking.starts is not None:
+        starts = torch.tensor(masking.starts, dtype=torch.int32, device=query.device)
+    if not isinstance(key, KVHandle) or not isinstance(value, KVHandle):
+        return _over_dense(query, key, value, masking, starts, extras)
+    if key.states is not None and value.states is not None:
+        return _over_dense(query, key.states, value.states, masking, starts, extras)
+    return _over_blocks(query, key, value, masking, starts, extras)
+
+
+def _over_blocks(
+    query: Tensor, key: KVHandle, value: KVHandle, masking: Masking, starts: Tensor | None, extras: Extras
+) -> Tensor:
+    key.check_valid()
+    window, mask = masking.window, masking.mask
+    if key.skip:
+        # The table holds whole blocks, so some tokens before the first one that the model was promised.
+        starts = key.skip + (starts if starts is not None else query.new_zeros(query.shape[0], dtype=torch.int32))
+        if mask is not None and mask.shape[-1] > 1:
+            mask = F.pad(mask, (key.skip, 0), value=False if mask.dtype == torch.bool else float("-inf"))
+    group = query.shape[1] // key.shape[1]
+    op = dispatch.paged_decode if query.shape[2] * group <= _DECODE_ROWS else dispatch.paged_prefill
+    return op(
+        query, key.codes, value.codes, key.block_table, key.seq_lens, scale=extras.scale, is_causal=masking.is_causal,
+        window=window, softcap=extras.softcap, sinks=extras.sinks, starts=starts, mask=mask, k_scale=key.scale,
+        v_scale=value.scale,
+    ).out  # fmt: skip
+
+
+def _over_dense(
+    query: Tensor, key: Tensor, value: Tensor, masking: Masking, starts: Tensor | None, extras: Extras
+) -> Tensor:
+    return dispatch.flash_prefill(
+        query, key if key.stride(-1) == 1 else key.contiguous(), value if value.stride(-1) == 1 else value.contiguous(),
+        scale=extras.scale, is_causal=masking.is_causal, window=masking.window, softcap=extras.softcap,
+        sinks=extras.sinks, starts=starts, mask=masking.mask,
+    ).out  # fmt: skip
+
+
+def _torch_path(query: Tensor, key: Tensor, value: Tensor, masking: Masking, extras: Extras) -> Tensor:
+    return attend(
+        query,
+        key.view_dense() if isinstance(key, KVHandle) else key,
+        value.view_dense() if isinstance(value, KVHandle) else value,
+        scale=extras.scale,
+        is_causal=masking.is_causal,
+        window=masking.window,
+        softcap=extras.softcap,
+        sinks=extras.sinks,
+        starts=masking.starts,
+        mask=masking.mask,
+        dropout=extras.dropout,
+    )
+
+
+def _obstacle(query: Tensor, key: Tensor, value: Tensor, extras: Extras) -> str | None:
+    """Why the kernels cannot take this call; None where they can."""
+    dims = (query.shape[-1], value.shape[-1])
+    if any(dim % 8 or not 32 <= dim <= 256 for dim in dims):
+        return f"head sizes {dims} (kernels take multiples of 8 from 32 to 256)"
+    if query.dtype not in _KERNEL_DTYPES:
+        return f"{query.dtype} (kernels take float16, bfloat16 and float32)"
+    if extras.dropout or (torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))):
+        return "training (kernels have no gradient)"
+    if extras.sinks is not None and extras.sinks.dim() != 1:
+        return "sinks that differ by query"
+    return None
+
+
+@cache
+def _say_once(obstacle: str) -> None:
+    logger.warning("hf_kvopt attention takes PyTorch's SDPA instead of its Triton kernels: got %s", obstacle)
