@@ -38,6 +38,13 @@ class LazyTensor(torch.Tensor):
     def before_fallback(self, op: str) -> None:
         """Called before `dense()` serves operation `op`."""
 
+    def __setitem__(self, *_: Any) -> None:
+        # As operations this is a view, which would be one of a copy, and a write into that.
+        raise CacheStateError(
+            f"items of a {type(self).__name__} cannot be assigned, as it has no storage of its own: the write would be "
+            "lost; clone() it first"
+        )
+
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
