@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerationConfig
 
+from hf_kvopt.attention import mla
 from hf_kvopt.attention.register import ATTENTION_NAME
 from hf_kvopt.attention.support import model_traits
 from hf_kvopt.cache.paged import PagedCache
@@ -54,6 +55,7 @@ def enable(
     previous = model.config._attn_implementation
     if attention:
         model.set_attn_implementation(ATTENTION_NAME)
+        mla.install(model)
     if cache is not None:
         # In the instance's own dict: `generate` calls the method through self (nn.Module would file it elsewhere).
         model.__dict__["_prepare_cache_for_generation"] = _preparer(model, CACHES[cache], cache_options)
@@ -67,6 +69,7 @@ def disable(model: PreTrainedModel) -> PreTrainedModel:
         previous = getattr(model, _STATE)
         delattr(model, _STATE)
         model.__dict__.pop("_prepare_cache_for_generation", None)
+        mla.uninstall(model)
         if model.config._attn_implementation != previous:
             model.set_attn_implementation(previous)
     return model

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hf_kvopt.attention.guards import check_ownership, check_window
 from hf_kvopt.attention.masking import add_bias, take_apart
+from hf_kvopt.attention.mla import LatentKV, attend_latent, is_absorbable
 from hf_kvopt.attention.route import Extras, run
 from hf_kvopt.errors import UnsupportedModel
 from hf_kvopt.pool.handle import KVHandle
@@ -52,13 +53,16 @@ def attention_forward(
         raise ValueError(
             f"attention dropout must be 0 outside of training: got {dropout}; call model.train() or set it to 0"
         )
-    if isinstance(key, KVHandle):
-        check_ownership(module, key, kwargs, attention_mask)
-        check_window(module, key, attention_mask, sliding_window)
+    handle = key.latent if isinstance(key, LatentKV) else key
+    if isinstance(handle, KVHandle):
+        check_ownership(module, handle, kwargs, attention_mask)
+        check_window(module, handle, attention_mask, sliding_window)
     masking = take_apart(module, query, key, attention_mask, is_causal, sliding_window)
     if position_bias is not None:
         bias = position_bias[..., -key.shape[2] :]
         masking = masking._replace(mask=add_bias(bias, masking.mask))
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if isinstance(key, LatentKV) and is_absorbable(query, key):
+        return attend_latent(query, key, masking, scale), None
     sinks = s_aux if s_aux is not None else kwargs.get("sinks")
     return run(query, key, value, masking, Extras(scale, softcap, sinks, dropout)), None

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_kvopt.attention.masking import Masking
+from hf_kvopt.attention.mla import LatentKV
 from hf_kvopt.kernels import dispatch
 from hf_kvopt.kernels.cpu import attend
 from hf_kvopt.pool.handle import KVHandle
@@ -37,6 +38,8 @@ class Extras(NamedTuple):
 
 def run(query: Tensor, key: Tensor, value: Tensor, masking: Masking, extras: Extras) -> Tensor:
     """Attention, [batch, q_len, num_heads, v_head_dim] contiguous."""
+    if isinstance(key, LatentKV) and isinstance(value, LatentKV):
+        key, value = key.expand_both()
     if not dispatch.runs_kernel(query):
         return _torch_path(query, key, value, masking, extras)
     obstacle = _obstacle(query, key, value, extras)

@@ -116,11 +116,14 @@ def _decode(
     folded = q.reshape(batch, num_kv_heads, num_heads // num_kv_heads, dim)
     if mask is not None and mask.shape[1] > 1:
         mask = mask.reshape(mask.shape[0], num_kv_heads, -1, mask.shape[-1])
-    if _is_plain(q, v, softcap, sinks):
-        out = F.scaled_dot_product_attention(folded, k, v, attn_mask=_fitting(mask, q), dropout_p=dropout, scale=scale)
-    else:
+    num_splits = 1 if mask is not None or dropout or torch.compiler.is_compiling() else _num_splits(q, k)
+    if not _is_plain(q, v, softcap, sinks):
         heads = None if sinks is None else sinks.reshape(len(sinks), num_kv_heads, -1, 1)
         out = _written_out(folded, k, v, mask, scale, softcap, heads, dropout)
+    elif num_splits > 1:
+        out = _decode_split(folded, k, v, scale, num_splits)
+    else:
+        out = F.scaled_dot_product_attention(folded, k, v, attn_mask=_fitting(mask, q), dropout_p=dropout, scale=scale)
     return out.reshape(batch, 1, num_heads, v.shape[-1])
 
 

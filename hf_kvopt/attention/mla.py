@@ -1,0 +1,126 @@
+"""Multi-head latent attention without expanding the cache.
+
+MLA models cache a latent c [R] and one rotary key r [Dr] a token, and expand them to keys and values of every head:
+k = [W_uk c, r], v = W_uv c. A decode step need not: with the query absorbed, q_nope . (W_uk c) = (W_uk^T q_nope) . c,
+attention runs over the latents themselves, as over one shared KV head, and W_uv comes after the sum:
+
+    softmax(scale * [W_uk^T q_nope, q_rope] . [c, r]) c W_uv^T              (DeepSeek-V2, arXiv:2405.04434, 2.1.2)
+
+`install` lets a model's `expand_kv` hand on what it was given; whoever is not our attention gets the expansion.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_kvopt.attention.masking import Masking
+from hf_kvopt.kernels.cpu import attend
+from hf_kvopt.pool.handle import KVHandle
+from hf_kvopt.pool.lazy import LazyTensor
+
+# Beyond this many queries a row, expanding once costs less than attending in the larger latent space.
+_MAX_ABSORBED_QUERIES = 16
+
+
+class LatentKV(LazyTensor):
+    """Keys (`part` 0) or values (1) of all heads, [batch, num_heads, kv_len, head_dim], as latents."""
+
+    latent: KVHandle
+    rope: KVHandle
+    module: nn.Module
+    part: int
+    expand_latent: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+    @staticmethod
+    def __new__(
+        cls: type,
+        latent: KVHandle,
+        rope: KVHandle,
+        module: nn.Module,
+        part: int,
+        expand: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    ) -> "LatentKV":
+        """See the class; `expand` is the model's own expansion."""
+        batch, _, kv_len, _ = latent.shape
+        heads = _up_projections(module)[part].shape[0]
+        nope, rotary, v_dim = _head_sizes(module)
+        dim = nope + rotary if part == 0 else v_dim
+        lazy = LatentKV.wrap((batch, heads, kv_len, dim), latent.dtype, latent.device)
+        lazy.latent, lazy.rope, lazy.module, lazy.part, lazy.expand_latent = latent, rope, module, part, expand
+        return lazy
+
+    def expand_both(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of all heads, dense."""
+        return self.expand_latent(self.latent.dense(), self.rope.dense())
+
+    def dense(self) -> Tensor:
+        return self.expand_both()[self.part].contiguous()
+
+    def rewrap(self) -> "LatentKV":
+        return LatentKV(self.latent, self.rope, self.module, self.part, self.expand_latent)
+
+    def __repr__(self, *_: Any, **__: Any) -> str:  # type: ignore[override]
+        return f"LatentKV(shape={tuple(self.shape)}, latent={self.latent!r})"
+
+
+def install(model: nn.Module) -> None:
+    """Override `expand_kv` on each MLA module of `model` whose up-projection can be absorbed."""
+    for module in model.modules():
+        projection = getattr(module, "kv_b_proj", None)
+        # A quantized, adapted or sharded projection has no plain weight to absorb.
+        is_plain = type(projection) is nn.Linear and projection.bias is None and type(projection.weight) is nn.Parameter
+        if hasattr(module, "expand_kv") and is_plain:
+            module.__dict__["expand_kv"] = _expander(module)
+
+
+def uninstall(model: nn.Module) -> None:
+    """Undo `install`."""
+    for module in model.modules():
+        module.__dict__.pop("expand_kv", None)
+
+
+def is_absorbable(query: Tensor, key: Tensor) -> bool:
+    """Whether attention can run over the latents and should."""
+    return isinstance(key, LatentKV) and query.shape[2] <= _MAX_ABSORBED_QUERIES and not torch.is_grad_enabled()
+
+
+def attend_latent(query: Tensor, key: LatentKV, masking: Masking, scale: float) -> Tensor:
+    """[batch, q_len, num_heads, v_head_dim] of query [batch, num_heads, q_len, nope + rope] over the latents."""
+    w_uk, w_uv = _up_projections(key.module)
+    q_nope, q_rope = query.split(_head_sizes(key.module)[:2], dim=-1)
+    absorbed = torch.cat([torch.matmul(q_nope, w_uk), q_rope], dim=-1)
+    latent = key.latent.view_dense()
+    out = attend(
+        absorbed, torch.cat([latent, key.rope.view_dense()], dim=-1), latent, scale=scale, is_causal=masking.is_causal,
+        window=masking.window, starts=masking.starts, mask=masking.mask,
+    )  # fmt: skip
+    return torch.einsum("bqhr,hdr->bqhd", out, w_uv)
+
+
+def _expander(module: nn.Module) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    original: Callable[..., tuple[Tensor, Tensor]] = type(module).expand_kv.__get__(module)  # type: ignore[attr-defined]
+
+    def expand_kv(kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
+        if not isinstance(kv_nope, KVHandle) or not isinstance(k_rot, KVHandle) or torch.compiler.is_compiling():
+            return original(kv_nope, k_rot)
+        keys, values = (LatentKV(kv_nope, k_rot, module, index, original) for index in (0, 1))
+        return keys, values
+
+    return expand_kv
+
+
+def _up_projections(module: nn.Module) -> tuple[Tensor, Tensor]:
+    """W_uk [num_heads, nope, R] and W_uv [num_heads, v_head_dim, R], views of `kv_b_proj.weight`."""
+    weight: Tensor = module.kv_b_proj.weight  # type: ignore[union-attr, assignment]
+    nope, _, v_dim = _head_sizes(module)
+    w_uk, w_uv = weight.view(-1, nope + v_dim, weight.shape[1]).split([nope, v_dim], dim=1)
+    return w_uk, w_uv
+
+
+def _head_sizes(module: nn.Module) -> tuple[int, int, int]:
+    """Channels of a head: without rotation, with rotation, of the values."""
+    names = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    nope, rotary, v_dim = (int(getattr(module, name)) for name in names)
+    return nope, rotary, v_dim
