@@ -30,32 +30,50 @@ from hf_kvopt.kernels.checks import (
     debug_enabled,
     mask_strides,
 )
-from hf_kvopt.kernels.launch import LOG2E, Config, Launch, Target, cdiv, dot_dtype, next_power_of_two, target_of
+from hf_kvopt.kernels.launch import (
+    LOG2E,
+    Config,
+    Launch,
+    Target,
+    cdiv,
+    dot_dtype,
+    fit_config,
+    next_power_of_two,
+    target_of,
+)
 from hf_kvopt.kernels.paged_prefill import visit_bounds
 from hf_kvopt.kernels.reference import AttentionOut, attention_reference, visible_pairs
 from hf_kvopt.kernels.shim import TensorDescriptor, tl, triton
 from hf_kvopt.kernels.tile import add_sink, apply_mask, cap_scores, is_seen, log_sum, reciprocal, softmax_step
 
-# Chosen by compiled registers and shared memory (evals/kernels.py); measured on no card yet.
-# family: (head_dim up to 64, up to 128, above; float32)
+# Chosen by compiled registers and shared memory (evals/kernels.py); measured on no card yet. Warp specialisation is not
+# used: Triton 3.9 compiles it to the same machine code on sm_90 and fails on sm_100.
+# family: (head_dim up to 64, up to 128, above; the same with anything beyond causal; float32)
 CONFIGS = {
-    "interpret": (Config(16, 16, 4, 1),) * 4,
-    "sm80": (Config(128, 64, 4, 3), Config(128, 64, 4, 2), Config(64, 32, 4, 2), Config(32, 32, 4, 1)),
-    "sm86": (Config(128, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 32, 4, 1), Config(32, 32, 4, 1)),
+    "interpret": (Config(16, 16, 4, 1),) * 7,
+    "sm80": (
+        Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(64, 32, 8, 2),
+        Config(128, 32, 8, 2), Config(128, 32, 8, 2), Config(64, 32, 8, 2), Config(16, 16, 4, 1),
+    ),
+    "sm86": (
+        Config(128, 64, 8, 2), Config(128, 32, 8, 2), Config(64, 32, 8, 1),
+        Config(128, 32, 8, 2), Config(128, 32, 8, 2), Config(64, 32, 8, 1), Config(16, 16, 4, 1),
+    ),
     "sm90": (
-        Config(128, 128, 8, 3, tma=True),
-        Config(128, 128, 8, 2, tma=True),
-        Config(128, 64, 8, 2, tma=True),
-        Config(32, 32, 4, 1),
+        Config(128, 128, 8, 3, tma=True), Config(128, 128, 8, 2, tma=True), Config(128, 64, 8, 2, tma=True),
+        Config(128, 64, 8, 3, tma=True), Config(128, 64, 8, 2, tma=True), Config(64, 32, 4, 2, tma=True),
+        Config(16, 16, 4, 1),
     ),
     "sm100": (
-        Config(128, 128, 8, 3, tma=True),
-        Config(128, 128, 8, 2, tma=True),
-        Config(128, 64, 8, 2, tma=True),
-        Config(32, 32, 4, 1),
+        Config(128, 128, 8, 3, tma=True), Config(128, 128, 8, 2, tma=True), Config(128, 64, 8, 2, tma=True),
+        Config(128, 64, 8, 3, tma=True), Config(128, 64, 8, 2, tma=True), Config(64, 32, 4, 2, tma=True),
+        Config(16, 16, 4, 1),
     ),
-    "cdna3": (Config(128, 64, 4, 1), Config(128, 64, 4, 1), Config(64, 32, 4, 1), Config(32, 32, 4, 1)),
-}
+    "cdna3": (
+        Config(128, 64, 8, 1), Config(128, 64, 8, 1), Config(64, 32, 8, 1),
+        Config(64, 64, 4, 1), Config(64, 32, 4, 1), Config(64, 32, 8, 1), Config(16, 16, 4, 1),
+    ),
+}  # fmt: skip
 
 
 def flash_prefill_reference(
@@ -233,7 +251,7 @@ def _flash_prefill_kernel(
         elif run == 2:
             start = tl.maximum(whole_lo, whole_hi)
             end = kv_hi
-        if run > 0 or HAS_WINDOW or starts_ptr is not None:
+        if run == 2 or (mask_ptr is None and (run == 1 or HAS_WINDOW or starts_ptr is not None)):
             for tile_start in tl.range(start, end, BLOCK_N):
                 k = _load_tile(
                     k_head_ptr, k_desc, batch, kv_head, tile_start, kv_lo, kv_hi, stride_k_n,
@@ -268,12 +286,17 @@ def _flash_prefill_kernel(
     tl.store(lse_ptrs, log_sum(m_i, l_i), mask=mask_m)
 
 
-def choose_config(head_dim: int, dtype: torch.dtype, q_len: int, target: Target) -> Config:
-    """Return the configuration for a head size and dtype; short prompts take smaller tiles."""
-    column = 3 if dtype == torch.float32 else (head_dim > 64) + (head_dim > 128)
-    config = CONFIGS[target.family][column]
-    block_m = min(config.block_m, max(16, next_power_of_two(q_len)))
-    return config._replace(block_m=block_m, num_warps=4 if block_m <= 64 else config.num_warps)
+def choose_config(
+    head_dim: int,  # the larger of k's and v's
+    dtype: torch.dtype,
+    q_len: int,
+    is_plain: bool,  # causal or full attention, and nothing else
+    has_mask: bool,
+    target: Target,
+) -> Config:
+    """Return the configuration for a head size, dtype and pattern."""
+    column = 6 if dtype == torch.float32 else (head_dim > 64) + (head_dim > 128) + 3 * (not is_plain)
+    return fit_config(CONFIGS[target.family][column], q_len, has_mask)
 
 
 def _descriptor(tensor: Tensor, block_n: int, block_d: int) -> Any:
@@ -386,7 +409,11 @@ def flash_prefill(
         out = q.new_zeros(shape)
         lse = q.new_full((batch, num_heads, q_len), -torch.inf, dtype=torch.float32)
     if out.numel():
-        config = config or choose_config(max(k_dim, v.shape[3]), q.dtype, max_q_len or q_len, target)
+        extras = (window, softcap, sinks, starts, mask, cu_seqlens_q)
+        is_plain = all(extra is None for extra in extras)
+        if config is None:
+            longest = max_q_len or q_len
+            config = choose_config(max(k_dim, v.shape[3]), q.dtype, longest, is_plain, mask is not None, target)
         plan_flash_prefill(
             q, k, v, out, lse, target, config, scale=scale, is_causal=is_causal, window=window, softcap=softcap,
             sinks=sinks, starts=starts, mask=mask, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,

@@ -18,7 +18,18 @@ import torch
 from torch import Tensor
 
 from hf_kvopt.kernels.checks import check_contiguous, check_dtype, check_paged, check_scalars, mask_strides
-from hf_kvopt.kernels.launch import LOG2E, Config, Launch, Target, cdiv, dot_dtype, next_power_of_two, target_of
+from hf_kvopt.kernels.launch import (
+    LOG2E,
+    Config,
+    Launch,
+    Target,
+    cdiv,
+    column_of,
+    dot_dtype,
+    fit_config,
+    next_power_of_two,
+    target_of,
+)
 from hf_kvopt.kernels.merge_state import plan_merge_state
 from hf_kvopt.kernels.paged_tile import attend_tile, load_query, store_output
 from hf_kvopt.kernels.reference import AttentionOut, paged_reference
@@ -29,15 +40,25 @@ from hf_kvopt.quant import Format
 paged_decode_reference = paged_reference
 
 # Chosen by compiled registers and shared memory (evals/kernels.py); measured on no card yet.
-# family: (head_dim up to 128, above)
+# family: (head_dim up to 128, above; the same with quantized storage; float32)
 CONFIGS = {
-    "interpret": (Config(16, 16, 4, 1), Config(16, 16, 4, 1)),
-    "sm80": (Config(64, 64, 4, 3), Config(64, 32, 4, 3)),
-    "sm86": (Config(64, 64, 4, 2), Config(64, 32, 4, 2)),
-    "sm90": (Config(64, 64, 4, 3), Config(64, 32, 4, 3)),
-    "sm100": (Config(64, 64, 4, 3), Config(64, 32, 4, 3)),
-    "cdna3": (Config(64, 64, 4, 1), Config(64, 32, 4, 1)),
-}
+    "interpret": (Config(16, 16, 4, 1),) * 5,
+    "sm80": (
+        Config(32, 64, 4, 3), Config(32, 32, 4, 3), Config(32, 64, 4, 3), Config(32, 32, 4, 3), Config(16, 16, 4, 2)
+    ),
+    "sm86": (
+        Config(32, 64, 4, 2), Config(32, 32, 4, 2), Config(32, 64, 4, 2), Config(32, 32, 4, 2), Config(16, 16, 4, 2)
+    ),
+    "sm90": (
+        Config(32, 64, 4, 3), Config(32, 32, 4, 3), Config(32, 64, 4, 3), Config(32, 32, 4, 3), Config(16, 16, 4, 2)
+    ),
+    "sm100": (
+        Config(32, 64, 4, 3), Config(32, 32, 4, 3), Config(32, 64, 4, 3), Config(32, 32, 4, 3), Config(16, 16, 4, 2)
+    ),
+    "cdna3": (
+        Config(32, 64, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(16, 16, 4, 1)
+    ),
+}  # fmt: skip
 # Splits that one row can be spread over, the grid's programs per multiprocessor at most, and the working
 # programs per multiprocessor that the shares aim at.
 MAX_SPLITS, GRID_PER_SM, WORKERS_PER_SM = 128, 32, 8
@@ -236,10 +257,16 @@ def choose_splits(
     return max(1, min(MAX_SPLITS, by_grid, cdiv(capacity, block_n * MIN_TILES)))
 
 
-def choose_config(head_dim: int, num_rows: int, target: Target) -> Config:
-    """Return the configuration for a head size and the rows (query heads of a group x q_len) of a KV head."""
-    config = CONFIGS[target.family][head_dim > 128]
-    return config._replace(block_m=min(config.block_m, max(16, next_power_of_two(num_rows))))
+def choose_config(
+    head_dim: int,  # the larger of k's and v's
+    dtype: torch.dtype,  # of q
+    formats: tuple[Format, Format],
+    num_rows: int,  # query heads of a group x q_len
+    has_mask: bool,
+    target: Target,
+) -> Config:
+    """Return the configuration of one KV head's work."""
+    return fit_config(CONFIGS[target.family][column_of(head_dim, dtype, formats)], num_rows, has_mask)
 
 
 def plan_paged_decode(
@@ -328,11 +355,6 @@ def plan_paged_decode(
     return launches
 
 
-def scratch_elements(num_splits: int, batch: int, num_heads: int, q_len: int, v_dim: int) -> int:
-    """Return the float32 elements that the parts of `num_splits` splits need."""
-    return num_splits * batch * num_heads * q_len * (v_dim + 1)
-
-
 def _split_scratch(scratch: Tensor | None, out: Tensor, lse: Tensor, num_splits: int) -> tuple[Tensor, Tensor]:
     """Return the parts' output and lse, views of the scratch."""
     needed = num_splits * (out.numel() + lse.numel())
@@ -355,14 +377,13 @@ def decode_scratch(
     v_dim: int,
     capacity: int,  # tokens that a row's table can hold
 ) -> Tensor:
-    """Allocate scratch that suits every `paged_decode` with these sizes, once for all layers and steps."""
-    batch, num_heads, q_len, head_dim = q.shape
+    """Allocate scratch that suits every `paged_decode` with these sizes, once for all layers, formats and steps."""
+    batch, num_heads, q_len, _ = q.shape
     target = target_of(q)
-    num_rows = q_len * num_heads // num_kv_heads
-    config = choose_config(max(head_dim, v_dim), num_rows, target)
-    row_tiles = cdiv(num_rows, config.block_m)
-    num_splits = choose_splits(batch, num_kv_heads, row_tiles, capacity, config.block_n, target)
-    return q.new_empty(scratch_elements(num_splits, batch, num_heads, q_len, v_dim), dtype=torch.float32)
+    # The smallest tiles that a configuration may have give the most splits; more row tiles only give fewer.
+    block_n = min(fit_config(config, 1, True).block_n for config in CONFIGS[target.family])
+    num_splits = choose_splits(batch, num_kv_heads, 1, capacity, block_n, target)
+    return q.new_empty(num_splits * batch * num_heads * q_len * (v_dim + 1), dtype=torch.float32)
 
 
 def paged_decode(
@@ -396,7 +417,9 @@ def paged_decode(
     lse = q.new_empty((batch, num_heads, q_len), dtype=torch.float32)
     if not out.numel():
         return AttentionOut(out, lse)
-    config = config or choose_config(max(k_dim, v_dim), q_len * num_heads // num_kv_heads, target)
+    config = config or choose_config(
+        max(k_dim, v_dim), q.dtype, formats, q_len * num_heads // num_kv_heads, mask is not None, target
+    )
     if num_splits is None:
         row_tiles = cdiv(q_len * num_heads // num_kv_heads, config.block_m)
         capacity = block_table.shape[1] * block_size

@@ -16,7 +16,18 @@ import torch
 from torch import Tensor
 
 from hf_kvopt.kernels.checks import check_paged, check_scalars, mask_strides
-from hf_kvopt.kernels.launch import LOG2E, Config, Launch, Target, cdiv, dot_dtype, next_power_of_two, target_of
+from hf_kvopt.kernels.launch import (
+    LOG2E,
+    Config,
+    Launch,
+    Target,
+    cdiv,
+    column_of,
+    dot_dtype,
+    fit_config,
+    next_power_of_two,
+    target_of,
+)
 from hf_kvopt.kernels.paged_tile import attend_tile, load_query, store_output
 from hf_kvopt.kernels.reference import AttentionOut, paged_reference
 from hf_kvopt.kernels.shim import tl, triton
@@ -26,15 +37,25 @@ from hf_kvopt.quant import Format
 paged_prefill_reference = paged_reference
 
 # Chosen by compiled registers and shared memory (evals/kernels.py); measured on no card yet.
-# family: (head_dim up to 128, above)
+# family: (head_dim up to 128, above; the same with quantized storage; float32)
 CONFIGS = {
-    "interpret": (Config(16, 16, 4, 1), Config(16, 16, 4, 1)),
-    "sm80": (Config(128, 64, 4, 2), Config(64, 32, 4, 2)),
-    "sm86": (Config(64, 64, 4, 2), Config(64, 32, 4, 1)),
-    "sm90": (Config(128, 64, 8, 3), Config(128, 32, 8, 2)),
-    "sm100": (Config(128, 64, 8, 3), Config(128, 32, 8, 2)),
-    "cdna3": (Config(128, 64, 4, 1), Config(64, 32, 4, 1)),
-}
+    "interpret": (Config(16, 16, 4, 1),) * 5,
+    "sm80": (
+        Config(128, 32, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(16, 16, 4, 1)
+    ),
+    "sm86": (
+        Config(128, 32, 8, 2), Config(64, 32, 8, 1), Config(64, 32, 8, 2), Config(64, 32, 8, 1), Config(16, 16, 4, 1)
+    ),
+    "sm90": (
+        Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(128, 32, 8, 2), Config(64, 16, 8, 2), Config(16, 16, 4, 1)
+    ),
+    "sm100": (
+        Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(128, 32, 8, 2), Config(64, 16, 8, 2), Config(16, 16, 4, 1)
+    ),
+    "cdna3": (
+        Config(64, 64, 4, 1), Config(64, 32, 4, 1), Config(64, 32, 4, 1), Config(64, 32, 4, 1), Config(16, 16, 4, 1)
+    ),
+}  # fmt: skip
 
 
 @triton.jit
@@ -60,11 +81,13 @@ def visit_bounds(
     if IS_CAUSAL:
         kv_hi = tl.maximum(tl.minimum(kv_len, last_position + 1), 0)
         whole_hi = tl.maximum(tl.minimum(kv_len, first_position + 1), 0)
-    whole_lo = tl.cdiv(whole_lo, BLOCK_N) * BLOCK_N
+    whole_lo = tl.minimum(tl.cdiv(whole_lo, BLOCK_N) * BLOCK_N, kv_hi)
     whole_hi = whole_hi // BLOCK_N * BLOCK_N
     if HAS_MASK:
+        # No tile is whole: the right edge takes them all.
+        whole_lo = kv_lo // BLOCK_N * BLOCK_N
         whole_hi = whole_lo
-    return kv_lo, tl.minimum(whole_lo, kv_hi), whole_hi, kv_hi
+    return kv_lo, whole_lo, whole_hi, kv_hi
 
 
 @triton.jit(do_not_specialize=["q_len", "mask_len", "stride_table_b"])
@@ -153,7 +176,7 @@ def _paged_prefill_kernel(
         elif run == 2:
             start = tl.maximum(whole_lo, whole_hi)
             end = kv_hi
-        if run > 0 or HAS_WINDOW or starts_ptr is not None:
+        if run == 2 or (mask_ptr is None and (run == 1 or HAS_WINDOW or starts_ptr is not None)):
             for tile_start in tl.range(start, end, BLOCK_N):
                 acc_even, acc_odd, m_i, l_i = attend_tile(
                     q_even,
@@ -204,11 +227,16 @@ def _paged_prefill_kernel(
     tl.store(lse_ptr + (batch * num_heads + head) * q_len + token, log_sum(m_i, l_i), mask=mask_m)
 
 
-def choose_config(head_dim: int, num_rows: int, target: Target) -> Config:
-    """Return the configuration for a head size and the rows (query heads of a group x q_len) of a KV head."""
-    config = CONFIGS[target.family][head_dim > 128]
-    block_m = min(config.block_m, max(16, next_power_of_two(num_rows)))
-    return config._replace(block_m=block_m, num_warps=4 if block_m <= 64 else config.num_warps)
+def choose_config(
+    head_dim: int,  # the larger of k's and v's
+    dtype: torch.dtype,  # of q
+    formats: tuple[Format, Format],
+    num_rows: int,  # query heads of a group x q_len
+    has_mask: bool,
+    target: Target,
+) -> Config:
+    """Return the configuration of one KV head's work."""
+    return fit_config(CONFIGS[target.family][column_of(head_dim, dtype, formats)], num_rows, has_mask)
 
 
 def plan_paged_prefill(
@@ -321,7 +349,10 @@ def paged_prefill(
         lse,
         formats,
         target,
-        config or choose_config(max(k_dim, v_dim), q_len * num_heads // k_pool.shape[2], target),
+        config
+        or choose_config(
+            max(k_dim, v_dim), q.dtype, formats, q_len * num_heads // k_pool.shape[2], mask is not None, target
+        ),
         scale=scale,
         is_causal=is_causal,
         window=window,

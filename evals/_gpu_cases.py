@@ -1,0 +1,182 @@
+"""What `evals.kernels` compiles: launches over meta tensors, swept one axis at a time around a base case per kernel."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_kvopt.kernels import flash_prefill, merge_state, paged_decode, paged_prefill, store_kv
+from hf_kvopt.kernels.launch import Config, Launch, Target, cdiv
+from hf_kvopt.quant import get_format
+
+NUM_KV_HEADS = 8
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+class Case(NamedTuple):
+    """One launch to compile; hashable, so that sweeps can be joined without repeats."""
+
+    op: str  # store_kv, paged_decode, paged_prefill, flash_prefill, merge_state
+    k_dim: int = 128
+    v_dim: int = 128
+    dtype: torch.dtype = BF16
+    k_format: str = "native"
+    v_format: str = "native"
+    pattern: str = "causal"
+    q_len: int = 1
+    group: int = 4
+    block_size: int = 64
+    config: Config | None = None
+
+    @property
+    def label(self) -> str:
+        """A line for the table."""
+        dims = f"{self.k_dim}" if self.k_dim == self.v_dim else f"{self.k_dim}/{self.v_dim}"
+        formats = self.k_format if self.k_format == self.v_format else f"{self.k_format}+{self.v_format}"
+        dtype = str(self.dtype).removeprefix("torch.")
+        sizes = f"q{self.q_len} g{self.group} b{self.block_size}"
+        return f"{self.op:13} {dims:>7} {dtype:8} {formats:9} {self.pattern:10} {sizes}"
+
+
+def meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Return a tensor without storage."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def pattern_arguments(name: str, batch: int, num_heads: int, q_len: int, kv_len: int) -> dict[str, Any]:
+    """Return the keyword arguments of a pattern by name."""
+    if name == "causal":
+        return {}
+    if name == "full":
+        return {"is_causal": False}
+    if name == "window":
+        return {"window": 4096}
+    if name == "starts":
+        return {"starts": meta(batch, dtype=torch.int32)}
+    if name == "sinks":
+        return {"sinks": meta(num_heads, dtype=BF16), "window": 128}
+    if name == "softcap":
+        return {"softcap": 50.0}
+    if name == "tree":
+        return {"mask": meta(batch, 1, q_len, kv_len, dtype=torch.bool), "is_causal": False}
+    if name == "additive":
+        return {"mask": meta(batch, num_heads, q_len, kv_len, dtype=BF16), "is_causal": False}
+    if name == "packed":
+        bounds = meta(5, dtype=torch.int32)
+        return {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds}
+    assert name == "everything", name
+    # But a mask, which compiles to a program of its own with fewer loops.
+    return {
+        "window": 4096,
+        "softcap": 50.0,
+        "sinks": meta(num_heads, dtype=BF16),
+        "starts": meta(batch, dtype=torch.int32),
+    }
+
+
+def launches_of(case: Case, target: Target) -> list[Launch]:
+    """Return what the launcher would launch for the case."""
+    batch, num_heads = 8, NUM_KV_HEADS * case.group
+    if case.op == "merge_state":
+        parts = meta(16, batch, 1, num_heads, case.v_dim, dtype=FP32)
+        lse = meta(16, batch, num_heads, 1, dtype=FP32)
+        out = meta(batch, 1, num_heads, case.v_dim, dtype=case.dtype)
+        sinks = meta(num_heads, dtype=BF16) if case.pattern == "sinks" else None
+        return [merge_state.plan_merge_state(parts, lse, sinks, out, meta(*lse.shape[1:], dtype=FP32))]
+    q = meta(batch, case.q_len, num_heads, case.k_dim, dtype=case.dtype).transpose(1, 2)
+    out = meta(batch, case.q_len, num_heads, case.v_dim, dtype=case.dtype)
+    lse = meta(batch, num_heads, case.q_len, dtype=FP32)
+    widest = max(case.k_dim, case.v_dim)
+    if case.op == "flash_prefill":
+        k, v = (
+            meta(batch, case.q_len, NUM_KV_HEADS, d, dtype=case.dtype).transpose(1, 2) for d in (case.k_dim, case.v_dim)
+        )
+        if case.pattern == "packed":
+            q, k, v, out, lse = q[:1], k[:1], v[:1], out[:1], lse[:1]
+        pattern = pattern_arguments(case.pattern, batch, num_heads, case.q_len, case.q_len)
+        is_plain = case.pattern in ("causal", "full")
+        config = case.config or flash_prefill.choose_config(
+            widest, case.dtype, case.q_len, is_plain, "mask" in pattern, target
+        )
+        return [flash_prefill.plan_flash_prefill(q, k, v, out, lse, target, config, scale=0.1, **pattern)]
+    formats = (get_format(case.k_format), get_format(case.v_format))
+    shape = (1000, case.block_size, NUM_KV_HEADS)
+    k_pool, v_pool = (
+        meta(*shape, fmt.packed_dim(dim), dtype=fmt.code_dtype or case.dtype)
+        for fmt, dim in zip(formats, (case.k_dim, case.v_dim), strict=True)
+    )
+    k_scale, v_scale = (meta(*shape, dtype=FP16) if fmt.has_scale else None for fmt in formats)
+    if case.op == "store_kv":
+        k, v = (meta(batch, 1, NUM_KV_HEADS, d, dtype=case.dtype).transpose(1, 2) for d in (case.k_dim, case.v_dim))
+        slots = meta(batch, dtype=torch.int64)
+        return [store_kv.plan_store_kv(k, v, k_pool, v_pool, slots, k_scale, v_scale, target)]
+    table, lens = meta(batch, 512, dtype=torch.int32), meta(batch, dtype=torch.int32)
+    capacity = 512 * case.block_size
+    pattern = pattern_arguments(case.pattern, batch, num_heads, case.q_len, capacity)
+    pattern |= {"scale": 0.1, "k_scale": k_scale, "v_scale": v_scale}
+    num_rows = case.q_len * case.group
+    if case.op == "paged_prefill":
+        config = case.config or paged_prefill.choose_config(
+            widest, case.dtype, formats, num_rows, "mask" in pattern, target
+        )
+        return [
+            paged_prefill.plan_paged_prefill(
+                q, k_pool, v_pool, table, lens, out, lse, formats, target, config, **pattern
+            )
+        ]
+    config = case.config or paged_decode.choose_config(widest, case.dtype, formats, num_rows, "mask" in pattern, target)
+    row_tiles = cdiv(num_rows, config.block_m)
+    num_splits = paged_decode.choose_splits(batch, NUM_KV_HEADS, row_tiles, capacity, config.block_n, target)
+    # The merge that follows is a case of its own.
+    return paged_decode.plan_paged_decode(
+        q, k_pool, v_pool, table, lens, out, lse, None, formats, target, config, num_splits, **pattern
+    )[:1]
+
+
+def sweep(card_has_e4m3: bool, full: bool) -> list[Case]:
+    """Return the cases of one card: a quick subset, or every kernel, format, column and pattern at least once."""
+    formats = ["native", "int8", "int4"] + ["fp8_e4m3"] * card_has_e4m3
+    cases = [Case("paged_decode", k_format=f, v_format=f) for f in formats]
+    cases += [Case("paged_prefill", k_format=f, v_format=f, q_len=512) for f in ("native", "int4")]
+    cases += [Case("paged_prefill", pattern="tree", q_len=60)]
+    cases += [Case("flash_prefill", dim, dim, q_len=4096) for dim in (64, 128, 256)]
+    cases += [Case("flash_prefill", pattern="everything", q_len=4096)]
+    cases += [Case("store_kv", k_format=f, v_format=f) for f in ("native", *formats[1:])]
+    cases += [Case("merge_state", pattern="sinks")]
+    if full:
+        cases += _full_sweep(formats)
+    return list(dict.fromkeys(cases))
+
+
+def _full_sweep(formats: list[str]) -> list[Case]:
+    cases = []
+    # What needs most registers: every column, storage, and both kinds of program (patterns, and a mask).
+    for op, q_len in (("paged_decode", 8), ("paged_prefill", 512)):
+        for dim in (128, 256):
+            for fmt in formats:
+                for pattern in ("everything", "additive"):
+                    cases.append(Case(op, dim, dim, k_format=fmt, v_format=fmt, pattern=pattern, q_len=q_len))
+        pairs = [("fp8_e5m2", "fp8_e5m2"), ("int8", "int4"), ("native", "int4")]
+        cases += [Case(op, k_format=k, v_format=v, pattern="everything", q_len=q_len) for k, v in pairs]
+        cases += [Case(op, k, v, pattern="everything", q_len=q_len) for k, v in ((64, 64), (80, 80), (192, 128))]
+        cases += [Case(op, dtype=FP16, k_format=f, v_format=f, q_len=q_len) for f in ("native", "int8", "int4")]
+        cases += [Case(op, dtype=FP32, k_format=f, v_format=f, q_len=q_len) for f in ("native", "int4")]
+        cases += [
+            Case(op, block_size=n, k_format=f, v_format=f, q_len=q_len) for n in (16, 256) for f in ("native", "int4")
+        ]
+        cases += [Case(op, pattern=p, q_len=q_len) for p in ("full", "window", "starts", "sinks", "softcap", "tree")]
+        cases += [Case(op, group=g, q_len=q_len) for g in (1, 7, 32)]
+    cases += [Case("paged_decode", group=g) for g in (1, 8, 32)]
+    flash = [Case("flash_prefill", d, d, pattern=p, q_len=4096) for d in (64, 128, 256) for p in ("full", "everything")]
+    flash += [Case("flash_prefill", d, d, pattern="additive", q_len=4096) for d in (64, 128, 256)]
+    flash += [Case("flash_prefill", k, v, q_len=4096) for k, v in ((32, 32), (80, 80), (96, 96), (192, 128))]
+    flash += [
+        Case("flash_prefill", pattern=p, q_len=4096) for p in ("packed", "starts", "window", "sinks", "softcap", "tree")
+    ]
+    flash += [Case("flash_prefill", dtype=dtype, pattern="everything", q_len=4096) for dtype in (FP16, FP32)]
+    flash += [Case("flash_prefill", q_len=n) for n in (7, 40)]
+    store = [Case("store_kv", 256, 256, k_format=f, v_format=f, dtype=dtype) for f in formats for dtype in (FP16, FP32)]
+    store += [Case("store_kv", 192, 128, k_format="int8", v_format="int4"), Case("store_kv", k_format="fp8_e5m2")]
+    return cases + flash + store + [Case("merge_state"), Case("merge_state", 256, 256, dtype=FP32)]
