@@ -28,13 +28,13 @@ def layer_kinds(case: Case) -> list[str]:
     """What the layers of the cache keep."""
     config = tiny_config(case).get_text_config(decoder=True)
     types, _ = get_layer_types_and_kwargs(config)
-    kinds = [_NAMES[kind] for kind in types]
+    kinds = [_NAMES.get(kind, kind) for kind in types]
     # Stored, not read: where the rank differs by layer, the configuration refuses to name one.
     if vars(config).get("kv_lora_rank") is not None:
         kinds.append("latents")
     if case.modality in ("encoder", "speech"):
         kinds.append("cross")
-    return sorted(set(kinds), key=_ORDER.index)
+    return [kind for kind in _ORDER if kind in kinds] + sorted(set(kinds) - set(_ORDER))
 
 
 def keeps_keys_and_values(case: Case) -> bool:

@@ -1,6 +1,7 @@
 """Every model gives exactly the eager tokens from the paged cache, or refuses with one clear error."""
 
 from collections.abc import Container
+from contextlib import suppress
 
 import pytest
 
@@ -33,15 +34,18 @@ def test_switched_attention_gives_the_eager_tokens_or_is_refused(case: Case) -> 
     _check_handed_over(case, routes.by_switching(case))
 
 
-@pytest.mark.parametrize(
-    "case", [case for case in covered_cases() if is_pure_attention(case)], ids=lambda case: case.name
-)
-def test_a_cache_without_a_config_gives_the_eager_tokens_or_is_refused(case: Case) -> None:
-    got = routes.without_config(case)
+@ALL
+def test_a_cache_without_a_config_gives_the_eager_tokens_or_an_error(case: Case) -> None:
     if case.name in expected.NEED_CONFIG:
-        assert got.result == "refused"
+        assert routes.without_config(case).result == "refused"
+    elif is_pure_attention(case):
+        _check_handed_over(case, routes.without_config(case))
     else:
-        _check_handed_over(case, got)
+        # States, indexers and the like cannot be guessed; transformers' own DynamicCache() fails on them as well.
+        got = None
+        with suppress(Exception):
+            got = routes.without_config(case)
+        assert got is None or got.result != "wrong", got.detail
 
 
 def _expected(case: Case, refused: Container[str]) -> str:
