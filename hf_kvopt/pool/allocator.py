@@ -166,7 +166,10 @@ class BlockAllocator:
         with self.lock:
             if self.max_blocks is not None:
                 num_blocks = min(num_blocks, self.max_blocks)
-            rows = [row for holder in self.holders for row in holder.held_rows() if row] + list(self.abandoned)
+            # Held on to, so that none is collected after it was renumbered and its rows with `abandoned` a second time.
+            holders = list(self.holders)
+            abandoned = list(self.abandoned)
+            rows = [row for holder in holders for row in holder.held_rows() if row] + abandoned
             held = self.num_blocks - self.num_free
             gap = (num_blocks - held) // max(1, len(rows))
             new_ids: dict[int, int] = {}
@@ -182,9 +185,9 @@ class BlockAllocator:
                 refcounts[new] = self.refcounts[old]
             for pool in self.pools:
                 pool.resize(num_blocks, list(new_ids.keys()), list(new_ids.values()))
-            for holder in self.holders:
+            for holder in holders:
                 holder.renumber(new_ids)
-            for row in self.abandoned:
+            for row in abandoned:
                 row[:] = [new_ids[block] for block in row]
             self.refcounts = refcounts
             self._rebuild_runs()

@@ -71,7 +71,7 @@ class BlockTable:
                 "batch, or batch_repeat_interleave / batch_select_indices to change this one"
             )
         num_tokens = clock - self.clock
-        if num_tokens <= 0:
+        if num_tokens <= 0 and self.rows:
             return
         self._drop_retired()
         if not self.rows:
@@ -179,7 +179,7 @@ class BlockTable:
         """(first slot of row 0, slots from row to row) where rows are contiguous and evenly spaced, else None."""
         if not self._pitch_is_known:
             self._pitch, self._pitch_is_known = self._find_pitch(), True
-        return self._pitch if self.lengths.count(self.lengths[0]) == len(self.lengths) else None
+        return self._pitch if len(set(self.lengths)) == 1 else None
 
     def block_table(self, device: torch.device) -> Tensor:
         """[batch, max_blocks] int32 on `device`, short rows filled with block 0."""
