@@ -39,7 +39,9 @@ def _check_positions(handle: KVHandle, position_ids: Tensor | None, attention_ma
     if q_len == 1 or past <= 0:
         return
     # Left padding shifts positions back by as much; behind a window it is known only up to the window's start.
-    starts = attention_mask.starts if isinstance(attention_mask, LazyMask) else [0]
+    # A dense mask does not say where the rows start.
+    starts = attention_mask.starts if isinstance(attention_mask, LazyMask) else None
+    starts = [0] if attention_mask is None else starts
     if starts is not None and int(position_ids[:, 0].max()) < past - table.base - handle.skip - max(starts):
         raise CacheStateError(
             f"{q_len} tokens from position {int(position_ids[:, 0].max())} on were fed to a cache that already holds "
