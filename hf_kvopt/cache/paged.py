@@ -141,7 +141,8 @@ class PagedCache(DynamicCache):
         """Keep the rows `indices` (integers or a boolean mask), in that order."""
         for layer in self._stock_layers():
             layer.batch_select_indices(indices)
-        self._select(torch.arange(self.num_rows)[indices.cpu()].tolist())
+        if self.num_rows:
+            self._select(torch.arange(self.num_rows)[indices.cpu()].tolist())
 
     def activate_past_recording(self) -> None:
         """Keep what lies behind sliding windows until the next `crop`, so that it can be undone."""

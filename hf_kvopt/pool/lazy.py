@@ -45,6 +45,12 @@ class LazyTensor(torch.Tensor):
             "lost; clone() it first"
         )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:  # type: ignore[override]
+        """A dense copy: a tensor that somebody keeps must not follow the cache."""
+        copied = self.dense().clone()
+        memo[id(self)] = copied
+        return copied
+
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
