@@ -17,7 +17,7 @@ class ModelTraits(NamedTuple):
 
     calls_interface: bool  # its attention is chosen by `attn_implementation`
     selects_keys: bool  # it hands the attention a sparse selection of keys
-    takes_boolean_masks: bool  # it was written for sdpa's masks, not only for eager's additive ones
+    takes_boolean_masks: bool  # it hands masks on unread, which sdpa's and flash attention's ask for
 
 
 @torch.compiler.assume_constant_result
@@ -43,9 +43,9 @@ def model_traits(config_class: type[PreTrainedConfig]) -> ModelTraits:
         value for value in vars(module).values()
         if inspect.isclass(value) and issubclass(value, PreTrainedModel) and value.__module__ == module.__name__
     ]  # fmt: skip
-    supports_sdpa = any(getattr(value, "_supports_sdpa", False) for value in base) or not base
+    hands_on = any(getattr(value, f"_supports_{name}", False) for value in base for name in ("sdpa", "flash_attn"))
     selects_keys = re.search(r"scaling=self\.scaling,\n(?:\s+\w+=[\w.]+,\n)*\s+(?:block_)?indices=", source) is not None
-    return ModelTraits(calls_interface, selects_keys, calls_interface and supports_sdpa)
+    return ModelTraits(calls_interface, selects_keys, calls_interface and (hands_on or not base))
 
 
 def _modelling_module(config_class: type[PreTrainedConfig]) -> ModuleType | None:
