@@ -103,7 +103,10 @@ def _expander(module: nn.Module) -> Callable[[Tensor, Tensor], tuple[Tensor, Ten
     original: Callable[..., tuple[Tensor, Tensor]] = type(module).expand_kv.__get__(module)  # type: ignore[attr-defined]
 
     def expand_kv(kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
-        if not isinstance(kv_nope, KVHandle) or not isinstance(k_rot, KVHandle) or torch.compiler.is_compiling():
+        if not isinstance(kv_nope, KVHandle) or not isinstance(k_rot, KVHandle):
+            return original(kv_nope, k_rot)
+        # An offloaded weight is here only while its own forward runs.
+        if torch.compiler.is_compiling() or _weight(module).device != kv_nope.device:
             return original(kv_nope, k_rot)
         keys, values = (LatentKV(kv_nope, k_rot, module, index, original) for index in (0, 1))
         return keys, values
@@ -113,10 +116,16 @@ def _expander(module: nn.Module) -> Callable[[Tensor, Tensor], tuple[Tensor, Ten
 
 def _up_projections(module: nn.Module) -> tuple[Tensor, Tensor]:
     """W_uk [num_heads, nope, R] and W_uv [num_heads, v_head_dim, R], views of `kv_b_proj.weight`."""
-    weight: Tensor = module.kv_b_proj.weight  # type: ignore[union-attr, assignment]
+    weight = _weight(module)
     nope, _, v_dim = _head_sizes(module)
     w_uk, w_uv = weight.view(-1, nope + v_dim, weight.shape[1]).split([nope, v_dim], dim=1)
     return w_uk, w_uv
+
+
+def _weight(module: nn.Module) -> Tensor:
+    """[num_heads * (nope + v_head_dim), R]."""
+    weight: Tensor = module.kv_b_proj.weight  # type: ignore[union-attr, assignment]
+    return weight
 
 
 def _head_sizes(module: nn.Module) -> tuple[int, int, int]:
