@@ -4,9 +4,11 @@ import pytest
 import torch
 from transformers import masking_utils
 from transformers.cache_utils import EncoderDecoderCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf_kvopt import PagedCache
-from tests.attention.models import DECODERS, assert_equal, caches, pair, prompts
+from hf_kvopt import ATTENTION_NAME, PagedCache
+from hf_kvopt.attention.mask import LazyMask
+from tests.attention.models import DECODERS, assert_equal, caches, case_named, pair, prompts
 from tests.models.inputs import inputs_for
 from tests.models.reference import generate, reference
 
@@ -60,8 +62,6 @@ def test_a_prefill_and_steps_in_pieces_equal_one_forward(name, kind, rows):
 )
 @KIND
 def test_padded_generation_equals_eager(name, kind):
-    from tests.attention.models import case_named
-
     case, (_, ours) = case_named(name), pair(name)
     cache = caches(ours)[kind]
     if case.modality != "text":
@@ -199,8 +199,6 @@ def test_cross_attention_sees_the_whole_encoder_but_its_padding(name, lengths):
 
 @pytest.mark.parametrize("name", ["LlavaForConditionalGeneration", "Qwen2VLForConditionalGeneration"])
 def test_vision_towers_see_the_whole_image(name):
-    from tests.attention.models import case_named
-
     eager, ours = pair(name)
     given = inputs_for(case_named(name), ours)
     assert_equal(ours(**given).logits, eager(**given).logits, given["attention_mask"])
@@ -220,3 +218,18 @@ def test_half_precision_is_near_eager(name):
     want = eager(input_ids=ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
     got = ours(input_ids=ids, attention_mask=mask, past_key_values=PagedCache(ours.config)).logits[mask.bool()]
     assert (got - exact).abs().mean() <= 2 * (want - exact).abs().mean() + 1e-5
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_padded_prompts_reach_the_attention_as_patterns(name, monkeypatch):
+    # Gemma 2 and GPT-OSS know eager's and flash attention's masks, but not sdpa's.
+    _, ours = pair(name)
+    seen = []
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, ATTENTION_NAME, lambda *args, **kwargs: seen.append(args[4]) or stop())
+
+    def stop():
+        raise StopAsyncIteration
+
+    with pytest.raises(StopAsyncIteration):
+        ours(input_ids=prompts(), attention_mask=torch.tensor(MASKS["left"]))
+    assert isinstance(seen[0], LazyMask) or name == "llama4_text"  # chunks are no plain pattern
