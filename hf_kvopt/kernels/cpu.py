@@ -201,8 +201,8 @@ def _written_out(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None, sinks: Tensor | None,
     dropout: float,
 ) -> Tensor:  # fmt: skip
-    """softmax over [scores, sink] of which the sink's share is dropped; scores and sums in float32."""
-    scores = _matmul_rows(q, k.transpose(2, 3)).float() * scale
+    """softmax over [scores, sink] of which the sink's share is dropped; scores and sums in float32 at least."""
+    scores = _matmul_rows(q, k.transpose(2, 3)).to(torch.promote_types(q.dtype, torch.float32)) * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if mask is not None:
@@ -210,7 +210,7 @@ def _written_out(
         least = torch.finfo(scores.dtype).min
         scores = scores.masked_fill(~mask, least) if mask.dtype == torch.bool else (scores + mask).clamp(min=least)
     if sinks is not None:
-        sink = sinks.float().expand(scores.shape[0], -1, -1, -1)
+        sink = sinks.to(scores.dtype).expand(scores.shape[0], -1, -1, -1)
         probs = torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1)[..., :-1]
     else:
         probs = torch.softmax(scores, dim=-1)
