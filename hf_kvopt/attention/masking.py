@@ -29,7 +29,7 @@ def take_apart(
     """The mask that holds between `query` and `key`; keys are cut or refused as eager attention would.
 
     Raises:
-        ValueError: a mask without four dimensions.
+        ValueError: a mask without four dimensions, or of integers.
         CacheStateError: a mask over fewer keys than the cache hands out.
     """
     q_len, kv_len = query.shape[2], key.shape[2]
@@ -48,6 +48,11 @@ def take_apart(
         raise ValueError(
             "attention_mask must have 4 dimensions [batch, heads, q_len, kv_len] here: got "
             f"{tuple(attention_mask.shape)}; pass a 2D padding mask to the model, not to the attention"
+        )
+    if attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():
+        raise ValueError(
+            f"a 4D attention_mask must be bool, or float to add to the scores: got {attention_mask.dtype}; convert it, "
+            "e.g. attention_mask.bool()"
         )
     if attention_mask.shape[-1] < kv_len:
         raise CacheStateError(
