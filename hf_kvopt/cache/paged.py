@@ -11,6 +11,7 @@ one when they write into it. Instead of `DynamicCache`, which concatenates every
 import copy
 import functools
 import logging
+import weakref
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -87,9 +88,22 @@ class PagedCache(DynamicCache):
         }
         if config is None:
             # Past DynamicCache's __init__, which would build its own layers.
-            Cache.__init__(self, layer_class_to_replicate=self._make_layer, **kwargs)  # type: ignore[arg-type]
+            Cache.__init__(self, layer_class_to_replicate=PagedLayer, **kwargs)
         else:
             Cache.__init__(self, layers=self._layers_for(config), **kwargs)
+
+    @property
+    def layer_class_to_replicate(self) -> Any:
+        """What makes a layer that is missing, where the config is not known.
+
+        Computed: a bound method kept on the cache would make a cycle, and a dropped fork would keep its blocks until
+        the next garbage collection.
+        """
+        return self._make_layer if self._makes_layers else None
+
+    @layer_class_to_replicate.setter
+    def layer_class_to_replicate(self, value: Any) -> None:
+        self._makes_layers = value is not None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -101,7 +115,8 @@ class PagedCache(DynamicCache):
         try:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         except KVOptError:
-            self._rollback()
+            # The layer that refused has not advanced: its clock is where this forward began.
+            self._rollback(self.layers[layer_idx].clock)
             raise
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -234,6 +249,7 @@ class PagedCache(DynamicCache):
         if window not in self._tables:
             allocator = BlockAllocator(max_blocks=self.cache_config.max_blocks)
             self._tables[window] = BlockTable(allocator, self.cache_config.block_size, window)
+            self._watch_tables()
         return self._tables[window]
 
     def _paged_layers(self) -> list[PagedLayer]:
@@ -250,6 +266,14 @@ class PagedCache(DynamicCache):
     def _live_tables(self) -> list[BlockTable]:
         return [table for table in self._tables.values() if table.rows]
 
+    def _watch_tables(self) -> None:
+        for table in self._tables.values():
+            table.on_refusal = weakref.WeakMethod(self._rollback)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._watch_tables()
+
     def _select(self, indices: Sequence[int]) -> None:
         for layer in self._fixed_layers():
             layer.select_rows(list(indices))
@@ -261,11 +285,10 @@ class PagedCache(DynamicCache):
         for layer in self._paged_layers():
             layer.clock = layer.table.clock
 
-    def _rollback(self) -> None:
-        """Undo a forward of which only some layers were written."""
+    def _rollback(self, clock: int) -> None:
+        """Undo a forward of which only some layers were written, back to column `clock`."""
         if self.cache_config.compileable:
             return
-        clock = min(layer.clock for layer in self._paged_layers())
         for table in self._tables.values():
             table.rollback(clock)
         self._sync_clocks()
@@ -284,12 +307,11 @@ def fork(cache: PagedCache, memo: dict[int, Any]) -> Any:
     child._tables = {}
     if not cache.cache_config.compileable:
         child._tables = {window: table.fork() for window, table in cache._tables.items()}
+        child._watch_tables()
     child.layers = []
     for layer in cache.layers:
         if isinstance(layer, PagedLayer):
             child.layers.append(layer.fork(child._table_for(layer.table.window), memo))
         else:
             child.layers.append(copy.deepcopy(layer, memo))
-    if cache.layer_class_to_replicate is not None:
-        child.layer_class_to_replicate = child._make_layer  # type: ignore[assignment]
     return child

@@ -36,6 +36,9 @@ class Plane:
         self.scale: Tensor | None = None
         self.codes = self._blocks(0)
 
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "owner": None}
+
     @property
     def num_blocks(self) -> int:
         """Blocks that memory is held for."""
