@@ -4,6 +4,12 @@ import pytest
 import torch
 
 from hf_kvopt.kernels import cpu
+from hf_kvopt.kernels.cpu import attend
+
+
+@pytest.fixture(autouse=True)
+def _pieces_of_eight(monkeypatch):
+    monkeypatch.setattr(cpu, "_SPLIT_TOKENS", 8)
 
 
 def make_row(kv_len, heads=(4, 2), dtype=torch.float32, batch=1):
@@ -42,3 +48,21 @@ def test_pieces_in_bfloat16_are_as_close_as_plain_torch():
     out = cpu._decode_split(q.reshape(1, 2, 2, 16), k, v, 0.5, 4).reshape(1, 1, 4, 16)
     want, honest = in_one(q, k, v, 0.5, torch.float32), in_one(q, k, v, 0.5, torch.bfloat16)
     assert (out - want).abs().max() <= 2 * (honest - want).abs().max() + 1e-5
+
+
+def test_attention_takes_pieces_for_a_long_row_alone(monkeypatch):
+    taken = []
+    split = cpu._decode_split
+    monkeypatch.setattr(cpu, "_decode_split", lambda *args: taken.append(args[-1]) or split(*args))
+    for kv_len in range(1, 40):
+        taken.clear()
+        q, k, v = make_row(kv_len)
+        out = attend(q, k, v, scale=0.5, is_causal=True)
+        assert (out - in_one(q, k, v, 0.5)).abs().max() <= 1e-5
+        assert taken == ([min(kv_len // 8, 2 * torch.get_num_threads())] if kv_len >= 16 else [])
+    taken.clear()
+    mask = torch.ones(1, 1, 1, 39, dtype=torch.bool)
+    for options in ({"mask": mask}, {"softcap": 2.0}, {"sinks": torch.zeros(4)}, {"dropout": 0.1}):
+        attend(q, k, v, scale=0.5, is_causal=True, **options)
+    attend(*make_row(39, batch=2), scale=0.5, is_causal=True)
+    assert not taken
