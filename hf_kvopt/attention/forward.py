@@ -12,7 +12,7 @@ from hf_kvopt.attention.guards import check_ownership, check_window
 from hf_kvopt.attention.masking import add_bias, take_apart
 from hf_kvopt.attention.mla import LatentKV, attend_latent, is_absorbable
 from hf_kvopt.attention.route import Extras, run
-from hf_kvopt.errors import UnsupportedModel
+from hf_kvopt.errors import KVOptError, UnsupportedModel
 from hf_kvopt.pool.handle import KVHandle
 
 _SPARSE = ("indices", "block_indices")
@@ -43,6 +43,33 @@ def attention_forward(
         ValueError: dropout outside of training, or a mask of a shape that has no meaning here.
         CacheStateError: a cache that belongs to another model, or was filled with this very prompt.
     """
+    handle = key.latent if isinstance(key, LatentKV) else key
+    try:
+        _refuse_what_is_wrong(module, handle, attention_mask, dropout, sliding_window, kwargs)
+        masking = take_apart(module, query, key, attention_mask, is_causal, sliding_window)
+    except (KVOptError, ValueError):
+        if isinstance(handle, KVHandle) and handle.table is not None:
+            handle.table.refuse()
+        raise
+    if position_bias is not None:
+        bias = position_bias[..., -key.shape[2] :]
+        masking = masking._replace(mask=add_bias(bias, masking.mask))
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if isinstance(key, LatentKV) and is_absorbable(query, key):
+        return attend_latent(query, key, masking, scale), None
+    sinks = s_aux if s_aux is not None else kwargs.get("sinks")
+    return run(query, key, value, masking, Extras(scale, softcap, sinks, dropout)), None
+
+
+def _refuse_what_is_wrong(
+    module: nn.Module,
+    handle: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float,
+    sliding_window: int | None,
+    kwargs: dict[str, Any],
+) -> None:
+    """Raise on whatever would give a wrong token; the cache then takes the step back."""
     for name in _SPARSE:
         if kwargs.get(name) is not None:
             raise UnsupportedModel(
@@ -53,16 +80,6 @@ def attention_forward(
         raise ValueError(
             f"attention dropout must be 0 outside of training: got {dropout}; call model.train() or set it to 0"
         )
-    handle = key.latent if isinstance(key, LatentKV) else key
     if isinstance(handle, KVHandle):
         check_ownership(module, handle, kwargs, attention_mask)
         check_window(module, handle, attention_mask, sliding_window)
-    masking = take_apart(module, query, key, attention_mask, is_causal, sliding_window)
-    if position_bias is not None:
-        bias = position_bias[..., -key.shape[2] :]
-        masking = masking._replace(mask=add_bias(bias, masking.mask))
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    if isinstance(key, LatentKV) and is_absorbable(query, key):
-        return attend_latent(query, key, masking, scale), None
-    sinks = s_aux if s_aux is not None else kwargs.get("sinks")
-    return run(query, key, value, masking, Extras(scale, softcap, sinks, dropout)), None

@@ -115,8 +115,10 @@ class PagedCache(DynamicCache):
         try:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         except KVOptError:
+            layer = self.layers[layer_idx]
             # The layer that refused has not advanced: its clock is where this forward began.
-            self._rollback(self.layers[layer_idx].clock)
+            if isinstance(layer, PagedLayer):
+                self._rollback(layer.clock)
             raise
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -265,8 +265,9 @@ def choose_config(
     has_mask: bool,
     target: Target,
 ) -> Config:
-    """Return the configuration of one KV head's work."""
-    return fit_config(CONFIGS[target.family][column_of(head_dim, dtype, formats)], num_rows, has_mask)
+    """Return the configuration of one KV head's work; more than 16 rows take half the keys at a time."""
+    config = CONFIGS[target.family][column_of(head_dim, dtype, formats)]
+    return fit_config(config, num_rows, has_mask or min(num_rows, config.block_m) > 16)
 
 
 def plan_paged_decode(

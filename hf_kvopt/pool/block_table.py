@@ -10,7 +10,7 @@ row, so that rows may accept different numbers of draft tokens. A sliding table 
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -41,6 +41,8 @@ class BlockTable:
         self.keep_contiguous = True
         # What was held before a step that replaced all of it: layers still read it, a failed forward goes back to it.
         self.retired: BlockTable | None = None
+        self.step_start = 0  # the clock before the last `reserve`
+        self.on_refusal: weakref.WeakMethod[Callable[[int], None]] | None = None  # the cache's way back
         self.version = 0  # counts changes: a handle made before one is out of date
         self._tensors: dict[str, Tensor] = {}
         self._pitch: tuple[int, int] | None = None
@@ -74,6 +76,7 @@ class BlockTable:
         if num_tokens <= 0 and self.rows:
             return
         self._drop_retired()
+        self.step_start = self.clock
         if not self.rows:
             self._start_rows([num_tokens] * batch_size)
         elif self.replaces_window(num_tokens):
@@ -95,6 +98,12 @@ class BlockTable:
         if self.window is None or not self.lengths:
             return self.base
         return max(0, min(self.lengths) - (self.clock - clock) - self.window + 1)
+
+    def refuse(self) -> None:
+        """Whoever reads the step that was last reserved cannot take it: let the cache undo it in all its tables."""
+        undo = self.on_refusal() if self.on_refusal is not None else None
+        if undo is not None:
+            undo(self.step_start)
 
     def rollback(self, clock: int) -> None:
         """Undo the last `reserve`, back to `clock`, after a forward that failed before all layers had written."""
@@ -329,7 +338,7 @@ class BlockTable:
     def __getstate__(self) -> dict[str, object]:
         state = self.__dict__.copy()
         del state["_finalizer"]
-        state["_tensors"] = {}
+        state["_tensors"], state["on_refusal"] = {}, None
         return state
 
     def __setstate__(self, state: dict[str, object]) -> None:

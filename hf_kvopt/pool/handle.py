@@ -102,7 +102,10 @@ class KVHandle(LazyTensor):
     def seq_lens(self) -> Tensor:
         """[batch] int32: tokens of each row that are in the table."""
         if self.table is not None:
-            return self.table.seq_lens(self.codes.device)
+            lens = self.table.seq_lens(self.codes.device)
+            # A layer may hold fewer columns than its table (it was not part of every forward).
+            lag = self.table.max_length - self.table.base - self.skip - self.spec.shape[2]
+            return lens - lag if lag else lens
         assert self._seq_lens is not None
         return self._seq_lens
 

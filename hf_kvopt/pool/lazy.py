@@ -45,7 +45,7 @@ class LazyTensor(torch.Tensor):
             "lost; clone() it first"
         )
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:  # type: ignore[override]
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         """A dense copy: a tensor that somebody keeps must not follow the cache."""
         copied = self.dense().clone()
         memo[id(self)] = copied
