@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_kvopt.attention.mask import LazyMask
+from hf_kvopt.attention.mask import LazyMask, Pattern
 from hf_kvopt.attention.support import slides
 from hf_kvopt.errors import CacheStateError, UnsupportedModel
 from hf_kvopt.pool.handle import KVHandle
@@ -56,9 +56,10 @@ def check_window(
     """Refuse a layer whose window nobody but the cache keeps, and this cache keeps everything."""
     if handle.table is None or handle.table.window is not None:
         return
-    if sliding_window is not None or (
-        isinstance(attention_mask, LazyMask) and attention_mask.pattern.window is not None
-    ):
+    if sliding_window is not None:
+        return
+    # A full pattern is cross attention, whose layer has the number of a layer of self-attention.
+    if isinstance(attention_mask, LazyMask) and attention_mask.pattern != Pattern(is_causal=True, window=None):
         return
     if not isinstance(attention_mask, LazyMask) and attention_mask is not None:
         return
