@@ -128,7 +128,7 @@ def test_sinks_of_each_query_stay_with_it_beside_padding():
 
 
 def test_soft_capping_bounds_the_scores():
-    q, k, v = STATES
+    q, k, _ = STATES
     scores = q @ k.repeat_interleave(2, dim=1).transpose(2, 3) * 8**-0.5
     capped = 0.5 * torch.tanh(scores / 0.5)
     assert_close(attend(None, softcap=0.5), plain_attention(*STATES, CAUSAL, capped - scores))

@@ -1,0 +1,110 @@
+"""What `import hf_kvopt` promises."""
+
+import importlib
+import inspect
+import subprocess
+import sys
+from importlib.resources import files
+
+import pytest
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import hf_kvopt
+from hf_kvopt import errors
+from hf_kvopt.attention.forward import attention_forward
+from hf_kvopt.attention.mask import lazy_mask
+from hf_kvopt.attention.register import register
+
+# Drawn in the docstring of errors.py.
+ERRORS = {
+    "KVOptError": "RuntimeError",
+    "OutOfBlocks": "KVOptError",
+    "CacheStateError": "KVOptError",
+    "UnsupportedModel": "KVOptError",
+    "UnsupportedDevice": "KVOptError",
+}
+
+pytestmark = pytest.mark.smoke
+
+
+@pytest.mark.parametrize("name", hf_kvopt.__all__)
+def test_every_public_name_exists_and_says_what_it_is(name):
+    value = getattr(hf_kvopt, name)
+    if inspect.isclass(value) or inspect.isfunction(value):
+        assert inspect.getdoc(value)
+        # A dataclass without a docstring gets its signature as one.
+        assert not value.__doc__.startswith(f"{name}(")
+
+
+@pytest.mark.parametrize("name", hf_kvopt.__all__)
+def test_every_public_callable_is_typed(name):
+    value = getattr(hf_kvopt, name)
+    if inspect.isfunction(value):
+        signature = inspect.signature(value)
+        assert signature.return_annotation is not inspect.Signature.empty
+        assert all(p.annotation is not inspect.Parameter.empty for p in signature.parameters.values())
+
+
+def test_public_names_are_sorted_and_unique():
+    assert hf_kvopt.__all__ == sorted(set(hf_kvopt.__all__))
+
+
+def test_the_error_tree_is_as_drawn():
+    classes = {name: value for name, value in vars(errors).items() if inspect.isclass(value)}
+    assert {name: value.__base__.__name__ for name, value in classes.items()} == ERRORS
+    assert all(name in errors.__doc__ and name in hf_kvopt.__all__ for name in ERRORS)
+    assert all(inspect.getdoc(value) for value in classes.values())
+
+
+def test_importing_registers_the_attention_and_its_mask():
+    assert ALL_ATTENTION_FUNCTIONS[hf_kvopt.ATTENTION_NAME] is attention_forward
+    assert ALL_MASK_ATTENTION_FUNCTIONS[hf_kvopt.ATTENTION_NAME] is lazy_mask
+    # Any of these in the name sends transformers down a path of its own.
+    assert not any(word in hf_kvopt.ATTENTION_NAME for word in ("flash", "sdpa", "flex", "paged|"))
+
+
+def test_registering_again_changes_nothing():
+    before = dict(ALL_ATTENTION_FUNCTIONS), dict(ALL_MASK_ATTENTION_FUNCTIONS)
+    register()
+    importlib.reload(hf_kvopt)
+    assert (dict(ALL_ATTENTION_FUNCTIONS), dict(ALL_MASK_ATTENTION_FUNCTIONS)) == before
+
+
+@pytest.mark.parametrize("table", [ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS], ids=["attention", "mask"])
+def test_what_somebody_else_registered_stays(table):
+    mine, theirs = table[hf_kvopt.ATTENTION_NAME], lambda *args, **kwargs: None
+    others = {name: value for name, value in table.items() if name != hf_kvopt.ATTENTION_NAME}
+    try:
+        type(table).register(hf_kvopt.ATTENTION_NAME, theirs)
+        register()
+        assert table[hf_kvopt.ATTENTION_NAME] is theirs
+    finally:
+        type(table).register(hf_kvopt.ATTENTION_NAME, mine)
+    assert {name: value for name, value in table.items() if name != hf_kvopt.ATTENTION_NAME} == others
+
+
+def test_importing_touches_nothing_of_transformers_but_the_two_keys():
+    script = """
+import transformers, transformers.masking_utils as masks, transformers.modeling_utils as models
+from transformers import cache_utils, generation
+watched = [masks, models, cache_utils, generation.GenerationMixin, models.PreTrainedModel, cache_utils.DynamicCache]
+before = [dict(vars(x)) for x in watched]
+tables = masks.ALL_MASK_ATTENTION_FUNCTIONS, models.ALL_ATTENTION_FUNCTIONS
+keys = [set(table) for table in tables]
+import hf_kvopt
+assert all(set(table) - old == {"hf_kvopt"} for table, old in zip(tables, keys))
+for x, old in zip(watched, before):
+    changed = {name for name, value in vars(x).items() if name not in old or old[name] is not value}
+    assert changed <= {"_abc_impl", "__warningregistry__"}, (x, changed)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_types_are_shipped():
+    assert (files("hf_kvopt") / "py.typed").is_file()
+
+
+def test_the_version_is_the_packages():
+    assert hf_kvopt.__version__.count(".") == 2
