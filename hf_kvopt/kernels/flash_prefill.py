@@ -52,12 +52,14 @@ from hf_kvopt.kernels.tile import add_sink, apply_mask, cap_scores, is_seen, log
 CONFIGS = {
     "interpret": (Config(16, 16, 4, 1),) * 7,
     "sm80": (
-        Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(64, 32, 8, 2),
-        Config(128, 32, 8, 2), Config(128, 32, 8, 2), Config(64, 32, 8, 2), Config(16, 16, 4, 1),
+        Config(128, 64, 8, 2), Config(128, 32, 8, 2), Config(64, 32, 8, 2),
+        Config(128, 32, 8, 2), Config(128, 32, 8, 2), Config(64, 32, 8, 2),
+        Config(16, 16, 4, 1),
     ),
     "sm86": (
-        Config(128, 64, 8, 2), Config(128, 32, 8, 2), Config(64, 32, 8, 1),
-        Config(128, 32, 8, 2), Config(128, 32, 8, 2), Config(64, 32, 8, 1), Config(16, 16, 4, 1),
+        Config(128, 64, 8, 2), Config(128, 32, 8, 2), Config(64, 32, 8, 2),
+        Config(128, 32, 8, 2), Config(128, 32, 8, 2), Config(64, 32, 8, 2),
+        Config(16, 16, 4, 1),
     ),
     "sm90": (
         Config(128, 128, 8, 3, tma=True), Config(128, 128, 8, 2, tma=True), Config(128, 64, 8, 2, tma=True),
@@ -71,7 +73,8 @@ CONFIGS = {
     ),
     "cdna3": (
         Config(128, 64, 8, 1), Config(128, 64, 8, 1), Config(64, 32, 8, 1),
-        Config(64, 64, 4, 1), Config(64, 32, 4, 1), Config(64, 32, 8, 1), Config(16, 16, 4, 1),
+        Config(128, 32, 8, 1), Config(128, 32, 8, 1), Config(64, 32, 8, 1),
+        Config(16, 16, 4, 1),
     ),
 }  # fmt: skip
 

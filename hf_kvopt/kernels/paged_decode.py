@@ -44,19 +44,19 @@ paged_decode_reference = paged_reference
 CONFIGS = {
     "interpret": (Config(16, 16, 4, 1),) * 5,
     "sm80": (
-        Config(32, 64, 4, 3), Config(32, 32, 4, 3), Config(32, 64, 4, 3), Config(32, 32, 4, 3), Config(16, 16, 4, 2)
+        Config(32, 64, 4, 2), Config(32, 32, 4, 2), Config(32, 64, 4, 2), Config(32, 32, 4, 2), Config(16, 16, 4, 2),
     ),
     "sm86": (
-        Config(32, 64, 4, 2), Config(32, 32, 4, 2), Config(32, 64, 4, 2), Config(32, 32, 4, 2), Config(16, 16, 4, 2)
+        Config(32, 64, 4, 2), Config(32, 32, 4, 2), Config(32, 64, 4, 2), Config(32, 32, 4, 2), Config(16, 16, 4, 2),
     ),
     "sm90": (
-        Config(32, 64, 4, 3), Config(32, 32, 4, 3), Config(32, 64, 4, 3), Config(32, 32, 4, 3), Config(16, 16, 4, 2)
+        Config(32, 64, 4, 3), Config(32, 32, 4, 3), Config(32, 64, 4, 3), Config(16, 32, 4, 3), Config(16, 16, 4, 2),
     ),
     "sm100": (
-        Config(32, 64, 4, 3), Config(32, 32, 4, 3), Config(32, 64, 4, 3), Config(32, 32, 4, 3), Config(16, 16, 4, 2)
+        Config(32, 64, 4, 3), Config(32, 32, 4, 3), Config(32, 64, 4, 3), Config(16, 32, 4, 3), Config(16, 16, 4, 2),
     ),
     "cdna3": (
-        Config(32, 64, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(16, 16, 4, 1)
+        Config(32, 64, 4, 1), Config(32, 32, 4, 1), Config(32, 64, 4, 1), Config(32, 32, 4, 1), Config(16, 16, 4, 1),
     ),
 }  # fmt: skip
 # Splits that one row can be spread over, the grid's programs per multiprocessor at most, and the working

@@ -41,19 +41,19 @@ paged_prefill_reference = paged_reference
 CONFIGS = {
     "interpret": (Config(16, 16, 4, 1),) * 5,
     "sm80": (
-        Config(128, 32, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(16, 16, 4, 1)
+        Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(64, 16, 8, 2), Config(64, 16, 8, 2), Config(16, 16, 4, 1),
     ),
     "sm86": (
-        Config(128, 32, 8, 2), Config(64, 32, 8, 1), Config(64, 32, 8, 2), Config(64, 32, 8, 1), Config(16, 16, 4, 1)
+        Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(64, 16, 8, 2), Config(64, 16, 8, 2), Config(16, 16, 4, 1),
     ),
     "sm90": (
-        Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(128, 32, 8, 2), Config(64, 16, 8, 2), Config(16, 16, 4, 1)
+        Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(128, 32, 8, 2), Config(64, 16, 8, 2), Config(16, 16, 4, 1),
     ),
     "sm100": (
-        Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(128, 32, 8, 2), Config(64, 16, 8, 2), Config(16, 16, 4, 1)
+        Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(128, 32, 8, 2), Config(64, 16, 8, 2), Config(16, 16, 4, 1),
     ),
     "cdna3": (
-        Config(64, 64, 4, 1), Config(64, 32, 4, 1), Config(64, 32, 4, 1), Config(64, 32, 4, 1), Config(16, 16, 4, 1)
+        Config(128, 32, 8, 1), Config(64, 32, 4, 1), Config(64, 32, 4, 1), Config(64, 32, 8, 1), Config(16, 16, 4, 1),
     ),
 }  # fmt: skip
 

@@ -125,6 +125,15 @@ def test_a_row_that_the_mask_hides_entirely_is_zero(config):
     assert (got.out[0, 2] == 0).all()
 
 
+def test_the_least_float16_of_an_additive_mask_hides_too():
+    """-65504 is finite in the scores: without a rule of its own a hidden row would average what it must not see."""
+    mask = torch.zeros(1, 1, 4, 20, dtype=torch.float16)
+    mask[:, :, 1] = torch.finfo(torch.float16).min
+    mask[:, :, 3, ::2] = torch.finfo(torch.float16).min
+    got = check(*make_states(1, 2, 2, 4, 20), mask=mask, is_causal=False)
+    assert (got.out[0, 1] == 0).all()
+
+
 @pytest.mark.parametrize("window", [None, 8])
 @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "full"])
 def test_packed_sequences_do_not_see_each_other(window, is_causal):

@@ -1,0 +1,91 @@
+"""Timing on a card: CUDA events, a flushed L2 between repeats, and what the card reaches on a copy and a product."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Bench(NamedTuple):
+    """Where a run happens, how often things repeat; `rehearsal` is a CPU with tiny sizes, whose times mean nothing."""
+
+    device: torch.device
+    repeats: int
+    deadline: float  # time.monotonic() at which no new measurement starts
+    rehearsal: bool
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the time budget is used up."""
+        return time.monotonic() > self.deadline
+
+    def rand(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """Return normal noise on the device."""
+        return torch.randn(shape, dtype=dtype, device=self.device)
+
+    def free_bytes(self) -> int:
+        """Return the bytes that can still be allocated."""
+        return torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 2**31
+
+
+def graphed(call: Callable[[], Any]) -> Callable[[], Any]:
+    """Return the call as a CUDA graph replay, so that only the device's work is timed."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def median_ms(bench: Bench, call: Callable[[], Any], graph: bool = False) -> float:
+    """Return the median milliseconds of a call, each repeat on a cold L2."""
+    if bench.device.type != "cuda":
+        started = time.perf_counter()
+        call()
+        return 1e3 * (time.perf_counter() - started)
+    call()
+    if graph:
+        call = graphed(call)
+    # Larger than any L2 so far; zeroing it also gives the host time to queue what follows.
+    flush = torch.empty(256 * 2**20, dtype=torch.int8, device=bench.device)
+    for _ in range(3):
+        call()
+    events = [
+        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(bench.repeats)
+    ]
+    for start, end in events:
+        flush.zero_()
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize(bench.device)
+    return statistics.median(start.elapsed_time(end) for start, end in events)
+
+
+def card_limits(bench: Bench) -> dict[str, float]:
+    """Return what this card reaches in this run: copy bandwidth (bytes read and written) and bf16 product rate."""
+    num_bytes, side = (2**31, 8192) if bench.device.type == "cuda" else (2**20, 64)
+    source = torch.empty(num_bytes, dtype=torch.int8, device=bench.device)
+    target = torch.empty_like(source)
+    copy_ms = median_ms(bench, lambda: target.copy_(source))
+    a, b = bench.rand(side, side), bench.rand(side, side)
+    product_ms = median_ms(bench, lambda: a @ b)
+    return {"copy_gb_s": 2 * num_bytes / copy_ms / 1e6, "matmul_tflop_s": 2 * side**3 / product_ms / 1e9}
+
+
+def attempt(bench: Bench, call: Callable[[], Any], graph: bool = False) -> dict[str, Any]:
+    """Return {"ms": ...}, or {"unavailable": reason} for a peer that this card or version does not have."""
+    try:
+        return {"ms": median_ms(bench, call, graph)}
+    except Exception as error:  # a peer may fail in any way; the row says how
+        return {"unavailable": f"{type(error).__name__}: {str(error).strip()[:160]}"}
