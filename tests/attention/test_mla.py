@@ -10,7 +10,7 @@ from tests.attention.models import assert_equal, case_named, prompts
 from tests.models.tiny import build
 
 
-@pytest.fixture()
+@pytest.fixture
 def model():
     return build(case_named("deepseek_v3"), "eager")
 

@@ -15,7 +15,7 @@ MODELS = {
 }
 CACHES = {
     "growing": lambda config: hf_kvopt.PagedCache(config),
-    "fixed": lambda config: hf_kvopt.PagedCache(config, max_tokens=96, compileable=True),
+    "fixed": lambda config: hf_kvopt.PagedCache(config, max_tokens=64, compileable=True),
 }
 
 
@@ -25,10 +25,10 @@ def test_padded_batches_generate_the_eager_tokens_over_blocks(model_class, confi
     torch.manual_seed(0)
     model = model_class(config).eval()
     model.generation_config.eos_token_id = None
-    ids = torch.randint(3, 97, (2, 21))
+    ids = torch.randint(3, 97, (2, 14))
     mask = torch.ones_like(ids)
-    mask[1, :5] = 0
-    options = {"attention_mask": mask, "max_new_tokens": 13, "do_sample": False, "pad_token_id": 0}
+    mask[1, :3] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     model.set_attn_implementation("eager")
     want = model.generate(ids, **options)
     model.set_attn_implementation("hf_kvopt")
@@ -43,11 +43,11 @@ def test_a_second_prompt_behind_the_first_reads_its_blocks():
     torch.manual_seed(0)
     model_class, config = MODELS["grouped queries"]
     model = model_class(config).eval()
-    ids = torch.randint(3, 97, (1, 60))
+    ids = torch.randint(3, 97, (1, 40))
     model.set_attn_implementation("eager")
     with torch.no_grad():
         want = model(ids).logits
         model.set_attn_implementation("hf_kvopt")
         cache = hf_kvopt.PagedCache(config)
-        got = torch.cat([model(part, past_key_values=cache).logits for part in ids.split([17, 40, 3], dim=1)], dim=1)
+        got = torch.cat([model(part, past_key_values=cache).logits for part in ids.split([17, 20, 3], dim=1)], dim=1)
     assert (got - want).abs().max() < 1e-5
