@@ -26,9 +26,10 @@ class CacheConfig:
         size = self.block_size
         if not isinstance(size, int) or isinstance(size, bool) or not 16 <= size <= 256 or size & (size - 1):
             raise ValueError(f"block_size must be a power of two from 16 to 256: got {size!r}")
-        if self.max_tokens is not None and (not isinstance(self.max_tokens, int) or self.max_tokens < 1):
+        cap = self.max_tokens
+        if cap is not None and (not isinstance(cap, int) or isinstance(cap, bool) or cap < 1):
             raise ValueError(
-                f"max_tokens must be a positive number of tokens, or None for no cap: got {self.max_tokens!r}"
+                f"max_tokens must be a positive number of tokens, or None for no cap: got {cap!r}"
             )
         if self.compileable and self.max_tokens is None:
             raise ValueError(

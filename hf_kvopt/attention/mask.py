@@ -15,7 +15,7 @@ from transformers import masking_utils
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from hf_kvopt.attention.support import takes_boolean_masks
-from hf_kvopt.errors import UnsupportedModel
+from hf_kvopt.errors import CacheStateError, UnsupportedModel
 from hf_kvopt.pool.lazy import LazyTensor
 
 
@@ -122,6 +122,12 @@ def lazy_mask(
     is_aligned = q_offset + q_length == kv_offset + kv_length
     if pattern is None or (not is_aligned and pattern != Pattern(False, None)):
         return sdpa_mask(**arguments)
+    if pattern.is_causal and attention_mask is not None and attention_mask.shape[-1] < q_offset + q_length:
+        raise CacheStateError(
+            f"attention_mask covers {attention_mask.shape[-1]} tokens: got {q_length} new ones behind {q_offset} "
+            "cached ones; a mask covers both. Where generate() made it, the cache is not shorter than the prompt: call "
+            "cache.reset(), or cache.crop(-n) so that at least the last prompt token is missing"
+        )
     padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding is not None:
         padding = padding[:, kv_offset : kv_offset + kv_length]

@@ -94,13 +94,15 @@ class PagedLayer(CacheLayerMixin):
         skipped = max(0, table.base - start)
         for plane, states in zip(pool.planes, (key_states, value_states), strict=True):
             plane.write(states[:, :, skipped:], table, start + skipped, start + num_tokens)
+        seen: tuple[Tensor | None, ...] = (None, None)
         if replaces:
             # Only a window is kept, but this step's first queries look further back: they get the states as they came.
-            return _behind(past, 0, key_states), _behind(past, 1, value_states)
+            seen = _behind(past, 0, key_states), _behind(past, 1, value_states)
+        elif start == 0:
+            seen = key_states, value_states
         kv_len, skip = start + num_tokens - first, first - table.base
         keys, values = (
-            plane.handle(table, kv_len, skip, True, states if start == 0 else None)
-            for plane, states in zip(pool.planes, (key_states, value_states), strict=True)
+            plane.handle(table, kv_len, skip, True, states) for plane, states in zip(pool.planes, seen, strict=True)
         )
         return keys, values
 
@@ -111,6 +113,12 @@ class PagedLayer(CacheLayerMixin):
         return twin
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if query_length == 0 and self._num_columns():
+            raise CacheStateError(
+                f"no new token was fed to a cache that holds {self._num_columns()}: got a cache that is not shorter "
+                "than the prompt, of which transformers then leaves nothing; call cache.reset(), or cache.crop(-n) so that "
+                "at least the last prompt token is missing"
+            )
         start = self.table.visible_start(self.clock)
         return self._num_columns() + query_length - start, start
 

@@ -34,7 +34,7 @@ from hf_kvopt.cache.hybrid import HybridLayer
 from hf_kvopt.cache.layer import PagedLayer
 from hf_kvopt.cache.stats import CacheStats, measure
 from hf_kvopt.config import CacheConfig
-from hf_kvopt.errors import KVOptError
+from hf_kvopt.errors import CacheStateError, KVOptError
 from hf_kvopt.pool.allocator import BlockAllocator
 from hf_kvopt.pool.block_table import BlockTable
 
@@ -112,6 +112,7 @@ class PagedCache(DynamicCache):
 
         A refused update leaves the cache as it was before the forward that asked for it.
         """
+        self._require_whole(layer_idx)
         try:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         except KVOptError:
@@ -282,6 +283,22 @@ class PagedCache(DynamicCache):
         if not self.cache_config.compileable:
             for table in self._live_tables():
                 table.select(indices)
+
+    def _require_whole(self, layer_idx: int) -> None:
+        """Raise where the forward before this one never reached its last layers (an interrupt, an error in a model)."""
+        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        if not isinstance(layer, PagedLayer) or layer.clock == 0 or layer.clock < layer.table.clock:
+            return
+        if torch.compiler.is_compiling():
+            return
+        clock = min((other.clock for other in self._paged_layers() if other.pool), default=layer.clock)
+        if clock < layer.clock:
+            ahead = layer.clock - clock
+            self._rollback(clock)
+            raise CacheStateError(
+                f"the last forward stopped half way: got a cache of which some layers held {ahead} tokens more than "
+                "others; these were taken back, call the model again"
+            )
 
     def _sync_clocks(self) -> None:
         for layer in self._paged_layers():

@@ -42,7 +42,8 @@ class KVHandle(LazyTensor):
         plane: the storage itself, for the dense view (eager mode).
         table: the rows, for the dense view (eager mode).
         skip: tokens held that lie before the first one handed out (they are behind a window).
-        states: the very tensor that this handle stands for, where it is still at hand (a first prefill).
+        states: the very tensor that this handle stands for, where it is still at hand (a first prefill), or where the
+            table never held all of it (a step longer than the window; `skip` is then negative).
     """
 
     codes: Tensor
@@ -112,6 +113,8 @@ class KVHandle(LazyTensor):
     def view_dense(self) -> Tensor:
         """[batch, num_kv_heads, kv_len, head_dim]: a view of the pool where rows lie evenly in it, else a copy."""
         self.check_valid()
+        if self.states is not None and self.skip < 0:
+            return self.states  # a window has let go of the first of these tokens already
         if self.plane is not None and self.table is not None:
             return self.plane.read(self.table, self.spec.shape[2], self.skip)
         # Fixed capacity: row r owns the r-th equal share of the pool, so that lengths may change under a CUDA graph.
