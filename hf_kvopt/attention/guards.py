@@ -54,17 +54,19 @@ def check_window(
     module: nn.Module, handle: KVHandle, attention_mask: Tensor | None, sliding_window: int | None
 ) -> None:
     """Refuse a layer whose window nobody but the cache keeps, and this cache keeps everything."""
-    if handle.table is None or handle.table.window is not None:
+    plane = handle.plane
+    if plane is None or handle.table is None or handle.table.window is not None:
         return
-    if sliding_window is not None:
+    if plane.slides is None:
+        # Once a layer: reading a config at every step costs more than the attention of a short context.
+        config, layer_idx = getattr(module, "config", None), getattr(module, "layer_idx", None)
+        plane.slides = config is not None and layer_idx is not None and slides(config, layer_idx)
+    if not plane.slides or sliding_window is not None:
         return
     # A full pattern is cross attention, whose layer has the number of a layer of self-attention.
     if isinstance(attention_mask, LazyMask) and attention_mask.pattern != Pattern(is_causal=True, window=None):
         return
-    if not isinstance(attention_mask, LazyMask) and attention_mask is not None:
-        return
-    config, layer_idx = getattr(module, "config", None), getattr(module, "layer_idx", None)
-    if config is not None and layer_idx is not None and slides(config, layer_idx):
+    if isinstance(attention_mask, LazyMask) or attention_mask is None:
         raise UnsupportedModel(
             f"{type(module).__name__} slides by what its cache forgets: got a cache without the model's config, which "
             "forgets nothing; use PagedCache(config=model.config)"

@@ -32,6 +32,7 @@ class Plane:
         self.block_size = block_size
         self.num_fallbacks = 0
         self.is_first = False  # the first layer that made a pool: the one at which a whole forward is checked
+        self.slides: bool | None = None  # whether transformers' own cache would slide here; not known at first
         self.owner: weakref.ref[object] | None = None  # the attention module that filled it
         self.scale: Tensor | None = None
         self.codes = self._blocks(0)
