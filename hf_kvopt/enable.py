@@ -38,7 +38,7 @@ def enable(
         The model, for chaining.
 
     Raises:
-        ValueError: an unknown cache name, or options that the cache does not take.
+        ValueError, TypeError: an unknown cache name, or options that the cache does not take. The model is as it was.
         UnsupportedModel: a model that chooses neither attention nor cache by transformers' interfaces, or that
             selects keys sparsely.
     """
@@ -48,10 +48,14 @@ def enable(
         )
     if cache is not None and cache not in CACHES:
         raise ValueError(f"unknown cache {cache!r}: expected one of {sorted(CACHES)} or None")
-    disable(model)
+    if cache is None and cache_options:
+        raise ValueError(f"cache=None takes no options: got {sorted(cache_options)}; name a cache or drop them")
+    if "config" in cache_options:
+        raise TypeError("enable takes the config from the model: got config as an option of the cache; drop it")
     if cache is not None:
         CACHES[cache](**cache_options)  # refuse bad options now, not in the first generate
     _check_supported(model, cache is not None, attention)
+    disable(model)
     previous = model.config._attn_implementation
     if attention:
         model.set_attn_implementation(ATTENTION_NAME)

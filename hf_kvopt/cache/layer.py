@@ -116,8 +116,8 @@ class PagedLayer(CacheLayerMixin):
         if query_length == 0 and self._num_columns():
             raise CacheStateError(
                 f"no new token was fed to a cache that holds {self._num_columns()}: got a cache that is not shorter "
-                "than the prompt, of which transformers then leaves nothing; call cache.reset(), or cache.crop(-n) so that "
-                "at least the last prompt token is missing"
+                "than the prompt, of which transformers then leaves nothing; call cache.reset(), or cache.crop(-n) so "
+                "that at least the last prompt token is missing"
             )
         start = self.table.visible_start(self.clock)
         return self._num_columns() + query_length - start, start

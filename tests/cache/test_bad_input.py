@@ -60,7 +60,7 @@ def test_a_cap_that_is_no_number_of_tokens_is_refused(tokens: Any) -> None:
 
 
 def test_compileable_without_max_tokens_is_refused() -> None:
-    with pytest.raises(ValueError, match="compileable=True needs max_tokens.*got None; pass max_tokens="):
+    with pytest.raises(ValueError, match=r"compileable=True needs max_tokens.*got None; pass max_tokens="):
         CacheConfig(compileable=True)
 
 
@@ -227,13 +227,10 @@ def test_a_window_that_is_gone_cannot_be_cropped_to(kind: str) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-@pytest.mark.parametrize("layer_idx", [1, 2])
-@pytest.mark.parametrize("kind", ["full", "mixed"])
+@pytest.mark.parametrize(("kind", "layer_idx"), [("full", 1), ("mixed", 1), ("mixed", 2)])
 def test_a_forward_that_broke_off_is_taken_back_and_said(kind: str, layer_idx: int, error: type[BaseException]) -> None:
     model, cache = tiny_model(kind), PagedCache(config=tiny_config(kind))
     layers = model.model.layers
-    if layer_idx >= len(layers):
-        pytest.skip("the model is shorter")
     with torch.no_grad():
         model(TEXT, past_key_values=cache)
 

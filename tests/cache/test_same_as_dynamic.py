@@ -1,4 +1,4 @@
-"""The same stream of updates through a PagedCache and transformers' DynamicCache: what is stored, what is said of it."""
+"""The same stream of updates through a PagedCache and transformers' DynamicCache: what is stored and what is said."""
 
 import pytest
 import torch

@@ -1,0 +1,155 @@
+"""enable and disable: what changes on the model, what each way to call generate() then gives, what is refused."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+import hf_kvopt
+from hf_kvopt import PagedCache
+from tests.helpers import KINDS, eager_tokens, generate, prompt, tiny_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def caches_of(model: Any, **options: Any) -> Any:
+    """Generate and hand back the cache that was used."""
+    return generate(model, prompt(9, 6), return_dict_in_generate=True, **options).past_key_values
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("attention", [True, False], ids=["with attention", "cache alone"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_plain_generate_uses_the_paged_cache_and_gives_eager_tokens(kind: str, attention: bool) -> None:
+    model = tiny_model(kind, "eager")
+    assert hf_kvopt.enable(model, cache="paged", attention=attention) is model
+    assert torch.equal(generate(model, prompt(17, 33, 5)), eager_tokens(kind, 17, 33, 5))
+    assert isinstance(caches_of(model), PagedCache)
+    assert model.config._attn_implementation == ("hf_kvopt" if attention else "eager")
+
+
+def test_every_call_gets_a_cache_of_its_own() -> None:
+    model = hf_kvopt.enable(tiny_model())
+    first, second = caches_of(model), caches_of(model)
+    assert first is not second
+    assert not {id(layer) for layer in first.layers} & {id(layer) for layer in second.layers}
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_disable_puts_everything_back(implementation: str) -> None:
+    model = tiny_model("full", implementation)
+    before = dict(model.__dict__)
+    hf_kvopt.enable(model)
+    hf_kvopt.disable(model)
+    assert model.config._attn_implementation == implementation
+    assert model.__dict__.keys() == before.keys()
+    assert type(caches_of(model)) is DynamicCache
+
+
+def test_disable_without_enable_changes_nothing() -> None:
+    model = tiny_model("full", "sdpa")
+    assert hf_kvopt.disable(model) is model
+    assert hf_kvopt.disable(hf_kvopt.disable(model)).config._attn_implementation == "sdpa"
+
+
+def test_the_last_enable_counts_and_one_disable_undoes_both() -> None:
+    model = tiny_model("full", "sdpa")
+    hf_kvopt.enable(model, block_size=32)
+    hf_kvopt.enable(model, block_size=64)
+    assert caches_of(model).cache_config.block_size == 64
+    hf_kvopt.disable(model)
+    assert model.config._attn_implementation == "sdpa"
+    assert type(caches_of(model)) is DynamicCache
+
+
+def test_options_reach_the_cache() -> None:
+    cache = caches_of(hf_kvopt.enable(tiny_model(), block_size=64, max_tokens=1000))
+    assert (cache.cache_config.block_size, cache.cache_config.max_tokens) == (64, 1000)
+
+
+def test_cache_none_sets_the_attention_alone() -> None:
+    model = hf_kvopt.enable(tiny_model("full", "eager"), cache=None)
+    assert model.config._attn_implementation == "hf_kvopt"
+    assert type(caches_of(model)) is DynamicCache
+    assert torch.equal(generate(model, prompt(17, 33, 5)), eager_tokens("full", 17, 33, 5))
+
+
+def test_a_cache_of_ones_own_goes_before() -> None:
+    model, own = hf_kvopt.enable(tiny_model()), PagedCache(block_size=128)
+    assert caches_of(model, past_key_values=own) is own
+    theirs = DynamicCache()
+    assert caches_of(model, past_key_values=theirs) is theirs
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("implementation", ["static", "dynamic"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_cache_implementation_is_honoured_and_right(kind: str, implementation: str) -> None:
+    model = hf_kvopt.enable(tiny_model(kind))
+    tokens = generate(model, prompt(17, 33, 5), cache_implementation=implementation, disable_compile=True)
+    assert torch.equal(tokens, eager_tokens(kind, 17, 33, 5))
+
+
+def test_use_cache_false_generates_without_one() -> None:
+    model = hf_kvopt.enable(tiny_model())
+    assert torch.equal(generate(model, prompt(17, 33, 5), use_cache=False), eager_tokens("full", 17, 33, 5))
+
+
+def test_use_cache_false_beside_a_cache_is_refused() -> None:
+    model = hf_kvopt.enable(tiny_model())
+    with pytest.raises(hf_kvopt.CacheStateError, match=r"use_cache=False with a cache.*drop use_cache=False"):
+        generate(model, prompt(9), PagedCache(), use_cache=False)
+    assert torch.equal(generate(model, prompt(9)), eager_tokens("full", 9))
+
+
+@pytest.mark.parametrize("name", ["pagd", "", "quantized-ish"])
+def test_an_unknown_cache_lists_the_known_ones_and_changes_nothing(name: str) -> None:
+    model = tiny_model("full", "eager")
+    with pytest.raises(ValueError, match=f"unknown cache '{name}': expected one of .*'paged'"):
+        hf_kvopt.enable(model, cache=name)
+    assert model.config._attn_implementation == "eager"
+    assert type(caches_of(model)) is DynamicCache
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"block_size": 24}, ValueError, "block_size must be a power of two"),
+        ({"max_tokens": -1}, ValueError, "max_tokens must be a positive number"),
+        ({"compileable": True}, ValueError, "compileable=True needs max_tokens"),
+        ({"blok_size": 32}, TypeError, "blok_size"),
+        ({"config": None}, TypeError, "config"),
+        ({"cache": None, "block_size": 32}, ValueError, "block_size"),
+    ],
+    ids=["block size", "max tokens", "compileable", "misspelled", "config", "no cache to give it to"],
+)
+def test_bad_options_are_refused_at_once_and_leave_the_model_as_it_was(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    model = hf_kvopt.enable(tiny_model("full", "eager"), block_size=128)
+    with pytest.raises(error, match=message):
+        hf_kvopt.enable(model, **options)
+    assert caches_of(model).cache_config.block_size == 128
+    assert hf_kvopt.disable(model).config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("thing", [nn.Linear(2, 2), "gpt2", None], ids=["module", "name", "nothing"])
+def test_what_is_no_transformers_model_is_refused(thing: Any) -> None:
+    with pytest.raises(TypeError, match=rf"enable takes a transformers model: got {type(thing).__name__}"):
+        hf_kvopt.enable(thing)
+
+
+def test_an_enabled_model_can_be_saved_and_loads_plain(tmp_path: Any) -> None:
+    model = hf_kvopt.enable(tiny_model("full", "eager"))
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, attn_implementation="eager")
+    assert torch.equal(generate(loaded, prompt(9)), eager_tokens("full", 9))
+
+
+def test_requests_past_the_cap_are_refused_and_the_next_call_works() -> None:
+    model = hf_kvopt.enable(tiny_model(), max_tokens=64)
+    with pytest.raises(hf_kvopt.OutOfBlocks, match="raise max_tokens"):
+        generate(model, prompt(40, 40))
+    assert torch.equal(generate(model, prompt(9, 6)), eager_tokens("full", 9, 6))
