@@ -47,7 +47,6 @@ PADDINGS = {
     "both sides": [[0] * 2 + [1] * 8 + [0] * 2, [1] * 12],
     "a row of padding": [[1] * 12, [0] * 12],
     "padding alone": [[0] * 12, [0] * 12],
-    "a mask that is too short": [[1] * 5, [0] * 2 + [1] * 3],
 }
 # (q_len, q_offset, kv_len, kv_offset): where queries and keys stand.
 OFFSETS = {
@@ -163,6 +162,21 @@ def test_only_left_padding_has_a_start(name):
     rows = PADDINGS[name]
     offsets = (12, 0, 12, 0)
     assert lazy_mask(**arguments(offsets, FUNCTIONS["causal"], rows)).starts == STARTS[name]
+
+
+TOO_SHORT = [[1] * 5, [0] * 2 + [1] * 3]
+
+
+@pytest.mark.parametrize("function", ["causal", "window"])
+@pytest.mark.parametrize("offsets", ["prefill", "continued prefill", "decoding", "behind a window"])
+def test_a_mask_that_does_not_cover_the_new_tokens_is_refused(offsets, function):
+    with pytest.raises(CacheStateError, match="attention_mask covers 5 tokens"):
+        lazy_mask(**arguments(OFFSETS[offsets], FUNCTIONS[function], TOO_SHORT))
+
+
+def test_a_mask_over_the_first_tokens_of_a_static_cache_is_enough():
+    given = arguments(OFFSETS["keys of a static cache"], FUNCTIONS["causal"], TOO_SHORT)
+    assert torch.equal(dense(lazy_mask(**given)), everything(**given))
 
 
 def test_padding_behind_a_window_is_forgotten():
