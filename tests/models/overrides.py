@@ -36,6 +36,8 @@ _QWEN4 = {
     "indexer_budget": 8,
     "indexer_compress_ratio": 4,
 }
+# Low enough to bend the scores of a tiny model.
+_SOFTCAP = {"attn_logit_softcapping": 2.0}
 _SLIDING = {"layer_types": ["full_attention", "sliding_attention"]}
 
 OVERRIDES: dict[str, dict[str, Any]] = {
@@ -60,6 +62,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, **_SLIDING},
     "gptj": {"rotary_dim": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "gemma2": _SOFTCAP,
     "gemma3n_text": _GEMMA3N,
     "gemma4": {"text_config": _GEMMA4},
     "gemma4_text": _GEMMA4,
@@ -102,6 +105,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         },
         "text_config": {"num_hidden_layers": 3, "cross_attention_layers": [1]},
     },
+    "T5GemmaForConditionalGeneration": {"encoder": _SOFTCAP, "decoder": _SOFTCAP},
+    "vaultgemma": _SOFTCAP,
     "WhisperForConditionalGeneration": {"max_source_positions": 16, "num_mel_bins": 8},
     "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
     "qwen2": _SLIDING,

@@ -81,6 +81,7 @@ _SIZES: dict[str, int] = {
     **_named("linear_num_value_heads", 4),
     **_named("index_head_dim", 16),
     **_named("num_codebooks", 2),
+    **_named("query_pre_attn_scalar", HEAD_DIM),
     **_named("max_encoder_position_embeddings max_decoder_position_embeddings", 128),
     **_named("index_n_heads", 2),
     **_named("index_topk", WINDOW),
