@@ -63,10 +63,9 @@ class FixedLayer(PagedLayer):
         self.seq_lens.add_(num_tokens)
         # A prefill runs eagerly and knows its length; a decode step must look the same at every length.
         kv_len = self.row_capacity if self._is_static(num_tokens) else int(self.length)
-        keys, values = (
-            self._write(plane, states, positions, kv_len)
-            for plane, states in zip(self.pool.planes, (key_states, value_states), strict=True)
-        )
+        first_slots = torch.arange(len(key_states), device=positions.device)[:, None] * self.row_capacity
+        self.pool.store(key_states, value_states, (first_slots + positions).reshape(-1))
+        keys, values = (self._handle(plane, kv_len) for plane in self.pool.planes)
         return keys, values
 
     def fork(self, table: BlockTable, memo: dict[int, Any]) -> "FixedLayer":
@@ -105,14 +104,15 @@ class FixedLayer(PagedLayer):
                 "use PagedCache without compileable=True to change the batch"
             )
         for plane in self.pool.planes:
-            rows = plane.codes.view(len(indices), self.row_capacity, plane.num_heads, plane.dim)
+            rows = self._rows(plane)
             rows.copy_(rows[indices])
 
-    def _write(self, plane: Plane, states: Tensor, positions: Tensor, kv_len: int) -> Tensor:
-        batch = states.shape[0]
-        rows = plane.codes.view(batch, self.row_capacity, plane.num_heads, plane.dim)
-        rows.index_copy_(1, positions, states.transpose(1, 2))
-        spec = HandleSpec((batch, plane.num_heads, kv_len, plane.dim), plane.dtype, "native")
+    def _rows(self, plane: Plane) -> Tensor:
+        """[batch, row_capacity, num_kv_heads, dim] view of the pool."""
+        return plane.codes.view(-1, self.row_capacity, plane.num_heads, plane.dim)
+
+    def _handle(self, plane: Plane, kv_len: int) -> KVHandle:
+        spec = HandleSpec((self.table.batch_size, plane.num_heads, kv_len, plane.dim), plane.dtype, "native")
         return KVHandle(plane.codes, plane.scale, self.block_table, self.seq_lens, spec)
 
     def _is_static(self, num_tokens: int) -> bool:
@@ -121,9 +121,7 @@ class FixedLayer(PagedLayer):
     def _stored(self, name: str) -> Tensor | None:
         if self.pool is None:
             return None
-        plane: Plane = getattr(self.pool, name)
-        spec = HandleSpec((self.table.batch_size, plane.num_heads, int(self.length), plane.dim), plane.dtype, "native")
-        return KVHandle(plane.codes, plane.scale, self.block_table, self.seq_lens, spec)
+        return self._handle(getattr(self.pool, name), int(self.length))
 
     def _check(self, key_states: Tensor, value_states: Tensor) -> None:
         if torch.compiler.is_compiling():

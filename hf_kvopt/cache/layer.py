@@ -92,8 +92,8 @@ class PagedLayer(CacheLayerMixin):
         table.reserve(key_states.shape[0], self.clock + num_tokens)
         self.clock += num_tokens
         skipped = max(0, table.base - start)
-        for plane, states in zip(pool.planes, (key_states, value_states), strict=True):
-            plane.write(states[:, :, skipped:], table, start + skipped, start + num_tokens)
+        kept_keys, kept_values = (x[:, :, skipped:] if skipped else x for x in (key_states, value_states))
+        pool.write(kept_keys, kept_values, table, start + skipped, start + num_tokens)
         seen: tuple[Tensor | None, ...] = (None, None)
         if replaces:
             # Only a window is kept, but this step's first queries look further back: they get the states as they came.

@@ -16,7 +16,7 @@ from torch import Tensor
 # Elements of one tile's scores: 64 MiB in float32, and large enough that a matrix product pays.
 _TILE_SCORES = 1 << 24
 _TILE_ROWS = 256
-_LONG_ROW = 4096
+_LONG_ROW = 6144
 
 
 def attend(

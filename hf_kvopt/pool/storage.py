@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from hf_kvopt.kernels.dispatch import runs_kernel
+from hf_kvopt.kernels.dispatch import runs_kernel, store_kv
 from hf_kvopt.pool.block_table import BlockTable
 from hf_kvopt.pool.handle import HandleSpec, KVHandle
 
@@ -56,21 +56,23 @@ class Plane:
 
     def write(self, states: Tensor, table: BlockTable, start: int, stop: int) -> None:
         """Store states [batch, num_kv_heads, stop - start, head_dim] at the columns `start` to `stop`."""
-        states = states.transpose(1, 2)  # [batch, tokens, num_kv_heads, head_dim], as the blocks lie
-        flat = self.codes.view(-1, self.num_heads, self.dim)
         span = table.span()
         if span is not None:
             first, pitch = span
-            self._strided(first + start - table.base, pitch, len(states), stop - start).copy_(states)
+            self._strided(first + start - table.base, pitch, table.batch_size, stop - start).copy_(states)
         else:
-            slots = table.slots(start, stop, flat.device)
-            flat.index_put_((slots.reshape(-1),), states.reshape(-1, self.num_heads, self.dim))
+            self.store(states, table.slots(start, stop, states.device).reshape(-1))
+
+    def store(self, states: Tensor, slots: Tensor) -> None:
+        """Store states [batch, num_kv_heads, tokens, head_dim] at `slots` [batch * tokens]."""
+        tokens = states.transpose(1, 2).reshape(-1, self.num_heads, self.dim)
+        self.codes.view(-1, self.num_heads, self.dim).index_put_((slots,), tokens)
 
     def read(self, table: BlockTable, kv_len: int, skip: int = 0) -> Tensor:
         """[batch, num_kv_heads, kv_len, head_dim], `skip` tokens in: a view where rows lie evenly in the pool."""
         span = table.span()
         if span is not None:
-            return self._strided(span[0] + skip, span[1], table.batch_size, kv_len).transpose(1, 2)
+            return self._strided(span[0] + skip, span[1], table.batch_size, kv_len)
         rows = self.codes[table.block_table(self.codes.device).long()]
         return rows.flatten(1, 2)[:, skip : skip + kv_len].transpose(1, 2)
 
@@ -99,10 +101,10 @@ class Plane:
         self.codes = self.codes.to(device, non_blocking=True)
 
     def _strided(self, first: int, pitch: int, batch: int, length: int) -> Tensor:
-        """[batch, length, num_kv_heads, dim] view: row r starts at slot first + r * pitch."""
+        """[batch, num_kv_heads, length, dim] view: row r starts at slot first + r * pitch."""
         _, slot, head, _ = self.codes.stride()
-        shape = (batch, length, self.num_heads, self.dim)
-        return self.codes.as_strided(shape, (pitch * slot, slot, head, 1), first * slot)
+        shape = (batch, self.num_heads, length, self.dim)
+        return self.codes.as_strided(shape, (pitch * slot, head, slot, 1), first * slot)
 
     def _blocks(self, num_blocks: int, device: torch.device | None = None) -> Tensor:
         device = device or self.home
@@ -135,6 +137,24 @@ class KVPool:
     def num_bytes(self) -> int:
         """Bytes held, free blocks included."""
         return sum(plane.num_bytes for plane in self.planes)
+
+    def write(self, key_states: Tensor, value_states: Tensor, table: BlockTable, start: int, stop: int) -> None:
+        """Store the states of the columns `start` to `stop`: one launch where kernels run."""
+        if runs_kernel(key_states):
+            self.store(key_states, value_states, table.slots(start, stop, key_states.device).reshape(-1))
+        else:
+            self.keys.write(key_states, table, start, stop)
+            self.values.write(value_states, table, start, stop)
+
+    def store(self, key_states: Tensor, value_states: Tensor, slots: Tensor) -> None:
+        """Store states [batch, num_kv_heads, tokens, head_dim] at `slots` [batch * tokens]."""
+        if runs_kernel(key_states):
+            key_states, value_states = (x if x.stride(-1) == 1 else x.contiguous() for x in (key_states, value_states))
+            keys, values = self.planes
+            store_kv(key_states, value_states, keys.codes, values.codes, slots, keys.scale, values.scale)
+        else:
+            self.keys.store(key_states, slots)
+            self.values.store(value_states, slots)
 
     def resize(self, num_blocks: int, src: list[int], dst: list[int]) -> None:
         """See `Plane.resize`; one plane at a time, so that the transient is half a layer."""
