@@ -171,6 +171,18 @@ def test_a_dropped_fork_gives_its_blocks_back() -> None:
     store.allocator.check_integrity()
 
 
+def test_blocks_of_a_dropped_fork_move_along_until_they_are_taken_back() -> None:
+    store = make_store()
+    fork = store.table.fork()
+    append(store, [[6] * 11], fork)
+    append(store, [[1, 2, 3, 4, 5]])
+    del fork
+    assert store.allocator.abandoned
+    store.allocator.relayout(store.allocator.num_blocks + 50)
+    store.allocator.check_integrity()
+    assert (store.num_used, read(store)) == (2, [[1, 2, 3, 4, 5]])
+
+
 def test_a_fork_dropped_in_the_middle_of_a_replaced_window_gives_back_both() -> None:
     store = make_store(window=6)
     append(store, [[1, 2, 3]])
