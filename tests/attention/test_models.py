@@ -225,7 +225,9 @@ def test_padded_prompts_reach_the_attention_as_patterns(name, monkeypatch):
     # Gemma 2 and GPT-OSS know eager's and flash attention's masks, but not sdpa's.
     _, ours = pair(name)
     seen = []
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, ATTENTION_NAME, lambda *args, **kwargs: seen.append(args[4]) or stop())
+    monkeypatch.setitem(
+        ALL_ATTENTION_FUNCTIONS._global_mapping, ATTENTION_NAME, lambda *args, **kwargs: seen.append(args[4]) or stop()
+    )
 
     def stop():
         raise StopAsyncIteration
