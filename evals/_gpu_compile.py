@@ -75,6 +75,7 @@ class Compiled(NamedTuple):
 
     registers: int
     spill_bytes: int
+    spills_in_loops: int  # loads and stores of spilled values inside a loop
     shared_bytes: int
     matrix: dict[str, int]  # instruction family: how often
     blocks_per_sm: int
@@ -150,7 +151,22 @@ def _read_nvidia(compiled: Any, launch: Launch, card: Card) -> Compiled:
         32,
     )
     instructions = len(re.findall(r"^\s+/\*[0-9a-f]+\*/", sass, re.MULTILINE))
-    return Compiled(registers, spills, shared, matrix, blocks, instructions, sass)
+    in_loops = _stack_accesses_in_loops(sass)
+    return Compiled(registers, spills, in_loops, shared, matrix, blocks, instructions, sass)
+
+
+def _stack_accesses_in_loops(sass: str) -> int:
+    """Count accesses to the stack that lie between a label and a branch back to it."""
+    lines = re.findall(r"^(?:(\.L_x_\d+):|\s+/\*[0-9a-f]+\*/\s+(.*?);)", sass, re.MULTILINE)
+    labels: dict[str, int] = {}
+    inside: set[int] = set()
+    for position, (label, instruction) in enumerate(lines):
+        if label:
+            labels[label] = position
+        target = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", instruction)
+        if target and target.group(1) in labels:
+            inside.update(range(labels[target.group(1)], position))
+    return sum(bool(re.search(r"\b(STL|LDL)\b", lines[position][1])) for position in inside)
 
 
 def _read_amd(compiled: Any, launch: Launch, card: Card) -> Compiled:
@@ -168,4 +184,4 @@ def _read_amd(compiled: Any, launch: Launch, card: Card) -> Compiled:
     blocks = min(
         waves_per_simd * 4 // compiled.metadata.num_warps, card.shared_per_sm // max(1, compiled.metadata.shared)
     )
-    return Compiled(vector, spills, compiled.metadata.shared, matrix, blocks, text.count("\n"), text)
+    return Compiled(vector, spills, spills, compiled.metadata.shared, matrix, blocks, text.count("\n"), text)

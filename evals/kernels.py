@@ -6,8 +6,8 @@
 
 A line per kernel: registers a thread, bytes spilled, KiB of shared memory, blocks that fit on one multiprocessor
 (an estimate from registers, shared memory and threads), instructions, and the matrix instruction that was found.
-Exits with 1 if a kernel does not compile, spills, needs more shared memory than the card has, or computes its products
-without the matrix instruction that it is meant to use.
+Exits with 1 if a kernel does not compile, spills (inside a loop, or more than 16 bytes outside), needs more shared
+memory than the card has, or computes its products without the matrix instruction that it is meant to use.
 
 Tiles of fewer than 64 rows (decode, short drafts) are expected on the warp-level instruction (HMMA): the warpgroup's
 (HGMMA, UTCHMMA) starts at 64 rows. float32 products are meant to be exact and use none.
@@ -29,6 +29,8 @@ from evals._gpu_cases import Case, launches_of, sweep
 from evals._gpu_compile import CARDS, Card, Compiled, compile_launch
 from hf_kvopt.kernels.launch import Launch
 
+# ptxas parks a value or two before a loop to fit one more block on a multiprocessor; inside a loop none may be.
+TOLERATED_SPILL = 16
 DEFAULT_CARDS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
@@ -44,8 +46,8 @@ def expected_matrix(case: Case, launch: Launch, card: Card) -> tuple[str, ...]:
 def complaints(case: Case, launch: Launch, compiled: Compiled, card: Card) -> list[str]:
     """Return what is wrong with a compiled kernel."""
     found = []
-    if compiled.spill_bytes:
-        found.append(f"spills {compiled.spill_bytes} bytes")
+    if compiled.spills_in_loops or compiled.spill_bytes > TOLERATED_SPILL:
+        found.append(f"spills {compiled.spill_bytes} bytes, {compiled.spills_in_loops} accesses in loops")
     if compiled.shared_bytes > card.shared_per_block:
         found.append(f"needs {compiled.shared_bytes} of {card.shared_per_block} bytes of shared memory")
     wanted = expected_matrix(case, launch, card)
