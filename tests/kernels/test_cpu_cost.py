@@ -106,3 +106,11 @@ def test_a_prefill_never_repeats_the_keys_of_a_group(extras, monkeypatch):
         attend(q, k, v, scale=1.0, is_causal=True, **extras)
     assert made[0][0] <= 3 * HEADS * (KV_LEN + 1), made[:3]
     assert made[0][0] < HEADS * KV_LEN * DIM, made[:3]
+
+
+@pytest.mark.parametrize("starts", [None, [0, 3]], ids=["no padding", "left padding"])
+def test_a_plain_causal_prefill_makes_no_mask_at_all(starts):
+    q, k, v = make(KV_LEN, batch=2)
+    with allocations(q, k, v) as made:
+        attend(q, k, v, scale=1.0, is_causal=True, starts=starts)
+    assert not [name for _, name in made if name.startswith(("aten.arange", "aten.le"))]
