@@ -291,7 +291,8 @@ class PagedCache(DynamicCache):
             return
         if torch.compiler.is_compiling():
             return
-        clock = min((other.clock for other in self._paged_layers() if other.pool), default=layer.clock)
+        # By the last layer: those in the middle may sit out whole forwards (cross attention to an image).
+        clock = [other for other in self._paged_layers() if other.pool][-1].clock
         if clock < layer.clock:
             ahead = layer.clock - clock
             self._rollback(clock)
@@ -310,7 +311,8 @@ class PagedCache(DynamicCache):
             return
         for table in self._tables.values():
             table.rollback(clock)
-        self._sync_clocks()
+        for layer in self._paged_layers():
+            layer.clock = min(layer.clock, layer.table.clock)
 
 
 @functools.cache
