@@ -303,7 +303,8 @@ class PagedCache(DynamicCache):
 
     def _sync_clocks(self) -> None:
         for layer in self._paged_layers():
-            layer.clock = layer.table.clock
+            # A layer that sat out some forwards stays behind by as much.
+            layer.clock = min(layer.clock, layer.table.clock)
 
     def _rollback(self, clock: int) -> None:
         """Undo a forward of which only some layers were written, back to column `clock`."""

@@ -6,6 +6,7 @@ that `evals/kernels.py` compiles ahead of time exactly what a launch would compi
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any, NamedTuple
 
@@ -39,8 +40,11 @@ class Launch(NamedTuple):
     options: dict[str, Any]
 
     def run(self) -> None:
-        """Launch on the current stream."""
-        self.kernel[self.grid](**self.args, **self.options)
+        """Launch on the current stream of the device that the tensors live on."""
+        device = next(value.device for value in self.args.values() if isinstance(value, Tensor))
+        # Triton launches on the current device, which is another one where a model is spread over several.
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            self.kernel[self.grid](**self.args, **self.options)
 
 
 class Config(NamedTuple):
