@@ -28,9 +28,7 @@ class CacheConfig:
             raise ValueError(f"block_size must be a power of two from 16 to 256: got {size!r}")
         cap = self.max_tokens
         if cap is not None and (not isinstance(cap, int) or isinstance(cap, bool) or cap < 1):
-            raise ValueError(
-                f"max_tokens must be a positive number of tokens, or None for no cap: got {cap!r}"
-            )
+            raise ValueError(f"max_tokens must be a positive number of tokens, or None for no cap: got {cap!r}")
         if self.compileable and self.max_tokens is None:
             raise ValueError(
                 "compileable=True needs max_tokens, the fixed capacity over all rows: got None; pass "
