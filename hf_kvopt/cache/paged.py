@@ -9,8 +9,6 @@ one when they write into it. Instead of `DynamicCache`, which concatenates every
 """
 
 import copy
-import functools
-import logging
 import weakref
 from collections.abc import Sequence
 from types import TracebackType
@@ -20,29 +18,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import (
-    DYNAMIC_LAYER_TYPE_MAPPING,
     Cache,
     DynamicCache,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionCacheLayerMixin,
-    LinearAttentionLayer,
-    get_layer_types_and_kwargs,
 )
 
 from hf_kvopt.cache.fixed import FixedLayer
 from hf_kvopt.cache.hybrid import HybridLayer
+from hf_kvopt.cache.kinds import attention_layer, layers_for
 from hf_kvopt.cache.layer import PagedLayer
 from hf_kvopt.cache.stats import CacheStats, measure
 from hf_kvopt.config import CacheConfig
 from hf_kvopt.errors import CacheStateError, KVOptError
 from hf_kvopt.pool.allocator import BlockAllocator
 from hf_kvopt.pool.block_table import BlockTable
-
-logger = logging.getLogger(__name__)
-
-_WINDOWED = ("sliding_attention", "chunked_attention")
-_HYBRID = ("hybrid", "hybrid_sliding")
-_WITHOUT_KV = ("conv", "linear_attention", "dummy")
 
 
 class PagedCache(DynamicCache):
@@ -90,7 +80,7 @@ class PagedCache(DynamicCache):
             # Past DynamicCache's __init__, which would build its own layers.
             Cache.__init__(self, layer_class_to_replicate=PagedLayer, **kwargs)
         else:
-            Cache.__init__(self, layers=self._layers_for(config), **kwargs)
+            Cache.__init__(self, layers=layers_for(config, self._table_for, compileable), **kwargs)
 
     @property
     def layer_class_to_replicate(self) -> Any:
@@ -226,27 +216,8 @@ class PagedCache(DynamicCache):
         """A copy-on-write fork, as `copy.deepcopy(cache)` is transformers' way to reuse a prompt."""
         return fork(self, memo)
 
-    def _layers_for(self, config: PreTrainedConfig) -> list[Any]:
-        types, kwargs = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
-        return [self._layer_for(kind, options) for kind, options in zip(types, kwargs, strict=True)]
-
-    def _layer_for(self, kind: str, options: dict[str, Any]) -> Any:
-        if kind == "full_attention":
-            return self._make_layer()
-        if kind in _WINDOWED:
-            return self._make_layer(options["sliding_window"])
-        if kind in _HYBRID and not self.cache_config.compileable:
-            states = LinearAttentionLayer(number_of_states=options.get("number_of_states", 1))
-            return HybridLayer(self._table_for(options.get("sliding_window")), states)
-        # Recurrent states, indexers and compressed keys have no blocks: transformers' own layers keep them.
-        if kind not in _WITHOUT_KV:
-            _say_once(kind)
-        return DYNAMIC_LAYER_TYPE_MAPPING[kind](**options)
-
-    def _make_layer(self, window: int | None = None) -> PagedLayer:
-        if self.cache_config.compileable:
-            return FixedLayer(self._table_for(None))
-        return PagedLayer(self._table_for(window))
+    def _make_layer(self) -> PagedLayer:
+        return attention_layer(None, self._table_for, self.cache_config.compileable)
 
     def _table_for(self, window: int | None) -> BlockTable:
         if window not in self._tables:
@@ -314,11 +285,6 @@ class PagedCache(DynamicCache):
             table.rollback(clock)
         for layer in self._paged_layers():
             layer.clock = min(layer.clock, layer.table.clock)
-
-
-@functools.cache
-def _say_once(kind: str) -> None:
-    logger.warning("layers of kind %r keep transformers' own storage in a paged cache: right, but not in blocks", kind)
 
 
 def fork(cache: PagedCache, memo: dict[int, Any]) -> Any:
