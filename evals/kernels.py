@@ -71,7 +71,9 @@ def check_case(case: Case, card: Card) -> bool:
             return False
         tile = f"{launch.args['BLOCK_M']}x{launch.args['BLOCK_N']}" if "BLOCK_M" in launch.args else "-"
         options = f"w{launch.options['num_warps']} s{launch.options.get('num_stages', '-')}"
-        matrix = " ".join(f"{name} {count}" for name, count in compiled.matrix.items() if "MMA" in name or "mfma" in name)
+        matrix = " ".join(
+            f"{name} {count}" for name, count in compiled.matrix.items() if "MMA" in name or "mfma" in name
+        )
         wrong = complaints(case, launch, compiled, card)
         seconds = time.perf_counter() - started
         needs = f"{compiled.registers:4d} reg {compiled.spill_bytes:4d} spill {compiled.shared_bytes / 1024:6.1f} KiB"
