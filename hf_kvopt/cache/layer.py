@@ -73,6 +73,7 @@ class PagedLayer(CacheLayerMixin):
         self.pool.keys.is_first = not allocator.pools
         allocator.pools.append(self.pool)
 
+    @torch.compiler.disable(reason="a growing cache: use PagedCache(max_tokens=..., compileable=True)")
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write [batch, num_kv_heads, q_len, head_dim] behind what is held, and hand back all that a query may see.
 
@@ -179,11 +180,6 @@ class PagedLayer(CacheLayerMixin):
             raise CacheStateError(
                 "a paged cache keeps no graph of its writes: got states that require gradients; run the model under "
                 "torch.no_grad() or torch.inference_mode(), or train with use_cache=False"
-            )
-        if torch.compiler.is_compiling():
-            raise CacheStateError(
-                "this cache grows, which a compiled step cannot: got an update under torch.compile; use "
-                "PagedCache(max_tokens=..., compileable=True)"
             )
         pool = self.pool
         if pool is not None and not (pool.keys.matches(key_states) and pool.values.matches(value_states)):

@@ -147,6 +147,11 @@ class KVHandle(LazyTensor):
         return f"KVHandle(shape={self.spec.shape}, dtype={self.spec.dtype}, format={self.spec.format!r})"
 
     def __tensor_flatten__(self) -> tuple[list[str], HandleSpec]:
+        if self.table is not None:
+            raise CacheStateError(
+                "a growing cache cannot enter a compiled graph: got its handle under torch.compile; use "
+                "PagedCache(max_tokens=..., compileable=True)"
+            )
         return [n for n in ("codes", "scale", "_block_table", "_seq_lens") if getattr(self, n) is not None], self.spec
 
     @staticmethod

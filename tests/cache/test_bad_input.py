@@ -193,6 +193,13 @@ def test_a_growing_cache_is_refused_under_torch_compile() -> None:
     assert_as_before(cache)
 
 
+def test_a_compiled_model_names_the_cache_that_it_needs() -> None:
+    model = torch.compile(tiny_model(), backend="eager")
+    with torch.no_grad(), pytest.raises(Exception, match=r"PagedCache\(max_tokens=\.\.\., compileable=True\)"):
+        model(TEXT, past_key_values=PagedCache())
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("name", ["crop", "reset", "reorder_cache", "batch_repeat_interleave", "batch_select_indices"])
 def test_one_layer_alone_cannot_change_length_or_batch(name: str) -> None:
     cache = prefilled()
