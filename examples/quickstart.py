@@ -19,6 +19,8 @@ parser.add_argument("--new-tokens", type=int, default=100)
 parser.add_argument("--device", default="cpu")
 args = parser.parse_args()
 
+# The whole length, also where the text could end before: speeds are compared.
+length = {"min_new_tokens": args.new_tokens, "max_new_tokens": args.new_tokens}
 # In float32 the tokens are equal to the last one; in bfloat16 any two attentions part at a near tie.
 where = {"dtype": torch.float32, "device_map": args.device}
 tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -28,7 +30,7 @@ inputs = tokenizer(args.prompt, return_tensors="pt").to(args.device)
 def generate(model: PreTrainedModel, cache: Cache) -> tuple[torch.Tensor, float]:
     """Generate greedily through a cache: tokens [1, length], and new tokens a second."""
     start = time.perf_counter()
-    tokens = model.generate(**inputs, past_key_values=cache, max_new_tokens=args.new_tokens, do_sample=False)
+    tokens = model.generate(**inputs, past_key_values=cache, **length, do_sample=False)
     return tokens, (tokens.shape[1] - inputs["input_ids"].shape[1]) / (time.perf_counter() - start)
 
 
@@ -48,7 +50,7 @@ with hf_kvopt.PagedCache() as paged_cache:  # the memory is given back where the
 
 # Ours in one call: from here on plain generate(), pipelines and streamers take both.
 hf_kvopt.enable(model, cache="paged")
-enabled_tokens = model.generate(**inputs, max_new_tokens=args.new_tokens, do_sample=False)
+enabled_tokens = model.generate(**inputs, **length, do_sample=False)
 
 print(tokenizer.decode(paged_tokens[0], skip_special_tokens=True))
 print(f"\nequal to the default cache's tokens: {default_tokens.equal(paged_tokens)}")

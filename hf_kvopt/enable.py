@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerationConfig
 
 from hf_kvopt.attention import mla
+from hf_kvopt.attention.bound import InstanceOverride
 from hf_kvopt.attention.register import ATTENTION_NAME
 from hf_kvopt.attention.support import model_traits
 from hf_kvopt.cache.paged import PagedCache
@@ -62,7 +63,7 @@ def enable(
         mla.install(model)
     if cache is not None:
         # In the instance's own dict: `generate` calls the method through self (nn.Module would file it elsewhere).
-        model.__dict__["_prepare_cache_for_generation"] = _preparer(model, CACHES[cache], cache_options)
+        model.__dict__["_prepare_cache_for_generation"] = _CacheMaker(model, CACHES[cache], cache_options)
     setattr(model, _STATE, previous)
     return model
 
@@ -79,11 +80,15 @@ def disable(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _preparer(model: PreTrainedModel, factory: CacheFactory, options: dict[str, Any]) -> Callable[..., None]:
+class _CacheMaker(InstanceOverride):
     """Instead of `GenerationMixin._prepare_cache_for_generation`: our cache where that would make the default."""
-    original: Callable[..., None] = getattr(type(model), "_prepare_cache_for_generation")  # noqa: B009  private there
 
-    def prepare(
+    def __init__(self, model: PreTrainedModel, factory: CacheFactory, options: dict[str, Any]) -> None:
+        super().__init__(model)
+        self.factory, self.options = factory, options
+
+    def __call__(
+        self,
         generation_config: GenerationConfig,
         model_kwargs: dict[str, Any],
         generation_mode: Any,
@@ -95,25 +100,25 @@ def _preparer(model: PreTrainedModel, factory: CacheFactory, options: dict[str, 
                 "use_cache=False with a cache passed in feeds the whole text again at every step: got both; drop "
                 "use_cache=False or past_key_values"
             )
+        model = self.module
         is_ours_to_make = (
             model_kwargs.get("past_key_values") is None
             and generation_config.use_cache is not False
             and generation_config.cache_implementation is None
-            and model._supports_default_dynamic_cache()  # type: ignore[operator]
+            and model._supports_default_dynamic_cache()
         )
-        if is_ours_to_make:
-            config = model.config.get_text_config(decoder=True)
-            cache: Cache = factory(config=config, **options)
-            if model.config.is_encoder_decoder:
-                # Cross-attention sees the whole encoder, also in decoders that slide: no config, no window.
-                cache = EncoderDecoderCache(cache, factory(**options))
-            if generation_config.is_assistant:
-                cache.activate_past_recording()
-            model_kwargs["past_key_values"] = cache
+        if not is_ours_to_make:
+            make_default = type(model)._prepare_cache_for_generation
+            make_default(model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
             return
-        original(model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
-
-    return prepare
+        config = model.config.get_text_config(decoder=True)
+        cache: Cache = self.factory(config=config, **self.options)
+        if model.config.is_encoder_decoder:
+            # Cross-attention sees the whole encoder, also in decoders that slide: no config, no window.
+            cache = EncoderDecoderCache(cache, self.factory(**self.options))
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+        model_kwargs["past_key_values"] = cache
 
 
 def _check_supported(model: PreTrainedModel, cache: bool, attention: bool) -> None:

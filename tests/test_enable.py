@@ -1,5 +1,9 @@
 """enable and disable: what changes on the model, what each way to call generate() then gives, what is refused."""
 
+import copy
+import gc
+import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -153,3 +157,32 @@ def test_requests_past_the_cap_are_refused_and_the_next_call_works() -> None:
     with pytest.raises(hf_kvopt.OutOfBlocks, match="raise max_tokens"):
         generate(model, prompt(40, 40))
     assert torch.equal(generate(model, prompt(9, 6)), eager_tokens("full", 9, 6))
+
+
+def test_a_copy_of_an_enabled_model_reads_its_own_config() -> None:
+    model = hf_kvopt.enable(tiny_model("sliding"), cache="paged")
+    twin = copy.deepcopy(model)
+    for module in (model, twin):
+        assert module.__dict__["_prepare_cache_for_generation"].module is module
+    twin.config.sliding_window = 48
+    want = generate(hf_kvopt.disable(copy.deepcopy(twin)), prompt(40))
+    assert torch.equal(generate(twin, prompt(40)), want)
+
+
+def test_an_enabled_model_survives_pickling() -> None:
+    model = hf_kvopt.enable(tiny_model(), cache="paged", block_size=32)
+    twin = pickle.loads(pickle.dumps(model))
+    assert twin.__dict__["_prepare_cache_for_generation"].module is twin
+    assert torch.equal(generate(twin, prompt(20)), generate(model, prompt(20)))
+
+
+def test_an_enabled_model_is_freed_when_it_is_dropped() -> None:
+    model = hf_kvopt.enable(tiny_model(), cache="paged")
+    plain = tiny_model()
+    alive, plain_alive = weakref.ref(model), weakref.ref(plain)
+    gc.disable()
+    try:
+        del model, plain
+        assert (alive() is None) == (plain_alive() is None)
+    finally:
+        gc.enable()

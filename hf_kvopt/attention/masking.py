@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from hf_kvopt.attention.mask import LazyMask
 from hf_kvopt.errors import CacheStateError
+from hf_kvopt.pool.handle import KVHandle
 
 
 class Masking(NamedTuple):
@@ -56,8 +57,13 @@ def take_apart(
         )
     if attention_mask.shape[-1] < kv_len:
         raise CacheStateError(
-            f"attention_mask covers {attention_mask.shape[-1]} keys: got {kv_len} from the cache; a cache made without "
-            "the model's config cannot tell its layers apart here, use PagedCache(config=model.config)"
+            f"attention_mask covers {attention_mask.shape[-1]} keys: got {kv_len} from the cache; pass a mask over all "
+            "cached and new tokens, and give the cache the model's config: PagedCache(config=model.config)"
+        )
+    if isinstance(attention_mask, LazyMask) and isinstance(key, KVHandle) and attention_mask.shape[-1] != kv_len:
+        raise CacheStateError(
+            f"this layer of the cache holds {kv_len} tokens: got a mask for {attention_mask.shape[-1]}, as other "
+            "layers hold; the cache is out of step, call cache.reset() and pass the whole text"
         )
     return Masking(False, None, None, attention_mask[..., :kv_len])
 

@@ -9,12 +9,12 @@ attention runs over the latents themselves, as over one shared KV head, and W_uv
 `install` lets a model's `expand_kv` hand on what it was given; whoever is not our attention gets the expansion.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_kvopt.attention.bound import InstanceOverride
 from hf_kvopt.attention.masking import Masking
 from hf_kvopt.kernels.cpu import attend
 from hf_kvopt.pool.handle import KVHandle
@@ -31,35 +31,27 @@ class LatentKV(LazyTensor):
     rope: KVHandle
     module: nn.Module
     part: int
-    expand_latent: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
     @staticmethod
-    def __new__(
-        cls: type,
-        latent: KVHandle,
-        rope: KVHandle,
-        module: nn.Module,
-        part: int,
-        expand: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-    ) -> "LatentKV":
-        """See the class; `expand` is the model's own expansion."""
+    def __new__(cls: type, latent: KVHandle, rope: KVHandle, module: nn.Module, part: int) -> "LatentKV":
+        """See the class."""
         batch, _, kv_len, _ = latent.shape
         heads = _up_projections(module)[part].shape[0]
         nope, rotary, v_dim = _head_sizes(module)
         dim = nope + rotary if part == 0 else v_dim
         lazy = LatentKV.wrap((batch, heads, kv_len, dim), latent.dtype, latent.device)
-        lazy.latent, lazy.rope, lazy.module, lazy.part, lazy.expand_latent = latent, rope, module, part, expand
+        lazy.latent, lazy.rope, lazy.module, lazy.part = latent, rope, module, part
         return lazy
 
     def expand_both(self) -> tuple[Tensor, Tensor]:
         """Keys and values of all heads, dense."""
-        return self.expand_latent(self.latent.dense(), self.rope.dense())
+        return _expand(self.module, self.latent.dense(), self.rope.dense())
 
     def dense(self) -> Tensor:
         return self.expand_both()[self.part].contiguous()
 
     def rewrap(self) -> "LatentKV":
-        return LatentKV(self.latent, self.rope, self.module, self.part, self.expand_latent)
+        return LatentKV(self.latent, self.rope, self.module, self.part)
 
     def __repr__(self, *_: Any, **__: Any) -> str:  # type: ignore[override]
         return f"LatentKV(shape={tuple(self.shape)}, latent={self.latent!r})"
@@ -72,7 +64,7 @@ def install(model: nn.Module) -> None:
         # A quantized, adapted or sharded projection has no plain weight to absorb.
         is_plain = type(projection) is nn.Linear and projection.bias is None and type(projection.weight) is nn.Parameter
         if hasattr(module, "expand_kv") and is_plain:
-            module.__dict__["expand_kv"] = _expander(module)
+            module.__dict__["expand_kv"] = _Expander(module)
 
 
 def uninstall(model: nn.Module) -> None:
@@ -99,19 +91,23 @@ def attend_latent(query: Tensor, key: LatentKV, masking: Masking, scale: float) 
     return torch.einsum("bqhr,hdr->bqhd", out, w_uv)
 
 
-def _expander(module: nn.Module) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    original: Callable[..., tuple[Tensor, Tensor]] = type(module).expand_kv.__get__(module)  # type: ignore[attr-defined]
+class _Expander(InstanceOverride):
+    """`expand_kv` that hands cached latents on as they are."""
 
-    def expand_kv(kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
+        module = self.module
         if not isinstance(kv_nope, KVHandle) or not isinstance(k_rot, KVHandle):
-            return original(kv_nope, k_rot)
+            return _expand(module, kv_nope, k_rot)
         # An offloaded weight is here only while its own forward runs.
         if torch.compiler.is_compiling() or _weight(module).device != kv_nope.device:
-            return original(kv_nope, k_rot)
-        keys, values = (LatentKV(kv_nope, k_rot, module, index, original) for index in (0, 1))
-        return keys, values
+            return _expand(module, kv_nope, k_rot)
+        return LatentKV(kv_nope, k_rot, module, 0), LatentKV(kv_nope, k_rot, module, 1)
 
-    return expand_kv
+
+def _expand(module: nn.Module, kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
+    """The model's own expansion."""
+    keys, values = type(module).expand_kv(module, kv_nope, k_rot)  # type: ignore[attr-defined]
+    return keys, values
 
 
 def _up_projections(module: nn.Module) -> tuple[Tensor, Tensor]:

@@ -53,16 +53,19 @@ class FixedLayer(PagedLayer):
                 torch._dynamo.mark_static_address(tensor)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if self.pool is None:
+        num_tokens = key_states.shape[2]
+        is_new = self.pool is None
+        if is_new:
             self.lazy_initialization(key_states, value_states)
         self._check(key_states, value_states)
         assert self.pool is not None
-        num_tokens = key_states.shape[2]
         positions = torch.arange(num_tokens, device=key_states.device) + self.length
         self.length.add_(num_tokens)
         self.seq_lens.add_(num_tokens)
         # A prefill runs eagerly and knows its length; a decode step must look the same at every length.
-        kv_len = self.row_capacity if self._is_static(num_tokens) else int(self.length)
+        # The first step finds nothing before it, also where it is traced.
+        seen = num_tokens if is_new else None
+        kv_len = seen or (self.row_capacity if self._is_static(num_tokens) else int(self.length))
         first_slots = torch.arange(len(key_states), device=positions.device)[:, None] * self.row_capacity
         self.pool.store(key_states, value_states, (first_slots + positions).reshape(-1))
         keys, values = (self._handle(plane, kv_len) for plane in self.pool.planes)

@@ -12,7 +12,7 @@ import copy
 import weakref
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor
@@ -102,7 +102,7 @@ class PagedCache(DynamicCache):
 
         A refused update leaves the cache as it was before the forward that asked for it.
         """
-        self._require_whole(layer_idx)
+        self._require_whole(layer_idx, key_states.shape[2])
         try:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         except KVOptError:
@@ -255,22 +255,42 @@ class PagedCache(DynamicCache):
             for table in self._live_tables():
                 table.select(indices)
 
-    def _require_whole(self, layer_idx: int) -> None:
+    def _require_whole(self, layer_idx: int, num_tokens: int) -> None:
         """Raise where the forward before this one never reached its last layers (an interrupt, an error in a model)."""
-        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
-        if not isinstance(layer, PagedLayer) or layer.clock == 0 or layer.clock < layer.table.clock:
+        while self._makes_layers and len(self.layers) <= layer_idx:
+            self.layers.append(self._make_layer())
+        layer = self.layers[layer_idx]
+        if not isinstance(layer, PagedLayer) or torch.compiler.is_compiling():
             return
-        if torch.compiler.is_compiling():
+        if isinstance(layer, FixedLayer):
+            self._require_even(layer, num_tokens)
             return
+        table = layer.table
         # By the last layer: those in the middle may sit out whole forwards (cross attention to an image).
-        clock = [other for other in self._paged_layers() if other.pool][-1].clock
-        if clock < layer.clock:
-            ahead = layer.clock - clock
-            self._rollback(clock)
-            raise CacheStateError(
-                f"the last forward stopped half way: got a cache of which some layers held {ahead} tokens more than "
-                "others; these were taken back, call the model again"
-            )
+        last = self._paged_layers()[-1]
+        is_behind = layer.clock == table.clock > last.clock
+        # A layer that was never written, in the middle of a step, behind columns that others hold.
+        is_missing = layer.pool is None and table.clock > num_tokens == table.clock - table.step_start
+        if is_behind or is_missing:
+            self._rollback(0 if is_missing else last.clock)
+            self._refuse_half(0 if is_missing else last.clock)
+
+    def _require_even(self, layer: FixedLayer, num_tokens: int) -> None:
+        """The same for fixed capacity, whose lengths lie on the device: read where that costs no wait for it."""
+        layers = self._fixed_layers()
+        if layer is not layers[0] or layer.pool is None or (num_tokens == 1 and layer.length.device.type != "cpu"):
+            return
+        length, last = int(layer.length), int(layers[-1].length) if layers[-1].pool else 0
+        if last < length:
+            for fixed in layers:
+                fixed.set_length(last)
+            self._refuse_half(last)
+
+    def _refuse_half(self, length: int) -> NoReturn:
+        raise CacheStateError(
+            "the last forward stopped half way: got a cache of which only some layers held its tokens; these were "
+            f"taken back and {length} are left, so call the model again" + ("" if length else ", with the whole text")
+        )
 
     def _sync_clocks(self) -> None:
         for layer in self._paged_layers():

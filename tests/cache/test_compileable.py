@@ -69,7 +69,7 @@ def test_reset_starts_anew_and_another_batch_is_refused_until_free() -> None:
 
 
 def test_tokens_past_the_capacity_are_refused_and_the_rest_is_kept() -> None:
-    cache = fixed(batch=1)
+    cache = PagedCache(max_tokens=ROW, compileable=True)  # one layer: no config
     keys, values = states(1, ROW)
     cache.update(keys[:, :, :60], values[:, :, :60], 0)
     with pytest.raises(OutOfBlocks, match=r"5 more tokens a row were asked for: got 60 of 64 used; raise max_tokens"):
@@ -99,7 +99,7 @@ def test_rows_change_places_by_copy() -> None:
 
 
 def test_crop_then_append_stores_the_same() -> None:
-    cache = fixed(batch=1)
+    cache = PagedCache(max_tokens=ROW, compileable=True)  # one layer: no config
     keys, values = states(1, 40)
     cache.update(keys, values, 0)
     cache.crop(-15)

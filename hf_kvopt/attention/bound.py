@@ -1,0 +1,37 @@
+"""Overrides of a method on one module, which survive copying and pickling the module and do not keep it alive."""
+
+import weakref
+from typing import Any, Self
+
+from torch import nn
+
+
+class InstanceOverride:
+    """A callable for `module.__dict__[name]`, in place of the method `name` of the module's class.
+
+    A closure over the module would make a cycle, and a deep copy of the module would go on calling the original.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)
+
+    @property
+    def module(self) -> Any:
+        """The module that this override belongs to."""
+        module = self._module()
+        assert module is not None  # its own dict holds this override
+        return module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        twin = self.__class__.__new__(self.__class__)
+        twin.__dict__.update(self.__dict__)
+        # A module that is being copied is in the memo before its dict is copied.
+        twin._module = weakref.ref(memo.get(id(self.module), self.module))
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_module": self.module}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._module = weakref.ref(state["_module"])
