@@ -4,8 +4,8 @@ bits per byte = Σ −log2 p(token | what came before it in its file) / UTF-8 by
 
 Each file begins with the beginning-of-sequence token, whose own probability is not counted; neither is the
 end token's. A file longer than `--context` is read in windows that move on by half of it, each token scored
-once, with at least half a window before it. The second table scores the files as one ring, from starting
-points `POSITION_STRIDE` tokens apart: every bucket of positions then holds the same text.
+once, with at least half a window before it. `--positions` also scores the files as one ring, read from starting
+points as far apart as a bucket of positions is wide: every bucket then holds the same text once.
 """
 
 import argparse
@@ -30,7 +30,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from evals.reference_model.paths import MODEL_PATH, heldout_texts
 
-POSITION_STRIDE = 1024
 BUCKETS = ((0, 1024), (1024, 2048), (2048, 4096), (4096, 8192))
 
 
@@ -86,14 +85,17 @@ def bits_by_position(model: PreTrainedModel, files: list[Encoded], eos: int | No
         files = [part for file in files for part in (file, end)]
     ids = torch.cat([file.ids for file in files])
     num_bytes = torch.cat([file.num_bytes for file in files])
-    row_len = min(BUCKETS[-1][1], len(ids) - 1)
-    bits, sizes = torch.zeros(row_len, dtype=torch.double), torch.zeros(row_len, dtype=torch.double)
-    for start in tqdm(range(0, len(ids), POSITION_STRIDE), desc="positions", mininterval=2):
-        ring = (torch.arange(row_len + 1) + start) % len(ids)
-        is_text = num_bytes[ring[1:]] > 0
-        bits += token_bits(model, ids[ring]) * is_text
-        sizes += num_bytes[ring[1:]]
-    return {f"{a}-{b}": (bits[a:b].sum() / sizes[a:b].sum()).item() for a, b in BUCKETS}
+    by_position = {}
+    for first, stop in tqdm(BUCKETS, desc="positions"):
+        bits = sizes = 0.0
+        # Steps as wide as the bucket: it passes once over the whole ring.
+        for start in range(0, len(ids), stop - first):
+            ring = (torch.arange(stop + 1) + start) % len(ids)
+            in_bucket = num_bytes[ring[first + 1 :]]
+            bits += (token_bits(model, ids[ring])[first:] * (in_bucket > 0)).sum().item()
+            sizes += in_bucket.sum().item()
+        by_position[f"{first}-{stop}"] = bits / sizes
+    return by_position
 
 
 def revision() -> str:
