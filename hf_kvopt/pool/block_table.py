@@ -306,7 +306,7 @@ class BlockTable:
 
     def _find_pitch(self) -> tuple[int, int] | None:
         rows = self.rows
-        if not rows or not rows[0] or not all(is_one_run(row) for row in rows):
+        if not rows or not all(rows) or not all(is_one_run(row) for row in rows):
             return None
         pitch = rows[1][0] - rows[0][0] if len(rows) > 1 else 0
         if pitch < 0 or any(b[0] - a[0] != pitch for a, b in pairwise(rows)):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hf_kvopt.errors import CacheStateError, OutOfBlocks
+from hf_kvopt.pool.allocator import BlockAllocator
 from hf_kvopt.pool.block_table import BlockTable
 from hf_kvopt.pool.storage import KVPool
 from tests.pool.tables import BLOCK, Store, append, make_store, read
@@ -267,3 +268,12 @@ def test_a_table_that_is_collected_gives_back_also_the_rows_of_its_forks() -> No
 def test_a_table_without_rows_reads_as_nothing() -> None:
     table = BlockTable(make_store().allocator, BLOCK)
     assert (table.batch_size, table.max_length, table.span()) == (0, 0, None)
+
+
+def test_a_row_cut_to_nothing_beside_others_leaves_no_even_rows() -> None:
+    table = BlockTable(BlockAllocator(), 4)
+    table.reserve(3, 8)
+    table.crop_rows([8, 0, 8])
+    assert table.span() is None
+    table.crop_rows([0, 0, 0])
+    assert table.span() is None
