@@ -10,9 +10,7 @@ MODEL_PATH = Path(__file__).parent / "model"
 HELDOUT_PATH = Path(__file__).parent / "heldout.jsonl"
 
 
-def load(
-    dtype: torch.dtype = torch.float32, **model_kwargs: object
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(dtype: torch.dtype = torch.float32, **model_kwargs: object) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the reference model, in eval mode, and its tokenizer; extra arguments go to `from_pretrained`."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
     model = AutoModelForCausalLM.from_pretrained(MODEL_PATH, dtype=dtype, **model_kwargs)

@@ -60,9 +60,7 @@ def build_optimizers(model: LlamaForCausalLM, args: argparse.Namespace) -> list[
     embeddings = [p for n, p in model.named_parameters() if "embed" in n]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     return [
-        torch.optim.Muon(
-            matrices, lr=args.lr, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"
-        ),
+        torch.optim.Muon(matrices, lr=args.lr, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(
             [{"params": embeddings, "weight_decay": 0.0}, {"params": vectors, "weight_decay": 0.0}],
             lr=args.adam_lr,

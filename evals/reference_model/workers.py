@@ -36,9 +36,7 @@ class GradientWorkers:
         torch._dynamo.config.recompile_limit = 8 * num_workers
         self._loss = torch.compile(mean_loss, dynamic=False) if compiled else mean_loss
         threads = None if num_workers == 1 else 1
-        self._pools = [
-            ThreadPoolExecutor(1, initializer=_set_threads, initargs=(threads,)) for _ in self._replicas
-        ]
+        self._pools = [ThreadPoolExecutor(1, initializer=_set_threads, initargs=(threads,)) for _ in self._replicas]
         self._compiled_shapes: set[torch.Size] = set()
 
     def backward(self, pieces: list[Tensor]) -> float:
