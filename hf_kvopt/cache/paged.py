@@ -266,14 +266,17 @@ class PagedCache(DynamicCache):
             self._require_even(layer, num_tokens)
             return
         table = layer.table
-        # By the last layer: those in the middle may sit out whole forwards (cross attention to an image).
-        last = self._paged_layers()[-1]
-        is_behind = layer.clock == table.clock > last.clock
-        # A layer that was never written, in the middle of a step, behind columns that others hold.
-        is_missing = layer.pool is None and table.clock > num_tokens == table.clock - table.step_start
-        if is_behind or is_missing:
-            self._rollback(0 if is_missing else last.clock)
-            self._refuse_half(0 if is_missing else last.clock)
+        if layer.clock == table.clock:
+            # By the last layer: those in the middle may sit out whole forwards (cross attention to an image).
+            left = self._paged_layers()[-1].clock
+            is_half = left < layer.clock
+        else:
+            # A layer that was never written, in the middle of a step, behind columns that others hold.
+            left = 0
+            is_half = layer.pool is None and table.clock > num_tokens == table.clock - table.step_start
+        if is_half:
+            self._rollback(left)
+            self._refuse_half(left)
 
     def _require_even(self, layer: FixedLayer, num_tokens: int) -> None:
         """The same for fixed capacity, whose lengths lie on the device: read where that costs no wait for it."""
@@ -303,8 +306,7 @@ class PagedCache(DynamicCache):
             return
         for table in self._tables.values():
             table.rollback(clock)
-        for layer in self._paged_layers():
-            layer.clock = min(layer.clock, layer.table.clock)
+        self._sync_clocks()
 
 
 def fork(cache: PagedCache, memo: dict[int, Any]) -> Any:
