@@ -1,0 +1,1 @@
+"""Speculation: drafters propose tokens, one loop verifies them with the target."""
