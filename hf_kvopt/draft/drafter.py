@@ -82,7 +82,7 @@ class DraftSession(ABC):
     def select(self, rows: Sequence[int]) -> None:
         """Let row i be what row `rows[i]` was; the others are finished."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (most have nothing to do)
         """Give memory back; called once, also after an error."""
 
 
@@ -96,7 +96,7 @@ class Drafter(ABC):
     feature_layers: tuple[int, ...] = ()
     can_tree: bool = False
 
-    def check(self, target: PreTrainedModel) -> None:
+    def check(self, target: PreTrainedModel) -> None:  # noqa: B027 (most draft for any target)
         """Raise ValueError where this drafter cannot draft for `target`; called before the first token."""
 
     @abstractmethod
