@@ -55,5 +55,7 @@ def _modelling_module(config_class: type[PreTrainedConfig]) -> ModuleType | None
 
 def slides(config: PreTrainedConfig, layer_idx: int) -> bool:
     """Whether transformers' cache would slide at this layer."""
+    if not config.is_heterogeneous and getattr(config, "sliding_window", None) is None:
+        return False  # without reading the types of all layers, which takes longer than a short attention
     types, _ = get_layer_types_and_kwargs(config)
     return layer_idx < len(types) and types[layer_idx] == "sliding_attention"

@@ -24,9 +24,10 @@ class Plane:
     Args:
         states: a tensor [batch, num_kv_heads, any, head_dim] as the model makes them: gives shape, dtype and device.
         block_size: tokens a block.
+        num_blocks: blocks to hold memory for.
     """
 
-    def __init__(self, states: Tensor, block_size: int) -> None:
+    def __init__(self, states: Tensor, block_size: int, num_blocks: int) -> None:
         self.num_heads, self.dim = states.shape[1], states.shape[-1]
         self.dtype, self.home = states.dtype, states.device
         self.block_size = block_size
@@ -35,7 +36,7 @@ class Plane:
         self.slides: bool | None = None  # whether transformers' own cache would slide here; not known at first
         self.owner: weakref.ref[object] | None = None  # the attention module that filled it
         self.scale: Tensor | None = None
-        self.codes = self._blocks(0)
+        self.codes = self._blocks(num_blocks)
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "owner": None}
@@ -125,8 +126,7 @@ class KVPool:
     """Keys and values of one layer; follows the allocator's block numbers."""
 
     def __init__(self, key_states: Tensor, value_states: Tensor, block_size: int, num_blocks: int) -> None:
-        self.keys, self.values = Plane(key_states, block_size), Plane(value_states, block_size)
-        self.resize(num_blocks, [], [])
+        self.keys, self.values = (Plane(states, block_size, num_blocks) for states in (key_states, value_states))
 
     @property
     def planes(self) -> tuple[Plane, Plane]:
