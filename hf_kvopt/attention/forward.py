@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_kvopt.attention.guards import check_ownership, check_window
-from hf_kvopt.attention.masking import add_bias, take_apart
+from hf_kvopt.attention.masking import add_bias, hide_before, take_apart
 from hf_kvopt.attention.mla import LatentKV, attend_latent, is_absorbable
 from hf_kvopt.attention.route import Extras, run
 from hf_kvopt.errors import KVOptError, UnsupportedModel
@@ -47,6 +47,8 @@ def attention_forward(
     try:
         _refuse_what_is_wrong(module, handle, attention_mask, dropout, sliding_window, kwargs)
         masking = take_apart(module, query, key, attention_mask, is_causal, sliding_window)
+        if isinstance(handle, KVHandle) and handle.starts is not None:
+            masking = hide_before(handle.starts, masking, key.shape[2])
     except (KVOptError, ValueError):
         if isinstance(handle, KVHandle) and handle.table is not None:
             handle.table.refuse()

@@ -35,7 +35,7 @@ def _check_positions(handle: KVHandle, position_ids: Tensor | None, attention_ma
     if table is None or plane is None or not plane.is_first or position_ids is None or position_ids.dim() != 2:
         return
     q_len = position_ids.shape[1]
-    past = table.max_length - q_len
+    past = table.clock - q_len
     if q_len == 1 or past <= 0:
         return
     # Left padding shifts positions back by as much; behind a window it is known only up to the window's start.

@@ -68,6 +68,18 @@ def take_apart(
     return Masking(False, None, None, attention_mask[..., :kv_len])
 
 
+def hide_before(starts: list[int], masking: Masking, kv_len: int) -> Masking:
+    """`masking` where also no row may look at columns before its first token, which hold nothing."""
+    mask = masking.mask
+    if mask is None:
+        given = masking.starts or [0] * len(starts)
+        return masking._replace(starts=[max(pair) for pair in zip(starts, given, strict=True)])
+    first = torch.tensor(starts, device=mask.device)
+    held = (torch.arange(kv_len, device=mask.device) >= first[:, None])[:, None, None]
+    hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    return masking._replace(mask=torch.where(held, mask, hidden))
+
+
 def add_bias(bias: Tensor, mask: Tensor | None) -> Tensor:
     """An additive mask out of a bias on the scores and a mask."""
     if mask is None:

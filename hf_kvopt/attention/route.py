@@ -62,11 +62,8 @@ def _over_blocks(
 ) -> Tensor:
     key.check_valid()
     window, mask = masking.window, masking.mask
-    if key.skip:
-        # The table holds whole blocks, so some tokens before the first one that the model was promised.
-        starts = key.skip + (starts if starts is not None else query.new_zeros(query.shape[0], dtype=torch.int32))
-        if mask is not None and mask.shape[-1] > 1:
-            mask = F.pad(mask, (key.skip, 0), value=False if mask.dtype == torch.bool else float("-inf"))
+    if key.skip or key.lags is not None:
+        starts, mask = _by_token(key, starts, mask)
     group = query.shape[1] // key.shape[1]
     op = dispatch.paged_decode if query.shape[2] * group <= _DECODE_ROWS else dispatch.paged_prefill
     return op(
@@ -74,6 +71,29 @@ def _over_blocks(
         window=window, softcap=extras.softcap, sinks=extras.sinks, starts=starts, mask=mask, k_scale=key.scale,
         v_scale=value.scale,
     ).out  # fmt: skip
+
+
+def _by_token(key: KVHandle, starts: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Starts and mask over the columns that a model was promised, as ones over the tokens that the table holds.
+
+    The table holds whole blocks, so some tokens before the first column, and nothing where a row begins later.
+    """
+    batch, kv_len = key.shape[0], key.shape[2]
+    ahead = torch.full((batch,), key.skip, dtype=torch.int32, device=key.device)
+    if key.lags is not None:
+        ahead = ahead - key.lags
+    starts = (ahead if starts is None else ahead + starts).clamp(min=0)
+    if mask is None or mask.shape[-1] == 1:
+        return starts, mask
+    hidden = False if mask.dtype == torch.bool else float("-inf")
+    if key.lags is None:
+        return starts, F.pad(mask, (key.skip, 0), value=hidden)
+    columns = torch.arange(key.skip + kv_len, device=key.device) - ahead[:, None]
+    is_column = ((columns >= 0) & (columns < kv_len))[:, None, None]
+    index = columns.clamp(0, kv_len - 1)[:, None, None]
+    mask = mask.expand(batch, -1, -1, -1)
+    moved = mask.gather(-1, index.expand(-1, *mask.shape[1:3], -1))
+    return starts, torch.where(is_column, moved, hidden)
 
 
 def _over_dense(

@@ -156,8 +156,8 @@ class PagedLayer(CacheLayerMixin):
         self._refuse("batch_select_indices")
 
     def _num_columns(self) -> int:
-        """Tokens of the longest row that this layer has written; in a step it may lag behind the table."""
-        return max(0, self.table.max_length - (self.table.clock - self.clock))
+        """Columns that this layer has written; in a step it may lag behind the table."""
+        return self.clock
 
     def _stored(self, name: str) -> Tensor | None:
         if self.pool is None or not self.table.rows:

@@ -133,6 +133,26 @@ class PagedCache(DynamicCache):
             table.crop(-tokens_to_remove)
         self._sync_clocks()
 
+    def crop_rows(self, lengths: Sequence[int]) -> None:
+        """Cut row i down to `lengths[i]` tokens, where rows accept different numbers of draft tokens.
+
+        Columns that no row needs any more go; a row that is cut further than another begins at a later column, as if
+        it were padded on the left, and takes an attention mask of that kind.
+
+        Raises:
+            CacheStateError: a row has fewer tokens, the window before the cut is gone, or a layer that cannot do it.
+        """
+        if self.cache_config.compileable or self._stock_layers():
+            raise CacheStateError(
+                "crop_rows needs a growing cache of attention layers alone: got one of fixed capacity, or with "
+                "states that have no token axis; use crop"
+            )
+        for table in self._live_tables():
+            table.require_rows_croppable(lengths)
+        for table in self._live_tables():
+            table.crop_rows(lengths)
+        self._sync_clocks()
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let row i be what row `beam_idx[i]` was; beams share blocks until they write."""
         for layer in self._stock_layers():
@@ -182,7 +202,7 @@ class PagedCache(DynamicCache):
     def stats(self) -> CacheStats:
         """Blocks, tokens and bytes held now."""
         for layer in self._fixed_layers():
-            layer.table.lengths = [int(layer.length)] * layer.table.batch_size
+            layer.table.lags = [layer.table.clock - int(layer.length)] * layer.table.batch_size
         return measure(list(self._tables.values()), [layer.pool for layer in self._paged_layers() if layer.pool])
 
     def check_integrity(self) -> None:

@@ -3,10 +3,12 @@
     row 0   tokens 0..40    blocks [7][8][9]      length 41, the last block half full
     row 1   tokens 0..40    blocks [7][8][3]      blocks 7 and 8 shared with row 0: written never, copied on write
 
-Time is counted by `clock`, the number of columns ever appended (less those cropped). A layer that has written up to
-clock c asks `reserve(c + q)`: the first layer of a forward plans the step, the others find it done. Lengths are per
-row, so that rows may accept different numbers of draft tokens. A sliding table drops whole blocks behind its window;
-`base` is the position of the first token that it still holds.
+Time is counted by `clock`, the number of columns appended (less those cropped). A layer that has written up to clock c
+asks `reserve(c + q)`: the first layer of a forward plans the step, the others find it done. A sliding table drops whole
+blocks behind its window; `base` is the first token that it still holds.
+
+Rows end at the clock and may begin at different columns: row i's token t stands in column lags[i] + t, and the columns
+before lags[i] (left padding, or what a row accepted less of than others) are neither written nor read.
 """
 
 import weakref
@@ -34,7 +36,7 @@ class BlockTable:
         self.block_size = block_size
         self.window = window
         self.rows: list[list[int]] = []
-        self.lengths: list[int] = []
+        self.lags: list[int] = []  # columns before the first token of each row
         self.clock = 0
         self.base = 0
         self.record_past = False
@@ -56,9 +58,21 @@ class BlockTable:
         return len(self.rows)
 
     @property
-    def max_length(self) -> int:
-        """Tokens of the longest row, those dropped behind a window included."""
-        return max(self.lengths, default=0)
+    def lengths(self) -> list[int]:
+        """Tokens of each row, those dropped behind a window included."""
+        return [max(0, self.clock - lag) for lag in self.lags]
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether some row begins later than the first column."""
+        return any(self.lags)
+
+    def adopt(self, rows: Sequence[Sequence[int]], lags: Sequence[int], clock: int) -> None:
+        """Begin a batch with rows that are filled up to `clock`; their blocks must have been retained for this table."""
+        self.clear()
+        self.rows[:] = [list(row) for row in rows]
+        self.lags, self.clock, self.step_start = list(lags), clock, clock
+        self._rows_changed()
 
     def reserve(self, batch_size: int, clock: int) -> None:
         """Make room for the columns up to `clock`; a no-op where another layer already did.
@@ -78,11 +92,11 @@ class BlockTable:
         self._drop_retired()
         self.step_start = self.clock
         if not self.rows:
-            self._start_rows([num_tokens] * batch_size)
+            self._start_rows([0] * batch_size, clock)
         elif self.replaces_window(num_tokens):
-            self._start_rows([length + num_tokens for length in self.lengths])
+            self._start_rows(self.lags, clock)
         else:
-            self._extend_rows(num_tokens)
+            self._extend_rows(clock)
         self.clock = clock
         self._lengths_changed()
 
@@ -91,13 +105,11 @@ class BlockTable:
         return self.window is not None and not self.record_past and num_tokens >= self.window
 
     def visible_start(self, clock: int) -> int:
-        """Position of the first token that queries from column `clock` on are given: the mask's kv offset.
+        """First column that queries from column `clock` on are given: the mask's kv offset.
 
         Not a token more than the window has, as some models slide by what their cache hands out alone.
         """
-        if self.window is None or not self.lengths:
-            return self.base
-        return max(0, min(self.lengths) - (self.clock - clock) - self.window + 1)
+        return 0 if self.window is None else max(0, clock - self.window + 1)
 
     def refuse(self) -> None:
         """Whoever reads the step that was last reserved cannot take it: let the cache undo it in all its tables."""
@@ -111,45 +123,63 @@ class BlockTable:
             return
         if self.retired is not None:
             self._release_rows(self.rows)
-            self.rows[:], self.lengths, self.base = self.retired.rows, self.retired.lengths, self.retired.base
+            self.rows[:], self.base = self.retired.rows, self.retired.base
             self.retired.rows.clear()
             self.retired = None
-        elif clock == 0:
+        elif clock == 0 and not self.is_ragged:
             self.clear()
         else:
-            self._truncate([length - (self.clock - clock) for length in self.lengths])
+            self._cut(self.lags, clock)
         self.clock = clock
         self._rows_changed()
 
     def crop(self, num_tokens: int) -> None:
-        """Remove the last `num_tokens` columns of every row, and what lies behind the window.
+        """Remove the last `num_tokens` columns, and what lies behind the window.
 
         Raises:
             CacheStateError: the window before the new end was already dropped.
         """
-        self.crop_rows([length - num_tokens for length in self.lengths])
-        self.clock -= num_tokens
+        self._crop_to(self.lags, self.clock - num_tokens)
 
     def crop_rows(self, lengths: Sequence[int]) -> None:
-        """Cut row i down to `lengths[i]` tokens; rows may differ."""
-        if not self.rows:
-            return
-        self._require_held(min(lengths))
-        self._drop_retired()
-        self._truncate(lengths)
-        if self.window is not None:
-            self._drop_front(max(0, min(lengths) - self.window + 1))
-        self._rows_changed()
+        """Cut row i down to `lengths[i]` tokens: the clock goes back by the least number cut, other rows begin later."""
+        lags, clock = self._after_cut(lengths)
+        self._crop_to(lags, clock)
 
     def require_croppable(self, num_tokens: int) -> None:
         """Raise CacheStateError unless `crop(num_tokens)` can be done."""
-        self._require_held(min(self.lengths) - num_tokens)
+        self._require_held(self.lags, self.clock - num_tokens)
 
-    def _require_held(self, shortest: int) -> None:
-        needed = 0 if self.window is None else max(0, shortest - self.window + 1)
-        if shortest < 0 or self.base > needed:
+    def require_rows_croppable(self, lengths: Sequence[int]) -> None:
+        """Raise CacheStateError unless `crop_rows(lengths)` can be done."""
+        self._require_held(*self._after_cut(lengths))
+
+    def _after_cut(self, lengths: Sequence[int]) -> tuple[list[int], int]:
+        """Lags and clock once row i has `lengths[i]` tokens."""
+        removed = [old - new for old, new in zip(self.lengths, lengths, strict=True)]
+        if min(removed, default=0) < 0:
+            raise CacheStateError(f"rows can only be cut: got {list(lengths)} tokens for rows that hold {self.lengths}")
+        if min(lengths, default=0) < 0:
+            raise CacheStateError(f"cannot crop to {min(lengths)} tokens: got a cache that holds {self.lengths}")
+        clock = self.clock - min(removed, default=0)
+        return [clock - length for length in lengths], clock
+
+    def _crop_to(self, lags: Sequence[int], clock: int) -> None:
+        if not self.rows:
+            return
+        self._require_held(lags, clock)
+        self._drop_retired()
+        self._cut(lags, clock)
+        self.lags, self.clock = list(lags), clock
+        if self.window is not None:
+            self._drop_front(clock - max(lags) - self.window + 1)
+        self._rows_changed()
+
+    def _require_held(self, lags: Sequence[int], clock: int) -> None:
+        needed = 0 if self.window is None else max(0, clock - max(lags) - self.window + 1)
+        if clock < 0 or self.base > needed:
             raise CacheStateError(
-                f"cannot crop to {shortest} tokens: got a cache that holds tokens {self.base} to {self.max_length}; "
+                f"cannot crop to {clock} tokens: got a cache that holds tokens {self.base} to {self.clock}; "
                 "call cache.activate_past_recording() before the forward that is to be undone, and crop only its tokens"
             )
 
@@ -161,7 +191,7 @@ class BlockTable:
             self.allocator.retain(row)
         self._release_rows(self.rows)
         self.rows[:] = rows
-        self.lengths = [self.lengths[i] for i in indices]
+        self.lags = [self.lags[i] for i in indices]
         self._rows_changed()
 
     def fork(self) -> "BlockTable":
@@ -171,7 +201,7 @@ class BlockTable:
         for name in ("clock", "base", "record_past", "keep_contiguous"):
             setattr(child, name, getattr(self, name))
         child.rows[:] = [list(row) for row in self.rows]
-        child.lengths = list(self.lengths)
+        child.lags = list(self.lags)
         for row in child.rows:
             self.allocator.retain(row)
         return child
@@ -181,14 +211,14 @@ class BlockTable:
         self._drop_retired()
         self._release_rows(self.rows)
         self.rows.clear()
-        self.lengths, self.clock, self.base = [], 0, 0
+        self.lags, self.clock, self.base = [], 0, 0
         self._rows_changed()
 
     def span(self) -> tuple[int, int] | None:
         """(first slot of row 0, slots from row to row) where rows are contiguous and evenly spaced, else None."""
         if not self._pitch_is_known:
             self._pitch, self._pitch_is_known = self._find_pitch(), True
-        return self._pitch if len(set(self.lengths)) == 1 else None
+        return self._pitch
 
     def block_table(self, device: torch.device) -> Tensor:
         """[batch, max_blocks] int32 on `device`, short rows filled with block 0."""
@@ -197,16 +227,30 @@ class BlockTable:
 
     def seq_lens(self, device: torch.device) -> Tensor:
         """[batch] int32: tokens held of each row (from `base` on)."""
-        return self._tensor("lens", device, [length - self.base for length in self.lengths], torch.int32)
+        return self._tensor("lens", device, [max(0, n - self.base) for n in self.lengths], torch.int32)
+
+    def lag_tensor(self, device: torch.device) -> Tensor:
+        """[batch] int32: `lags`."""
+        return self._tensor("lags", device, self.lags, torch.int32)
 
     def slots(self, start: int, stop: int, device: torch.device) -> Tensor:
-        """[batch, stop - start] int64 slots of the columns `start` to `stop`, counted back from each row's end."""
-        size, longest = self.block_size, self.max_length
-        table = [
-            [row[(p - self.base) // size] * size + (p - self.base) % size for p in range(start - lag, stop - lag)]
-            for row, lag in zip(self.rows, (longest - length for length in self.lengths), strict=True)
-        ]
+        """[batch, stop - start] int64 slots of the columns `start` to `stop`; -1 where a row has no token."""
+        size, table = self.block_size, []
+        for row, lag in zip(self.rows, self.lags, strict=True):
+            first = self.base + lag  # the column of the row's first slot
+            none = [-1] * (min(stop, first) - start)
+            table.append(none + [row[c // size] * size + c % size for c in range(max(start - first, 0), stop - first)])
         return self._tensor(f"slots {start} {stop}", device, table, torch.int64)
+
+    def gather_slots(self, skip: int, num_columns: int, device: torch.device) -> Tensor:
+        """[batch, num_columns] int64 slots from column base + `skip` on; some slot of the row where it has no token."""
+        name = f"gather {skip} {num_columns} {device}"
+        if name not in self._tensors:
+            blocks, size = self.block_table(device).long(), self.block_size
+            columns = torch.arange(skip, skip + num_columns, device=device)
+            tokens = (columns - self.lag_tensor(device)[:, None]).clamp(min=0)
+            self._tensors[name] = blocks.gather(1, tokens // size) * size + tokens % size
+        return self._tensors[name]
 
     def held_rows(self) -> list[list[int]]:
         """The rows."""
@@ -218,26 +262,27 @@ class BlockTable:
             row[:] = [new_ids[block] for block in row]
         self._rows_changed()
 
-    def _start_rows(self, lengths: list[int]) -> None:
-        """Fresh rows for `lengths` tokens, less what a window drops at once; what was held is retired."""
+    def _start_rows(self, lags: list[int], clock: int) -> None:
+        """Fresh rows up to column `clock`, less what a window drops at once; what was held is retired."""
         # Not rounded down to a block: where a step replaces what was held, the slots before it would never be written,
         # and a crop could bring them into sight.
-        base = 0 if self.window is None or self.record_past else max(0, min(lengths) - self.window + 1)
-        sizes = [-(-(length - base) // self.block_size) for length in lengths]
+        base = 0 if self.window is None or self.record_past else max(0, clock - max(lags) - self.window + 1)
+        sizes = [self._blocks_for(clock - lag - base) for lag in lags]
         self.allocator.ensure_free(sum(sizes))
         if self.rows:
             self.retired = BlockTable(self.allocator, self.block_size, self.window)
             self.retired.rows[:] = self.rows
-            self.retired.lengths, self.retired.base, self.retired.clock = self.lengths, self.base, self.clock
+            self.retired.lags, self.retired.base, self.retired.clock = self.lags, self.base, self.clock
         self.rows[:] = self.allocator.spread(sizes)
-        self.lengths, self.base = lengths, base
+        self.lags, self.base = lags, base
         self._rows_changed()
 
-    def _extend_rows(self, num_tokens: int) -> None:
+    def _extend_rows(self, clock: int) -> None:
         if not self.record_past:
-            self._drop_front(self.visible_start(self.clock))
-        lengths = [length + num_tokens for length in self.lengths]
-        wanted = [-(-(n - self.base) // self.block_size) - len(row) for n, row in zip(lengths, self.rows, strict=True)]
+            self._drop_front(self.clock - max(self.lags) - self.window + 1 if self.window is not None else 0)
+        wanted = [
+            self._blocks_for(clock - lag - self.base) - len(row) for lag, row in zip(self.lags, self.rows, strict=True)
+        ]
         copied = self._rows_to_copy()
         if copied or any(wanted):
             self.allocator.ensure_free(sum(wanted) + len(copied))
@@ -247,7 +292,9 @@ class BlockTable:
             for row, num_blocks in zip(self.rows, wanted, strict=True):
                 row += self.allocator.allocate(num_blocks, after=row[-1] if row else None)
             self._rows_changed()
-        self.lengths = lengths
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-max(0, num_tokens) // self.block_size)
 
     def _rows_to_copy(self) -> list[int]:
         """Rows whose half full last block is shared; the last holder of a block may keep it."""
@@ -276,12 +323,11 @@ class BlockTable:
             pool.copy_blocks(src, dst)
         self.allocator.release(src)
 
-    def _truncate(self, lengths: Sequence[int]) -> None:
-        for row, length in zip(self.rows, lengths, strict=True):
-            keep = -(-max(0, length - self.base) // self.block_size)
+    def _cut(self, lags: Sequence[int], clock: int) -> None:
+        for row, lag in zip(self.rows, lags, strict=True):
+            keep = self._blocks_for(clock - lag - self.base)
             self.allocator.release(row[keep:])
             del row[keep:]
-        self.lengths = list(lengths)
 
     def _drop_front(self, first: int) -> None:
         """Free the blocks that lie wholly before position `first`."""
@@ -306,7 +352,7 @@ class BlockTable:
 
     def _find_pitch(self) -> tuple[int, int] | None:
         rows = self.rows
-        if not rows or not all(rows) or not all(is_one_run(row) for row in rows):
+        if not rows or self.is_ragged or not all(rows) or not all(is_one_run(row) for row in rows):
             return None
         pitch = rows[1][0] - rows[0][0] if len(rows) > 1 else 0
         if pitch < 0 or any(b[0] - a[0] != pitch for a, b in pairwise(rows)):

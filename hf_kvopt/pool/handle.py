@@ -105,10 +105,23 @@ class KVHandle(LazyTensor):
         if self.table is not None:
             lens = self.table.seq_lens(self.codes.device)
             # A layer may hold fewer columns than its table (it was not part of every forward).
-            lag = self.table.max_length - self.table.base - self.skip - self.spec.shape[2]
-            return lens - lag if lag else lens
+            late = self.table.clock - self.table.base - self.skip - self.spec.shape[2]
+            return (lens - late).clamp(min=0) if late else lens
         assert self._seq_lens is not None
         return self._seq_lens
+
+    @property
+    def lags(self) -> Tensor | None:
+        """[batch] int32: leading columns of each row that hold no token; None where no row has any."""
+        return None if self.table is None or not self.table.is_ragged else self.table.lag_tensor(self.codes.device)
+
+    @property
+    def starts(self) -> list[int] | None:
+        """First column of each row, among those handed out, that holds a token; None where it is the first one."""
+        if self.table is None or not self.table.is_ragged:
+            return None
+        first = self.table.base + self.skip
+        return [min(self.spec.shape[2], max(0, lag - first)) for lag in self.table.lags]
 
     def view_dense(self) -> Tensor:
         """[batch, num_kv_heads, kv_len, head_dim]: a view of the pool where rows lie evenly in it, else a copy."""

@@ -61,8 +61,14 @@ class Plane:
         if span is not None:
             first, pitch = span
             self._strided(first + start - table.base, pitch, table.batch_size, stop - start).copy_(states)
-        else:
-            self.store(states, table.slots(start, stop, states.device).reshape(-1))
+            return
+        slots = table.slots(start, stop, states.device)
+        if start >= max(table.lags):
+            self.store(states, slots.reshape(-1))
+            return
+        for row, row_slots in enumerate(slots):
+            kept = row_slots >= 0
+            self.store(states[row : row + 1, :, kept], row_slots[kept])
 
     def store(self, states: Tensor, slots: Tensor) -> None:
         """Store states [batch, num_kv_heads, tokens, head_dim] at `slots` [batch * tokens]."""
@@ -70,12 +76,19 @@ class Plane:
         self.codes.view(-1, self.num_heads, self.dim).index_put_((slots,), tokens)
 
     def read(self, table: BlockTable, kv_len: int, skip: int = 0) -> Tensor:
-        """[batch, num_kv_heads, kv_len, head_dim], `skip` tokens in: a view where rows lie evenly in the pool."""
+        """[batch, num_kv_heads, kv_len, head_dim], from the column `skip` behind the table's base on.
+
+        A view where rows lie evenly in the pool, else a copy; a column without a token reads as some other, finite one.
+        """
         span = table.span()
         if span is not None:
             return self._strided(span[0] + skip, span[1], table.batch_size, kv_len)
-        rows = self.codes[table.block_table(self.codes.device).long()]
-        return rows.flatten(1, 2)[:, skip : skip + kv_len].transpose(1, 2)
+        slots = table.gather_slots(skip, kv_len, self.codes.device)
+        heads_first = self.codes.permute(2, 0, 1, 3)
+        if heads_first.is_contiguous():
+            picked = heads_first.flatten(1, 2).index_select(1, slots.reshape(-1))
+            return picked.view(self.num_heads, *slots.shape, self.dim).transpose(0, 1)
+        return self.codes.flatten(0, 1)[slots].transpose(1, 2)
 
     def handle(
         self, table: BlockTable, kv_len: int, skip: int, is_fresh: bool, states: Tensor | None = None

@@ -37,7 +37,7 @@ def make_store(window: int | None = None, max_blocks: int | None = None, extent:
 def append(store: Store, tokens: list[list[int]], table: BlockTable | None = None) -> None:
     """Append one list of tokens a row (all of one length) to `table` or the store's own."""
     table = table if table is not None else store.table
-    start = table.max_length
+    start = table.clock
     table.reserve(len(tokens), table.clock + len(tokens[0]))
     skipped = max(0, table.base - start)
     states = torch.tensor(tokens, dtype=torch.float32)[:, None, skipped:, None]
@@ -48,5 +48,6 @@ def append(store: Store, tokens: list[list[int]], table: BlockTable | None = Non
 def read(store: Store, table: BlockTable | None = None) -> list[list[int]]:
     """Read what each row holds, from the table's base on."""
     table = table if table is not None else store.table
-    keys: Tensor = store.pool.keys.read(table, table.max_length - table.base)
-    return [row[0, : n - table.base, 0].int().tolist() for row, n in zip(keys, table.lengths, strict=True)]
+    keys: Tensor = store.pool.keys.read(table, table.clock - table.base)
+    starts = (keys.shape[2] - max(0, n - table.base) for n in table.lengths)
+    return [row[0, start:, 0].int().tolist() for row, start in zip(keys, starts, strict=True)]

@@ -100,7 +100,6 @@ def test_rows_of_unlike_length_grow_each_behind_its_own_end() -> None:
     store = make_store()
     append(store, [count(0, 9), count(20, 29), count(40, 49)])
     store.table.crop_rows([9, 4, 7])
-    store.table.clock -= 0
     append(store, [[100, 101], [200, 201], [300, 301]])
     assert read(store) == [
         [*count(0, 9), 100, 101],
@@ -267,7 +266,7 @@ def test_a_table_that_is_collected_gives_back_also_the_rows_of_its_forks() -> No
 
 def test_a_table_without_rows_reads_as_nothing() -> None:
     table = BlockTable(make_store().allocator, BLOCK)
-    assert (table.batch_size, table.max_length, table.span()) == (0, 0, None)
+    assert (table.batch_size, table.clock, table.span()) == (0, 0, None)
 
 
 def test_a_row_cut_to_nothing_beside_others_leaves_no_even_rows() -> None:
@@ -277,3 +276,4 @@ def test_a_row_cut_to_nothing_beside_others_leaves_no_even_rows() -> None:
     assert table.span() is None
     table.crop_rows([0, 0, 0])
     assert table.span() is None
+    assert (table.clock, table.lengths) == (8, [0, 0, 0])

@@ -49,7 +49,7 @@ class TableMachine(RuleBasedStateMachine):
     @rule(pick=picks, num_tokens=st.integers(1, 13))
     def append(self, pick: int, num_tokens: int) -> None:
         shadow = self.pick(pick)
-        table, columns = shadow.table, shadow.table.max_length
+        table, columns = shadow.table, shadow.table.clock
         used = self.allocator.num_blocks - self.allocator.num_free
         before = [list(row) for row in table.rows]
         try:
@@ -136,10 +136,10 @@ class TableMachine(RuleBasedStateMachine):
             assert table.lengths == [len(row) for row in shadow.rows]
             assert table.base <= table.visible_start(table.clock)
             for i, pool in enumerate(self.pools):
-                keys = pool.keys.read(table, table.max_length - table.base)
+                keys = pool.keys.read(table, table.clock - table.base)
                 for got, row in zip(keys, shadow.rows, strict=True):
                     held = row[table.base :]
-                    assert got[0, : len(held), 0].tolist() == [token + i / 2 for token in held]
+                    assert got[0, got.shape[1] - len(held) :, 0].tolist() == [token + i / 2 for token in held]
 
     def pick(self, pick: int) -> Shadow:
         return self.shadows[pick % len(self.shadows)]
@@ -158,14 +158,12 @@ class TableMachine(RuleBasedStateMachine):
                 plane.write(states, table, columns + skipped, columns + num_tokens)
 
     def cut(self, shadow: Shadow, lengths: list[int]) -> None:
-        removed = shadow.table.max_length - max(lengths)
         try:
             shadow.table.crop_rows(lengths)
         except CacheStateError:
             window = shadow.table.window
             assert min(lengths) < 0 or (window is not None and shadow.table.base > min(lengths) - window + 1)
             return
-        shadow.table.clock -= removed
         shadow.rows = [row[:length] for row, length in zip(shadow.rows, lengths, strict=True)]
 
     def teardown(self) -> None:

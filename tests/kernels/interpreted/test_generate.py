@@ -13,8 +13,19 @@ MODELS = {
     "one kv head": (LlamaForCausalLM, LlamaConfig(**SHAPE, num_key_value_heads=1, head_dim=40)),
     "sliding": (MistralForCausalLM, MistralConfig(**SHAPE, num_key_value_heads=2, head_dim=32, sliding_window=10)),
 }
+
+
+def without_pads(config):
+    """A cache whose second row begins at the fourth column."""
+    cache = hf_kvopt.PagedCache(config)
+    for table in cache._tables.values():
+        table.adopt([[], []], [0, 3], 0)
+    return cache
+
+
 CACHES = {
     "growing": lambda config: hf_kvopt.PagedCache(config),
+    "rows that begin at unlike columns": without_pads,
     "fixed": lambda config: hf_kvopt.PagedCache(config, max_tokens=64, compileable=True),
 }
 
