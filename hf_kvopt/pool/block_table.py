@@ -68,7 +68,7 @@ class BlockTable:
         return any(self.lags)
 
     def adopt(self, rows: Sequence[Sequence[int]], lags: Sequence[int], clock: int) -> None:
-        """Begin a batch with rows that are filled up to `clock`; their blocks must have been retained for this table."""
+        """Begin a batch with rows filled up to `clock`, whose blocks were retained for this table."""
         self.clear()
         self.rows[:] = [list(row) for row in rows]
         self.lags, self.clock, self.step_start = list(lags), clock, clock
@@ -142,7 +142,7 @@ class BlockTable:
         self._crop_to(self.lags, self.clock - num_tokens)
 
     def crop_rows(self, lengths: Sequence[int]) -> None:
-        """Cut row i down to `lengths[i]` tokens: the clock goes back by the least number cut, other rows begin later."""
+        """Cut row i down to `lengths[i]` tokens; the clock goes back by the least number cut, others begin later."""
         lags, clock = self._after_cut(lengths)
         self._crop_to(lags, clock)
 
