@@ -62,6 +62,7 @@ class EagleSession(DraftSession):
         self._position = read.positions.gather(1, last)
 
     def propose(self, plan: Plan, sample: Sampler) -> Draft:
+        self._forget_drafts()
         return self._chain(min(plan.gamma, plan.num_nodes), sample) if plan.is_chain else self._tree(plan)
 
     def select(self, rows: Sequence[int]) -> None:
