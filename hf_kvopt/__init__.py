@@ -9,6 +9,7 @@ Importing registers the attention and its mask under "hf_kvopt", once, and touch
 
 from hf_kvopt.attention.register import ATTENTION_NAME, register
 from hf_kvopt.cache.paged import PagedCache
+from hf_kvopt.cache.quantized import QuantizedPagedCache
 from hf_kvopt.cache.stats import CacheStats
 from hf_kvopt.config import CacheConfig
 from hf_kvopt.draft.heads.auto import DraftHead
@@ -25,6 +26,7 @@ __all__ = [
     "KVOptError",
     "OutOfBlocks",
     "PagedCache",
+    "QuantizedPagedCache",
     "UnsupportedDevice",
     "UnsupportedModel",
     "disable",

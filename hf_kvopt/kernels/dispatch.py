@@ -22,7 +22,7 @@ from hf_kvopt.kernels import paged_decode as _paged_decode
 from hf_kvopt.kernels import paged_prefill as _paged_prefill
 from hf_kvopt.kernels import store_kv as _store_kv
 from hf_kvopt.kernels.checks import check_format_runs
-from hf_kvopt.kernels.launch import target_of
+from hf_kvopt.kernels.launch import device_target, target_of
 from hf_kvopt.kernels.reference import AttentionOut
 from hf_kvopt.kernels.shim import HAS_TRITON, INTERPRET
 from hf_kvopt.quant import Format, format_of
@@ -66,6 +66,13 @@ def require_format(fmt: Format, like: Tensor) -> None:
     """Raise UnsupportedDevice if kernels on this tensor's device cannot read the format; for cache construction."""
     if runs_kernel(like):
         check_format_runs(fmt, target_of(like))
+
+
+def require_format_somewhere(fmt: Format) -> None:
+    """Raise UnsupportedDevice if there are CUDA cards and the best of them cannot read the format."""
+    targets = [device_target(index) for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    if targets:
+        check_format_runs(fmt, max(targets, key=lambda target: target.capability))
 
 
 def store_kv(

@@ -73,7 +73,8 @@ def family_of(capability: tuple[int, int]) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def _device_target(index: int) -> Target:
+def device_target(index: int) -> Target:
+    """Return the target of CUDA device `index`; raises UnsupportedDevice below compute capability 8.0."""
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip is not None:
         return Target("cdna3", properties.multi_processor_count, (0, 0))
@@ -84,7 +85,7 @@ def _device_target(index: int) -> Target:
 def target_of(tensor: Tensor) -> Target:
     """Return the target that a kernel over this tensor runs on; raises UnsupportedDevice if there is none."""
     if tensor.is_cuda:
-        return _device_target(tensor.device.index or 0)
+        return device_target(tensor.device.index or 0)
     if INTERPRET:
         return INTERPRETER
     raise UnsupportedDevice(
