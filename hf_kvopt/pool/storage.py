@@ -142,12 +142,13 @@ class Plane:
 
     def resize(self, num_blocks: int, src: list[int], dst: list[int]) -> None:
         """Move to `num_blocks` blocks, block `src[i]` becoming `dst[i]`; the rest is zero."""
-        old = self.tensors
-        self.codes, self.scale = self._blocks(num_blocks, self.codes.device)
-        for before, after in zip(old, self.tensors, strict=True):
+        codes, scale = self._blocks(num_blocks, self.codes.device)
+        for before, after in zip(self.tensors, [codes] if scale is None else [codes, scale], strict=True):
             for first, length in _runs(src, dst):
                 a, b = src[first], dst[first]
                 after[b : b + length].copy_(before[a : a + length])
+        # Only now: another thread may be reading.
+        self.codes, self.scale = codes, scale
 
     def copy_blocks(self, src: list[int], dst: list[int]) -> None:
         """Copy block `src[i]` to `dst[i]`, scales included."""
