@@ -24,7 +24,11 @@ from evals.reference_model import corpus
 from evals.reference_model.paths import heldout_texts, load
 
 ROW_LEN = 512
-PROMPT_LENS = (64, 128, 192, 256)
+# A small model soon repeats itself; short continuations of long prompts have more to teach.
+PROMPT_LENS = (256, 320, 384, 448)
+HELDOUT_PROMPT_LENS = (384,)
+# Share of the pieces that begin where a module does.
+AT_START = 0.25
 
 
 def pieces(documents: list[list[int]], length: int, rng: np.random.Generator) -> Iterator[list[int]]:
@@ -33,7 +37,7 @@ def pieces(documents: list[list[int]], length: int, rng: np.random.Generator) ->
     shares = np.array([len(ids) for ids in long_enough], dtype=float)
     while True:
         ids = long_enough[rng.choice(len(long_enough), p=shares / shares.sum())]
-        start = int(rng.integers(0, len(ids) - length + 1))
+        start = 0 if rng.random() < AT_START else int(rng.integers(0, len(ids) - length + 1))
         yield ids[start : start + length]
 
 
@@ -57,6 +61,7 @@ def write_rows(
     documents: list[list[int]],
     num_generated: int,
     num_text: int,
+    prompt_lens: tuple[int, ...],
     batch_size: int,
     rng: np.random.Generator,
 ) -> None:
@@ -64,7 +69,7 @@ def write_rows(
     kinds = ["generated"] * -(-num_generated // batch_size) + ["text"] * -(-num_text // batch_size)
     with path.open("w", encoding="utf-8") as out:
         for number, kind in enumerate(tqdm(rng.permutation(kinds), desc=path.name, unit="batch")):
-            length = ROW_LEN if kind == "text" else PROMPT_LENS[number % len(PROMPT_LENS)]
+            length = ROW_LEN if kind == "text" else prompt_lens[number % len(prompt_lens)]
             source = pieces(documents, length, rng)
             rows = [next(source) for _ in range(batch_size)]
             if kind == "generated":
@@ -77,8 +82,8 @@ def main(argv: list[str] | None = None) -> None:
     """Collect the library, generate, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for train.jsonl and heldout.jsonl")
-    parser.add_argument("--generated", type=int, default=3072, help="training rows with greedy continuations")
-    parser.add_argument("--text", type=int, default=3072, help="training rows of library text")
+    parser.add_argument("--generated", type=int, default=4096, help="training rows with greedy continuations")
+    parser.add_argument("--text", type=int, default=2048, help="training rows of library text")
     parser.add_argument("--heldout", type=int, default=64, help="rows that continue held-out modules")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
@@ -88,10 +93,10 @@ def main(argv: list[str] | None = None) -> None:
     hf_kvopt.enable(model)
     rng = np.random.default_rng(args.seed)
     heldout = tokenizer(heldout_texts())["input_ids"]
-    write_rows(args.out / "heldout.jsonl", model, heldout, args.heldout, 0, args.batch_size, rng)
+    write_rows(args.out / "heldout.jsonl", model, heldout, args.heldout, 0, HELDOUT_PROMPT_LENS, args.batch_size, rng)
     files = corpus.training_files([corpus.default_source()])
     documents = tokenizer([file.text for file in files if not file.is_test])["input_ids"]
-    write_rows(args.out / "train.jsonl", model, documents, args.generated, args.text, args.batch_size, rng)
+    write_rows(args.out / "train.jsonl", model, documents, args.generated, args.text, PROMPT_LENS, args.batch_size, rng)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--save-every", type=int, default=200, help="steps")
     add("--eval-every", type=int, default=200, help="steps")
     add("--eval-rows", type=int, default=32)
+    add("--eval-from", type=int, help="column of a held-out row from which decoding is simulated (default: half way)")
     add("--seed", type=int, default=0)
     add("--cpu", action="store_true", help="stay on the CPU where there is something faster")
     return parser.parse_args(argv)
@@ -76,6 +78,11 @@ def make_head(args: argparse.Namespace, target: PreTrainedModel, rows: TokenRows
     text = target.config.get_text_config(decoder=True)
     vocab = min(args.draft_vocab or 32000, text.vocab_size)
     lm_weight = target.get_output_embeddings().weight
+    if any(layer >= text.num_hidden_layers for layer in args.layers or ()):
+        raise ValueError(
+            f"target_layer_ids must be below the target's {text.num_hidden_layers} layers, or -1 for its last hidden "
+            f"state: got --layers {args.layers}"
+        )
     common = {"vocab_size": text.vocab_size, "hidden_size": text.hidden_size, "dtype": torch.float32}
     head: HeadBase
     if args.head == "medusa":
@@ -135,6 +142,12 @@ class Trainer:
         self.target: PreTrainedModel = target.to(self.accelerator.device)
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(args.model)
         self.rows = self._rows(args.data, args.seed)
+        needed = args.batch_size * self.accelerator.num_processes
+        if sum(1 for _ in islice(self.rows, needed)) < needed:
+            raise ValueError(
+                f"data must fill one batch of {needed} rows of {args.row_len} tokens: got less; give more data, or a "
+                "smaller --batch-size or --row-len"
+            )
         self.heldout = self._read_heldout()
         self.head = make_head(args, self.target.cpu(), self.rows).to(self.accelerator.device)
         self.target.to(self.accelerator.device)
@@ -189,8 +202,8 @@ class Trainer:
                 outcome = RolledOutLoss(head, self.args.steps)(input_ids, seen)
             loss += outcome.loss.item() / len(self.heldout)
             accepted += accepted_lengths(outcome, input_ids, seen.best).tolist()
-        half = self.args.row_len // 2
-        gains = walk(accepted, half)
+        start = self.args.eval_from
+        gains = walk(accepted, self.args.row_len // 2 if start is None else start)
         # Of the steps of that walk that came so far, the share that goes a token further.
         depths = [sum(g > d for g in gains) / max(1, sum(g >= d for g in gains)) for d in range(1, self.args.steps + 1)]
         return {
@@ -248,16 +261,9 @@ class Trainer:
         while True:
             self.rows.set_epoch(self.epoch)
             loader = self.accelerator.skip_first_batches(self.loader, self.batch)
-            found = False
             for input_ids in loader:
                 self.batch += 1
-                found = True
                 yield input_ids
-            if not found and self.batch == 0:
-                raise ValueError(
-                    f"data must fill one batch of {self.args.batch_size} rows of {self.args.row_len} tokens: got less; "
-                    "give more data, or a smaller --batch-size or --row-len"
-                )
             self.epoch, self.batch = self.epoch + 1, 0
 
     def _rows(self, sources: list[str], seed: int | None) -> TokenRows:
