@@ -26,16 +26,13 @@ from transformers.cache_utils import (
 
 from hf_kvopt.cache.fixed import FixedLayer
 from hf_kvopt.cache.hybrid import HybridLayer
-from hf_kvopt.cache.kinds import LayerMaker
+from hf_kvopt.cache.kinds import attention_layer, layers_for
 from hf_kvopt.cache.layer import PagedLayer
 from hf_kvopt.cache.stats import CacheStats, measure
 from hf_kvopt.config import CacheConfig
 from hf_kvopt.errors import CacheStateError, KVOptError
 from hf_kvopt.pool.allocator import BlockAllocator
 from hf_kvopt.pool.block_table import BlockTable
-from hf_kvopt.quant import FormatPolicy
-
-_NATIVE = FormatPolicy()
 
 
 class PagedCache(DynamicCache):
@@ -50,7 +47,6 @@ class PagedCache(DynamicCache):
         compileable: fixed capacity of `max_tokens`; see `CacheConfig`.
         offloading: keep all layers but the one that computes in CPU memory (CUDA only), as `DynamicCache` does.
         offload_only_non_sliding: leave sliding layers on the device.
-        formats: how the layers are stored, native by default; see `QuantizedPagedCache`.
 
     Raises:
         ValueError: a value cannot work.
@@ -71,7 +67,6 @@ class PagedCache(DynamicCache):
         compileable: bool = False,
         offloading: bool = False,
         offload_only_non_sliding: bool = False,
-        formats: FormatPolicy = _NATIVE,
     ) -> None:
         if config is not None and not isinstance(config, PreTrainedConfig):
             raise TypeError(f"config must be a model's config, e.g. model.config: got {type(config).__name__}")
@@ -81,15 +76,11 @@ class PagedCache(DynamicCache):
             "offloading": offloading,
             "offload_only_non_sliding": offload_only_non_sliding,
         }
-        self.formats = formats
         if config is None:
             # Past DynamicCache's __init__, which would build its own layers.
             Cache.__init__(self, layer_class_to_replicate=PagedLayer, **kwargs)
         else:
-            config = config.get_text_config(decoder=True)
-            maker = self._layer_maker().resolved(config)
-            self.formats = maker.formats
-            Cache.__init__(self, layers=maker.layers(config), **kwargs)
+            Cache.__init__(self, layers=layers_for(config, self._table_for, compileable), **kwargs)
 
     @property
     def layer_class_to_replicate(self) -> Any:
@@ -151,15 +142,34 @@ class PagedCache(DynamicCache):
         Raises:
             CacheStateError: a row has fewer tokens, the window before the cut is gone, or a layer that cannot do it.
         """
-        if self.cache_config.compileable or self._stock_layers():
-            raise CacheStateError(
-                "crop_rows needs a growing cache of attention layers alone: got one of fixed capacity, or with "
-                "states that have no token axis; use crop"
-            )
+        self._require_rows_of_their_own("crop_rows")
         for table in self._live_tables():
             table.require_rows_croppable(lengths)
         for table in self._live_tables():
             table.crop_rows(lengths)
+        self._sync_clocks()
+
+    def keep_paths(self, num_tokens: int, paths: Sequence[Sequence[int]]) -> None:
+        """Of the last `num_tokens` tokens of row i keep those numbered in `paths[i]`, in that order: an accepted draft.
+
+        What is kept moves together inside the newest blocks, in its stored form; rows that keep less than others begin
+        at a later column. With fixed capacity all rows must keep the same path.
+
+        Raises:
+            CacheStateError: rows differ where they cannot, or the window before the cut is gone.
+        """
+        if self.cache_config.compileable:
+            if any(list(path) != list(paths[0]) for path in paths):
+                raise CacheStateError(
+                    f"rows of a cache of fixed capacity keep the same tokens: got {[list(path) for path in paths]}; "
+                    "use PagedCache without compileable=True"
+                )
+            for layer in self._fixed_layers():
+                layer.keep(num_tokens, paths[0])
+            return
+        self._require_rows_of_their_own("keep_paths")
+        for table in self._live_tables():
+            table.keep(num_tokens, paths)
         self._sync_clocks()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -246,10 +256,7 @@ class PagedCache(DynamicCache):
         return fork(self, memo)
 
     def _make_layer(self) -> PagedLayer:
-        return self._layer_maker().attention(None, self.formats.at(len(self.layers), is_sliding=False))
-
-    def _layer_maker(self) -> LayerMaker:
-        return LayerMaker(self._table_for, self.cache_config.compileable, self.formats)
+        return attention_layer(None, self._table_for, self.cache_config.compileable)
 
     def _table_for(self, window: int | None) -> BlockTable:
         if window not in self._tables:
@@ -279,6 +286,13 @@ class PagedCache(DynamicCache):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._watch_tables()
+
+    def _require_rows_of_their_own(self, name: str) -> None:
+        if self.cache_config.compileable or self._stock_layers():
+            raise CacheStateError(
+                f"{name} needs a growing cache of attention layers alone: got one of fixed capacity, or with states "
+                "that have no token axis; use crop"
+            )
 
     def _select(self, indices: Sequence[int]) -> None:
         for layer in self._fixed_layers():

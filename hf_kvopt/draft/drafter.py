@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 class Read(NamedTuple):
     """Tokens that the target has read since the last call, and kept; right-padded, `counts[i]` of row i are real.
 
-    The last token behind (`following[i, counts[i] - 1]`) is the root of row i. The first call is the prompt (without
-    its padding); what lay in a prefix cache before is not in it, so the first position need not be 0.
+    The last token behind (`following[i, counts[i] - 1]`) is the root of row i. The first call is the prompt, without
+    its padding; drafters that ask for features get it without what lay in a prefix cache before, as nothing was
+    computed for that, so their first position need not be 0.
     """
 
     tokens: Tensor  # [batch, width] int64
@@ -29,6 +30,9 @@ class Read(NamedTuple):
     positions: Tensor  # [batch, width] int64: position ids of `tokens` in the target
     features: Tensor | None  # [batch, width, len(feature_layers) * hidden_size], None where no layers were asked for
     counts: Sequence[int]  # [batch], each at least 1
+    # [batch, 1 + num_nodes]: the target's first choice behind the root and behind each node of the last draft, kept or
+    # not (Jacobi decoding goes on from them); None after the prompt
+    choices: Tensor | None = None
 
 
 class Plan(NamedTuple):

@@ -101,3 +101,110 @@ def check_format_runs(fmt: Format, target: Target) -> None:
         need = ".".join(map(str, fmt.min_capability))
         have = ".".join(map(str, target.capability))
         raise UnsupportedDevice(f"{fmt.name} needs compute capability {need}: got {have}; use int8 instead")
+
+
+def check_mask(mask: Tensor, batch: int, num_heads: int, q_len: int) -> None:
+    """Raise unless the mask broadcasts to [batch, num_heads, q_len, kv_len] and is bool or float."""
+    check_dtype("mask", mask, torch.bool, *COMPUTE_DTYPES)
+    full = (batch, num_heads, q_len)
+    if mask.ndim != 4 or any(have not in (1, want) for have, want in zip(mask.shape[:3], full, strict=True)):
+        raise ValueError(
+            f"mask must have shape [{batch} or 1, {num_heads} or 1, {q_len} or 1, kv_len]: got {list(mask.shape)}; "
+            "expand a 2D padding mask or pass starts"
+        )
+
+
+def mask_strides(mask: Tensor | None) -> dict[str, int]:
+    """Return the mask's strides by kernel parameter, 0 along every axis that broadcasts."""
+    names = ("stride_mask_b", "stride_mask_h", "stride_mask_m", "stride_mask_n")
+    if mask is None:
+        return dict.fromkeys(names, 0)
+    broadcast = [0 if n == 1 else s for n, s in zip(mask.shape[:3], mask.stride()[:3], strict=True)]
+    return dict(zip(names, (*broadcast, mask.stride(3)), strict=True))
+
+
+def check_paged(
+    q: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    sinks: Tensor | None,
+    starts: Tensor | None,
+    mask: Tensor | None,
+    target: Target,
+) -> tuple[Format, Format]:
+    """Check every argument of a paged attention op and return the formats of k and v."""
+    check_shape("q", q, (None, None, None, None))
+    check_dtype("q", q, *COMPUTE_DTYPES)
+    check_last_contiguous("q", q)
+    batch, num_heads, _, head_dim = q.shape
+    k_format = check_pool("k", k_pool, k_scale, target)
+    v_format = check_pool("v", v_pool, v_scale, target)
+    check_shape("k_pool", k_pool, (None, None, None, head_dim // k_format.codes_per_byte))
+    check_shape("v_pool", v_pool, (*k_pool.shape[:3], None))
+    for name, pool, fmt in (("k_pool", k_pool, k_format), ("v_pool", v_pool, v_format)):
+        if not fmt.has_scale:
+            check_dtype(name, pool, q.dtype)
+    if num_heads % k_pool.shape[2]:
+        raise ValueError(f"num_heads must be a multiple of num_kv_heads {k_pool.shape[2]}: got {num_heads}")
+    check_shape("block_table", block_table, (batch, None))
+    check_dtype("block_table", block_table, torch.int32)
+    check_last_contiguous("block_table", block_table)
+    check_shape("seq_lens", seq_lens, (batch,))
+    check_dtype("seq_lens", seq_lens, torch.int32)
+    check_pattern(q, sinks, starts, mask)
+    for name, tensor in (("k_pool", k_pool), ("v_pool", v_pool), ("block_table", block_table), ("seq_lens", seq_lens)):
+        check_device(name, tensor, q)
+    if debug_enabled():
+        check_table_values(block_table, seq_lens, k_pool.shape[0], k_pool.shape[1])
+    return k_format, v_format
+
+
+def check_pattern(q: Tensor, sinks: Tensor | None, starts: Tensor | None, mask: Tensor | None) -> None:
+    """Check the optional tensors that every attention op takes."""
+    batch, num_heads, q_len, _ = q.shape
+    if sinks is not None:
+        check_shape("sinks", sinks, (num_heads,))
+        check_dtype("sinks", sinks, *COMPUTE_DTYPES)
+        check_last_contiguous("sinks", sinks)
+        check_device("sinks", sinks, q)
+    if starts is not None:
+        check_shape("starts", starts, (batch,))
+        check_dtype("starts", starts, torch.int32)
+        check_device("starts", starts, q)
+    if mask is not None:
+        check_mask(mask, batch, num_heads, q_len)
+        check_device("mask", mask, q)
+
+
+def check_scalars(scale: float, window: int | None, softcap: float | None) -> None:
+    """Raise ValueError unless the softmax scale is finite and window and softcap are positive."""
+    if not 0 < abs(scale) < float("inf"):
+        raise ValueError(f"scale must be finite and not zero: got {scale}")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1: got {window}; pass None for no window")
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(f"softcap must be positive and finite: got {softcap}; pass None for no cap")
+
+
+def check_table_values(block_table: Tensor, seq_lens: Tensor, num_blocks: int, block_size: int) -> None:
+    """Raise ValueError if a length exceeds the table or a used entry points outside of the pool (stops the stream)."""
+    capacity = block_table.shape[1] * block_size
+    longest, shortest = int(seq_lens.max()), int(seq_lens.min())
+    if longest > capacity or shortest < 0:
+        raise ValueError(
+            f"seq_lens must lie between 0 and the table's capacity {capacity}: got {shortest} to {longest}; "
+            "reserve blocks before attending"
+        )
+    used = torch.arange(block_table.shape[1], device=block_table.device) * block_size < seq_lens[:, None]
+    # -1 is allowed: a sliding layer has freed what lies behind its window.
+    wrong = used & ((block_table >= num_blocks) | (block_table < -1))
+    if bool(wrong.any()):
+        row, column = (int(i) for i in wrong.nonzero()[0])
+        raise ValueError(
+            f"block_table must point into the pool of {num_blocks} blocks: got {int(block_table[row, column])} "
+            f"at row {row}, column {column}; the table belongs to another pool or was not filled"
+        )

@@ -13,13 +13,13 @@ before lags[i] (left padding, or what a row accepted less of than others) are ne
 
 import weakref
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from hf_kvopt.errors import CacheStateError
-from hf_kvopt.pool.allocator import BlockAllocator, is_one_run
+from hf_kvopt.pool.allocator import BlockAllocator
+from hf_kvopt.pool.slots import column_slots, even_pitch, moved_slots
 
 
 class BlockTable:
@@ -40,7 +40,6 @@ class BlockTable:
         self.clock = 0
         self.base = 0
         self.record_past = False
-        self.keeps_all = False  # a window hides what is behind it, but frees nothing: others may share it
         self.keep_contiguous = True
         # What was held before a step that replaced all of it: layers still read it, a failed forward goes back to it.
         self.retired: BlockTable | None = None
@@ -101,13 +100,9 @@ class BlockTable:
         self.clock = clock
         self._lengths_changed()
 
-    @property
-    def _drops_past(self) -> bool:
-        return not (self.record_past or self.keeps_all)
-
     def replaces_window(self, num_tokens: int) -> bool:
         """Whether a step of `num_tokens` leaves nothing of what is held now, so that it starts on new blocks."""
-        return self._drops_past and self.window is not None and num_tokens >= self.window
+        return self.window is not None and not self.record_past and num_tokens >= self.window
 
     def visible_start(self, clock: int) -> int:
         """First column that queries from column `clock` on are given: the mask's kv offset.
@@ -147,8 +142,21 @@ class BlockTable:
         self._crop_to(self.lags, self.clock - num_tokens)
 
     def crop_rows(self, lengths: Sequence[int]) -> None:
-        """Cut row i down to `lengths[i]` tokens; the clock goes back by the least number cut, others begin later."""
-        lags, clock = self._after_cut(lengths)
+        """Cut row i down to `lengths[i]` tokens; the clock goes back by the least number cut."""
+        self._crop_to(*self._after_cut(lengths))
+
+    def keep(self, num_tokens: int, paths: Sequence[Sequence[int]]) -> None:
+        """Of the last `num_tokens` tokens of row i keep those numbered in `paths[i]`, moved together, in that order.
+
+        Columns that no row has any more go.
+        """
+        lengths = [n - num_tokens + len(path) for n, path in zip(self.lengths, paths, strict=True)]
+        clock = max(lengths, default=0)
+        lags = [clock - length for length in lengths]
+        self._require_held(lags, clock)
+        src, dst = moved_slots(self, num_tokens, paths)
+        for pool in self.allocator.pools if src else ():
+            pool.move_slots(src, dst)
         self._crop_to(lags, clock)
 
     def require_croppable(self, num_tokens: int) -> None:
@@ -176,7 +184,7 @@ class BlockTable:
         self._drop_retired()
         self._cut(lags, clock)
         self.lags, self.clock = list(lags), clock
-        if self.window is not None and not self.keeps_all:
+        if self.window is not None:
             self._drop_front(clock - max(lags) - self.window + 1)
         self._rows_changed()
 
@@ -203,7 +211,7 @@ class BlockTable:
         """A second table over the same blocks; whoever writes first copies the block that is written."""
         self._drop_retired()
         child = BlockTable(self.allocator, self.block_size, self.window)
-        for name in ("clock", "base", "record_past", "keeps_all", "keep_contiguous"):
+        for name in ("clock", "base", "record_past", "keep_contiguous"):
             setattr(child, name, getattr(self, name))
         child.rows[:] = [list(row) for row in self.rows]
         child.lags = list(self.lags)
@@ -220,9 +228,13 @@ class BlockTable:
         self._rows_changed()
 
     def span(self) -> tuple[int, int] | None:
+        """(first slot of row 0, slots from row to row) where rows are even and begin together, else None."""
+        return None if self.is_ragged else self.even_rows()
+
+    def even_rows(self) -> tuple[int, int] | None:
         """(first slot of row 0, slots from row to row) where rows are contiguous and evenly spaced, else None."""
         if not self._pitch_is_known:
-            self._pitch, self._pitch_is_known = self._find_pitch(), True
+            self._pitch, self._pitch_is_known = even_pitch(self.rows, self.block_size), True
         return self._pitch
 
     def block_table(self, device: torch.device) -> Tensor:
@@ -240,21 +252,16 @@ class BlockTable:
 
     def slots(self, start: int, stop: int, device: torch.device) -> Tensor:
         """[batch, stop - start] int64 slots of the columns `start` to `stop`; -1 where a row has no token."""
-        size, table = self.block_size, []
-        for row, lag in zip(self.rows, self.lags, strict=True):
-            first = self.base + lag  # the column of the row's first slot
-            none = [-1] * (min(stop, first) - start)
-            table.append(none + [row[c // size] * size + c % size for c in range(max(start - first, 0), stop - first)])
-        return self._tensor(f"slots {start} {stop}", device, table, torch.int64)
+        return self._tensor(f"slots {start} {stop}", device, column_slots(self, start, stop), torch.int64)
 
     def gather_slots(self, skip: int, num_columns: int, device: torch.device) -> Tensor:
         """[batch, num_columns] int64 slots from column base + `skip` on; some slot of the row where it has no token."""
         name = f"gather {skip} {num_columns} {device}"
         if name not in self._tensors:
-            blocks, size = self.block_table(device).long(), self.block_size
             columns = torch.arange(skip, skip + num_columns, device=device)
             tokens = (columns - self.lag_tensor(device)[:, None]).clamp(min=0)
-            self._tensors[name] = blocks.gather(1, tokens // size) * size + tokens % size
+            blocks = self.block_table(device).long().gather(1, tokens // self.block_size)
+            self._tensors[name] = blocks * self.block_size + tokens % self.block_size
         return self._tensors[name]
 
     def held_rows(self) -> list[list[int]]:
@@ -271,7 +278,7 @@ class BlockTable:
         """Fresh rows up to column `clock`, less what a window drops at once; what was held is retired."""
         # Not rounded down to a block: where a step replaces what was held, the slots before it would never be written,
         # and a crop could bring them into sight.
-        base = max(0, clock - max(lags) - self.window + 1) if self._drops_past and self.window is not None else 0
+        base = 0 if self.window is None or self.record_past else max(0, clock - max(lags) - self.window + 1)
         sizes = [self._blocks_for(clock - lag - base) for lag in lags]
         self.allocator.ensure_free(sum(sizes))
         if self.rows:
@@ -283,8 +290,8 @@ class BlockTable:
         self._rows_changed()
 
     def _extend_rows(self, clock: int) -> None:
-        if self._drops_past and self.window is not None:
-            self._drop_front(self.clock - max(self.lags) - self.window + 1)
+        if not self.record_past:
+            self._drop_front(self.clock - max(self.lags) - self.window + 1 if self.window is not None else 0)
         wanted = [
             self._blocks_for(clock - lag - self.base) - len(row) for lag, row in zip(self.lags, self.rows, strict=True)
         ]
@@ -293,19 +300,10 @@ class BlockTable:
             self.allocator.ensure_free(sum(wanted) + len(copied))
             if self.keep_contiguous:
                 self.allocator.make_room(self.rows, wanted)
-            self._append_blocks([size + (i in copied) for i, size in enumerate(wanted)], copied)
+            self._copy_on_write(copied)
+            for row, num_blocks in zip(self.rows, wanted, strict=True):
+                row += self.allocator.allocate(num_blocks, after=row[-1] if row else None)
             self._rows_changed()
-
-    def _append_blocks(self, sizes: Sequence[int], copied: Sequence[int]) -> None:
-        """Lengthen row i by `sizes[i]` blocks, of which the first takes the place of its last one where it is copied."""
-        kept = [row[:-1] if i in copied else row for i, row in enumerate(self.rows)]
-        pieces = self.allocator.allocate_behind(kept, sizes)
-        src, dst = [self.rows[i][-1] for i in copied], [pieces[i][0] for i in copied]
-        if copied:
-            for pool in self.allocator.pools:
-                pool.copy_blocks(src, dst)
-        self.rows[:] = [row + piece for row, piece in zip(kept, pieces, strict=True)]
-        self.allocator.release(src)
 
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-max(0, num_tokens) // self.block_size)
@@ -322,6 +320,20 @@ class BlockTable:
                     left[last] -= 1
                     copied.append(i)
         return copied
+
+    def _copy_on_write(self, copied: list[int]) -> None:
+        if not copied:
+            return
+        src, dst = [], []
+        for i in copied:
+            row = self.rows[i]
+            before = row[-2] if len(row) > 1 else None
+            src.append(row[-1])
+            dst += self.allocator.allocate(1, after=before)
+            row[-1] = dst[-1]
+        for pool in self.allocator.pools:
+            pool.copy_blocks(src, dst)
+        self.allocator.release(src)
 
     def _cut(self, lags: Sequence[int], clock: int) -> None:
         for row, lag in zip(self.rows, lags, strict=True):
@@ -349,15 +361,6 @@ class BlockTable:
         for row in rows:
             self.allocator.release(row)
             row.clear()
-
-    def _find_pitch(self) -> tuple[int, int] | None:
-        rows = self.rows
-        if not rows or self.is_ragged or not all(rows) or not all(is_one_run(row) for row in rows):
-            return None
-        pitch = rows[1][0] - rows[0][0] if len(rows) > 1 else 0
-        if pitch < 0 or any(b[0] - a[0] != pitch for a, b in pairwise(rows)):
-            return None
-        return rows[0][0] * self.block_size, pitch * self.block_size
 
     def _tensor(self, name: str, device: torch.device, data: list, dtype: torch.dtype) -> Tensor:
         """`data` on `device`, kept until it changes: layers of one step share it."""
