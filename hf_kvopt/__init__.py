@@ -7,6 +7,7 @@
 Importing registers the attention and its mask under "hf_kvopt", once, and touches nothing else.
 """
 
+from hf_kvopt import plan
 from hf_kvopt.attention.register import ATTENTION_NAME, register
 from hf_kvopt.cache.paged import PagedCache
 from hf_kvopt.cache.stats import CacheStats
@@ -27,6 +28,7 @@ __all__ = [
     "UnsupportedModel",
     "disable",
     "enable",
+    "plan",
 ]
 
 register()

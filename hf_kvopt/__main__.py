@@ -1,0 +1,28 @@
+"""python -m hf_kvopt <command>: the tools that come with the library."""
+
+import importlib
+import sys
+
+# Each module has `main(argv) -> int` and is imported only when it is asked for: some need optional packages.
+COMMANDS = {
+    "memory": ("hf_kvopt.cli.memory", "KV memory of a model from its config, and what fits on a card"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Hand the rest of the command line to a command; returns the exit status."""
+    args = sys.argv[1:] if argv is None else argv
+    name = args[0] if args else "--help"
+    if name in COMMANDS:
+        return importlib.import_module(COMMANDS[name][0]).main(args[1:])
+    lines = [f"  {command:<12} {text}" for command, (_, text) in COMMANDS.items()]
+    usage = "\n".join(["usage: python -m hf_kvopt COMMAND ... (each takes --help)", "", *lines])
+    if name in ("-h", "--help"):
+        print(usage)
+        return 0
+    print(f"unknown command {name!r}: expected one of {', '.join(COMMANDS)}\n{usage}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

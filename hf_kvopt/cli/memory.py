@@ -1,0 +1,165 @@
+"""`python -m hf_kvopt memory MODEL`: KV memory from the config alone, and what a card or a budget can hold."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_kvopt.cli.memory_plot import save_plot
+from hf_kvopt.cli.screen import Parser, as_json, pairs, table
+from hf_kvopt.plan import BadInput, LayerMemory, MemoryReport, memory, parse_tokens, show_bytes
+from hf_kvopt.plan.kv_bytes import CACHES, format_names
+
+_COLUMNS = ("layers", "stores", "keys", "values", "format", "bytes/token each")
+_EXAMPLES = """examples:
+  python -m hf_kvopt memory meta-llama/Llama-3.1-8B --context 32k --batch 8 --device H200
+  python -m hf_kvopt memory ./config.json --context 128k --format k8v4 --budget 24GiB --plot memory.png
+
+32k means 32 x 1,024 tokens; 24GiB is 24 x 1,024^3 bytes, 24GB is 24 x 1,000^3."""
+
+
+def make_parser() -> Parser:
+    """Describe the command line."""
+    parser = Parser(
+        "python -m hf_kvopt memory",
+        description="KV memory of a model from its config alone: no weights, nothing else downloaded.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", help="hub id, folder or config.json")
+    parser.add_argument("--context", default="4096", help="tokens a row in all (%(default)s)")
+    parser.add_argument("--batch", default="1", help="rows (%(default)s)")
+    parser.add_argument("--prompt", help="tokens of the first forward; decides what sliding layers hold just then")
+    parser.add_argument("--encoder-context", help="tokens of the encoder (--context, or the model's fixed number)")
+    parser.add_argument("--cache", default="paged", help=f"{', '.join(CACHES)} (%(default)s)")
+    parser.add_argument("--format", default="native", help=f"{', '.join(format_names())} (%(default)s)")
+    parser.add_argument("--block-size", default="16", help="tokens a block (%(default)s)")
+    parser.add_argument("--max-tokens", help="the paged cache's cap over all rows")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (the config's, or bfloat16)")
+    parser.add_argument("--device", help="such as H200, A100-40, cpu or auto: 0.9 of its memory is the budget")
+    parser.add_argument("--budget", help="bytes for weights and cache, such as 24GiB")
+    parser.add_argument("--no-weights", action="store_true", help="count the cache alone")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw memory against context (needs matplotlib)")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compute, print and draw."""
+    settings = _settings(args)
+    report = memory(args.model, **settings)
+    if args.plot is not None:
+        save_plot(args.plot, args.model, settings, report)
+    print(as_json(report.to_json()) if args.json else _text(args.model, report))
+    return 0
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "context": args.context,
+        "batch": parse_tokens(args.batch, "batch") if args.batch.isdigit() else _bad_batch(args.batch),
+        "prompt": args.prompt,
+        "encoder_context": args.encoder_context,
+        "cache": args.cache,
+        "format": args.format,
+        "block_size": parse_tokens(args.block_size, "block_size"),
+        "max_tokens": args.max_tokens,
+        "dtype": args.dtype,
+        "device": args.device,
+        "budget": args.budget,
+        "weights": not args.no_weights,
+    }
+
+
+def _bad_batch(text: str) -> int:
+    raise BadInput(f"batch must be a whole number of at least 1: got {text!r}; for example --batch 8")
+
+
+def _text(model: str, report: MemoryReport) -> str:
+    parts = [_title(model, report), table(_layer_rows(report.layers), _COLUMNS)]
+    parts.append(pairs(_totals(report)))
+    if report.capacity is not None:
+        parts.append(pairs(_capacity(report)))
+    parts += [f"note: {note}" for note in report.notes]
+    return "\n\n".join(parts)
+
+
+def _title(model: str, report: MemoryReport) -> str:
+    block = f", blocks of {report.block_size}" if report.block_size else ""
+    return (
+        f"{model}: {report.model_type}, {report.attention}\n{report.cache} cache, {report.format}{block}, "
+        f"{report.dtype}; batch {report.batch} x {report.context:,} tokens"
+    )
+
+
+def _layer_rows(layers: Sequence[LayerMemory]) -> list[tuple[object, ...]]:
+    """One row for each run of equal layers, so that 80 alike are one line."""
+    groups: dict[LayerMemory, list[int]] = {}
+    for i, layer in enumerate(layers):
+        groups.setdefault(layer, []).append(i)
+    rows: list[tuple[object, ...]] = []
+    for layer, where in groups.items():
+        stores = layer.kind + (f", window {layer.window:,}" if layer.window else "")
+        if layer.bytes_per_token:
+            shapes = [f"{heads} x {dim}" for heads, dim in (layer.key_shape, layer.value_shape)]
+            rows.append((_numbers(where), stores, *shapes, layer.format, f"{layer.bytes_per_token:,}"))
+        else:
+            rows.append((_numbers(where), stores, "-", "-", "-", "0"))
+    return rows
+
+
+def _numbers(where: Sequence[int]) -> str:
+    if len(where) > 1 and where == list(range(where[0], where[-1] + 1)):
+        return f"{where[0]}-{where[-1]} ({len(where)})"
+    listed = ", ".join(map(str, where))
+    return listed if len(listed) <= 24 else f"{where[0]}, {where[1]} ... {where[-1]} ({len(where)})"
+
+
+def _totals(report: MemoryReport) -> list[tuple[str, object]]:
+    rows: list[tuple[str, object]] = [("per token of a row, all layers that keep it", f"{report.bytes_per_token:,} B")]
+    if report.scale_bytes_per_token:
+        rows.append(("  of which scales", f"{report.scale_bytes_per_token:,} B"))
+    rows.append(("KV cache", _both(report.used_bytes)))
+    if report.cross_used_bytes:
+        rows.append((f"cross-attention, {report.encoder_context:,} tokens", _both(report.cross_used_bytes)))
+    if report.slack_bytes:
+        rows.append(("  of which block slack", show_bytes(report.slack_bytes)))
+    reserved = report.reserved_bytes + report.cross_reserved_bytes
+    if report.cache == "paged" and reserved != report.used_bytes + report.cross_used_bytes:
+        rows.append(("reserved as pools grow ahead", _both(reserved)))
+    if report.stock_bytes:
+        rows.append(("layers kept by transformers", _both(report.stock_bytes)))
+    if report.weight_bytes is not None and report.num_parameters is not None:
+        rows.append((f"weights, {report.num_parameters / 1e9:.2f} G parameters", _both(report.weight_bytes)))
+        rows.append(("weights + KV", _both(report.total_bytes)))
+    return rows
+
+
+def _capacity(report: MemoryReport) -> list[tuple[str, object]]:
+    room = report.capacity
+    assert room is not None
+    context = "no limit" if room.max_context is None else f"{room.max_context:,} tokens"
+    limit = report.max_positions
+    if limit is not None and (room.max_context is None or room.max_context > limit):
+        context += f" (the model is made for {limit:,})"
+    batch = "no limit" if room.max_batch is None else f"{room.max_batch:,} rows"
+    return [
+        ("budget", _both(room.budget_bytes)),
+        ("left for KV", _both(room.kv_budget_bytes)),
+        (f"largest context at batch {report.batch}", context),
+        (f"largest batch at {report.context:,} tokens", batch),
+    ]
+
+
+def _both(size: int) -> str:
+    return f"{show_bytes(size)} ({size / 1e9:,.2f} GB)"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    return make_parser().run(run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""How many blocks a paged cache uses and reserves, by the rules of its table and allocator, without making one.
+
+    used      a row of n tokens takes ceil(n / block_size) blocks; behind a window whole blocks are given back
+    reserved  pools grow by a quarter (16 blocks at least), up to max_tokens, so that rows stay in one piece
+
+Source: pool/block_table.py and pool/allocator.py; the tests hold both sides against each other.
+"""
+
+from typing import NamedTuple
+
+_EXTENT = 16  # the least number of blocks that an allocator grows by
+
+
+class BlockCount(NamedTuple):
+    """Blocks of one table over all rows."""
+
+    used: int
+    reserved: int
+
+
+def row_blocks(
+    length: int,  # tokens of the row
+    prompt: int | None,  # tokens of the first forward; None: the most that any way to `length` takes
+    window: int | None,
+    block_size: int,
+) -> int:
+    """Return the blocks of a row, `length - prompt` tokens after its prompt was fed in one forward."""
+    if window is None:
+        return -(-length // block_size)
+    if prompt is None:
+        return -(-min(length, window + block_size - 1) // block_size)
+    base = max(0, prompt - window + 1)
+    if length > prompt:
+        base += max(0, length - window - base) // block_size * block_size
+    return -(-(length - base) // block_size)
+
+
+def count_blocks(
+    batch: int,
+    length: int,
+    prompt: int | None,
+    window: int | None,
+    block_size: int,
+    max_blocks: int | None = None,
+) -> BlockCount:
+    """Return the blocks that `batch` rows of `length` tokens use and reserve; see `row_blocks`."""
+    used = batch * row_blocks(length, prompt, window, block_size)
+    if prompt is None or prompt >= length:
+        return BlockCount(used, _grown(used, max_blocks))
+    space = _Space(batch, row_blocks(prompt, prompt, window, block_size), max_blocks)
+    base = 0 if window is None else max(0, prompt - window + 1)
+    for now in range(prompt, length):
+        dropped = 0 if window is None else max(0, now - window + 1 - base) // block_size
+        base += dropped * block_size
+        space.drop_front(dropped)
+        if -(-(now + 1 - base) // block_size) > space.row:
+            space.extend()
+    return BlockCount(used, space.size)
+
+
+def _grown(needed: int, max_blocks: int | None) -> int:
+    size = needed + max(_EXTENT, needed // 4)
+    return size if max_blocks is None else min(size, max_blocks)
+
+
+class _Space:
+    """Rows of equal length in one pool: their blocks, and the free ones between and behind them."""
+
+    def __init__(self, batch: int, row: int, max_blocks: int | None) -> None:
+        self.batch, self.row, self.max_blocks = batch, row, max_blocks
+        self.size = self.gap = self.tail = 0
+        self._lay_out(_grown(batch * row, max_blocks))
+
+    def drop_front(self, num_blocks: int) -> None:
+        """Each row gives its first blocks back."""
+        self.row -= num_blocks
+        self.gap += num_blocks
+
+    def extend(self) -> None:
+        """Each row takes one block more, growing or laying out the pool anew as the allocator does."""
+        missing = self.batch - (self.size - self.batch * self.row)
+        if missing > 0:
+            self._lay_out(_grown(self.size + missing, self.max_blocks))
+        if self.tail < 1 or (self.batch > 1 and self.gap < 1):
+            held = self.batch * self.row
+            least = held + self.batch * (1 + held // (16 * self.batch))
+            if self.max_blocks is None or self.max_blocks >= least:
+                size = max(self.size, least + max(_EXTENT, held // 4))
+                self._lay_out(size if self.max_blocks is None else min(size, self.max_blocks))
+        self.row, self.gap, self.tail = self.row + 1, self.gap - 1, self.tail - 1
+
+    def _lay_out(self, size: int) -> None:
+        self.size = size
+        self.gap = (size - self.batch * self.row) // self.batch
+        self.tail = size - (self.batch - 1) * (self.row + self.gap) - self.row

@@ -1,0 +1,108 @@
+"""What each layer's cache stores of a token, read from the config alone.
+
+    MHA, GQA, MQA    keys and values of num_kv_heads x head_dim
+    MLA              one latent of kv_lora_rank, one rotary key of qk_rope_head_dim, whatever the heads
+    sliding, chunked the same, of a window only        states, none    nothing that grows with the text
+
+Kinds come from transformers' own `get_layer_types_and_kwargs`, from which its caches are built as well.
+"""
+
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedConfig
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+from hf_kvopt.plan.inputs import BadInput
+
+_KINDS = {
+    "full_attention": "full",
+    "sliding_attention": "sliding",
+    "chunked_attention": "chunked",
+    "hybrid": "full with states",
+    "hybrid_sliding": "sliding with states",
+    "linear_attention": "states",
+    "conv": "states",
+    "dummy": "none",
+}
+WITHOUT_KV = ("states", "none")
+_STOCK = "kept by transformers: "
+
+
+class LayerKV(NamedTuple):
+    """One layer of the cache."""
+
+    kind: str
+    window: int | None  # tokens, None for all
+    key_heads: int
+    key_dim: int
+    value_heads: int
+    value_dim: int
+    attention: str = ""  # how query heads share them: MHA, GQA, MQA or MLA
+
+    @property
+    def has_kv(self) -> bool:
+        """Whether it stores keys and values."""
+        return self.kind not in WITHOUT_KV
+
+    @property
+    def is_paged(self) -> bool:
+        """Whether our caches hold it in blocks; indexers and compressed keys stay in transformers' own layers."""
+        return self.has_kv and not self.kind.startswith(_STOCK)
+
+
+def layers_of(config: PreTrainedConfig) -> list[LayerKV]:
+    """Return one entry for each layer of the decoder.
+
+    Raises:
+        BadInput: a field is missing or has no sense; the message names it.
+    """
+    decoder = config.get_text_config(decoder=True)
+    try:
+        kinds, options = get_layer_types_and_kwargs(decoder)
+        parts = list(decoder.per_layer_config)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise BadInput(
+            f"the layers of a {config.model_type} model cannot be read from its config: {error}; expected the fields "
+            'that a decoder has, for example "num_hidden_layers": 32'
+        ) from error
+    return [
+        _layer(_KINDS.get(kind, _STOCK + kind), option.get("sliding_window"), part)
+        for kind, option, part in zip(kinds, options, parts, strict=True)
+    ]
+
+
+def _layer(kind: str, window: int | None, part: PreTrainedConfig) -> LayerKV:
+    if kind in WITHOUT_KV:
+        return LayerKV(kind, None, 0, 0, 0, 0)
+    rank = _field(part, "kv_lora_rank")
+    if rank is not None:
+        return LayerKV(kind, window, 1, rank, 1, _need(part, "qk_rope_head_dim", 64), "MLA")
+    heads = _need(part, "num_attention_heads", 32)
+    kv_heads = 1 if _field(part, "multi_query") else _field(part, "num_key_value_heads", "num_kv_heads") or heads
+    if not isinstance(kv_heads, int) or kv_heads < 1:
+        raise BadInput(
+            f'num_key_value_heads must be at least 1: got {kv_heads!r}; for example "num_key_value_heads": 8'
+        )
+    if part.model_type == "mimo_v2_flash" and window is not None:
+        kv_heads *= 2  # written into the model's code, not into its config
+    dim = _field(part, "head_dim", "d_kv") or _need(part, "hidden_size", 4096) // heads
+    sharing = "MHA" if kv_heads == heads else "MQA" if kv_heads == 1 else "GQA"
+    return LayerKV(kind, window, kv_heads, dim, kv_heads, _field(part, "v_head_dim") or dim, sharing)
+
+
+def _field(part: PreTrainedConfig, *names: str) -> Any:
+    """The first of `names` that is set."""
+    for name in names:
+        value = getattr(part, name, None)
+        if value is not None and value is not False:
+            return value
+    return None
+
+
+def _need(part: PreTrainedConfig, name: str, example: int) -> int:
+    value = _field(part, name)
+    if not isinstance(value, int) or value < 1:
+        raise BadInput(
+            f'a {part.model_type} config needs {name}: got {value!r}; expected for example "{name}": {example}'
+        )
+    return value

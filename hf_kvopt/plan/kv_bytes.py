@@ -1,0 +1,153 @@
+"""Bytes of a cache for a batch at a length: ours block by block, transformers' own two for comparison.
+
+    paged    blocks x block_size x Σ layers (key heads x bytes_per_vector(key_dim) + the same of the values)
+    dynamic  what DynamicCache keeps: every token, window - 1 of them where a layer slides
+    static   StaticCache allocated for exactly this length
+
+Source: PagedAttention, arXiv:2309.06180; scales and packing as in quant/formats.py.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from hf_kvopt.plan.blocks import BlockCount, count_blocks
+from hf_kvopt.plan.geometry import LayerKV
+from hf_kvopt.plan.inputs import BadInput
+from hf_kvopt.quant import FORMATS, Format, get_format
+
+CACHES = ("paged", "dynamic", "static")
+SCALE_DTYPE = torch.float16
+# Keys need the bits: an error in a score is exponentiated, one in a value is averaged.
+_PAIRS = {"k8v4": ("int8", "int4")}
+
+
+def format_names() -> list[str]:
+    """Names that `format` takes."""
+    return [*FORMATS, *_PAIRS]
+
+
+def get_pair(name: str) -> tuple[Format, Format]:
+    """Return the formats of keys and values; raises BadInput that lists the known names."""
+    if name not in FORMATS and name not in _PAIRS:
+        raise BadInput(f"format must be one of {', '.join(format_names())}: got {name!r}; for example format='int8'")
+    k, v = _PAIRS.get(name, (name, name))
+    return get_format(k), get_format(v)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheSpec:
+    """A cache by name with what decides its bytes.
+
+    Args:
+        cache: "paged", "dynamic" or "static".
+        format: of a paged cache's layers; sliding layers stay native, as `QuantizedPagedCache` leaves them.
+        block_size: tokens a block.
+        max_tokens: the paged cache's cap over all rows.
+        compileable: a paged cache of fixed capacity `max_tokens`.
+        dtype: what the model computes in.
+    """
+
+    cache: str = "paged"
+    format: str = "native"
+    block_size: int = 16
+    max_tokens: int | None = None
+    compileable: bool = False
+    dtype: torch.dtype = torch.bfloat16
+
+    def __post_init__(self) -> None:
+        if self.cache not in CACHES:
+            raise BadInput(f"cache must be one of {', '.join(CACHES)}: got {self.cache!r}; for example cache='paged'")
+        get_pair(self.format)
+        if self.cache != "paged" and self.format != "native":
+            raise BadInput(
+                f"format belongs to our caches: got format={self.format!r} with cache={self.cache!r}; use cache='paged'"
+            )
+        size = self.block_size
+        if not isinstance(size, int) or not 16 <= size <= 256 or size & (size - 1):
+            raise BadInput(f"block_size must be a power of two from 16 to 256: got {size!r}; for example block_size=16")
+        if self.compileable and self.max_tokens is None:
+            raise BadInput("compileable=True needs max_tokens: got none; for example max_tokens=batch * context")
+
+    def formats(self, layer: LayerKV) -> tuple[Format, Format]:
+        """Formats of keys and values in one layer."""
+        return get_pair("native" if layer.window is not None else self.format)
+
+    @property
+    def max_blocks(self) -> int | None:
+        """`max_tokens` in blocks."""
+        return None if self.max_tokens is None else -(-self.max_tokens // self.block_size)
+
+
+class KVBytes(NamedTuple):
+    """Bytes of the layers that the cache itself holds, `stock` those of layers that stay transformers' own."""
+
+    content: int  # of the tokens, without slack
+    used: int  # of the blocks that hold them: `cache.stats().used_bytes`
+    reserved: int  # of all memory taken: `cache.stats().reserved_bytes`
+    stock: int
+
+
+def token_bytes(layer: LayerKV, spec: CacheSpec) -> int:
+    """Return the bytes of one token of one row in a layer, scales included.
+
+    Raises:
+        BadInput: the format cannot pack the layer's channels.
+    """
+    if not layer.has_kv:
+        return 0
+    k, v = spec.formats(layer) if layer.is_paged else get_pair("native")
+    try:
+        return layer.key_heads * k.bytes_per_vector(layer.key_dim, spec.dtype, SCALE_DTYPE) + (
+            layer.value_heads * v.bytes_per_vector(layer.value_dim, spec.dtype, SCALE_DTYPE)
+        )
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+
+
+def scale_bytes(layer: LayerKV, spec: CacheSpec) -> int:
+    """Return the bytes of `token_bytes` that are scales."""
+    if not layer.is_paged or spec.cache != "paged":
+        return 0
+    k, v = spec.formats(layer)
+    return SCALE_DTYPE.itemsize * (layer.key_heads * k.has_scale + layer.value_heads * v.has_scale)
+
+
+def kv_bytes(layers: Sequence[LayerKV], spec: CacheSpec, batch: int, length: int, prompt: int | None) -> KVBytes:
+    """Return the bytes of `batch` rows of `length` tokens, the first `prompt` of them fed in one forward.
+
+    With `prompt=None` sliding layers count the most that they ever hold on the way to `length`.
+    """
+    counts = {window: _blocks(spec, batch, length, prompt, window) for window in {x.window for x in layers}}
+    content = used = reserved = stock = 0
+    for layer in layers:
+        size = token_bytes(layer, spec)
+        if layer.has_kv and not layer.is_paged:
+            stock += batch * length * size
+            continue
+        held = batch * _held(spec, length, layer.window)
+        content += held * size
+        if spec.cache == "paged":
+            used += counts[layer.window].used * spec.block_size * size
+            reserved += counts[layer.window].reserved * spec.block_size * size
+        else:
+            used += held * size
+            reserved += held * size
+    return KVBytes(content, used, reserved, stock)
+
+
+def _held(spec: CacheSpec, length: int, window: int | None) -> int:
+    """Tokens of a row that a layer must keep."""
+    if window is None or spec.compileable:
+        return length
+    return min(length, window if spec.cache == "static" else window - 1)
+
+
+def _blocks(spec: CacheSpec, batch: int, length: int, prompt: int | None, window: int | None) -> BlockCount:
+    if spec.compileable:
+        assert spec.max_blocks is not None
+        capacity = spec.max_blocks // batch * batch
+        return BlockCount(capacity, capacity)
+    return count_blocks(batch, length, prompt, window, spec.block_size, spec.max_blocks)

@@ -1,0 +1,286 @@
+"""KV memory of a model before it is loaded: bytes a token and layer, of a batch at a length, and what a card can hold.
+
+    bytes a token and layer = key heads x key_dim x bytes + value heads x value_dim x bytes (+ scales)
+
+Only the config is read. Predictions equal `cache.stats()` of the live cache, block slack included.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from hf_kvopt.plan.devices import Device, get_device
+from hf_kvopt.plan.geometry import LayerKV, layers_of
+from hf_kvopt.plan.inputs import BadInput, parse_bytes, parse_tokens, require_positive, show_bytes
+from hf_kvopt.plan.kv_bytes import CacheSpec, KVBytes, kv_bytes, scale_bytes, token_bytes
+from hf_kvopt.plan.model_config import load_config
+from hf_kvopt.plan.weights import Weights, count_weights, require_kv_cache
+
+# Left to activations, the CUDA context and the allocator's own waste: the share that vLLM leaves by default.
+CARD_SHARE = 0.9
+_MOST_TOKENS, _MOST_ROWS = 1 << 30, 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerMemory:
+    """One layer: what it stores of a token, and its bytes."""
+
+    kind: str
+    window: int | None
+    key_shape: tuple[int, int]  # heads, channels
+    value_shape: tuple[int, int]
+    format: str
+    bytes_per_token: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capacity:
+    """What fits beside the weights. None where nothing grows with the text."""
+
+    budget_bytes: int
+    kv_budget_bytes: int
+    max_context: int | None  # tokens a row, at the batch asked for
+    max_batch: int | None  # rows, at the context asked for
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryReport:
+    """All in bytes; `used` and `reserved` are those of `cache.stats()`, cross-attention's cache added."""
+
+    model_type: str
+    attention: str
+    batch: int
+    context: int
+    prompt: int | None
+    encoder_context: int | None
+    dtype: str
+    cache: str
+    format: str
+    block_size: int | None
+    layers: tuple[LayerMemory, ...]
+    bytes_per_token: int  # of one row, over all layers that keep every token
+    scale_bytes_per_token: int
+    content_bytes: int
+    used_bytes: int
+    reserved_bytes: int
+    cross_used_bytes: int
+    cross_reserved_bytes: int
+    stock_bytes: int
+    num_parameters: int | None
+    weight_bytes: int | None
+    total_bytes: int  # weights and used
+    max_positions: int | None
+    capacity: Capacity | None
+    notes: tuple[str, ...]
+
+    @property
+    def slack_bytes(self) -> int:
+        """Bytes of used blocks that hold no token yet."""
+        return self.used_bytes + self.cross_used_bytes - self.content_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self) | {"slack_bytes": self.slack_bytes}
+
+
+def memory(
+    model: Any,
+    *,
+    context: int | str = 4096,
+    batch: int = 1,
+    prompt: int | str | None = None,
+    encoder_context: int | str | None = None,
+    cache: str = "paged",
+    format: str = "native",
+    block_size: int = 16,
+    max_tokens: int | str | None = None,
+    compileable: bool = False,
+    dtype: torch.dtype | str | None = None,
+    device: str | Device | None = None,
+    budget: int | str | None = None,
+    weights: bool = True,
+) -> MemoryReport:
+    """Compute the KV memory of a model from its config, and the weights beside it.
+
+    Args:
+        model: hub id (its config alone is downloaded), folder, config.json, fields, a config, or a model.
+        context: tokens a row in all, such as 32_768 or "32k".
+        batch: rows.
+        prompt: tokens of the first forward; decides what sliding layers hold just then. None: the most they hold.
+        encoder_context: tokens of the encoder, for encoder-decoder models; `context` if None.
+        cache: "paged", or transformers' "dynamic" or "static" to compare with.
+        format: of a paged cache: "native", "int8", "fp8_e4m3", "fp8_e5m2", "int4", "k8v4".
+        block_size: tokens a block.
+        max_tokens: the paged cache's cap over all rows; without one its pools grow by a quarter ahead.
+        compileable: fixed capacity of `max_tokens`.
+        dtype: of weights and native storage; the config's, or bfloat16.
+        device: name in the table of `hf_kvopt.plan.devices`, "cpu" or "auto": its memory times 0.9 is the budget.
+        budget: bytes for weights and cache, such as "24GiB"; goes before `device`.
+        weights: count the weights (a moment for large models).
+
+    Raises:
+        BadInput: the config or a setting cannot be used; a `ValueError` that names the field.
+        UnsupportedModel: the model has no KV cache to count.
+
+    >>> memory({"model_type": "gpt2", "n_layer": 12, "n_head": 12, "n_embd": 768},         # doctest: +SKIP
+    ...        context=1000, dtype="float16").content_bytes / 2**20
+    35.15625
+    """
+    config = load_config(model)
+    require_kv_cache(config)
+    layers = layers_of(config)
+    tokens = parse_tokens(context, "context")
+    first = None if prompt is None else min(tokens, parse_tokens(prompt, "prompt"))
+    encoder = _encoder_tokens(config, tokens, encoder_context)
+    rows = require_positive(batch, "batch", 8)
+    spec = CacheSpec(
+        cache=cache,
+        format=format,
+        block_size=block_size,
+        max_tokens=None if max_tokens is None else parse_tokens(max_tokens, "max_tokens"),
+        compileable=compileable,
+        dtype=_dtype(dtype, config),
+    )
+    own = kv_bytes(layers, spec, rows, tokens, first)
+    cross = _cross(layers, spec, rows, encoder)
+    counted = count_weights(config, spec.dtype) if weights else None
+    weight_bytes = counted.num_bytes if counted else None
+
+    def needed(rows: int, tokens: int) -> int:
+        size, beside = kv_bytes(layers, spec, rows, tokens, None), _cross(layers, spec, rows, encoder)
+        return size.used + size.stock + beside.used
+
+    decoder = config.get_text_config(decoder=True)
+    return MemoryReport(
+        model_type=config.model_type,
+        attention=_attention(layers),
+        batch=rows,
+        context=tokens,
+        prompt=first,
+        encoder_context=encoder,
+        dtype=str(spec.dtype).removeprefix("torch."),
+        cache=cache,
+        format=format,
+        block_size=block_size if cache == "paged" else None,
+        layers=tuple(_layer_memory(layer, spec) for layer in layers),
+        bytes_per_token=sum(token_bytes(layer, spec) for layer in layers if layer.window is None),
+        scale_bytes_per_token=sum(scale_bytes(layer, spec) for layer in layers if layer.window is None),
+        content_bytes=own.content + cross.content,
+        used_bytes=own.used,
+        reserved_bytes=own.reserved,
+        cross_used_bytes=cross.used,
+        cross_reserved_bytes=cross.reserved,
+        stock_bytes=own.stock,
+        num_parameters=counted.num_parameters if counted else None,
+        weight_bytes=weight_bytes,
+        total_bytes=own.used + own.stock + cross.used + (weight_bytes or 0),
+        max_positions=vars(decoder).get("max_position_embeddings"),
+        capacity=_capacity(needed, rows, tokens, weight_bytes or 0, device, budget),
+        notes=tuple(_notes(layers, spec, counted, weights)),
+    )
+
+
+def _dtype(dtype: torch.dtype | str | None, config: Any) -> torch.dtype:
+    chosen = dtype if dtype is not None else getattr(config, "dtype", None) or torch.bfloat16
+    found = getattr(torch, chosen.removeprefix("torch."), None) if isinstance(chosen, str) else chosen
+    if found not in (torch.float32, torch.bfloat16, torch.float16):
+        raise BadInput(f"dtype must be float32, bfloat16 or float16: got {chosen!r}; for example dtype='bfloat16'")
+    return found
+
+
+def _encoder_tokens(config: Any, tokens: int, given: int | str | None) -> int | None:
+    if not config.is_encoder_decoder:
+        if given is not None:
+            raise BadInput(f"encoder_context is for encoder-decoder models: got {given!r} for a {config.model_type}")
+        return None
+    return parse_tokens(given, "encoder_context") if given is not None else _fixed_encoder(config) or tokens
+
+
+def _fixed_encoder(config: Any) -> int | None:
+    """Speech models hear a fixed number of frames."""
+    return getattr(config, "max_source_positions", None)
+
+
+def _cross(layers: list[LayerKV], spec: CacheSpec, batch: int, encoder: int | None) -> KVBytes:
+    """Cross-attention: as many layers, the encoder's tokens, all of them seen."""
+    if encoder is None:
+        return KVBytes(0, 0, 0, 0)
+    return kv_bytes([layer._replace(window=None) for layer in layers], spec, batch, encoder, encoder)
+
+
+def _layer_memory(layer: LayerKV, spec: CacheSpec) -> LayerMemory:
+    names = [fmt.name for fmt in spec.formats(layer)] if layer.is_paged else ["native"]
+    return LayerMemory(
+        kind=layer.kind,
+        window=layer.window,
+        key_shape=(layer.key_heads, layer.key_dim),
+        value_shape=(layer.value_heads, layer.value_dim),
+        format="/".join(dict.fromkeys(names)) if layer.has_kv else "-",
+        bytes_per_token=token_bytes(layer, spec),
+    )
+
+
+def _attention(layers: list[LayerKV]) -> str:
+    return " + ".join(dict.fromkeys(layer.attention for layer in layers if layer.has_kv)) or "none"
+
+
+def _capacity(
+    needed: Callable[[int, int], int],
+    batch: int,
+    context: int,
+    weight_bytes: int,
+    device: str | Device | None,
+    budget: int | str | None,
+) -> Capacity | None:
+    if budget is not None:
+        size = parse_bytes(budget, "budget")
+    elif device is not None:
+        known = get_device(device) if isinstance(device, str) else device
+        size = int(known.memory_bytes * CARD_SHARE)
+    else:
+        return None
+    room = size - weight_bytes
+    if room <= 0:
+        raise BadInput(
+            f"budget of {show_bytes(size)} is impossible: the weights alone take {show_bytes(weight_bytes)}; expected "
+            f"more, for example budget='{-(-weight_bytes * 5 // 4 // 2**30)}GiB', or a quantized model"
+        )
+    return Capacity(
+        budget_bytes=size,
+        kv_budget_bytes=room,
+        max_context=_largest(lambda tokens: needed(batch, tokens) <= room, _MOST_TOKENS),
+        max_batch=_largest(lambda rows: needed(rows, context) <= room, _MOST_ROWS),
+    )
+
+
+def _largest(fits: Callable[[int], bool], limit: int) -> int | None:
+    """The largest number that fits; None where the limit itself does."""
+    if fits(limit):
+        return None
+    low, high = 0, limit
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _notes(layers: list[LayerKV], spec: CacheSpec, counted: Weights | None, wanted: bool) -> list[str]:
+    notes = []
+    kinds = {layer.kind for layer in layers}
+    if any("states" in kind for kind in kinds):
+        notes.append("recurrent and convolution states are not counted: they do not grow with the text")
+    if any(layer.has_kv and not layer.is_paged for layer in layers):
+        notes.append("some layers stay in transformers' own storage (stock_bytes), indexer keys not counted")
+    if "none" in kinds:
+        notes.append("layers that read another layer's keys and values, or none, store nothing")
+    if spec.cache == "paged" and spec.max_tokens is None:
+        notes.append("without max_tokens pools grow ahead by a quarter: reserved_bytes; max_tokens caps them")
+    if any(layer.window for layer in layers) and spec.format != "native":
+        notes.append("sliding layers stay native: their window bounds them")
+    if counted and counted.note:
+        notes.append(counted.note)
+    if wanted and counted is None:
+        notes.append("the weights could not be counted: this model cannot be built from its config alone")
+    return notes

@@ -1,0 +1,150 @@
+"""Predicted bytes are those of live caches, for every architecture that the suite can build."""
+
+import random
+
+import pytest
+import torch
+from transformers import DynamicCache, EncoderDecoderCache
+
+import hf_kvopt
+from hf_kvopt.errors import KVOptError, UnsupportedModel
+from hf_kvopt.plan.blocks import count_blocks
+from hf_kvopt.plan.memory import memory
+from hf_kvopt.pool.allocator import BlockAllocator
+from hf_kvopt.pool.block_table import BlockTable
+from tests.helpers import KINDS, prompt, tiny_model
+from tests.models import expected
+from tests.models.cases import Case, covered_cases
+from tests.models.inputs import inputs_for
+from tests.models.reference import generate
+from tests.models.routes import _spy_on_cache
+from tests.models.tiny import NEW_TOKENS, build
+
+BLOCK_SIZE = 16
+ALL = pytest.mark.parametrize("case", covered_cases(), ids=lambda case: case.name)
+# The model makes a cache of its own kind in `generate`, whatever `enable` set.
+MAKES_ITS_OWN = {"musicgen_melody"}
+# Neither a cache nor a word of it in the config: only the class says that there is none.
+WITHOUT_CACHE = set(expected.REFUSED_ALONE)
+
+
+def longest(cache: hf_kvopt.PagedCache) -> int:
+    """Tokens of the rows, those of image prompts and special tokens included."""
+    return max((table.max_length for table in cache._tables.values()), default=0)
+
+
+@ALL
+def test_predicted_bytes_equal_those_of_the_live_cache(case: Case) -> None:
+    model = build(case)
+    if case.name in WITHOUT_CACHE:
+        with pytest.raises(UnsupportedModel, match="cache of its own"):
+            memory(model, context=8, weights=False)
+        return
+    hf_kvopt.enable(model, cache="paged", attention=False, block_size=BLOCK_SIZE)
+    made = _spy_on_cache(model)
+    generate(model, inputs_for(case, model))
+    if case.name in MAKES_ITS_OWN:
+        assert not made
+        return
+    cache = made[0]
+    own, cross = cache, None
+    if isinstance(cache, EncoderDecoderCache):
+        own, cross = cache.self_attention_cache, cache.cross_attention_cache
+    length = longest(own)
+    got = memory(
+        model,
+        context=max(1, length),
+        # One forward for the prompt, one for each new token but the last.
+        prompt=max(1, length - NEW_TOKENS + 1),
+        batch=max(1, own.num_rows),
+        encoder_context=None if cross is None else longest(cross),
+        block_size=BLOCK_SIZE,
+        dtype="float32",
+        weights=False,
+    )
+    live = own.stats()
+    assert (got.used_bytes, got.reserved_bytes) == (live.used_bytes, live.reserved_bytes)
+    if cross is not None:
+        live = cross.stats()
+        assert (got.cross_used_bytes, got.cross_reserved_bytes) == (live.used_bytes, live.reserved_bytes)
+    planes = [plane for layer in own.layers if getattr(layer, "pool", None) for plane in layer.pool.planes]
+    said = [shape for layer in got.layers if layer.format != "-" for shape in (layer.key_shape, layer.value_shape)]
+    if not any(layer.kind.startswith("kept by") for layer in got.layers):
+        assert said == [(plane.num_heads, plane.dim) for plane in planes]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("length", [7, 19, 20, 21, 90])
+def test_dynamic_bytes_are_those_of_transformers_own_cache(kind: str, length: int) -> None:
+    model = tiny_model(kind, "eager")
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(**prompt(length, length), past_key_values=cache)
+    live = sum(x.nbytes for layer in cache.layers for x in (layer.keys.contiguous(), layer.values.contiguous()))
+    got = memory(model, context=length, batch=2, cache="dynamic", dtype="float32", weights=False)
+    assert got.used_bytes == live
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_block_counts_follow_the_table_and_the_allocator(seed: int) -> None:
+    draw = random.Random(seed)
+    batch, size = draw.choice([1, 2, 3, 8]), draw.choice([16, 32])
+    window = draw.choice([None, None, 5, 20, 64])
+    first, length = sorted(draw.sample(range(1, 900), 2))
+    cap = draw.choice([None, batch * -(-length // size) + draw.randrange(3)])
+    table = BlockTable(BlockAllocator(max_blocks=cap), size, window)
+    table.reserve(batch, first)
+    for clock in range(first + 1, length + 1):
+        table.reserve(batch, clock)
+    live = table.allocator
+    want = (live.num_blocks - live.num_free, live.num_blocks)
+    assert count_blocks(batch, length, first, window, size, cap) == want
+
+
+@pytest.mark.parametrize("window", [5, 16, 20, 64])
+def test_without_a_prompt_sliding_rows_count_the_most_that_they_ever_hold(window: int) -> None:
+    length = 300
+    ways = [count_blocks(1, length, first, window, 16).used for first in range(1, length + 1)]
+    most = max(count_blocks(1, n, first, window, 16).used for first in (1, 40, 77) for n in range(first, length))
+    assert max(ways) <= count_blocks(1, length, None, window, 16).used == most
+
+
+@pytest.mark.parametrize(("batch", "max_tokens"), [(1, 64), (3, 200), (2, 90)])
+def test_fixed_capacity_is_used_from_the_start(batch: int, max_tokens: int) -> None:
+    model = tiny_model("mixed")
+    cache = hf_kvopt.PagedCache(model.config, max_tokens=max_tokens, compileable=True)
+    with torch.no_grad():
+        model(**prompt(*[9] * batch), past_key_values=cache)
+    got = memory(model, context=9, batch=batch, max_tokens=max_tokens, compileable=True, dtype="float32", weights=False)
+    live = cache.stats()
+    assert (got.used_bytes, got.reserved_bytes) == (live.used_bytes, live.reserved_bytes)
+
+
+def test_the_largest_batch_and_context_fit_and_one_more_does_not() -> None:
+    model = tiny_model("full")
+    budget = 3_000_000
+    report = memory(model, context=100, batch=2, budget=budget, dtype="float32")
+    assert report.capacity is not None
+    rows, tokens = report.capacity.max_batch, report.capacity.max_context
+    assert rows is not None
+    assert tokens is not None
+
+    def total(batch: int, context: int) -> int:
+        return memory(model, context=context, batch=batch, dtype="float32").total_bytes
+
+    assert total(rows, 100) <= budget < total(rows + 1, 100)
+    assert total(2, tokens) <= budget < total(2, tokens + 1)
+    # And a live cache of that size holds it: not a token more.
+    cache = hf_kvopt.PagedCache(model.config, max_tokens=2 * tokens)
+    with torch.no_grad():
+        model(**prompt(tokens, tokens), past_key_values=cache)
+        with pytest.raises(KVOptError, match="raise max_tokens"):
+            model(**prompt(1, 1), past_key_values=cache)
+    assert cache.stats().reserved_bytes + (report.weight_bytes or 0) <= budget
+
+
+def test_weights_counted_without_making_them_are_those_of_the_model() -> None:
+    model = tiny_model("mixed")
+    report = memory(model.config, context=8, dtype="float16")
+    assert report.num_parameters == sum(p.numel() for p in model.parameters())
+    assert report.weight_bytes == 2 * report.num_parameters
