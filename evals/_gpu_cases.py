@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 
 from hf_kvopt.kernels import flash_prefill, merge_state, paged_decode, paged_prefill, store_kv
+from hf_kvopt.kernels.configs import decode_config, flash_prefill_config, paged_prefill_config
 from hf_kvopt.kernels.launch import Config, Launch, Target, cdiv
+from hf_kvopt.kernels.packed import Packed
+from hf_kvopt.kernels.paged_kv import PagedKV
+from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.quant import get_format
 
 NUM_KV_HEADS = 8
@@ -45,35 +49,23 @@ def meta(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def pattern_arguments(name: str, batch: int, num_heads: int, q_len: int, kv_len: int) -> dict[str, Any]:
-    """Return the keyword arguments of a pattern by name."""
-    if name == "causal":
-        return {}
-    if name == "full":
-        return {"is_causal": False}
-    if name == "window":
-        return {"window": 4096}
-    if name == "starts":
-        return {"starts": meta(batch, dtype=torch.int32)}
-    if name == "sinks":
-        return {"sinks": meta(num_heads, dtype=BF16), "window": 128}
-    if name == "softcap":
-        return {"softcap": 50.0}
-    if name == "tree":
-        return {"mask": meta(batch, 1, q_len, kv_len, dtype=torch.bool), "is_causal": False}
-    if name == "additive":
-        return {"mask": meta(batch, num_heads, q_len, kv_len, dtype=BF16), "is_causal": False}
-    if name == "packed":
-        bounds = meta(5, dtype=torch.int32)
-        return {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds}
-    assert name == "everything", name
-    # But a mask, which compiles to a program of its own with fewer loops.
-    return {
-        "window": 4096,
-        "softcap": 50.0,
-        "sinks": meta(num_heads, dtype=BF16),
-        "starts": meta(batch, dtype=torch.int32),
+def pattern_of(name: str, batch: int, num_heads: int, q_len: int, kv_len: int) -> Pattern:
+    """Return a pattern by name."""
+    sinks = meta(num_heads, dtype=BF16)
+    extras: dict[str, dict[str, Any]] = {
+        "causal": {},
+        "packed": {},
+        "full": {"is_causal": False},
+        "window": {"window": 4096},
+        "starts": {"starts": meta(batch, dtype=torch.int32)},
+        "sinks": {"sinks": sinks, "window": 128},
+        "softcap": {"softcap": 50.0},
+        "tree": {"mask": meta(batch, 1, q_len, kv_len, dtype=torch.bool), "is_causal": False},
+        "additive": {"mask": meta(batch, num_heads, q_len, kv_len, dtype=BF16), "is_causal": False},
+        # But a mask, which compiles to a program of its own with fewer loops.
+        "everything": {"window": 4096, "softcap": 50.0, "sinks": sinks, "starts": meta(batch, dtype=torch.int32)},
     }
+    return Pattern(0.1, **extras[name])
 
 
 def launches_of(case: Case, target: Target) -> list[Launch]:
@@ -93,14 +85,14 @@ def launches_of(case: Case, target: Target) -> list[Launch]:
         k, v = (
             meta(batch, case.q_len, NUM_KV_HEADS, d, dtype=case.dtype).transpose(1, 2) for d in (case.k_dim, case.v_dim)
         )
+        packed = None
         if case.pattern == "packed":
             q, k, v, out, lse = q[:1], k[:1], v[:1], out[:1], lse[:1]
-        pattern = pattern_arguments(case.pattern, batch, num_heads, case.q_len, case.q_len)
-        is_plain = case.pattern in ("causal", "full")
-        config = case.config or flash_prefill.choose_config(
-            widest, case.dtype, case.q_len, is_plain, "mask" in pattern, target
-        )
-        return [flash_prefill.plan_flash_prefill(q, k, v, out, lse, target, config, scale=0.1, **pattern)]
+            packed = Packed(meta(5, dtype=torch.int32), meta(5, dtype=torch.int32))
+        pattern = pattern_of(case.pattern, batch, num_heads, case.q_len, case.q_len)
+        is_plain = pattern.is_plain and packed is None
+        config = case.config or flash_prefill_config(widest, case.dtype, case.q_len, is_plain, pattern.has_mask, target)
+        return [flash_prefill.plan_flash_prefill(q, k, v, pattern, packed, out, lse, target, config)]
     formats = (get_format(case.k_format), get_format(case.v_format))
     shape = (1000, case.block_size, NUM_KV_HEADS)
     k_pool, v_pool = (
@@ -113,26 +105,17 @@ def launches_of(case: Case, target: Target) -> list[Launch]:
         slots = meta(batch, dtype=torch.int64)
         return [store_kv.plan_store_kv(k, v, k_pool, v_pool, slots, k_scale, v_scale, target)]
     table, lens = meta(batch, 512, dtype=torch.int32), meta(batch, dtype=torch.int32)
-    capacity = 512 * case.block_size
-    pattern = pattern_arguments(case.pattern, batch, num_heads, case.q_len, capacity)
-    pattern |= {"scale": 0.1, "k_scale": k_scale, "v_scale": v_scale}
+    kv = PagedKV(k_pool, v_pool, table, lens, k_scale, v_scale)
+    pattern = pattern_of(case.pattern, batch, num_heads, case.q_len, kv.capacity)
     num_rows = case.q_len * case.group
+    choose = paged_prefill_config if case.op == "paged_prefill" else decode_config
+    config = case.config or choose(widest, case.dtype, formats, num_rows, pattern.has_mask, target)
     if case.op == "paged_prefill":
-        config = case.config or paged_prefill.choose_config(
-            widest, case.dtype, formats, num_rows, "mask" in pattern, target
-        )
-        return [
-            paged_prefill.plan_paged_prefill(
-                q, k_pool, v_pool, table, lens, out, lse, formats, target, config, **pattern
-            )
-        ]
-    config = case.config or paged_decode.choose_config(widest, case.dtype, formats, num_rows, "mask" in pattern, target)
+        return [paged_prefill.plan_paged_prefill(q, kv, pattern, out, lse, target, config)]
     row_tiles = cdiv(num_rows, config.block_m)
-    num_splits = paged_decode.choose_splits(batch, NUM_KV_HEADS, row_tiles, capacity, config.block_n, target)
+    num_splits = paged_decode.choose_splits(batch, NUM_KV_HEADS, row_tiles, kv.capacity, config.block_n, target)
     # The merge that follows is a case of its own.
-    return paged_decode.plan_paged_decode(
-        q, k_pool, v_pool, table, lens, out, lse, None, formats, target, config, num_splits, **pattern
-    )[:1]
+    return paged_decode.plan_paged_decode(q, kv, pattern, out, lse, None, target, config, num_splits)[:1]
 
 
 def sweep(card_has_e4m3: bool, full: bool) -> list[Case]:

@@ -12,6 +12,7 @@ from evals._gpu_time import Bench, graphed
 from hf_kvopt.kernels import dispatch
 from hf_kvopt.kernels.flash_prefill import flash_prefill_reference
 from hf_kvopt.kernels.launch import target_of
+from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.kernels.store_kv import store_kv_reference
 from hf_kvopt.quant import FORMATS, get_format
 
@@ -75,8 +76,8 @@ def check_flash(bench: Bench, dtype: torch.dtype) -> Iterator[Row]:
         q = bench.rand(2, length, 4, k_dim, dtype=dtype).transpose(1, 2)
         k = bench.rand(2, length, 2, k_dim, dtype=dtype).transpose(1, 2)
         v = bench.rand(2, length, 2, v_dim, dtype=dtype).transpose(1, 2)
-        out = dispatch.flash_prefill(q, k, v, scale=k_dim**-0.5, **pattern).out.float()
-        exact = flash_prefill_reference(q.float(), k.float(), v.float(), scale=k_dim**-0.5, **pattern).out
+        out = dispatch.flash_prefill(q, k, v, Pattern(k_dim**-0.5, **pattern)).out.float()
+        exact = flash_prefill_reference(q.float(), k.float(), v.float(), Pattern(k_dim**-0.5, **pattern)).out
         # Rounding of q k^T, of the probabilities and of the result, each one step of the dtype at most.
         allowed = 1e-4 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps * v.float().abs().max().item()
         error = (out - exact).abs().max().item()
@@ -94,7 +95,7 @@ def check_paged(bench: Bench, format_name: str) -> Iterator[Row]:
             for block_size in (16, 64):
                 pools = make_pools(bench, lens, 2, dim, dim, format_name, block_size=block_size)
                 q = bench.rand(4, q_len, 8, dim).transpose(1, 2)
-                out = op(q, *pools.where, scale=dim**-0.5, **pools.scales).out
+                out = op(q, pools, Pattern(dim**-0.5)).out
                 result = worst_error(out, q, pools, dim**-0.5, slice(0, 4))
                 name = f"{op.__name__} {format_name} {dim} q{q_len} block {block_size}"
                 yield {"check": name, **result, "passed": result["passed"] and bool(out.isfinite().all())}
@@ -105,7 +106,7 @@ def check_graph(bench: Bench) -> Row:
     pools = make_pools(bench, [8192] * 4, 2, 128, 128, "native")
     q = bench.rand(4, 1, 8, 128).transpose(1, 2)
     results: list[torch.Tensor] = []
-    replay = graphed(lambda: results.append(dispatch.paged_decode(q, *pools.where, scale=0.1).out))
+    replay = graphed(lambda: results.append(dispatch.paged_decode(q, pools, Pattern(0.1)).out))
     worst = 0.0
     passed = True
     for lens in ([8192, 1, 0, 333], [5, 8191, 4096, 64], [0, 0, 0, 1]):

@@ -12,10 +12,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from evals._gpu_correct import usable_formats
-from evals._gpu_states import Pools, make_pools, worst_error
+from evals._gpu_states import make_pools, used_bytes, worst_error
 from evals._gpu_time import Bench, attempt, median_ms
 from hf_kvopt.kernels import dispatch, flash_prefill
 from hf_kvopt.kernels.launch import Config
+from hf_kvopt.kernels.paged_kv import PagedKV
+from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.kernels.reference import attention_reference
 
 Row = dict[str, Any]
@@ -56,11 +58,11 @@ def bench_prefill(bench: Bench, limits: dict[str, float], tune: bool) -> Iterato
             q, k, v = (bench.rand(total // length, length, heads, dim).transpose(1, 2) for _ in range(3))
             flops = 2 * (total // length) * heads * length * length * dim
             row: Row = {"bench": "prefill", "head_dim": dim, "heads": heads, "length": length, "flops": flops}
-            row |= check_rows(dispatch.flash_prefill(q, k, v, scale=dim**-0.5).out, q, k, v)
+            row |= check_rows(dispatch.flash_prefill(q, k, v, Pattern(dim**-0.5)).out, q, k, v)
             if not row["passed"]:
                 yield row
                 continue
-            times = {"ours": attempt(bench, lambda: dispatch.flash_prefill(q, k, v, scale=dim**-0.5))}  # noqa: B023
+            times = {"ours": attempt(bench, lambda: dispatch.flash_prefill(q, k, v, Pattern(dim**-0.5)))}  # noqa: B023
             for name, backend in SDPA_BACKENDS.items():
                 times[name] = attempt(bench, on_backend(backend, q, k, v, is_causal=True))
             times["flex"] = attempt(bench, causal_flex(compiled_flex, q, k, v, length))
@@ -81,7 +83,7 @@ def tuned(bench: Bench, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Row]:
     for config in CANDIDATES:
         times[f"ours {tuple(config)}"] = attempt(
             bench,
-            lambda: flash_prefill.flash_prefill(q, k, v, scale=q.shape[3] ** -0.5, config=config),  # noqa: B023
+            lambda: flash_prefill.flash_prefill(q, k, v, Pattern(q.shape[3] ** -0.5), config=config),  # noqa: B023
         )
     return times
 
@@ -127,9 +129,9 @@ def decode_row(bench: Bench, limits: dict[str, float], batch: int, length: int, 
     scale = 128**-0.5
 
     def ours() -> Tensor:
-        return dispatch.paged_decode(q, *pools.where, scale=scale, **pools.scales).out
+        return dispatch.paged_decode(q, pools, Pattern(scale)).out
 
-    row: Row = {"bench": "decode", "batch": batch, "length": length, "format": format_name, "bytes": pools.used_bytes}
+    row: Row = {"bench": "decode", "batch": batch, "length": length, "format": format_name, "bytes": used_bytes(pools)}
     row |= worst_error(ours(), q, pools, scale)
     if not row["passed"]:
         return row
@@ -138,10 +140,10 @@ def decode_row(bench: Bench, limits: dict[str, float], batch: int, length: int, 
         times["ours without graph"] = {"ms": median_ms(bench, ours)}
     if format_name == "native":
         times |= decode_peers(bench, q, pools, length)
-    return row | with_rates(times, pools.used_bytes, limits["copy_gb_s"], "gb_s", 1e6)
+    return row | with_rates(times, used_bytes(pools), limits["copy_gb_s"], "gb_s", 1e6)
 
 
-def decode_peers(bench: Bench, q: Tensor, pools: Pools, length: int) -> dict[str, Row]:
+def decode_peers(bench: Bench, q: Tensor, pools: PagedKV, length: int) -> dict[str, Row]:
     """Time SDPA and FlexAttention over dense keys and values of the same rows."""
     shape = (q.shape[0], 8, length, 128)
     k, v = (bench.rand(*shape) for _ in range(2))

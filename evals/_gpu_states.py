@@ -2,46 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import torch
 from torch import Tensor
 
 from evals._gpu_time import Bench
 from hf_kvopt.kernels import dispatch
+from hf_kvopt.kernels.paged_kv import PagedKV
 from hf_kvopt.kernels.reference import attention_reference, gather_reference, visible_pairs
 from hf_kvopt.quant import get_format
 
 
-class Pools(NamedTuple):
-    """Paged keys and values of a batch."""
-
-    k_pool: Tensor
-    v_pool: Tensor
-    k_scale: Tensor | None
-    v_scale: Tensor | None
-    block_table: Tensor
-    seq_lens: Tensor
-
-    @property
-    def where(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What comes after q in a paged op."""
-        return self.k_pool, self.v_pool, self.block_table, self.seq_lens
-
-    @property
-    def scales(self) -> dict[str, Any]:
-        """The keyword arguments that quantized storage needs."""
-        return {"k_scale": self.k_scale, "v_scale": self.v_scale}
-
-    @property
-    def used_bytes(self) -> int:
-        """Bytes of keys, values and scales that attention to all rows has to read."""
-        tokens = int(self.seq_lens.sum())
-        total = 0
-        for part in (self.k_pool, self.v_pool, self.k_scale, self.v_scale):
-            if part is not None:
-                total += tokens * part[0, 0].numel() * part.element_size()
-        return total
+def used_bytes(kv: PagedKV) -> int:
+    """Return the bytes of keys, values and scales that attention to all rows has to read."""
+    tokens = int(kv.seq_lens.sum())
+    parts = (kv.k_pool, kv.v_pool, kv.k_scale, kv.v_scale)
+    return sum(tokens * part[0, 0].numel() * part.element_size() for part in parts if part is not None)
 
 
 def make_pools(
@@ -53,7 +28,7 @@ def make_pools(
     format_name: str,
     dtype: torch.dtype = torch.bfloat16,
     block_size: int = 64,
-) -> Pools:
+) -> PagedKV:
     """Fill pools with noise, row by row, through `store_kv`; blocks are permuted, and what is not owned is NaN."""
     fmt = get_format(format_name)
     counts = [-(-n // block_size) for n in seq_lens]
@@ -76,10 +51,10 @@ def make_pools(
         k, v = (bench.rand(1, length, num_kv_heads, d, dtype=dtype).transpose(1, 2) for d in (k_dim, v_dim))
         dispatch.store_kv(k, v, pools[0], pools[1], slots, scales[0], scales[1])
     lens = torch.tensor(seq_lens, dtype=torch.int32, device=bench.device)
-    return Pools(pools[0], pools[1], scales[0], scales[1], table, lens)
+    return PagedKV(pools[0], pools[1], table, lens, scales[0], scales[1])
 
 
-def dense_copy(pools: Pools, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+def dense_copy(pools: PagedKV, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
     """Return float32 `[rows, num_kv_heads, capacity, dim]` keys and values of some rows."""
     table, lens = pools.block_table[rows], pools.seq_lens[rows]
     return (
@@ -91,7 +66,7 @@ def dense_copy(pools: Pools, rows: slice = slice(None)) -> tuple[Tensor, Tensor]
 def worst_error(
     out: Tensor,  # [batch, q_len, num_heads, v_dim] of the kernel
     q: Tensor,  # [batch, num_heads, q_len, k_dim]
-    pools: Pools,
+    pools: PagedKV,
     scale: float,
     rows: slice = slice(0, 1),
 ) -> dict[str, float | bool]:

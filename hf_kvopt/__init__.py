@@ -10,8 +10,10 @@ Importing registers the attention and its mask under "hf_kvopt", once, and touch
 from hf_kvopt import plan
 from hf_kvopt.attention.register import ATTENTION_NAME, register
 from hf_kvopt.cache.paged import PagedCache
+from hf_kvopt.cache.quantized import QuantizedPagedCache
 from hf_kvopt.cache.stats import CacheStats
 from hf_kvopt.config import CacheConfig
+from hf_kvopt.draft.heads.auto import DraftHead
 from hf_kvopt.enable import disable, enable
 from hf_kvopt.errors import CacheStateError, KVOptError, OutOfBlocks, UnsupportedDevice, UnsupportedModel
 
@@ -21,9 +23,11 @@ __all__ = [
     "CacheConfig",
     "CacheStateError",
     "CacheStats",
+    "DraftHead",
     "KVOptError",
     "OutOfBlocks",
     "PagedCache",
+    "QuantizedPagedCache",
     "UnsupportedDevice",
     "UnsupportedModel",
     "disable",

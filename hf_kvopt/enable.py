@@ -6,10 +6,11 @@
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.generation import GenerationConfig
 
 from hf_kvopt.attention import mla
@@ -17,10 +18,16 @@ from hf_kvopt.attention.bound import InstanceOverride
 from hf_kvopt.attention.register import ATTENTION_NAME
 from hf_kvopt.attention.support import model_traits
 from hf_kvopt.cache.paged import PagedCache
+from hf_kvopt.cache.quantized import QuantizedPagedCache
 from hf_kvopt.errors import CacheStateError, UnsupportedModel
+from hf_kvopt.quant import KV_FORMATS
 
-CacheFactory = Callable[..., DynamicCache]
-CACHES: dict[str, CacheFactory] = {"paged": PagedCache}
+CacheFactory = Callable[..., PagedCache]
+CACHES: dict[str, CacheFactory] = {
+    "paged": PagedCache,
+    **{name: partial(QuantizedPagedCache, format=name) for name, fmt in KV_FORMATS.items() if not fmt.is_native},
+}
+_LAYER_OPTIONS = ("skip_layers", "layer_formats")
 _STATE = "_hf_kvopt_state"
 
 
@@ -31,7 +38,8 @@ def enable(
 
     Args:
         model: a transformers model that can generate.
-        cache: "paged", or None to keep transformers' cache.
+        cache: "paged"; a format of `QuantizedPagedCache` ("int8", "fp8_e4m3", "fp8_e5m2", "int4", "k8v4"); or None to
+            keep transformers' cache.
         attention: also set `attn_implementation="hf_kvopt"`.
         cache_options: handed to the cache at each `generate` call, e.g. `block_size=32`, `max_tokens=100_000`.
 
@@ -53,9 +61,11 @@ def enable(
         raise ValueError(f"cache=None takes no options: got {sorted(cache_options)}; name a cache or drop them")
     if "config" in cache_options:
         raise TypeError("enable takes the config from the model: got config as an option of the cache; drop it")
-    if cache is not None:
-        CACHES[cache](**cache_options)  # refuse bad options now, not in the first generate
+    if "format" in cache_options:
+        raise TypeError(f"enable takes the format as the cache's name: got cache={cache!r} and a format; drop one")
     _check_supported(model, cache is not None, attention)
+    if cache is not None:
+        _make_cache(model, CACHES[cache], cache_options)  # refuse bad options now, not in the first generate
     disable(model)
     previous = model.config._attn_implementation
     if attention:
@@ -111,14 +121,20 @@ class _CacheMaker(InstanceOverride):
             make_default = type(model)._prepare_cache_for_generation
             make_default(model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
             return
-        config = model.config.get_text_config(decoder=True)
-        cache: Cache = self.factory(config=config, **self.options)
-        if model.config.is_encoder_decoder:
-            # Cross-attention sees the whole encoder, also in decoders that slide: no config, no window.
-            cache = EncoderDecoderCache(cache, self.factory(**self.options))
+        cache = _make_cache(model, self.factory, self.options)
         if generation_config.is_assistant:
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache
+
+
+def _make_cache(model: PreTrainedModel, factory: CacheFactory, options: dict[str, Any]) -> Cache:
+    cache = factory(config=model.config.get_text_config(decoder=True), **options)
+    if not model.config.is_encoder_decoder:
+        return cache
+    # Cross-attention sees the whole encoder, also in decoders that slide: no config, no window. Layers that are named
+    # from the end are those of the decoder.
+    resolved = {**options, **{name: getattr(cache.formats, name) for name in _LAYER_OPTIONS if name in options}}
+    return EncoderDecoderCache(cache, factory(**resolved))
 
 
 def _check_supported(model: PreTrainedModel, cache: bool, attention: bool) -> None:

@@ -186,3 +186,24 @@ def test_an_enabled_model_is_freed_when_it_is_dropped() -> None:
         assert (alive() is None) == (plain_alive() is None)
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8_e4m3", "fp8_e5m2", "int4", "k8v4"])
+def test_a_format_is_the_name_of_a_cache(name: str) -> None:
+    model = hf_kvopt.enable(tiny_model(), cache=name, skip_layers=("last",), layer_formats={"last": "int8"})
+    out = generate(model, prompt(9, 6), return_dict_in_generate=True)
+    layers = out.past_key_values.layers
+    assert [layer.format.name for layer in layers] == [name, "int8"]
+    assert layers[0].pool.keys.codes.element_size() == 1
+
+
+def test_a_format_beside_the_name_of_a_cache_is_refused() -> None:
+    model = tiny_model(attention="sdpa")
+    with pytest.raises(TypeError, match="cache='int8' and a format; drop one"):
+        hf_kvopt.enable(model, cache="int8", format="int4")
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_layer_that_the_model_does_not_have_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="layer 2 does not exist: got a model of 2 layers"):
+        hf_kvopt.enable(tiny_model(), cache="int8", skip_layers=(2,))

@@ -18,6 +18,8 @@ from hf_kvopt.attention.masking import Masking
 from hf_kvopt.attention.mla import LatentKV
 from hf_kvopt.kernels import dispatch
 from hf_kvopt.kernels.cpu import attend
+from hf_kvopt.kernels.paged_kv import PagedKV
+from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.pool.handle import KVHandle
 
 logger = logging.getLogger(__name__)
@@ -66,11 +68,9 @@ def _over_blocks(
         starts, mask = _by_token(key, starts, mask)
     group = query.shape[1] // key.shape[1]
     op = dispatch.paged_decode if query.shape[2] * group <= _DECODE_ROWS else dispatch.paged_prefill
-    return op(
-        query, key.codes, value.codes, key.block_table, key.seq_lens, scale=extras.scale, is_causal=masking.is_causal,
-        window=window, softcap=extras.softcap, sinks=extras.sinks, starts=starts, mask=mask, k_scale=key.scale,
-        v_scale=value.scale,
-    ).out  # fmt: skip
+    kv = PagedKV(key.codes, value.codes, key.block_table, key.seq_lens, key.scale, value.scale)
+    pattern = Pattern(extras.scale, masking.is_causal, window, extras.softcap, extras.sinks, starts, mask)
+    return op(query, kv, pattern).out
 
 
 def _by_token(key: KVHandle, starts: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -99,11 +99,11 @@ def _by_token(key: KVHandle, starts: Tensor | None, mask: Tensor | None) -> tupl
 def _over_dense(
     query: Tensor, key: Tensor, value: Tensor, masking: Masking, starts: Tensor | None, extras: Extras
 ) -> Tensor:
-    return dispatch.flash_prefill(
-        query, key if key.stride(-1) == 1 else key.contiguous(), value if value.stride(-1) == 1 else value.contiguous(),
-        scale=extras.scale, is_causal=masking.is_causal, window=masking.window, softcap=extras.softcap,
-        sinks=extras.sinks, starts=starts, mask=masking.mask,
-    ).out  # fmt: skip
+    key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
+    pattern = Pattern(
+        extras.scale, masking.is_causal, masking.window, extras.softcap, extras.sinks, starts, masking.mask
+    )
+    return dispatch.flash_prefill(query, key, value, pattern).out
 
 
 def _torch_path(query: Tensor, key: Tensor, value: Tensor, masking: Masking, extras: Extras) -> Tensor:

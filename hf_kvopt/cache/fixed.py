@@ -14,8 +14,9 @@ from torch import Tensor
 from hf_kvopt.cache.layer import PagedLayer
 from hf_kvopt.errors import CacheStateError, OutOfBlocks
 from hf_kvopt.pool.block_table import BlockTable
-from hf_kvopt.pool.handle import HandleSpec, KVHandle
+from hf_kvopt.pool.handle import HandleSpec, KVHandle, row_views
 from hf_kvopt.pool.storage import Plane
+from hf_kvopt.quant import NATIVE_KV, KVFormat
 
 
 class FixedLayer(PagedLayer):
@@ -23,8 +24,8 @@ class FixedLayer(PagedLayer):
 
     is_compileable = True
 
-    def __init__(self, table: BlockTable) -> None:
-        super().__init__(table)
+    def __init__(self, table: BlockTable, format: KVFormat = NATIVE_KV, exact_prefill: bool = False) -> None:
+        super().__init__(table, format, exact_prefill)
         self.is_sliding = False
         self.length = torch.zeros((), dtype=torch.int64)
         self.row_capacity = 0
@@ -50,7 +51,12 @@ class FixedLayer(PagedLayer):
         self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=device)
         if not torch.compiler.is_compiling():
             assert self.pool is not None
-            for tensor in (self.length, self.seq_lens, self.block_table, *(p.codes for p in self.pool.planes)):
+            for tensor in (
+                self.length,
+                self.seq_lens,
+                self.block_table,
+                *(x for plane in self.pool.planes for x in plane.tensors),
+            ):
                 torch._dynamo.mark_static_address(tensor)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -69,14 +75,24 @@ class FixedLayer(PagedLayer):
         kv_len = seen or (self.row_capacity if self._is_static(num_tokens) else int(self.length))
         first_slots = torch.arange(len(key_states), device=positions.device)[:, None] * self.row_capacity
         self.pool.store(key_states, value_states, (first_slots + positions).reshape(-1))
-        keys, values = (self._handle(plane, kv_len) for plane in self.pool.planes)
+        is_exact = is_new and self.exact_prefill and not torch.compiler.is_compiling()
+        keys, values = (
+            self._handle(plane, kv_len, states if is_exact else None)
+            for plane, states in zip(self.pool.planes, (key_states, value_states), strict=True)
+        )
         return keys, values
 
     def fork(self, table: BlockTable, memo: dict[int, Any]) -> "FixedLayer":
         """A copy with its own memory: addresses are fixed, so nothing can be shared."""
-        twin = FixedLayer(table)
+        twin = FixedLayer(table, self.format, self.exact_prefill)
         if self.pool is not None:
-            twin.update(*(getattr(self, name).clone() for name in ("keys", "values")))
+            # Bytes, not states: those that are read from quantized storage need not be quantized to the same again.
+            twin.lazy_initialization(*(plane.no_tokens(self.table.batch_size) for plane in self.pool.planes))
+            assert twin.pool is not None
+            for mine, theirs in zip(self.pool.planes, twin.pool.planes, strict=True):
+                for old, new in zip(mine.tensors, theirs.tensors, strict=True):
+                    new.copy_(old)
+            twin.set_length(int(self.length))
         return twin
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -119,16 +135,14 @@ class FixedLayer(PagedLayer):
                 "use PagedCache without compileable=True to change the batch"
             )
         for plane in self.pool.planes:
-            rows = self._rows(plane)
-            rows.copy_(rows[indices])
+            for tensor in plane.tensors:
+                rows = row_views(tensor, self.table.batch_size)
+                rows.copy_(rows[indices])
 
-    def _rows(self, plane: Plane) -> Tensor:
-        """[batch, row_capacity, num_kv_heads, dim] view of the pool."""
-        return plane.codes.view(-1, self.row_capacity, plane.num_heads, plane.dim)
-
-    def _handle(self, plane: Plane, kv_len: int) -> KVHandle:
-        spec = HandleSpec((self.table.batch_size, plane.num_heads, kv_len, plane.dim), plane.dtype, "native")
-        return KVHandle(plane.codes, plane.scale, self.block_table, self.seq_lens, spec)
+    def _handle(self, plane: Plane, kv_len: int, states: Tensor | None = None) -> KVHandle:
+        shape = (self.table.batch_size, plane.num_heads, kv_len, plane.dim)
+        spec = HandleSpec(shape, plane.dtype, plane.format.name)
+        return KVHandle(plane.codes, plane.scale, self.block_table, self.seq_lens, spec, states=states)
 
     def _is_static(self, num_tokens: int) -> bool:
         return num_tokens == 1 or torch.compiler.is_compiling()

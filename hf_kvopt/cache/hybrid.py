@@ -11,6 +11,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin, LinearAtten
 
 from hf_kvopt.cache.layer import PagedLayer
 from hf_kvopt.pool.block_table import BlockTable
+from hf_kvopt.quant import NATIVE_KV, KVFormat
 
 
 class HybridLayer(PagedLayer):
@@ -19,12 +20,20 @@ class HybridLayer(PagedLayer):
     Args:
         table: see `PagedLayer`.
         states: the stock layer with the states; batch operations on it are the cache's business too.
+        format: see `PagedLayer`, of the keys and values.
+        exact_prefill: see `PagedLayer`.
     """
 
     is_croppable = False
 
-    def __init__(self, table: BlockTable, states: LinearAttentionLayer) -> None:
-        super().__init__(table)
+    def __init__(
+        self,
+        table: BlockTable,
+        states: LinearAttentionLayer,
+        format: KVFormat = NATIVE_KV,
+        exact_prefill: bool = False,
+    ) -> None:
+        super().__init__(table, format, exact_prefill)
         self.states = states
 
     def __getattr__(self, name: str) -> Any:
@@ -42,7 +51,7 @@ class HybridLayer(PagedLayer):
         return self.states.update_recurrent_state(recurrent_states, state_idx, **kwargs)
 
     def fork(self, table: BlockTable, memo: dict[int, Any]) -> "HybridLayer":
-        twin = HybridLayer(table, copy.deepcopy(self.states, memo))
+        twin = HybridLayer(table, copy.deepcopy(self.states, memo), self.format, self.exact_prefill)
         twin.pool, twin.clock = self.pool, self.clock
         return twin
 

@@ -1,9 +1,9 @@
-"""Which cache layer holds which kind of model layer."""
+"""Which cache layer holds which kind of model layer, and in which format."""
 
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, LinearAttentionLayer, get_layer_types_and_kwargs
@@ -12,6 +12,7 @@ from hf_kvopt.cache.fixed import FixedLayer
 from hf_kvopt.cache.hybrid import HybridLayer
 from hf_kvopt.cache.layer import PagedLayer
 from hf_kvopt.pool.block_table import BlockTable
+from hf_kvopt.quant import FormatPolicy, KVFormat
 
 logger = logging.getLogger(__name__)
 
@@ -22,31 +23,52 @@ _HYBRID = ("hybrid", "hybrid_sliding")
 _WITHOUT_KV = ("conv", "linear_attention", "dummy")
 
 
-def layers_for(config: PreTrainedConfig, table_for: TableFor, compileable: bool) -> list[Any]:
-    """One cache layer for each layer of the decoder that `config` describes.
+class LayerMaker(NamedTuple):
+    """What all layers of a cache have in common."""
 
-    Args:
-        config: the model's config, or that of its decoder.
-        table_for: gives the table that all layers with a window (or None) share.
-        compileable: fixed capacity instead of growing layers.
-    """
-    kinds, options = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
-    return [_layer_for(kind, kwargs, table_for, compileable) for kind, kwargs in zip(kinds, options, strict=True)]
+    table_for: TableFor  # gives the table that all layers with a window (or None) share
+    compileable: bool  # fixed capacity instead of growing layers
+    formats: FormatPolicy
 
+    def attention(self, window: int | None, format: KVFormat) -> PagedLayer:
+        """A layer that holds keys and values only."""
+        if self.compileable:
+            return FixedLayer(self.table_for(None), format, self.formats.exact_prefill)
+        return PagedLayer(self.table_for(window), format, self.formats.exact_prefill)
 
-def attention_layer(window: int | None, table_for: TableFor, compileable: bool) -> PagedLayer:
-    """A layer that holds keys and values only."""
-    return FixedLayer(table_for(None)) if compileable else PagedLayer(table_for(window))
-
-
-def _layer_for(kind: str, options: dict[str, Any], table_for: TableFor, compileable: bool) -> Any:
-    if kind == "full_attention":
-        return attention_layer(None, table_for, compileable)
-    if kind in _WINDOWED:
-        return attention_layer(options["sliding_window"], table_for, compileable)
-    if kind in _HYBRID and not compileable:
+    def layer(self, kind: str, options: dict[str, Any], layer_idx: int, is_latent: bool) -> Any:
+        """A layer of a kind that `is_paged`."""
+        window = options.get("sliding_window")
+        format = self.formats.at(layer_idx, is_sliding=window is not None)
+        if is_latent:
+            # What stands in the place of the values is the rotary part of the keys.
+            format = KVFormat(format.k, format.k)
+        if kind not in _HYBRID:
+            return self.attention(window, format)
         states = LinearAttentionLayer(number_of_states=options.get("number_of_states", 1))
-        return HybridLayer(table_for(options.get("sliding_window")), states)
+        return HybridLayer(self.table_for(window), states, format, self.formats.exact_prefill)
+
+    def layers(self, config: PreTrainedConfig) -> list[Any]:
+        """One cache layer for each layer of the decoder that `config`, resolved, describes."""
+        kinds, options = get_layer_types_and_kwargs(config)
+        is_latent = getattr(config, "kv_lora_rank", None) is not None
+        return [
+            self.layer(kind, kwargs, i, is_latent) if self.is_paged(kind) else _stock_layer(kind, kwargs)
+            for i, (kind, kwargs) in enumerate(zip(kinds, options, strict=True))
+        ]
+
+    def is_paged(self, kind: str) -> bool:
+        """Whether layers of a kind live in blocks."""
+        return kind == "full_attention" or kind in _WINDOWED or (kind in _HYBRID and not self.compileable)
+
+    def resolved(self, config: PreTrainedConfig) -> "LayerMaker":
+        """The same with the layers that the formats name from the end numbered; raises ValueError for one too many."""
+        kinds, _ = get_layer_types_and_kwargs(config)
+        paged = [i for i, kind in enumerate(kinds) if self.is_paged(kind)] or [0]
+        return self._replace(formats=self.formats.resolve(len(kinds), paged[0], paged[-1]))
+
+
+def _stock_layer(kind: str, options: dict[str, Any]) -> Any:
     # Recurrent states, indexers and compressed keys have no blocks: transformers' own layers keep them.
     if kind not in _WITHOUT_KV:
         _say_once(kind)

@@ -14,6 +14,7 @@ from transformers.cache_utils import CacheLayerMixin
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.pool.block_table import BlockTable
 from hf_kvopt.pool.storage import KVPool, Plane
+from hf_kvopt.quant import NATIVE_KV, KVFormat
 
 
 class PagedLayer(CacheLayerMixin):
@@ -23,13 +24,15 @@ class PagedLayer(CacheLayerMixin):
 
     Args:
         table: the rows of all layers of this kind; its window makes the layer a sliding one.
+        format: how keys and values are stored.
+        exact_prefill: hand the states of a first prompt out as they came, and not as they were stored.
     """
 
     is_croppable = True
 
     # No super().__init__(): it would assign the `keys` and `values` that are computed here.
-    def __init__(self, table: BlockTable) -> None:
-        self.table = table
+    def __init__(self, table: BlockTable, format: KVFormat = NATIVE_KV, exact_prefill: bool = False) -> None:
+        self.table, self.format, self.exact_prefill = table, format, exact_prefill
         self.pool: KVPool | None = None
         self.clock = 0
         self.is_sliding = table.window is not None
@@ -69,7 +72,7 @@ class PagedLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         allocator = self.table.allocator
         self.table.keep_contiguous = key_states.device.type == "cpu"
-        self.pool = KVPool(key_states, value_states, self.table.block_size, allocator.num_blocks)
+        self.pool = KVPool(key_states, value_states, self.table.block_size, allocator.num_blocks, self.format)
         self.pool.keys.is_first = not allocator.pools
         allocator.pools.append(self.pool)
 
@@ -98,8 +101,9 @@ class PagedLayer(CacheLayerMixin):
         seen: tuple[Tensor | None, ...] = (None, None)
         if replaces:
             # Only a window is kept, but this step's first queries look further back: they get the states as they came.
-            seen = _behind(past, 0, key_states), _behind(past, 1, value_states)
-        elif start == 0:
+            new = self._as_read(pool, key_states, value_states)
+            seen = _behind(past, 0, new[0]), _behind(past, 1, new[1])
+        elif start == 0 and (self.exact_prefill or self.format.is_native):
             seen = key_states, value_states
         kv_len, skip = start + num_tokens - first, first - table.base
         keys, values = (
@@ -109,7 +113,7 @@ class PagedLayer(CacheLayerMixin):
 
     def fork(self, table: BlockTable, memo: dict[int, Any]) -> "PagedLayer":
         """A layer over the same pool whose rows are those of `table`, a fork of this layer's."""
-        twin = PagedLayer(table)
+        twin = PagedLayer(table, self.format, self.exact_prefill)
         twin.pool, twin.clock = self.pool, self.clock
         return twin
 
@@ -165,6 +169,12 @@ class PagedLayer(CacheLayerMixin):
         plane: Plane = getattr(self.pool, name)
         first = self.table.visible_start(self.clock)
         return plane.handle(self.table, self._num_columns() - first, first - self.table.base, is_fresh=False)
+
+    def _as_read(self, pool: KVPool, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """What a query of this step sees of its own states."""
+        if self.exact_prefill:
+            return key_states, value_states
+        return pool.keys.as_stored(key_states), pool.values.as_stored(value_states)
 
     def _past_dense(self, pool: KVPool, first: int) -> tuple[Tensor, ...] | None:
         """What a query sees of the past, copied before the table lets go of it; the first layer of a step finds it in

@@ -26,13 +26,16 @@ from transformers.cache_utils import (
 
 from hf_kvopt.cache.fixed import FixedLayer
 from hf_kvopt.cache.hybrid import HybridLayer
-from hf_kvopt.cache.kinds import attention_layer, layers_for
+from hf_kvopt.cache.kinds import LayerMaker
 from hf_kvopt.cache.layer import PagedLayer
 from hf_kvopt.cache.stats import CacheStats, measure
 from hf_kvopt.config import CacheConfig
 from hf_kvopt.errors import CacheStateError, KVOptError
 from hf_kvopt.pool.allocator import BlockAllocator
 from hf_kvopt.pool.block_table import BlockTable
+from hf_kvopt.quant import FormatPolicy
+
+_NATIVE = FormatPolicy()
 
 
 class PagedCache(DynamicCache):
@@ -47,6 +50,7 @@ class PagedCache(DynamicCache):
         compileable: fixed capacity of `max_tokens`; see `CacheConfig`.
         offloading: keep all layers but the one that computes in CPU memory (CUDA only), as `DynamicCache` does.
         offload_only_non_sliding: leave sliding layers on the device.
+        formats: how the layers are stored, native by default; see `QuantizedPagedCache`.
 
     Raises:
         ValueError: a value cannot work.
@@ -67,6 +71,7 @@ class PagedCache(DynamicCache):
         compileable: bool = False,
         offloading: bool = False,
         offload_only_non_sliding: bool = False,
+        formats: FormatPolicy = _NATIVE,
     ) -> None:
         if config is not None and not isinstance(config, PreTrainedConfig):
             raise TypeError(f"config must be a model's config, e.g. model.config: got {type(config).__name__}")
@@ -76,11 +81,15 @@ class PagedCache(DynamicCache):
             "offloading": offloading,
             "offload_only_non_sliding": offload_only_non_sliding,
         }
+        self.formats = formats
         if config is None:
             # Past DynamicCache's __init__, which would build its own layers.
             Cache.__init__(self, layer_class_to_replicate=PagedLayer, **kwargs)
         else:
-            Cache.__init__(self, layers=layers_for(config, self._table_for, compileable), **kwargs)
+            config = config.get_text_config(decoder=True)
+            maker = self._layer_maker().resolved(config)
+            self.formats = maker.formats
+            Cache.__init__(self, layers=maker.layers(config), **kwargs)
 
     @property
     def layer_class_to_replicate(self) -> Any:
@@ -256,7 +265,10 @@ class PagedCache(DynamicCache):
         return fork(self, memo)
 
     def _make_layer(self) -> PagedLayer:
-        return attention_layer(None, self._table_for, self.cache_config.compileable)
+        return self._layer_maker().attention(None, self.formats.at(len(self.layers), is_sliding=False))
+
+    def _layer_maker(self) -> LayerMaker:
+        return LayerMaker(self._table_for, self.cache_config.compileable, self.formats)
 
     def _table_for(self, window: int | None) -> BlockTable:
         if window not in self._tables:

@@ -11,6 +11,7 @@ and raise where one would be lost.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,27 +23,31 @@ from hf_kvopt.kernels import paged_decode as _paged_decode
 from hf_kvopt.kernels import paged_prefill as _paged_prefill
 from hf_kvopt.kernels import store_kv as _store_kv
 from hf_kvopt.kernels.checks import check_format_runs
-from hf_kvopt.kernels.launch import target_of
-from hf_kvopt.kernels.reference import AttentionOut
+from hf_kvopt.kernels.launch import device_target, target_of
+from hf_kvopt.kernels.packed import Packed
+from hf_kvopt.kernels.paged_kv import PagedKV, empty_results
+from hf_kvopt.kernels.pattern import Pattern
+from hf_kvopt.kernels.reference import AttentionOut, paged_reference
 from hf_kvopt.kernels.shim import HAS_TRITON, INTERPRET
-from hf_kvopt.quant import Format, format_of
+from hf_kvopt.quant import Format
 
+# Flat, in the field order of PagedKV and Pattern: the ops know tensors and numbers only.
+_PAGED = "Tensor q, Tensor k_pool, Tensor v_pool, Tensor block_table, Tensor seq_lens, Tensor? k_scale, Tensor? v_scale"
 _PATTERN = (
     "float scale, bool is_causal=True, int? window=None, float? softcap=None, Tensor? sinks=None, "
     "Tensor? starts=None, Tensor? mask=None"
 )
-_POOLS = "Tensor q, Tensor k_pool, Tensor v_pool, Tensor block_table, Tensor seq_lens"
 _SCHEMAS = {
     "store_kv": "(Tensor k, Tensor v, Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor slot_mapping, "
     "Tensor(c!)? k_scale=None, Tensor(d!)? v_scale=None) -> ()",
-    "paged_decode": f"({_POOLS}, {_PATTERN}, Tensor? k_scale=None, Tensor? v_scale=None, "
-    "Tensor(a!)? scratch=None) -> (Tensor, Tensor)",
-    "paged_prefill": f"({_POOLS}, {_PATTERN}, Tensor? k_scale=None, Tensor? v_scale=None) -> (Tensor, Tensor)",
+    "paged_decode": f"({_PAGED}, {_PATTERN}, Tensor(a!)? scratch=None) -> (Tensor, Tensor)",
+    "paged_prefill": f"({_PAGED}, {_PATTERN}) -> (Tensor, Tensor)",
     "flash_prefill": f"(Tensor q, Tensor k, Tensor v, {_PATTERN}, Tensor? cu_seqlens_q=None, "
     "Tensor? cu_seqlens_k=None, SymInt? max_q_len=None) -> (Tensor, Tensor)",
     "merge_state": "(Tensor partial_out, Tensor partial_lse, Tensor? sinks=None, ScalarType? dtype=None) "
     "-> (Tensor, Tensor)",
 }
+_POOLS, _FIELDS = len(PagedKV._fields), len(Pattern._fields)
 
 
 def runs_kernel(tensor: Tensor) -> bool:
@@ -68,6 +73,13 @@ def require_format(fmt: Format, like: Tensor) -> None:
         check_format_runs(fmt, target_of(like))
 
 
+def require_format_somewhere(fmt: Format) -> None:
+    """Raise UnsupportedDevice if there are CUDA cards and the best of them cannot read the format."""
+    targets = [device_target(index) for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    if targets:
+        check_format_runs(fmt, max(targets, key=lambda target: target.capability))
+
+
 def store_kv(
     k: Tensor,  # [batch, num_kv_heads, q_len, k_dim], last axis contiguous
     v: Tensor,  # [batch, num_kv_heads, q_len, v_dim]
@@ -83,54 +95,26 @@ def store_kv(
 
 def paged_decode(
     q: Tensor,  # [batch, num_heads, q_len, head_dim], last axis contiguous
-    k_pool: Tensor,  # [num_blocks, block_size, num_kv_heads, head_dim or packed]
-    v_pool: Tensor,  # [num_blocks, block_size, num_kv_heads, v_dim or packed]
-    block_table: Tensor,  # [batch, max_blocks] int32
-    seq_lens: Tensor,  # [batch] int32, new tokens included
+    kv: PagedKV,
+    pattern: Pattern,
     *,
-    scale: float,
-    is_causal: bool = True,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,  # [num_heads]
-    starts: Tensor | None = None,  # [batch] int32
-    mask: Tensor | None = None,  # [batch | 1, num_heads | 1, q_len | 1, kv_len] bool or float
-    k_scale: Tensor | None = None,  # [num_blocks, block_size, num_kv_heads]
-    v_scale: Tensor | None = None,
     scratch: Tensor | None = None,  # float32, see paged_decode.decode_scratch
     return_lse: bool = False,
 ) -> AttentionOut:
     """Attention of one or a few queries a row, split over the KV length; lengths stay on the device."""
-    out, lse = torch.ops.hf_kvopt.paged_decode(
-        q, k_pool, v_pool, block_table, seq_lens, scale, is_causal, window, softcap, sinks, starts, mask, k_scale,
-        v_scale, scratch,
-    )  # fmt: skip
+    out, lse = torch.ops.hf_kvopt.paged_decode(q, *kv, *pattern, scratch)
     return AttentionOut(out, lse if return_lse else None)
 
 
 def paged_prefill(
     q: Tensor,  # [batch, num_heads, q_len, head_dim], last axis contiguous
-    k_pool: Tensor,  # [num_blocks, block_size, num_kv_heads, head_dim or packed]
-    v_pool: Tensor,  # [num_blocks, block_size, num_kv_heads, v_dim or packed]
-    block_table: Tensor,  # [batch, max_blocks] int32
-    seq_lens: Tensor,  # [batch] int32, new tokens included
+    kv: PagedKV,
+    pattern: Pattern,
     *,
-    scale: float,
-    is_causal: bool = True,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,  # [num_heads]
-    starts: Tensor | None = None,  # [batch] int32
-    mask: Tensor | None = None,  # [batch | 1, num_heads | 1, q_len | 1, kv_len] bool or float
-    k_scale: Tensor | None = None,  # [num_blocks, block_size, num_kv_heads]
-    v_scale: Tensor | None = None,
     return_lse: bool = False,
 ) -> AttentionOut:
     """Attention of a chunk of queries through the block table."""
-    out, lse = torch.ops.hf_kvopt.paged_prefill(
-        q, k_pool, v_pool, block_table, seq_lens, scale, is_causal, window, softcap, sinks, starts, mask, k_scale,
-        v_scale,
-    )  # fmt: skip
+    out, lse = torch.ops.hf_kvopt.paged_prefill(q, *kv, *pattern)
     return AttentionOut(out, lse if return_lse else None)
 
 
@@ -138,23 +122,13 @@ def flash_prefill(
     q: Tensor,  # [batch, num_heads, q_len, head_dim], last axis contiguous
     k: Tensor,  # [batch, num_kv_heads, kv_len, head_dim], last axis contiguous
     v: Tensor,  # [batch, num_kv_heads, kv_len, v_dim], last axis contiguous
+    pattern: Pattern,
+    packed: Packed | None = None,  # several sequences in one row; batch is 1
     *,
-    scale: float,
-    is_causal: bool = True,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,  # [num_heads]
-    starts: Tensor | None = None,  # [batch] int32
-    mask: Tensor | None = None,  # [batch | 1, num_heads | 1, q_len | 1, kv_len] bool or float
-    cu_seqlens_q: Tensor | None = None,  # [num_seqs + 1] int32: packed sequences, batch is 1
-    cu_seqlens_k: Tensor | None = None,  # [num_seqs + 1] int32
-    max_q_len: int | None = None,
     return_lse: bool = False,
 ) -> AttentionOut:
     """Attention over dense keys and values."""
-    out, lse = torch.ops.hf_kvopt.flash_prefill(
-        q, k, v, scale, is_causal, window, softcap, sinks, starts, mask, cu_seqlens_q, cu_seqlens_k, max_q_len
-    )
+    out, lse = torch.ops.hf_kvopt.flash_prefill(q, k, v, *pattern, *(packed or ()))
     return AttentionOut(out, lse if return_lse else None)
 
 
@@ -181,108 +155,25 @@ def _store_kv_impl(
     op(k, v, k_pool, v_pool, slot_mapping, k_scale, v_scale)
 
 
-def _paged_decode_impl(
-    q: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    scale: float,
-    is_causal: bool = True,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    starts: Tensor | None = None,
-    mask: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-    scratch: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    pools = (q, k_pool, v_pool, block_table, seq_lens)
+# An op leaves out trailing arguments that have their default: `rest` is the pattern, or less, and what follows it.
+def _paged_decode_impl(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    kv, pattern = PagedKV(*rest[:_POOLS]), Pattern(*rest[_POOLS : _POOLS + _FIELDS])
     if _takes_kernel(q):
-        return _both(
-            _paged_decode.paged_decode(
-                *pools, scale=scale, is_causal=is_causal, window=window, softcap=softcap, sinks=sinks, starts=starts,
-                mask=mask, k_scale=k_scale, v_scale=v_scale, scratch=scratch,
-            )
-        )  # fmt: skip
-    return _paged_torch(*pools, scale, is_causal, window, softcap, sinks, starts, mask, k_scale, v_scale)
+        scratch = rest[_POOLS + _FIELDS] if len(rest) > _POOLS + _FIELDS else None
+        return _both(_paged_decode.paged_decode(q, kv, pattern, scratch=scratch))
+    return _both(paged_reference(q, kv, pattern))
 
 
-def _paged_prefill_impl(
-    q: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    scale: float,
-    is_causal: bool = True,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    starts: Tensor | None = None,
-    mask: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    pools = (q, k_pool, v_pool, block_table, seq_lens)
-    if _takes_kernel(q):
-        return _both(
-            _paged_prefill.paged_prefill(
-                *pools, scale=scale, is_causal=is_causal, window=window, softcap=softcap, sinks=sinks, starts=starts,
-                mask=mask, k_scale=k_scale, v_scale=v_scale,
-            )
-        )  # fmt: skip
-    return _paged_torch(*pools, scale, is_causal, window, softcap, sinks, starts, mask, k_scale, v_scale)
+def _paged_prefill_impl(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    op = _paged_prefill.paged_prefill if _takes_kernel(q) else paged_reference
+    return _both(op(q, PagedKV(*rest[:_POOLS]), Pattern(*rest[_POOLS:])))
 
 
-def _paged_torch(
-    q: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    scale: float,
-    is_causal: bool,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    starts: Tensor | None,
-    mask: Tensor | None,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """The torch path of both paged ops; float32 inside."""
-    return _both(
-        _paged_decode.paged_decode_reference(
-            q, k_pool, v_pool, block_table, seq_lens, scale=scale, is_causal=is_causal, window=window, softcap=softcap,
-            sinks=sinks, starts=starts, mask=mask, k_scale=k_scale, v_scale=v_scale,
-        )
-    )  # fmt: skip
-
-
-def _flash_prefill_impl(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    is_causal: bool = True,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    starts: Tensor | None = None,
-    mask: Tensor | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    max_q_len: int | None = None,
-) -> tuple[Tensor, Tensor]:
+def _flash_prefill_impl(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     op = _flash_prefill.flash_prefill if _takes_kernel(q, k, v) else _flash_prefill.flash_prefill_reference
-    return _both(
-        op(
-            q, k, v, scale=scale, is_causal=is_causal, window=window, softcap=softcap, sinks=sinks, starts=starts,
-            mask=mask, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_q_len=max_q_len,
-        )
-    )  # fmt: skip
+    bounds = rest[_FIELDS:]
+    packed = Packed(*bounds) if bounds and bounds[0] is not None else None
+    return _both(op(q, k, v, Pattern(*rest[:_FIELDS]), packed))
 
 
 def _merge_state_impl(
@@ -297,29 +188,22 @@ def _both(result: AttentionOut) -> tuple[Tensor, Tensor]:
     return result.out, result.lse
 
 
-def _store_kv_fake(k: Tensor, v: Tensor, *args: object) -> None:
+def _store_kv_fake(k: Tensor, v: Tensor, *rest: Any) -> None:
     return None
 
 
-def _paged_fake(q: Tensor, k_pool: Tensor, v_pool: Tensor, *args: object) -> tuple[Tensor, Tensor]:
-    batch, num_heads, q_len, _ = q.shape
-    v_dim = v_pool.shape[3] * format_of(v_pool.dtype).codes_per_byte
-    return _empty_results(q, batch, q_len, num_heads, v_dim)
+def _paged_fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return empty_results(q, PagedKV(*rest[:_POOLS]).v_dim)
 
 
-def _flash_prefill_fake(q: Tensor, k: Tensor, v: Tensor, *args: object) -> tuple[Tensor, Tensor]:
-    return _empty_results(q, q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+def _flash_prefill_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return empty_results(q, v.shape[3])
 
 
 def _merge_state_fake(
     partial_out: Tensor, partial_lse: Tensor, sinks: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
     return partial_out.new_empty(partial_out.shape[1:], dtype=dtype), partial_lse.new_empty(partial_lse.shape[1:])
-
-
-def _empty_results(q: Tensor, batch: int, q_len: int, num_heads: int, v_dim: int) -> tuple[Tensor, Tensor]:
-    out = q.new_empty((batch, q_len, num_heads, v_dim))
-    return out, q.new_empty((batch, num_heads, q_len), dtype=torch.float32)
 
 
 def _register() -> None:

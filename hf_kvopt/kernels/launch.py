@@ -15,9 +15,6 @@ from torch import Tensor
 
 from hf_kvopt.errors import UnsupportedDevice
 from hf_kvopt.kernels.shim import INTERPRET, tl
-from hf_kvopt.quant import Format
-
-LOG2E = 1.4426950408889634
 
 
 class Target(NamedTuple):
@@ -73,7 +70,8 @@ def family_of(capability: tuple[int, int]) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def _device_target(index: int) -> Target:
+def device_target(index: int) -> Target:
+    """Return the target of CUDA device `index`; raises UnsupportedDevice below compute capability 8.0."""
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip is not None:
         return Target("cdna3", properties.multi_processor_count, (0, 0))
@@ -84,7 +82,7 @@ def _device_target(index: int) -> Target:
 def target_of(tensor: Tensor) -> Target:
     """Return the target that a kernel over this tensor runs on; raises UnsupportedDevice if there is none."""
     if tensor.is_cuda:
-        return _device_target(tensor.device.index or 0)
+        return device_target(tensor.device.index or 0)
     if INTERPRET:
         return INTERPRETER
     raise UnsupportedDevice(
@@ -98,22 +96,6 @@ def dot_dtype(dtype: torch.dtype, target: Target) -> Any:
     if dtype == torch.float32 or (target.family == "interpret" and dtype == torch.bfloat16):
         return tl.float32
     return tl.float16 if dtype == torch.float16 else tl.bfloat16
-
-
-def fit_config(config: Config, num_rows: int, has_mask: bool) -> Config:
-    """Return the configuration for fewer rows than its tile has, and for half the keys where a mask is read."""
-    block_m = min(config.block_m, max(16, next_power_of_two(num_rows)))
-    block_n = max(16, config.block_n // 2) if has_mask else config.block_n
-    return config._replace(
-        block_m=block_m, block_n=block_n, num_warps=config.num_warps if block_m == config.block_m else 4
-    )
-
-
-def column_of(head_dim: int, dtype: torch.dtype, formats: tuple[Format, Format]) -> int:
-    """Return the place in a paged kernel's configuration list: by head size, storage, and 4 for float32."""
-    if dtype == torch.float32:
-        return 4
-    return (head_dim > 128) + 2 * any(fmt.has_scale for fmt in formats)
 
 
 def cdiv(a: int, b: int) -> int:

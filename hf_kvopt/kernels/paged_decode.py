@@ -17,48 +17,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_kvopt.kernels.checks import check_contiguous, check_dtype, check_paged, check_scalars, mask_strides
-from hf_kvopt.kernels.launch import (
-    LOG2E,
-    Config,
-    Launch,
-    Target,
-    cdiv,
-    column_of,
-    dot_dtype,
-    fit_config,
-    next_power_of_two,
-    target_of,
-)
+from hf_kvopt.kernels.checks import check_contiguous, check_dtype
+from hf_kvopt.kernels.configs import decode_config, least_decode_tile
+from hf_kvopt.kernels.launch import Config, Launch, Target, cdiv, next_power_of_two, target_of
 from hf_kvopt.kernels.merge_state import plan_merge_state
+from hf_kvopt.kernels.paged_kv import PagedKV, check_paged, empty_results, paged_args
 from hf_kvopt.kernels.paged_tile import attend_tile, load_query, store_output
+from hf_kvopt.kernels.pattern import Pattern, pattern_args
 from hf_kvopt.kernels.reference import AttentionOut, paged_reference
 from hf_kvopt.kernels.shim import tl, triton
 from hf_kvopt.kernels.tile import add_sink, log_sum, reciprocal
-from hf_kvopt.quant import Format
 
 paged_decode_reference = paged_reference
 
-# Chosen by compiled registers and shared memory (evals/kernels.py); measured on no card yet.
-# family: (head_dim up to 128, above; the same with quantized storage; float32)
-CONFIGS = {
-    "interpret": (Config(16, 16, 4, 1),) * 5,
-    "sm80": (
-        Config(32, 64, 4, 2), Config(32, 32, 4, 2), Config(32, 64, 4, 2), Config(32, 32, 4, 2), Config(16, 16, 4, 2),
-    ),
-    "sm86": (
-        Config(32, 64, 4, 2), Config(32, 32, 4, 2), Config(32, 64, 4, 2), Config(32, 32, 4, 2), Config(16, 16, 4, 2),
-    ),
-    "sm90": (
-        Config(32, 64, 4, 3), Config(32, 32, 4, 3), Config(32, 64, 4, 3), Config(16, 32, 4, 3), Config(16, 16, 4, 2),
-    ),
-    "sm100": (
-        Config(32, 64, 4, 3), Config(32, 32, 4, 3), Config(32, 64, 4, 3), Config(16, 32, 4, 3), Config(16, 16, 4, 2),
-    ),
-    "cdna3": (
-        Config(32, 64, 4, 1), Config(32, 32, 4, 1), Config(32, 64, 4, 1), Config(32, 32, 4, 1), Config(16, 16, 4, 1),
-    ),
-}  # fmt: skip
 # Splits that one row can be spread over, the grid's programs per multiprocessor at most, and the working
 # programs per multiprocessor that the shares aim at.
 MAX_SPLITS, GRID_PER_SM, WORKERS_PER_SM = 128, 32, 8
@@ -163,18 +134,9 @@ def _paged_decode_kernel(
         kv_lo = tl.maximum(kv_lo, tl.load(starts_ptr + batch))
     kv_lo = tl.minimum(kv_lo, seq_len)
     start, end = _split_bounds(
-        seq_lens_ptr,
-        num_batch,
-        NUM_KV_HEADS * row_tiles,
-        pid_split,
-        num_splits,
-        kv_lo,
-        seq_len,
-        BLOCK_BATCH,
-        MIN_SPLIT_TILES,
-        NUM_WORKERS,
-        BLOCK_N,
-    )
+        seq_lens_ptr, num_batch, NUM_KV_HEADS * row_tiles, pid_split, num_splits, kv_lo, seq_len,
+        BLOCK_BATCH, MIN_SPLIT_TILES, NUM_WORKERS, BLOCK_N,
+    )  # fmt: skip
 
     num_heads = NUM_KV_HEADS * GROUP
     part = pid_split.to(tl.int64) * num_batch + batch
@@ -195,43 +157,12 @@ def _paged_decode_kernel(
         acc_odd = acc_even
         for tile_start in tl.range(start, end, BLOCK_N):
             acc_even, acc_odd, m_i, l_i = attend_tile(
-                q_even,
-                q_odd,
-                acc_even,
-                acc_odd,
-                m_i,
-                l_i,
-                position,
-                tile_start,
-                kv_lo,
-                seq_len,
-                block_table_ptr + batch * stride_table_b,
-                k_ptr,
-                v_ptr,
-                k_scale_ptr,
-                v_scale_ptr,
-                mask_row_ptrs,
-                mask_m[:, None],
-                mask_len,
-                stride_mask_n,
-                kv_head,
-                score_scale,
-                cap,
-                window,
-                NUM_KV_HEADS,
-                K_DIM // K_PACK,
-                V_DIM // V_PACK,
-                K_BLOCK // K_PACK,
-                V_BLOCK // V_PACK,
-                BLOCK_SIZE,
-                BLOCK_N,
-                IS_CAUSAL,
-                HAS_WINDOW,
-                HAS_CAP,
-                MASK_MIN,
-                True,
-                P_DTYPE,
-            )
+                q_even, q_odd, acc_even, acc_odd, m_i, l_i, position, tile_start, kv_lo, seq_len,
+                block_table_ptr + batch * stride_table_b, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr,
+                mask_row_ptrs, mask_m[:, None], mask_len, stride_mask_n, kv_head, score_scale, cap, window,
+                NUM_KV_HEADS, K_DIM // K_PACK, V_DIM // V_PACK, K_BLOCK // K_PACK, V_BLOCK // V_PACK, BLOCK_SIZE,
+                BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_CAP, MASK_MIN, True, P_DTYPE,
+            )  # fmt: skip
         if sinks_ptr is not None:
             alpha, m_i, l_i = add_sink(sinks_ptr, head, mask_m, m_i, l_i)
             acc_even *= alpha[:, None]
@@ -257,102 +188,39 @@ def choose_splits(
     return max(1, min(MAX_SPLITS, by_grid, cdiv(capacity, block_n * MIN_TILES)))
 
 
-def choose_config(
-    head_dim: int,  # the larger of k's and v's
-    dtype: torch.dtype,  # of q
-    formats: tuple[Format, Format],
-    num_rows: int,  # query heads of a group x q_len
-    has_mask: bool,
-    target: Target,
-) -> Config:
-    """Return the configuration of one KV head's work; more than 16 rows take half the keys at a time."""
-    config = CONFIGS[target.family][column_of(head_dim, dtype, formats)]
-    return fit_config(config, num_rows, has_mask or min(num_rows, config.block_m) > 16)
-
-
 def plan_paged_decode(
     q: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
+    kv: PagedKV,
+    pattern: Pattern,
     out: Tensor,
     lse: Tensor,
     scratch: Tensor | None,
-    formats: tuple[Format, Format],
     target: Target,
     config: Config,
     num_splits: int,
-    *,
-    scale: float,
-    is_causal: bool = True,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    starts: Tensor | None = None,
-    mask: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
 ) -> list[Launch]:
     """Write the launches down: the splits, and their merge if there is more than one."""
-    batch, num_heads, q_len, k_dim = q.shape
-    _, block_size, num_kv_heads, v_width = v_pool.shape
-    group = num_heads // num_kv_heads
-    row_tiles = cdiv(q_len * group, config.block_m)
-    v_dim = v_width * formats[1].codes_per_byte
+    batch, num_heads, q_len, _ = q.shape
+    row_tiles = cdiv(q_len * num_heads // kv.num_kv_heads, config.block_m)
     parts, part_lse = (out, lse) if num_splits == 1 else _split_scratch(scratch, out, lse, num_splits)
-    q_type = dot_dtype(q.dtype, target)
-    # Scales of values can be smaller than float16 resolves: probabilities that carry them go to bfloat16.
-    p_dtype = torch.bfloat16 if q.dtype == torch.float16 and formats[1].has_scale else q.dtype
+    # Sinks must be counted once: with several splits they join at the merge.
+    own = pattern if num_splits == 1 else pattern._replace(sinks=None)
     args = {
-        "q_ptr": q,
-        "k_ptr": k_pool,
-        "v_ptr": v_pool,
-        "k_scale_ptr": k_scale,
-        "v_scale_ptr": v_scale,
-        "block_table_ptr": block_table,
-        "seq_lens_ptr": seq_lens,
-        "starts_ptr": starts,
-        "mask_ptr": mask,
-        "sinks_ptr": sinks if num_splits == 1 else None,
+        **paged_args(q, kv, config, target),
+        **pattern_args(own),
         "out_ptr": parts,
         "lse_ptr": part_lse,
-        "q_len": q_len,
         "num_batch": batch,
         "row_tiles": row_tiles,
         "num_splits": num_splits,
-        "score_scale": scale * LOG2E if softcap is None else scale / softcap,
-        "cap": 0.0 if softcap is None else softcap * LOG2E,
-        "window": window or 0,
-        "mask_len": 0 if mask is None else mask.shape[3],
-        **dict(zip(("stride_q_b", "stride_q_h", "stride_q_m"), q.stride()[:3], strict=True)),
-        "stride_table_b": block_table.stride(0),
-        **mask_strides(mask),
         "BLOCK_BATCH": next_power_of_two(batch),
-        "NUM_KV_HEADS": num_kv_heads,
-        "GROUP": group,
-        "K_DIM": k_dim,
-        "V_DIM": v_dim,
-        "K_BLOCK": next_power_of_two(k_dim),
-        "V_BLOCK": next_power_of_two(v_dim),
-        "K_PACK": formats[0].codes_per_byte,
-        "V_PACK": formats[1].codes_per_byte,
-        "BLOCK_SIZE": block_size,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
         "MIN_SPLIT_TILES": 1 if target.family == "interpret" else MIN_TILES,
         "NUM_WORKERS": WORKERS_PER_SM * target.num_sms,
-        "IS_CAUSAL": is_causal,
-        "HAS_WINDOW": window is not None,
-        "HAS_CAP": softcap is not None,
-        "MASK_MIN": 0.0 if mask is None or mask.dtype == torch.bool else torch.finfo(mask.dtype).min,
-        "Q_DTYPE": q_type,
-        "P_DTYPE": dot_dtype(p_dtype, target),
     }
-    grid = (batch * row_tiles, num_kv_heads, num_splits)
+    grid = (batch * row_tiles, kv.num_kv_heads, num_splits)
     launches = [Launch(_paged_decode_kernel, grid, args, config.options)]
     if num_splits > 1:
-        launches.append(plan_merge_state(parts, part_lse, sinks, out, lse))
+        launches.append(plan_merge_state(parts, part_lse, pattern.sinks, out, lse))
     return launches
 
 
@@ -382,72 +250,31 @@ def decode_scratch(
     batch, num_heads, q_len, _ = q.shape
     target = target_of(q)
     # The smallest tiles that a configuration may have give the most splits; more row tiles only give fewer.
-    block_n = min(fit_config(config, 1, True).block_n for config in CONFIGS[target.family])
-    num_splits = choose_splits(batch, num_kv_heads, 1, capacity, block_n, target)
+    num_splits = choose_splits(batch, num_kv_heads, 1, capacity, least_decode_tile(target), target)
     return q.new_empty(num_splits * batch * num_heads * q_len * (v_dim + 1), dtype=torch.float32)
 
 
 def paged_decode(
     q: Tensor,  # [batch, num_heads, q_len, head_dim], last axis contiguous
-    k_pool: Tensor,  # [num_blocks, block_size, num_kv_heads, head_dim or packed]
-    v_pool: Tensor,  # [num_blocks, block_size, num_kv_heads, v_dim or packed]
-    block_table: Tensor,  # [batch, max_blocks] int32
-    seq_lens: Tensor,  # [batch] int32, new tokens included
+    kv: PagedKV,
+    pattern: Pattern,
     *,
-    scale: float,
-    is_causal: bool = True,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,  # [num_heads]
-    starts: Tensor | None = None,  # [batch] int32
-    mask: Tensor | None = None,  # [batch | 1, num_heads | 1, q_len | 1, kv_len] bool or float
-    k_scale: Tensor | None = None,  # [num_blocks, block_size, num_kv_heads]
-    v_scale: Tensor | None = None,
     scratch: Tensor | None = None,  # float32, see decode_scratch
     config: Config | None = None,
     num_splits: int | None = None,
 ) -> AttentionOut:
     """Attend to all tokens of each row through its table; nothing on the host depends on a length."""
     target = target_of(q)
-    formats = check_paged(q, k_pool, v_pool, block_table, seq_lens, k_scale, v_scale, sinks, starts, mask, target)
-    check_scalars(scale, window, softcap)
-    batch, num_heads, q_len, k_dim = q.shape
-    block_size, num_kv_heads = k_pool.shape[1:3]
-    v_dim = v_pool.shape[3] * formats[1].codes_per_byte
-    out = q.new_empty((batch, q_len, num_heads, v_dim))
-    lse = q.new_empty((batch, num_heads, q_len), dtype=torch.float32)
+    check_paged(q, kv, pattern, target)
+    out, lse = empty_results(q, kv.v_dim)
     if not out.numel():
         return AttentionOut(out, lse)
-    config = config or choose_config(
-        max(k_dim, v_dim), q.dtype, formats, q_len * num_heads // num_kv_heads, mask is not None, target
-    )
+    batch, num_heads, q_len, k_dim = q.shape
+    num_rows = q_len * num_heads // kv.num_kv_heads
+    config = config or decode_config(max(k_dim, kv.v_dim), q.dtype, kv.formats, num_rows, pattern.has_mask, target)
     if num_splits is None:
-        row_tiles = cdiv(q_len * num_heads // num_kv_heads, config.block_m)
-        capacity = block_table.shape[1] * block_size
-        num_splits = choose_splits(batch, num_kv_heads, row_tiles, capacity, config.block_n, target)
-    launches = plan_paged_decode(
-        q,
-        k_pool,
-        v_pool,
-        block_table,
-        seq_lens,
-        out,
-        lse,
-        scratch,
-        formats,
-        target,
-        config,
-        num_splits,
-        scale=scale,
-        is_causal=is_causal,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-        starts=starts,
-        mask=mask,
-        k_scale=k_scale,
-        v_scale=v_scale,
-    )
-    for launch in launches:
+        row_tiles = cdiv(num_rows, config.block_m)
+        num_splits = choose_splits(batch, kv.num_kv_heads, row_tiles, kv.capacity, config.block_n, target)
+    for launch in plan_paged_decode(q, kv, pattern, out, lse, scratch, target, config, num_splits):
         launch.run()
     return AttentionOut(out, lse)

@@ -12,50 +12,18 @@ FlashAttention-2: Dao, 2023.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from hf_kvopt.kernels.checks import check_paged, check_scalars, mask_strides
-from hf_kvopt.kernels.launch import (
-    LOG2E,
-    Config,
-    Launch,
-    Target,
-    cdiv,
-    column_of,
-    dot_dtype,
-    fit_config,
-    next_power_of_two,
-    target_of,
-)
+from hf_kvopt.kernels.configs import paged_prefill_config
+from hf_kvopt.kernels.launch import Config, Launch, Target, cdiv, target_of
+from hf_kvopt.kernels.paged_kv import PagedKV, check_paged, empty_results, paged_args
 from hf_kvopt.kernels.paged_tile import attend_tile, load_query, store_output
+from hf_kvopt.kernels.pattern import Pattern, pattern_args
 from hf_kvopt.kernels.reference import AttentionOut, paged_reference
 from hf_kvopt.kernels.shim import tl, triton
 from hf_kvopt.kernels.tile import add_sink, log_sum, reciprocal
-from hf_kvopt.quant import Format
 
 paged_prefill_reference = paged_reference
-
-# Chosen by compiled registers and shared memory (evals/kernels.py); measured on no card yet.
-# family: (head_dim up to 128, above; the same with quantized storage; float32)
-CONFIGS = {
-    "interpret": (Config(16, 16, 4, 1),) * 5,
-    "sm80": (
-        Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(64, 16, 8, 2), Config(64, 16, 8, 2), Config(16, 16, 4, 1),
-    ),
-    "sm86": (
-        Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(64, 16, 8, 2), Config(64, 16, 8, 2), Config(16, 16, 4, 1),
-    ),
-    "sm90": (
-        Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(128, 32, 8, 2), Config(64, 16, 8, 2), Config(16, 16, 4, 1),
-    ),
-    "sm100": (
-        Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(128, 32, 8, 2), Config(64, 16, 8, 2), Config(16, 16, 4, 1),
-    ),
-    "cdna3": (
-        Config(128, 32, 8, 1), Config(64, 32, 4, 1), Config(64, 32, 4, 1), Config(64, 32, 8, 1), Config(16, 16, 4, 1),
-    ),
-}  # fmt: skip
 
 
 @triton.jit
@@ -179,43 +147,12 @@ def _paged_prefill_kernel(
         if run == 2 or (mask_ptr is None and (run == 1 or HAS_WINDOW or starts_ptr is not None)):
             for tile_start in tl.range(start, end, BLOCK_N):
                 acc_even, acc_odd, m_i, l_i = attend_tile(
-                    q_even,
-                    q_odd,
-                    acc_even,
-                    acc_odd,
-                    m_i,
-                    l_i,
-                    position,
-                    tile_start,
-                    kv_lo,
-                    kv_hi,
-                    table_ptr,
-                    k_ptr,
-                    v_ptr,
-                    k_scale_ptr,
-                    v_scale_ptr,
-                    mask_row_ptrs,
-                    mask_m[:, None],
-                    mask_len,
-                    stride_mask_n,
-                    kv_head,
-                    score_scale,
-                    cap,
-                    window,
-                    NUM_KV_HEADS,
-                    K_DIM // K_PACK,
-                    V_DIM // V_PACK,
-                    K_BLOCK // K_PACK,
-                    V_BLOCK // V_PACK,
-                    BLOCK_SIZE,
-                    BLOCK_N,
-                    IS_CAUSAL,
-                    HAS_WINDOW,
-                    HAS_CAP,
-                    MASK_MIN,
-                    run != 1,
-                    P_DTYPE,
-                )
+                    q_even, q_odd, acc_even, acc_odd, m_i, l_i, position, tile_start, kv_lo, kv_hi, table_ptr,
+                    k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, mask_row_ptrs, mask_m[:, None], mask_len, stride_mask_n,
+                    kv_head, score_scale, cap, window, NUM_KV_HEADS, K_DIM // K_PACK, V_DIM // V_PACK,
+                    K_BLOCK // K_PACK, V_BLOCK // V_PACK, BLOCK_SIZE, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_CAP,
+                    MASK_MIN, run != 1, P_DTYPE,
+                )  # fmt: skip
     if sinks_ptr is not None:
         alpha, m_i, l_i = add_sink(sinks_ptr, head, mask_m, m_i, l_i)
         acc_even *= alpha[:, None]
@@ -227,141 +164,30 @@ def _paged_prefill_kernel(
     tl.store(lse_ptr + (batch * num_heads + head) * q_len + token, log_sum(m_i, l_i), mask=mask_m)
 
 
-def choose_config(
-    head_dim: int,  # the larger of k's and v's
-    dtype: torch.dtype,  # of q
-    formats: tuple[Format, Format],
-    num_rows: int,  # query heads of a group x q_len
-    has_mask: bool,
-    target: Target,
-) -> Config:
-    """Return the configuration of one KV head's work."""
-    return fit_config(CONFIGS[target.family][column_of(head_dim, dtype, formats)], num_rows, has_mask)
-
-
 def plan_paged_prefill(
-    q: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    formats: tuple[Format, Format],
-    target: Target,
-    config: Config,
-    *,
-    scale: float,
-    is_causal: bool = True,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    starts: Tensor | None = None,
-    mask: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
+    q: Tensor, kv: PagedKV, pattern: Pattern, out: Tensor, lse: Tensor, target: Target, config: Config
 ) -> Launch:
     """Write the launch down; see `paged_prefill`."""
-    batch, num_heads, q_len, k_dim = q.shape
-    _, block_size, num_kv_heads, v_width = v_pool.shape
-    group = num_heads // num_kv_heads
-    v_dim = v_width * formats[1].codes_per_byte
-    # Scales of values can be smaller than float16 resolves: probabilities that carry them go to bfloat16.
-    p_dtype = torch.bfloat16 if q.dtype == torch.float16 and formats[1].has_scale else q.dtype
-    args = {
-        "q_ptr": q,
-        "k_ptr": k_pool,
-        "v_ptr": v_pool,
-        "k_scale_ptr": k_scale,
-        "v_scale_ptr": v_scale,
-        "block_table_ptr": block_table,
-        "seq_lens_ptr": seq_lens,
-        "starts_ptr": starts,
-        "mask_ptr": mask,
-        "sinks_ptr": sinks,
-        "out_ptr": out,
-        "lse_ptr": lse,
-        "q_len": q_len,
-        "score_scale": scale * LOG2E if softcap is None else scale / softcap,
-        "cap": 0.0 if softcap is None else softcap * LOG2E,
-        "window": window or 0,
-        "mask_len": 0 if mask is None else mask.shape[3],
-        **dict(zip(("stride_q_b", "stride_q_h", "stride_q_m"), q.stride()[:3], strict=True)),
-        "stride_table_b": block_table.stride(0),
-        **mask_strides(mask),
-        "NUM_KV_HEADS": num_kv_heads,
-        "GROUP": group,
-        "K_DIM": k_dim,
-        "V_DIM": v_dim,
-        "K_BLOCK": next_power_of_two(k_dim),
-        "V_BLOCK": next_power_of_two(v_dim),
-        "K_PACK": formats[0].codes_per_byte,
-        "V_PACK": formats[1].codes_per_byte,
-        "BLOCK_SIZE": block_size,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "IS_CAUSAL": is_causal,
-        "HAS_WINDOW": window is not None,
-        "HAS_CAP": softcap is not None,
-        "MASK_MIN": 0.0 if mask is None or mask.dtype == torch.bool else torch.finfo(mask.dtype).min,
-        "Q_DTYPE": dot_dtype(q.dtype, target),
-        "P_DTYPE": dot_dtype(p_dtype, target),
-    }
-    grid = (cdiv(q_len * group, config.block_m), num_kv_heads, batch)
-    return Launch(_paged_prefill_kernel, grid, args, config.options)
+    args = {**paged_args(q, kv, config, target), **pattern_args(pattern), "out_ptr": out, "lse_ptr": lse}
+    batch, num_heads, q_len, _ = q.shape
+    row_tiles = cdiv(q_len * num_heads // kv.num_kv_heads, config.block_m)
+    return Launch(_paged_prefill_kernel, (row_tiles, kv.num_kv_heads, batch), args, config.options)
 
 
 def paged_prefill(
     q: Tensor,  # [batch, num_heads, q_len, head_dim], last axis contiguous
-    k_pool: Tensor,  # [num_blocks, block_size, num_kv_heads, head_dim or packed]
-    v_pool: Tensor,  # [num_blocks, block_size, num_kv_heads, v_dim or packed]
-    block_table: Tensor,  # [batch, max_blocks] int32
-    seq_lens: Tensor,  # [batch] int32, new tokens included
+    kv: PagedKV,
+    pattern: Pattern,
     *,
-    scale: float,
-    is_causal: bool = True,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,  # [num_heads]
-    starts: Tensor | None = None,  # [batch] int32
-    mask: Tensor | None = None,  # [batch | 1, num_heads | 1, q_len | 1, kv_len] bool or float
-    k_scale: Tensor | None = None,  # [num_blocks, block_size, num_kv_heads]
-    v_scale: Tensor | None = None,
     config: Config | None = None,
 ) -> AttentionOut:
     """Attend to each row's tokens through its table; see the module."""
     target = target_of(q)
-    formats = check_paged(q, k_pool, v_pool, block_table, seq_lens, k_scale, v_scale, sinks, starts, mask, target)
-    check_scalars(scale, window, softcap)
-    batch, num_heads, q_len, k_dim = q.shape
-    v_dim = v_pool.shape[3] * formats[1].codes_per_byte
-    out = q.new_empty((batch, q_len, num_heads, v_dim))
-    lse = q.new_empty((batch, num_heads, q_len), dtype=torch.float32)
-    if not out.numel():
-        return AttentionOut(out, lse)
-    launch = plan_paged_prefill(
-        q,
-        k_pool,
-        v_pool,
-        block_table,
-        seq_lens,
-        out,
-        lse,
-        formats,
-        target,
-        config
-        or choose_config(
-            max(k_dim, v_dim), q.dtype, formats, q_len * num_heads // k_pool.shape[2], mask is not None, target
-        ),
-        scale=scale,
-        is_causal=is_causal,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-        starts=starts,
-        mask=mask,
-        k_scale=k_scale,
-        v_scale=v_scale,
-    )
-    launch.run()
+    check_paged(q, kv, pattern, target)
+    out, lse = empty_results(q, kv.v_dim)
+    if out.numel():
+        num_rows = q.shape[2] * q.shape[1] // kv.num_kv_heads
+        widest = max(q.shape[3], kv.v_dim)
+        config = config or paged_prefill_config(widest, q.dtype, kv.formats, num_rows, pattern.has_mask, target)
+        plan_paged_prefill(q, kv, pattern, out, lse, target, config).run()
     return AttentionOut(out, lse)

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hf_kvopt.kernels.paged_kv import PagedKV
+from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.quant import dequantize, format_of
 
 
@@ -98,29 +100,14 @@ def gather_reference(
     return dense.masked_fill(~inside[:, :, None, None], 0.0).transpose(1, 2)
 
 
-def paged_reference(
-    q: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    *,
-    scale: float,
-    is_causal: bool = True,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    starts: Tensor | None = None,
-    mask: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> AttentionOut:
+def paged_reference(q: Tensor, kv: PagedKV, pattern: Pattern) -> AttentionOut:
     """Gather, dequantize and attend in float32; see `paged_decode` for shapes."""
-    k = gather_reference(k_pool, k_scale, block_table, seq_lens)
-    v = gather_reference(v_pool, v_scale, block_table, seq_lens)
+    scale, is_causal, window, softcap, sinks, starts, mask = pattern
+    k = gather_reference(kv.k_pool, kv.k_scale, kv.block_table, kv.seq_lens)
+    v = gather_reference(kv.v_pool, kv.v_scale, kv.block_table, kv.seq_lens)
     kv_len = k.shape[2]
     if mask is not None and mask.shape[-1] < kv_len:
         # What a mask does not reach is not seen.
         k, v, kv_len = k[:, :, : mask.shape[-1]], v[:, :, : mask.shape[-1]], mask.shape[-1]
-    seen = visible_pairs(q.shape[2], seq_lens, kv_len, is_causal, window, starts)
+    seen = visible_pairs(q.shape[2], kv.seq_lens, kv_len, is_causal, window, starts)
     return attention_reference(q, k, v, seen, scale, softcap, sinks, mask)

@@ -5,9 +5,6 @@
 Rotary embedding is not fused in: attention modules of transformers rotate q and k before they call
 `past_key_values.update`, so that the kernel receives rotated keys, and taking the rotation over would mean
 replacing each model's forward.
-
-Float codes are rounded here by arithmetic (to nearest, ties to even) and only then cast, so that the cast is
-exact: the result does not depend on a device's rounding of fp8.
 """
 
 from __future__ import annotations
@@ -25,7 +22,9 @@ from hf_kvopt.kernels.checks import (
     debug_enabled,
 )
 from hf_kvopt.kernels.launch import Launch, Target, cdiv, next_power_of_two, target_of
+from hf_kvopt.kernels.pattern import strides_of
 from hf_kvopt.kernels.shim import tl, triton
+from hf_kvopt.kernels.store_tile import store_one
 from hf_kvopt.quant import Format, format_of, quantize
 from hf_kvopt.quant.reference import FLOAT16_NUDGE
 
@@ -54,115 +53,6 @@ def store_kv_reference(
         (flat.view(torch.uint8) if as_bytes else flat)[slots] = codes.view(torch.uint8) if as_bytes else codes
         if scale is not None and scales is not None:
             scale.view(-1, scale.shape[2])[slots] = scales
-
-
-@triton.jit
-def _round_even(x):
-    # Adding 1.5 * 2^23 leaves no bit for the fraction: |x| < 2^22 rounds to nearest, ties to even.
-    return (x + 12582912.0) - 12582912.0
-
-
-@triton.jit
-def _round_to_float(x, MANTISSA_BITS: tl.constexpr, MIN_EXPONENT: tl.constexpr):
-    # The same with the magic number of x's own binade, whose exponent is read from the bits of x.
-    exponent = ((x.to(tl.int32, bitcast=True) >> 23) & 255) - 127
-    exponent = tl.maximum(exponent, MIN_EXPONENT) - MANTISSA_BITS + 23 + 127
-    magic = (exponent << 23).to(tl.float32, bitcast=True) * 1.5
-    return (x + magic) - magic
-
-
-@triton.jit
-def _write_scale(raw, taint, scale_ptr, rows, mask_h, NUDGE: tl.constexpr):
-    """Store the scales as they will be read and return (divisor, usable), both [BLOCK_H, 1]."""
-    nudged = raw + tl.where(raw < 0.0, -NUDGE, NUDGE) + taint
-    rounded = nudged.to(scale_ptr.dtype.element_ty).to(tl.float32)
-    # Beyond float16's range the cast gives inf; every reader must see NaN.
-    rounded = tl.where(tl.abs(rounded) == float("inf"), float("nan"), rounded)
-    tl.store(scale_ptr + rows, rounded.to(scale_ptr.dtype.element_ty), mask=mask_h)
-    usable = rounded == rounded
-    divisor = tl.where(usable & (rounded != 0.0), rounded, 1.0)
-    return divisor[:, None], usable[:, None]
-
-
-@triton.jit
-def _store_int4(
-    x_ptrs,  # [BLOCK_H, 1] address of each head's vector
-    pool_ptr,
-    scale_ptr,
-    rows,  # [BLOCK_H] row of the pool seen as [slots * num_kv_heads, dim]
-    mask_h,  # [BLOCK_H]
-    DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    NUDGE: tl.constexpr,
-):
-    # even and odd channels apart: [BLOCK_H, BLOCK_D / 2] each
-    offs_p = tl.arange(0, BLOCK_D // 2)[None, :]
-    mask = mask_h[:, None] & (offs_p < DIM // 2)
-    even = tl.load(x_ptrs + 2 * offs_p, mask=mask, other=0.0).to(tl.float32)
-    odd = tl.load(x_ptrs + 2 * offs_p + 1, mask=mask, other=0.0).to(tl.float32)
-    high = tl.maximum(tl.max(even, 1), tl.max(odd, 1))
-    low = tl.minimum(tl.min(even, 1), tl.min(odd, 1))
-    # x - x is 0 for finite channels and NaN otherwise; max and min alone may skip a NaN.
-    taint = tl.sum(even - even, 1) + tl.sum(odd - odd, 1)
-    raw = tl.div_rn(tl.where(high > -low, high, low), -8.0)
-    divisor, usable = _write_scale(raw, taint, scale_ptr, rows, mask_h, NUDGE)
-    even = tl.where(usable, tl.clamp(_round_even(tl.div_rn(even, divisor)), -8.0, 7.0), 0.0) + 8.0
-    odd = tl.where(usable, tl.clamp(_round_even(tl.div_rn(odd, divisor)), -8.0, 7.0), 0.0) + 8.0
-    packed = even.to(tl.int32) | (odd.to(tl.int32) << 4)
-    tl.store(pool_ptr + rows[:, None] * (DIM // 2) + offs_p, packed.to(tl.uint8), mask=mask)
-
-
-@triton.jit
-def _store_bytes(
-    x_ptrs,  # [BLOCK_H, 1]
-    pool_ptr,
-    scale_ptr,
-    rows,  # [BLOCK_H]
-    mask_h,  # [BLOCK_H]
-    DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    NUDGE: tl.constexpr,
-    QMAX: tl.constexpr,
-    MANTISSA_BITS: tl.constexpr,
-    MIN_EXPONENT: tl.constexpr,
-):
-    # [BLOCK_H, BLOCK_D]
-    offs_d = tl.arange(0, BLOCK_D)[None, :]
-    mask = mask_h[:, None] & (offs_d < DIM)
-    x = tl.load(x_ptrs + offs_d, mask=mask, other=0.0).to(tl.float32)
-    raw = tl.div_rn(tl.max(tl.abs(x), 1), QMAX)
-    divisor, usable = _write_scale(raw, tl.sum(x - x, 1), scale_ptr, rows, mask_h, NUDGE)
-    steps = tl.where(usable, tl.clamp(tl.div_rn(x, divisor), -QMAX, QMAX), 0.0)
-    if MANTISSA_BITS == 0:
-        codes = _round_even(steps).to(tl.int32).to(tl.int8)
-    else:
-        codes = _round_to_float(steps, MANTISSA_BITS, MIN_EXPONENT).to(pool_ptr.dtype.element_ty)
-    tl.store(pool_ptr + rows[:, None] * DIM + offs_d, codes, mask=mask)
-
-
-@triton.jit
-def _store_one(
-    x_ptrs,
-    pool_ptr,
-    scale_ptr,
-    rows,
-    mask_h,
-    DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    NUDGE: tl.constexpr,
-    QMAX: tl.constexpr,
-    MANTISSA_BITS: tl.constexpr,
-    MIN_EXPONENT: tl.constexpr,
-):
-    """Write one token's heads in the format that the pool's element type stands for."""
-    if scale_ptr is None:
-        offs_d = tl.arange(0, BLOCK_D)[None, :]
-        mask = mask_h[:, None] & (offs_d < DIM)
-        tl.store(pool_ptr + rows[:, None] * DIM + offs_d, tl.load(x_ptrs + offs_d, mask=mask), mask=mask)
-    elif pool_ptr.dtype.element_ty == tl.uint8:
-        _store_int4(x_ptrs, pool_ptr, scale_ptr, rows, mask_h, DIM, BLOCK_D, NUDGE)
-    else:
-        _store_bytes(x_ptrs, pool_ptr, scale_ptr, rows, mask_h, DIM, BLOCK_D, NUDGE, QMAX, MANTISSA_BITS, MIN_EXPONENT)
 
 
 @triton.jit
@@ -207,7 +97,7 @@ def _store_kv_kernel(
         rows = slot * NUM_KV_HEADS + offs_h
         k_ptrs = (k_ptr + batch * stride_k_b + token * stride_k_m + offs_h * stride_k_h)[:, None]
         v_ptrs = (v_ptr + batch * stride_v_b + token * stride_v_m + offs_h * stride_v_h)[:, None]
-        _store_one(
+        store_one(
             k_ptrs,
             k_pool_ptr,
             k_scale_ptr,
@@ -220,7 +110,7 @@ def _store_kv_kernel(
             K_MANTISSA_BITS,
             K_MIN_EXPONENT,
         )
-        _store_one(
+        store_one(
             v_ptrs,
             v_pool_ptr,
             v_scale_ptr,
@@ -259,8 +149,8 @@ def plan_store_kv(
         "v_scale_ptr": v_scale,
         "slot_mapping_ptr": slot_mapping,
         "q_len": q_len,
-        **dict(zip(("stride_k_b", "stride_k_h", "stride_k_m"), k.stride()[:3], strict=True)),
-        **dict(zip(("stride_v_b", "stride_v_h", "stride_v_m"), v.stride()[:3], strict=True)),
+        **strides_of("k", k, "bhm"),
+        **strides_of("v", v, "bhm"),
         "NUM_KV_HEADS": num_kv_heads,
         "K_DIM": k_dim,
         "V_DIM": v.shape[3],

@@ -12,8 +12,9 @@ holders (PagedAttention, arXiv:2309.06180).
 import threading
 import weakref
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 from hf_kvopt.errors import KVOptError, OutOfBlocks
 from hf_kvopt.pool.slots import is_one_run
@@ -58,15 +59,27 @@ class BlockAllocator:
     Args:
         max_blocks: hard cap, or None to grow as needed.
         extent: the least number of blocks added by one growth.
+        stays_put: blocks keep their numbers for life, so that holders in several threads may read while one grows.
+        on_shortage: told how many blocks are missing before the pools grow; it may release some (evict) instead.
+        lock: one for all allocators that change together.
     """
 
-    def __init__(self, max_blocks: int | None = None, extent: int = 16) -> None:
+    def __init__(
+        self,
+        max_blocks: int | None = None,
+        extent: int = 16,
+        *,
+        stays_put: bool = False,
+        on_shortage: Callable[["BlockAllocator", int], None] | None = None,
+        lock: AbstractContextManager[Any] | None = None,
+    ) -> None:
         self.max_blocks = max_blocks
         self.extent = extent
         self.refcounts: list[int] = []
         self.pools: list[BlockPool] = []
         self.holders: weakref.WeakSet[BlockHolder] = weakref.WeakSet()
-        self.lock = threading.RLock()
+        self.stays_put, self.on_shortage = stays_put, on_shortage
+        self.lock = lock if lock is not None else threading.RLock()
         self._run_ends: dict[int, int] = {}  # start of a maximal free run -> one past its end
         self._run_starts: dict[int, int] = {}  # the same runs, by their end
         self.num_free = 0
@@ -114,6 +127,22 @@ class BlockAllocator:
             first = start + pitch * (shares - len(sizes))
             return [self._take(first + i * pitch, first + i * pitch + size) for i, size in enumerate(sizes)]
 
+    def allocate_behind(self, rows: Sequence[Sequence[int]], sizes: Sequence[int]) -> list[list[int]]:
+        """Take `sizes[i]` blocks for row i: right behind its last one where they are free, else apart with room to grow."""
+        with self.lock:
+            self.require_free(sum(sizes))
+            pieces: list[list[int]] = [[] for _ in sizes]
+            apart = []
+            for i, (row, size) in enumerate(zip(rows, sizes, strict=True)):
+                if row and size and (len(sizes) == 1 or self.can_extend(row[-1], size)):
+                    pieces[i] = self.allocate(size, after=row[-1])
+                elif size:
+                    apart.append(i)
+            if apart:
+                for i, piece in zip(apart, self.spread([sizes[i] for i in apart]), strict=True):
+                    pieces[i] = piece
+            return pieces
+
     def can_extend(self, last: int, num_blocks: int) -> bool:
         """Whether the `num_blocks` blocks right behind block `last` are free."""
         return self._run_ends.get(last + 1, last + 1) - (last + 1) >= num_blocks
@@ -131,6 +160,8 @@ class BlockAllocator:
         """Grow until `num_blocks` blocks are free; raise OutOfBlocks, unchanged, where the cap forbids it."""
         with self.lock:
             self.reclaim()
+            if num_blocks > self.num_free and self.on_shortage is not None:
+                self.on_shortage(self, num_blocks - self.num_free)
             missing = num_blocks - self.num_free
             if missing <= 0:
                 return
@@ -143,13 +174,26 @@ class BlockAllocator:
             needed = self.num_blocks + missing
             self.relayout(needed + max(self.extent, needed // 4))
 
+    def extend(self, num_blocks: int) -> None:
+        """Grow to `num_blocks` blocks (at most the cap), each held block staying where it is."""
+        with self.lock:
+            if self.max_blocks is not None:
+                num_blocks = min(num_blocks, self.max_blocks)
+            held = [block for block, count in enumerate(self.refcounts) if count]
+            for pool in self.pools:
+                pool.resize(num_blocks, held, held)
+            new = range(self.num_blocks, num_blocks)
+            self.refcounts += [0] * len(new)
+            for block in new:
+                self._give(block)
+
     def make_room(self, rows: Sequence[list[int]], wanted: Sequence[int]) -> None:
         """Lay the pools out anew where a row in one piece could not stay so: one copy now, a view at each step after.
 
         Only rows that nobody shares are worth it, and only where the cap leaves enough to pay for the copy.
         """
         with self.lock:
-            if not any(n and row and not self.can_extend(row[-1], n) and self._is_movable(row)
+            if self.stays_put or not any(n and row and not self.can_extend(row[-1], n) and self._is_movable(row)
                        for row, n in zip(rows, wanted, strict=True)):  # fmt: skip
                 return
             held = self.num_blocks - self.num_free
@@ -168,6 +212,9 @@ class BlockAllocator:
         A block is copied once, to the place that the first row holding it gives it. Costs one copy of the cache, a
         layer at a time, and is amortised by growing in proportion.
         """
+        if self.stays_put:
+            self.extend(num_blocks)
+            return
         with self.lock:
             if self.max_blocks is not None:
                 num_blocks = min(num_blocks, self.max_blocks)

@@ -40,6 +40,7 @@ class BlockTable:
         self.clock = 0
         self.base = 0
         self.record_past = False
+        self.keeps_all = False  # a window hides what is behind it, but frees nothing: others may share it
         self.keep_contiguous = True
         # What was held before a step that replaced all of it: layers still read it, a failed forward goes back to it.
         self.retired: BlockTable | None = None
@@ -100,9 +101,13 @@ class BlockTable:
         self.clock = clock
         self._lengths_changed()
 
+    @property
+    def _drops_past(self) -> bool:
+        return not (self.record_past or self.keeps_all)
+
     def replaces_window(self, num_tokens: int) -> bool:
         """Whether a step of `num_tokens` leaves nothing of what is held now, so that it starts on new blocks."""
-        return self.window is not None and not self.record_past and num_tokens >= self.window
+        return self._drops_past and self.window is not None and num_tokens >= self.window
 
     def visible_start(self, clock: int) -> int:
         """First column that queries from column `clock` on are given: the mask's kv offset.
@@ -184,7 +189,7 @@ class BlockTable:
         self._drop_retired()
         self._cut(lags, clock)
         self.lags, self.clock = list(lags), clock
-        if self.window is not None:
+        if self.window is not None and not self.keeps_all:
             self._drop_front(clock - max(lags) - self.window + 1)
         self._rows_changed()
 
@@ -211,7 +216,7 @@ class BlockTable:
         """A second table over the same blocks; whoever writes first copies the block that is written."""
         self._drop_retired()
         child = BlockTable(self.allocator, self.block_size, self.window)
-        for name in ("clock", "base", "record_past", "keep_contiguous"):
+        for name in ("clock", "base", "record_past", "keeps_all", "keep_contiguous"):
             setattr(child, name, getattr(self, name))
         child.rows[:] = [list(row) for row in self.rows]
         child.lags = list(self.lags)
@@ -278,7 +283,7 @@ class BlockTable:
         """Fresh rows up to column `clock`, less what a window drops at once; what was held is retired."""
         # Not rounded down to a block: where a step replaces what was held, the slots before it would never be written,
         # and a crop could bring them into sight.
-        base = 0 if self.window is None or self.record_past else max(0, clock - max(lags) - self.window + 1)
+        base = max(0, clock - max(lags) - self.window + 1) if self._drops_past and self.window is not None else 0
         sizes = [self._blocks_for(clock - lag - base) for lag in lags]
         self.allocator.ensure_free(sum(sizes))
         if self.rows:
@@ -290,8 +295,8 @@ class BlockTable:
         self._rows_changed()
 
     def _extend_rows(self, clock: int) -> None:
-        if not self.record_past:
-            self._drop_front(self.clock - max(self.lags) - self.window + 1 if self.window is not None else 0)
+        if self._drops_past and self.window is not None:
+            self._drop_front(self.clock - max(self.lags) - self.window + 1)
         wanted = [
             self._blocks_for(clock - lag - self.base) - len(row) for lag, row in zip(self.lags, self.rows, strict=True)
         ]
@@ -300,10 +305,19 @@ class BlockTable:
             self.allocator.ensure_free(sum(wanted) + len(copied))
             if self.keep_contiguous:
                 self.allocator.make_room(self.rows, wanted)
-            self._copy_on_write(copied)
-            for row, num_blocks in zip(self.rows, wanted, strict=True):
-                row += self.allocator.allocate(num_blocks, after=row[-1] if row else None)
+            self._append_blocks([size + (i in copied) for i, size in enumerate(wanted)], copied)
             self._rows_changed()
+
+    def _append_blocks(self, sizes: Sequence[int], copied: Sequence[int]) -> None:
+        """Lengthen row i by `sizes[i]` blocks, of which the first takes the place of its last one where it is copied."""
+        kept = [row[:-1] if i in copied else row for i, row in enumerate(self.rows)]
+        pieces = self.allocator.allocate_behind(kept, sizes)
+        src, dst = [self.rows[i][-1] for i in copied], [pieces[i][0] for i in copied]
+        if copied:
+            for pool in self.allocator.pools:
+                pool.copy_blocks(src, dst)
+        self.rows[:] = [row + piece for row, piece in zip(kept, pieces, strict=True)]
+        self.allocator.release(src)
 
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-max(0, num_tokens) // self.block_size)
@@ -320,20 +334,6 @@ class BlockTable:
                     left[last] -= 1
                     copied.append(i)
         return copied
-
-    def _copy_on_write(self, copied: list[int]) -> None:
-        if not copied:
-            return
-        src, dst = [], []
-        for i in copied:
-            row = self.rows[i]
-            before = row[-2] if len(row) > 1 else None
-            src.append(row[-1])
-            dst += self.allocator.allocate(1, after=before)
-            row[-1] = dst[-1]
-        for pool in self.allocator.pools:
-            pool.copy_blocks(src, dst)
-        self.allocator.release(src)
 
     def _cut(self, lags: Sequence[int], clock: int) -> None:
         for row, lag in zip(self.rows, lags, strict=True):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.pool.lazy import LazyTensor
+from hf_kvopt.quant import Quantized, dequantize, get_format
 
 if TYPE_CHECKING:
     from hf_kvopt.pool.block_table import BlockTable
@@ -43,7 +44,8 @@ class KVHandle(LazyTensor):
         table: the rows, for the dense view (eager mode).
         skip: tokens held that lie before the first one handed out (they are behind a window).
         states: the very tensor that this handle stands for, where it is still at hand (a first prefill), or where the
-            table never held all of it (a step longer than the window; `skip` is then negative).
+            table never held all of it (a step longer than the window; `skip` is then negative). Beside quantized
+            storage only where it is read instead.
     """
 
     codes: Tensor
@@ -126,13 +128,20 @@ class KVHandle(LazyTensor):
     def view_dense(self) -> Tensor:
         """[batch, num_kv_heads, kv_len, head_dim]: a view of the pool where rows lie evenly in it, else a copy."""
         self.check_valid()
-        if self.states is not None and self.skip < 0:
-            return self.states  # a window has let go of the first of these tokens already
+        # A window has let go of the first of these tokens already, or they are wanted as they came.
+        if self.states is not None and (self.skip < 0 or self.scale is not None):
+            return self.states
+        return dequantize(*self.view_codes(), get_format(self.spec.format), self.spec.dtype)
+
+    def view_codes(self) -> Quantized:
+        """Codes [batch, num_kv_heads, kv_len, width] and scales [batch, num_kv_heads, kv_len] where there are any."""
+        self.check_valid()
         if self.plane is not None and self.table is not None:
-            return self.plane.read(self.table, self.spec.shape[2], self.skip)
+            return self.plane.read_codes(self.table, self.spec.shape[2], self.skip)
         # Fixed capacity: row r owns the r-th equal share of the pool, so that lengths may change under a CUDA graph.
-        batch, num_heads, kv_len, dim = self.spec.shape
-        return self.codes.view(batch, -1, num_heads, dim)[:, :kv_len].transpose(1, 2)
+        batch, _, kv_len, _ = self.spec.shape
+        scale = None if self.scale is None else row_views(self.scale, batch)[:, :, :kv_len]
+        return Quantized(row_views(self.codes, batch)[:, :, :kv_len], scale)
 
     def dense(self) -> Tensor:
         return self.view_dense().contiguous()
@@ -171,6 +180,11 @@ class KVHandle(LazyTensor):
     def __tensor_unflatten__(inner: dict[str, Tensor], spec: HandleSpec, *_: Any) -> "KVHandle":
         parts = (inner.get(n) for n in ("codes", "scale", "_block_table", "_seq_lens"))
         return KVHandle(*parts, spec)  # type: ignore[arg-type, call-arg]
+
+
+def row_views(x: Tensor, batch: int) -> Tensor:
+    """[batch, num_kv_heads, row capacity, ...] view of x [num_blocks, block_size, num_kv_heads, ...], rows in order."""
+    return x.view(batch, -1, *x.shape[2:]).transpose(1, 2)
 
 
 @cache

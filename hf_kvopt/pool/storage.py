@@ -4,18 +4,20 @@
     scale  [num_blocks, block_size, num_kv_heads]            one a token and head, absent for the native format
 
 A token is written once, alone, with its own scale, so a row never depends on its neighbours and a block that is
-copied or shared carries everything with it.
+copied or shared carries everything with it. What is read is codes * scale, the same at every later read.
 """
 
 import weakref
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_kvopt.kernels.dispatch import runs_kernel, store_kv
+from hf_kvopt.kernels.dispatch import require_format, require_format_somewhere, runs_kernel, store_kv
 from hf_kvopt.pool.block_table import BlockTable
 from hf_kvopt.pool.handle import HandleSpec, KVHandle
+from hf_kvopt.quant import NATIVE, NATIVE_KV, SCALE_DTYPE, Format, KVFormat, Quantized, dequantize, quantize
 
 
 class Plane:
@@ -25,21 +27,33 @@ class Plane:
         states: a tensor [batch, num_kv_heads, any, head_dim] as the model makes them: gives shape, dtype and device.
         block_size: tokens a block.
         num_blocks: blocks to hold memory for.
+        fmt: how they are stored.
+
+    Raises:
+        ValueError: the format cannot pack this head_dim.
+        UnsupportedDevice: the device has no such format.
     """
 
-    def __init__(self, states: Tensor, block_size: int, num_blocks: int) -> None:
+    def __init__(self, states: Tensor, block_size: int, num_blocks: int, fmt: Format = NATIVE) -> None:
+        require_format(fmt, states)
         self.num_heads, self.dim = states.shape[1], states.shape[-1]
         self.dtype, self.home = states.dtype, states.device
-        self.block_size = block_size
+        self.block_size, self.format = block_size, fmt
         self.num_fallbacks = 0
         self.is_first = False  # the first layer that made a pool: the one at which a whole forward is checked
         self.slides: bool | None = None  # whether transformers' own cache would slide here; not known at first
         self.owner: weakref.ref[object] | None = None  # the attention module that filled it
-        self.scale: Tensor | None = None
-        self.codes = self._blocks(num_blocks)
+        self.codes, self.scale = self._blocks(num_blocks, states.device)
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "owner": None}
+        state = {**self.__dict__, "owner": None}
+        if self.codes.dtype.is_floating_point and self.codes.itemsize == 1:
+            state["codes"] = self.codes.view(torch.uint8)  # torch 2.13 pickles float8 tensors, but cannot read them
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.codes = self.codes.view(self.format.code_dtype or self.dtype)
 
     @property
     def num_blocks(self) -> int:
@@ -47,20 +61,40 @@ class Plane:
         return self.codes.shape[0]
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """All that holds memory: the codes and, where there are any, the scales."""
+        return [self.codes] if self.scale is None else [self.codes, self.scale]
+
+    @property
     def num_bytes(self) -> int:
-        """Bytes held, free blocks included."""
-        return self.codes.untyped_storage().nbytes()
+        """Bytes held, free blocks and scales included."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors)
 
     def matches(self, states: Tensor) -> bool:
         """Whether `states` come from a layer of the same geometry."""
         return (states.shape[1], states.shape[-1], states.dtype) == (self.num_heads, self.dim, self.dtype)
 
+    def no_tokens(self, batch: int) -> Tensor:
+        """[batch, num_kv_heads, 0, head_dim]: states such as this plane holds, but none."""
+        return torch.empty(batch, self.num_heads, 0, self.dim, dtype=self.dtype, device=self.home)
+
+    def encode(self, states: Tensor) -> Quantized:
+        """States [..., head_dim] as they are stored, each vector alone."""
+        return quantize(states, self.format, SCALE_DTYPE)
+
+    def as_stored(self, states: Tensor) -> Tensor:
+        """States [..., head_dim] as they will be read back."""
+        return dequantize(*self.encode(states), self.format, self.dtype) if self.format.has_scale else states
+
     def write(self, states: Tensor, table: BlockTable, start: int, stop: int) -> None:
         """Store states [batch, num_kv_heads, stop - start, head_dim] at the columns `start` to `stop`."""
         span = table.span()
         if span is not None:
-            first, pitch = span
-            self._strided(first + start - table.base, pitch, table.batch_size, stop - start).copy_(states)
+            codes, scale = self.encode(states)
+            slot, rows = span[0] + start - table.base, (span[1], table.batch_size, stop - start)
+            _strided(self.codes, slot, *rows).copy_(codes)
+            if self.scale is not None and scale is not None:
+                _strided(self.scale, slot, *rows).copy_(scale)
             return
         slots = table.slots(start, stop, states.device)
         if start >= max(table.lags):
@@ -72,43 +106,55 @@ class Plane:
 
     def store(self, states: Tensor, slots: Tensor) -> None:
         """Store states [batch, num_kv_heads, tokens, head_dim] at `slots` [batch * tokens]."""
-        tokens = states.transpose(1, 2).reshape(-1, self.num_heads, self.dim)
-        self.codes.view(-1, self.num_heads, self.dim).index_put_((slots,), tokens)
+        codes, scale = self.encode(states.transpose(1, 2).flatten(0, 1))
+        flat = self.codes.view(-1, self.num_heads, codes.shape[-1])
+        # index_put knows no float8: its bytes are written.
+        as_bytes = torch.uint8 if codes.element_size() == 1 else codes.dtype
+        flat.view(as_bytes).index_put_((slots,), codes.view(as_bytes))
+        if self.scale is not None and scale is not None:
+            self.scale.view(-1, self.num_heads).index_put_((slots,), scale)
 
     def read(self, table: BlockTable, kv_len: int, skip: int = 0) -> Tensor:
         """[batch, num_kv_heads, kv_len, head_dim], from the column `skip` behind the table's base on.
 
-        A view where rows lie evenly in the pool, else a copy; a column without a token reads as some other, finite one.
+        A view of native storage where rows lie evenly in the pool, else a copy; a column without a token reads as some
+        other, finite one.
         """
+        return dequantize(*self.read_codes(table, kv_len, skip), self.format, self.dtype)
+
+    def read_codes(self, table: BlockTable, kv_len: int, skip: int = 0) -> Quantized:
+        """The same as codes [batch, num_kv_heads, kv_len, width] and scales [batch, num_kv_heads, kv_len]."""
         span = table.span()
         if span is not None:
-            return self._strided(span[0] + skip, span[1], table.batch_size, kv_len)
-        slots = table.gather_slots(skip, kv_len, self.codes.device)
-        heads_first = self.codes.permute(2, 0, 1, 3)
-        if heads_first.is_contiguous():
-            picked = heads_first.flatten(1, 2).index_select(1, slots.reshape(-1))
-            return picked.view(self.num_heads, *slots.shape, self.dim).transpose(0, 1)
-        return self.codes.flatten(0, 1)[slots].transpose(1, 2)
+            parts = [_strided(x, span[0] + skip, span[1], table.batch_size, kv_len) for x in self.tensors]
+        else:
+            slots = table.gather_slots(skip, kv_len, self.codes.device)
+            parts = [_picked(x, slots) for x in self.tensors]
+        return Quantized(parts[0], parts[1] if self.format.has_scale else None)
 
     def handle(
         self, table: BlockTable, kv_len: int, skip: int, is_fresh: bool, states: Tensor | None = None
     ) -> KVHandle:
         """`kv_len` tokens of every row, `skip` tokens in, by reference."""
         shape = (table.batch_size, self.num_heads, kv_len, self.dim)
-        spec = HandleSpec(shape, self.dtype, "native")
+        spec = HandleSpec(shape, self.dtype, self.format.name)
         return KVHandle(self.codes, self.scale, None, None, spec, self, table, skip, is_fresh, states)
 
     def resize(self, num_blocks: int, src: list[int], dst: list[int]) -> None:
         """Move to `num_blocks` blocks, block `src[i]` becoming `dst[i]`; the rest is zero."""
-        old, self.codes = self.codes, self._blocks(num_blocks, self.codes.device)
-        for first, length in _runs(src, dst):
-            a, b = src[first], dst[first]
-            self.codes[b : b + length].copy_(old[a : a + length])
+        codes, scale = self._blocks(num_blocks, self.codes.device)
+        for before, after in zip(self.tensors, [codes] if scale is None else [codes, scale], strict=True):
+            for first, length in _runs(src, dst):
+                a, b = src[first], dst[first]
+                after[b : b + length].copy_(before[a : a + length])
+        # Only now: another thread may be reading.
+        self.codes, self.scale = codes, scale
 
     def copy_blocks(self, src: list[int], dst: list[int]) -> None:
-        """Copy block `src[i]` to `dst[i]`."""
-        for a, b in zip(src, dst, strict=True):
-            self.codes[b].copy_(self.codes[a])
+        """Copy block `src[i]` to `dst[i]`, scales included."""
+        for tensor in self.tensors:
+            for a, b in zip(src, dst, strict=True):
+                tensor[b].copy_(tensor[a])
 
     def move_slots(self, src: Tensor, dst: Tensor) -> None:
         """Copy the tokens in slots `src` [n] to slots `dst`."""
@@ -121,33 +167,52 @@ class Plane:
     def to(self, device: torch.device) -> None:
         """Move the bytes, in place of the object."""
         self.codes = self.codes.to(device, non_blocking=True)
+        if self.scale is not None:
+            self.scale = self.scale.to(device, non_blocking=True)
 
-    def _strided(self, first: int, pitch: int, batch: int, length: int) -> Tensor:
-        """[batch, num_kv_heads, length, dim] view: row r starts at slot first + r * pitch."""
-        _, slot, head, _ = self.codes.stride()
-        shape = (batch, self.num_heads, length, self.dim)
-        return self.codes.as_strided(shape, (pitch * slot, head, slot, 1), first * slot)
+    def _blocks(self, num_blocks: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Zeros for codes and scales."""
+        width = self.format.packed_dim(self.dim)
+        codes = self._zeros(num_blocks, (width,), self.format.code_dtype or self.dtype, device)
+        return codes, self._zeros(num_blocks, (), SCALE_DTYPE, device) if self.format.has_scale else None
 
-    def _blocks(self, num_blocks: int, device: torch.device | None = None) -> Tensor:
-        device = device or self.home
-        like = torch.empty(0, device=device)
+    def _zeros(self, num_blocks: int, tail: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """[num_blocks, block_size, num_kv_heads, *tail]."""
         # A tensor made in inference mode could not be written outside of it. Zeros, because a masked slot is still
         # multiplied by its zero probability, and zero times an old NaN is NaN.
         with torch.inference_mode(False):
-            if runs_kernel(like):
-                shape = (num_blocks, self.block_size, self.num_heads, self.dim)
-                return torch.zeros(shape, dtype=self.dtype, device=device)
+            if runs_kernel(torch.empty(0, device=device)):
+                return torch.zeros((num_blocks, self.block_size, self.num_heads, *tail), dtype=dtype, device=device)
             # The same layout with the heads outermost in memory: a core then streams one head's keys without gaps
             # (0.75x time at 8 KV heads of 128, where tokens would lie 4 KiB apart and share their L1 sets).
-            shape = (self.num_heads, num_blocks, self.block_size, self.dim)
-            return torch.zeros(shape, dtype=self.dtype, device=device).permute(1, 2, 0, 3)
+            shape = (self.num_heads, num_blocks, self.block_size, *tail)
+            return torch.zeros(shape, dtype=dtype, device=device).movedim(0, 2)
 
 
 class KVPool:
-    """Keys and values of one layer; follows the allocator's block numbers."""
+    """Keys and values of one layer; follows the allocator's block numbers.
 
-    def __init__(self, key_states: Tensor, value_states: Tensor, block_size: int, num_blocks: int) -> None:
-        self.keys, self.values = (Plane(states, block_size, num_blocks) for states in (key_states, value_states))
+    Args:
+        key_states: [batch, num_kv_heads, any, head_dim]: gives shape, dtype and device.
+        value_states: the same for values.
+        block_size: tokens a block.
+        num_blocks: of the allocator that this pool follows.
+        format: how keys and values are stored.
+
+    Raises:
+        ValueError, UnsupportedDevice: see `Plane`.
+    """
+
+    def __init__(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        block_size: int,
+        num_blocks: int,
+        format: KVFormat = NATIVE_KV,
+    ) -> None:
+        self.keys = Plane(key_states, block_size, num_blocks, format.k)
+        self.values = Plane(value_states, block_size, num_blocks, format.v)
 
     @property
     def planes(self) -> tuple[Plane, Plane]:
@@ -197,6 +262,29 @@ class KVPool:
         """See `Plane.to`."""
         for plane in self.planes:
             plane.to(device)
+
+
+def require_readable(format: KVFormat) -> None:
+    """Raise UnsupportedDevice where there are CUDA cards of which none can read the format."""
+    for fmt in (format.k, format.v):
+        require_format_somewhere(fmt)
+
+
+def _strided(x: Tensor, first: int, pitch: int, batch: int, length: int) -> Tensor:
+    """[batch, num_kv_heads, length, ...] view of x [num_blocks, block_size, num_kv_heads, ...]: row r from slot
+    first + r * pitch on."""
+    _, slot, head, *tail = x.stride()
+    shape = (batch, x.shape[2], length, *x.shape[3:])
+    return x.as_strided(shape, (pitch * slot, head, slot, *tail), first * slot)
+
+
+def _picked(x: Tensor, slots: Tensor) -> Tensor:
+    """[batch, num_kv_heads, kv_len, ...] of x [num_blocks, block_size, num_kv_heads, ...] at slots [batch, kv_len]."""
+    heads_first = x.movedim(2, 0)
+    if not heads_first.is_contiguous():
+        return x.flatten(0, 1)[slots].transpose(1, 2)
+    picked = heads_first.flatten(1, 2).index_select(1, slots.reshape(-1))
+    return picked.unflatten(1, tuple(slots.shape)).transpose(0, 1)
 
 
 def _runs(src: list[int], dst: list[int]) -> list[tuple[int, int]]:

@@ -74,6 +74,50 @@ INT4 = Format(name="int4", bits=4, code_dtype=torch.uint8, qmax=8.0, codes_per_b
 FORMATS: dict[str, Format] = {f.name: f for f in (NATIVE, INT8, FP8_E4M3, FP8_E5M2, INT4)}
 
 
+# float16: the loss is that of float32 scales to four digits, and int8 at head_dim 64 stays below 0.53 of bfloat16.
+SCALE_DTYPE = torch.float16
+
+
+@dataclass(frozen=True)
+class KVFormat:
+    """How the keys and the values of a layer are stored; the two may differ."""
+
+    k: Format
+    v: Format
+
+    @property
+    def name(self) -> str:
+        """As a user writes it: one name, or key/value."""
+        for name, known in KV_FORMATS.items():
+            if known == self:
+                return name
+        return f"{self.k.name}/{self.v.name}"
+
+    @property
+    def is_native(self) -> bool:
+        """Whether both are stored as the model computes them."""
+        return not (self.k.has_scale or self.v.has_scale)
+
+
+KV_FORMATS: dict[str, KVFormat] = {name: KVFormat(fmt, fmt) for name, fmt in FORMATS.items()}
+# Keys need the bits: an error in a score is exponentiated, one in a value is averaged.
+KV_FORMATS["k8v4"] = KVFormat(INT8, INT4)
+NATIVE_KV = KV_FORMATS["native"]
+
+
+def get_kv_format(name: str) -> KVFormat:
+    """Return the pair called `name`, or "key/value" such as "fp8_e4m3/int4"; raises ValueError listing the known."""
+    if isinstance(name, str) and name in KV_FORMATS:
+        return KV_FORMATS[name]
+    parts = name.split("/") if isinstance(name, str) else []
+    if len(parts) == 2 and all(part in FORMATS for part in parts):
+        return KVFormat(FORMATS[parts[0]], FORMATS[parts[1]])
+    raise ValueError(
+        f"format must be one of {', '.join(KV_FORMATS)}, or a pair for keys and values such as 'int8/int4': "
+        f"got {name!r}"
+    )
+
+
 def get_format(name: str) -> Format:
     """Return the format called `name`; raises ValueError that lists the known ones."""
     if name not in FORMATS:

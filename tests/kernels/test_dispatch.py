@@ -12,6 +12,8 @@ from hf_kvopt.errors import KVOptError, UnsupportedDevice
 from hf_kvopt.kernels import dispatch
 from hf_kvopt.kernels.checks import check_format_runs
 from hf_kvopt.kernels.launch import Target, family_of
+from hf_kvopt.kernels.paged_kv import PagedKV
+from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.kernels.reference import attention_reference, visible_pairs
 from hf_kvopt.quant import FORMATS, get_format
 
@@ -31,9 +33,9 @@ def make_pools(name, dtype=torch.float32, num_blocks=6, num_kv_heads=2, dim=32):
 def step(q, k, v, k_pool, v_pool, k_scale, v_scale, block_table, seq_lens, slots):
     """What a layer does at each step."""
     dispatch.store_kv(k, v, k_pool, v_pool, slots, k_scale, v_scale)
-    pattern = {"scale": 0.2, "k_scale": k_scale, "v_scale": v_scale}
-    decoded = dispatch.paged_decode(q, k_pool, v_pool, block_table, seq_lens, **pattern)
-    prefilled = dispatch.paged_prefill(q, k_pool, v_pool, block_table, seq_lens, return_lse=True, **pattern)
+    kv = PagedKV(k_pool, v_pool, block_table, seq_lens, k_scale, v_scale)
+    decoded = dispatch.paged_decode(q, kv, Pattern(0.2))
+    prefilled = dispatch.paged_prefill(q, kv, Pattern(0.2), return_lse=True)
     return decoded.out, prefilled.out, prefilled.lse
 
 
@@ -56,7 +58,7 @@ def test_stored_tokens_are_attended_to():
     assert torch.allclose(decoded, expected.out, atol=1e-6)
     assert torch.equal(decoded, prefilled)
     assert torch.allclose(lse, expected.lse, atol=1e-6)
-    dense = dispatch.flash_prefill(q, k, v, scale=0.2)
+    dense = dispatch.flash_prefill(q, k, v, Pattern(0.2))
     assert torch.allclose(dense.out, expected.out, atol=1e-6)
     assert dense.lse is None
 
@@ -79,9 +81,10 @@ def test_schemas_and_fakes_agree_with_the_ops():
     q, k, v, k_pool, v_pool, k_scale, v_scale, table, lens, slots = step_arguments("int8")
     ops = torch.ops.hf_kvopt
     torch.library.opcheck(ops.store_kv.default, (k, v, k_pool, v_pool, slots, k_scale, v_scale))
-    scales = {"k_scale": k_scale, "v_scale": v_scale}
+    kv = PagedKV(k_pool, v_pool, table, lens, k_scale, v_scale)
     for op in (ops.paged_decode.default, ops.paged_prefill.default):
-        torch.library.opcheck(op, (q, k_pool, v_pool, table, lens, 0.2), {"window": 5, **scales})
+        torch.library.opcheck(op, (q, *kv, 0.2), {"window": 5})
+        torch.library.opcheck(op, (q, *kv, *Pattern(0.2, starts=torch.zeros(2, dtype=torch.int32))))
     torch.library.opcheck(ops.flash_prefill.default, (q, k, v, 0.2), {"sinks": torch.randn(4)})
     torch.library.opcheck(ops.merge_state.default, (torch.randn(3, 1, 2, 4, 8), torch.randn(3, 1, 4, 2)))
 
@@ -89,7 +92,7 @@ def test_schemas_and_fakes_agree_with_the_ops():
 def test_int4_pools_give_outputs_of_unpacked_width():
     arguments = step_arguments("int4")
     fake = torch.ops.hf_kvopt.paged_decode(
-        *(x.to("meta") for x in (arguments[0], arguments[3], arguments[4], *arguments[7:9])), 0.2
+        *(x.to("meta") for x in (arguments[0], arguments[3], arguments[4], *arguments[7:9])), None, None, 0.2
     )
     assert fake[0].shape == step(*arguments)[0].shape == (2, 20, 4, 32)
 
@@ -97,9 +100,9 @@ def test_int4_pools_give_outputs_of_unpacked_width():
 def test_a_gradient_is_refused_rather_than_lost():
     q = torch.randn(1, 2, 3, 32, requires_grad=True)
     with pytest.raises(KVOptError, match="no gradient"):
-        dispatch.flash_prefill(q, q, q, scale=0.2)
+        dispatch.flash_prefill(q, q, q, Pattern(0.2))
     with torch.no_grad():
-        dispatch.flash_prefill(q, q, q, scale=0.2)
+        dispatch.flash_prefill(q, q, q, Pattern(0.2))
 
 
 def test_e4m3_is_refused_below_8_9_and_names_the_way_out():
@@ -131,9 +134,10 @@ def test_package_imports_and_runs_without_triton():
         "import sys; sys.modules['triton'] = None\n"
         "import torch\n"
         "from hf_kvopt.kernels import dispatch\n"
+        "from hf_kvopt.kernels.pattern import Pattern\n"
         "assert not dispatch.HAS_TRITON\n"
         "q = torch.randn(1, 2, 3, 32)\n"
-        "assert dispatch.flash_prefill(q, q, q, scale=0.2).out.shape == (1, 3, 2, 32)\n"
+        "assert dispatch.flash_prefill(q, q, q, Pattern(0.2)).out.shape == (1, 3, 2, 32)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

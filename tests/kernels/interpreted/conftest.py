@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_kvopt.kernels.paged_kv import PagedKV
 from hf_kvopt.quant import dequantize, get_format, quantize
 
 
@@ -46,12 +47,8 @@ class Paged(NamedTuple):
     v: Tensor
 
     @property
-    def where(self) -> tuple[Tensor, ...]:
-        return self.k_pool, self.v_pool, self.block_table, self.seq_lens
-
-    @property
-    def scales(self) -> dict[str, Tensor | None]:
-        return {"k_scale": self.k_scale, "v_scale": self.v_scale}
+    def kv(self) -> PagedKV:
+        return PagedKV(self.k_pool, self.v_pool, self.block_table, self.seq_lens, self.k_scale, self.v_scale)
 
 
 def make_paged(

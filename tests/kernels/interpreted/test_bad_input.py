@@ -10,8 +10,11 @@ from hf_kvopt.errors import KVOptError
 from hf_kvopt.kernels import dispatch
 from hf_kvopt.kernels.flash_prefill import flash_prefill, flash_prefill_reference
 from hf_kvopt.kernels.merge_state import merge_state
+from hf_kvopt.kernels.packed import Packed
 from hf_kvopt.kernels.paged_decode import paged_decode
+from hf_kvopt.kernels.paged_kv import PagedKV
 from hf_kvopt.kernels.paged_prefill import paged_prefill
+from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.kernels.store_kv import store_kv
 
 OPS = pytest.mark.parametrize("op", [paged_decode, paged_prefill], ids=["decode", "prefill"])
@@ -19,8 +22,13 @@ OPS = pytest.mark.parametrize("op", [paged_decode, paged_prefill], ids=["decode"
 
 def paged_arguments(formats=("native", "native")):
     paged = make_paged([20, 7], formats=formats)
-    names = ("k_pool", "v_pool", "block_table", "seq_lens")
-    return {"q": make_query(2, 4, 1, 32), **dict(zip(names, paged.where, strict=True)), "scale": 0.2, **paged.scales}
+    return {"q": make_query(2, 4, 1, 32), **paged.kv._asdict(), "scale": 0.2}
+
+
+def call(op, arguments, **extra):
+    """Hand the arguments over as the op takes them."""
+    parts = [{n: arguments[n] for n in kind._fields if n in arguments} for kind in (PagedKV, Pattern)]
+    return op(arguments["q"], PagedKV(**parts[0]), Pattern(**parts[1]), **extra)
 
 
 def every_second(tensor):
@@ -66,40 +74,40 @@ def test_paged_ops_name_the_argument(op, case):
     arguments = paged_arguments()
     arguments[name] = change(arguments.get(name))
     with pytest.raises((ValueError, TypeError), match=re.escape(message)):
-        op(**arguments)
+        call(op, arguments)
 
 
 @OPS
 def test_quantized_pools_need_their_scales(op):
     arguments = paged_arguments(("int8", "int8"))
     with pytest.raises(ValueError, match="v_scale: int8 storage needs scale"):
-        op(**{**arguments, "v_scale": None})
+        call(op, {**arguments, "v_scale": None})
     with pytest.raises(ValueError, match="k_scale must have shape"):
-        op(**{**arguments, "k_scale": arguments["k_scale"][:-1]})
+        call(op, {**arguments, "k_scale": arguments["k_scale"][:-1]})
     with pytest.raises(TypeError, match="k_scale must be float16 or float32"):
-        op(**{**arguments, "k_scale": arguments["k_scale"].bfloat16()})
+        call(op, {**arguments, "k_scale": arguments["k_scale"].bfloat16()})
 
 
 @OPS
 def test_debug_mode_catches_lengths_over_capacity_and_foreign_tables(op, monkeypatch):
     monkeypatch.setenv("HF_KVOPT_DEBUG", "1")
     arguments = paged_arguments()
-    op(**arguments)
+    call(op, arguments)
     arguments["seq_lens"] = torch.tensor([49, 3], dtype=torch.int32)
     with pytest.raises(ValueError, match="seq_lens must lie between 0 and the table's capacity 48: got 3 to 49"):
-        op(**arguments)
+        call(op, arguments)
     arguments = paged_arguments()
     arguments["block_table"][0, 1] = 99
     with pytest.raises(ValueError, match="got 99 at row 0, column 1"):
-        op(**arguments)
+        call(op, arguments)
 
 
 def test_scratch_that_is_too_small_is_named():
     arguments = paged_arguments()
     with pytest.raises(ValueError, match="scratch must hold"):
-        paged_decode(**arguments, scratch=torch.empty(3))
+        call(paged_decode, arguments, scratch=torch.empty(3))
     with pytest.raises(TypeError, match="scratch must be float32"):
-        paged_decode(**arguments, scratch=torch.empty(9999, dtype=torch.float16))
+        call(paged_decode, arguments, scratch=torch.empty(9999, dtype=torch.float16))
 
 
 def store_arguments():
@@ -145,19 +153,17 @@ def test_dense_attention_names_the_argument(monkeypatch):
     q = make_query(1, 2, 3, 32)
     bounds = torch.tensor([0, 3], dtype=torch.int32)
     with pytest.raises(TypeError, match="k must be float32: got float16"):
-        flash_prefill(q, q.half(), q.half(), scale=1.0)
+        flash_prefill(q, q.half(), q.half(), Pattern(1.0))
     with pytest.raises(ValueError, match="head_dim must be a multiple of 8 from 32 to 256: got 24"):
-        flash_prefill(q[..., :24], q[..., :24], q, scale=1.0)
-    with pytest.raises(ValueError, match="must be given together"):
-        flash_prefill(q, q, q, scale=1.0, cu_seqlens_q=bounds)
+        flash_prefill(q[..., :24], q[..., :24], q, Pattern(1.0))
     two, starts = q.expand(2, -1, -1, -1), torch.zeros(1, dtype=torch.int32)
     with pytest.raises(ValueError, match="need a batch of 1: got 2"):
-        flash_prefill(two, two, two, scale=1.0, cu_seqlens_q=bounds, cu_seqlens_k=bounds)
+        flash_prefill(two, two, two, Pattern(1.0), Packed(bounds, bounds))
     with pytest.raises(ValueError, match="take neither starts nor mask"):
-        flash_prefill(q, q, q, scale=1.0, cu_seqlens_q=bounds, cu_seqlens_k=bounds, starts=starts)
+        flash_prefill(q, q, q, Pattern(1.0, starts=starts), Packed(bounds, bounds))
     monkeypatch.setenv("HF_KVOPT_DEBUG", "1")
     with pytest.raises(ValueError, match="cu_seqlens_k must rise from 0 to at most 3"):
-        flash_prefill(q, q, q, scale=1.0, cu_seqlens_q=bounds, cu_seqlens_k=bounds + 1)
+        flash_prefill(q, q, q, Pattern(1.0), Packed(bounds, bounds + 1))
 
 
 def test_merge_names_the_argument():
@@ -173,7 +179,7 @@ def test_merge_names_the_argument():
 def test_registered_ops_run_the_kernel_here_and_refuse_to_lose_a_gradient():
     q = make_query(1, 2, 3, 32)
     assert dispatch.runs_kernel(q)
-    expected = flash_prefill_reference(q, q, q, scale=0.3).out
-    assert torch.allclose(dispatch.flash_prefill(q, q, q, scale=0.3).out, expected, atol=1e-5)
+    expected = flash_prefill_reference(q, q, q, Pattern(0.3)).out
+    assert torch.allclose(dispatch.flash_prefill(q, q, q, Pattern(0.3)).out, expected, atol=1e-5)
     with pytest.raises(KVOptError, match="no gradient"):
-        dispatch.flash_prefill(q.requires_grad_(), q, q, scale=0.3)
+        dispatch.flash_prefill(q.requires_grad_(), q, q, Pattern(0.3))

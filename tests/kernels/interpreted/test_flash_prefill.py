@@ -6,6 +6,8 @@ from conftest import assert_close, assert_lse, make_query, same_dtype_torch
 
 from hf_kvopt.kernels.flash_prefill import flash_prefill, flash_prefill_reference
 from hf_kvopt.kernels.launch import Config
+from hf_kvopt.kernels.packed import Packed
+from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.kernels.reference import visible_pairs
 
 SCALE = 0.25
@@ -13,18 +15,15 @@ POINTERS, DESCRIPTORS = Config(16, 16, 4, 1), Config(16, 16, 4, 1, tma=True)
 PATHS = pytest.mark.parametrize("config", [POINTERS, DESCRIPTORS], ids=["pointers", "descriptors"])
 
 
-def check(q, k, v, config=POINTERS, **pattern):
-    got = flash_prefill(q, k, v, scale=SCALE, config=config, **pattern)
-    reference = flash_prefill_reference(q.float(), k.float(), v.float(), scale=SCALE, **pattern)
+def check(q, k, v, config=POINTERS, packed=None, **extras):
+    pattern = Pattern(SCALE, **extras)
+    got = flash_prefill(q, k, v, pattern, packed, config=config)
+    reference = flash_prefill_reference(q.float(), k.float(), v.float(), pattern, packed)
     honest = None
     if q.dtype != torch.float32:
         lens = torch.full((q.shape[0],), k.shape[2])
-        seen = visible_pairs(
-            q.shape[2], lens, k.shape[2], pattern.get("is_causal", True), pattern.get("window"), pattern.get("starts")
-        )
-        honest = same_dtype_torch(
-            q, k, v, seen, SCALE, pattern.get("softcap"), pattern.get("sinks"), pattern.get("mask")
-        )
+        seen = visible_pairs(q.shape[2], lens, k.shape[2], pattern.is_causal, pattern.window, pattern.starts)
+        honest = same_dtype_torch(q, k, v, seen, SCALE, pattern.softcap, pattern.sinks, pattern.mask)
     assert_close(got.out, reference.out, honest)
     assert_lse(got.lse, reference.lse, 1e-4 if q.dtype == torch.float32 else 2e-2)
     return got
@@ -144,12 +143,12 @@ def test_packed_sequences_do_not_see_each_other(window, is_causal):
     q, k, v = make_states(1, 2, 1, sum(lens_q) + 2, sum(lens_k) + 9)
     k[:, :, sum(lens_k) :] = torch.nan
     v[:, :, sum(lens_k) :] = torch.nan
-    pattern = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "is_causal": is_causal, "window": window}
-    got = check(q, k, v, max_q_len=18, **pattern)
+    packed = Packed(cu_q, cu_k, max_q_len=18)
+    got = check(q, k, v, packed=packed, is_causal=is_causal, window=window)
     assert (got.out[0, -2:] == 0).all()
     # One sequence's NaN stays its own.
     k[:, :, :5], v[:, :, :5] = torch.nan, torch.nan
-    again = flash_prefill(q, k, v, scale=SCALE, max_q_len=18, **pattern)
+    again = flash_prefill(q, k, v, Pattern(SCALE, is_causal, window), packed)
     assert torch.equal(again.out[:, 5:], got.out[:, 5:])
 
 
@@ -170,10 +169,10 @@ def test_other_tiles_give_the_same(config, tiles):
 
 
 def test_no_keys_give_zeros():
-    got = flash_prefill(*make_states(1, 2, 2, 3, 0), scale=SCALE, config=DESCRIPTORS)
+    got = flash_prefill(*make_states(1, 2, 2, 3, 0), Pattern(SCALE), config=DESCRIPTORS)
     assert (got.out == 0).all()
     assert (got.lse == -torch.inf).all()
 
 
 def test_no_queries_are_no_launch():
-    assert flash_prefill(*make_states(1, 2, 2, 0, 3), scale=SCALE).out.shape == (1, 0, 2, 32)
+    assert flash_prefill(*make_states(1, 2, 2, 0, 3), Pattern(SCALE)).out.shape == (1, 0, 2, 32)

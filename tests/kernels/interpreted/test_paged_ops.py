@@ -12,6 +12,7 @@ from conftest import assert_close, assert_lse, make_paged, make_query, same_dtyp
 from hf_kvopt.kernels.launch import Config
 from hf_kvopt.kernels.paged_decode import decode_scratch, paged_decode
 from hf_kvopt.kernels.paged_prefill import paged_prefill
+from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.kernels.reference import attention_reference, visible_pairs
 
 OPS = pytest.mark.parametrize("op", [paged_decode, paged_prefill], ids=["decode", "prefill"])
@@ -35,17 +36,7 @@ SCALE = 0.25
 def check(op, q, paged, *, is_causal=True, window=None, starts=None, softcap=None, sinks=None, mask=None, **extra):
     """Run the op and hold it to the float32 reference and to the derived tolerance."""
     pattern = {"softcap": softcap, "sinks": sinks, "mask": mask}
-    got = op(
-        q,
-        *paged.where,
-        scale=SCALE,
-        is_causal=is_causal,
-        window=window,
-        starts=starts,
-        **pattern,
-        **paged.scales,
-        **extra,
-    )
+    got = op(q, paged.kv, Pattern(SCALE, is_causal, window, starts=starts, **pattern), **extra)
     seen = visible_pairs(q.shape[2], paged.seq_lens, paged.k.shape[2], is_causal, window, starts)
     if mask is not None and mask.shape[-1] < paged.k.shape[2]:
         seen = seen & (torch.arange(paged.k.shape[2]) < mask.shape[-1])
@@ -263,7 +254,7 @@ def test_a_nan_key_shows_as_nan_in_its_row_only(op, name):
     paged = make_paged([20, 20], num_kv_heads=1, formats=(name, name))
     block = int(paged.block_table[1, 0])
     (paged.k_pool if name == "native" else paged.k_scale)[block, 3] = torch.nan
-    got = op(make_query(2, 2, 1, 32), *paged.where, scale=SCALE, **paged.scales)
+    got = op(make_query(2, 2, 1, 32), paged.kv, Pattern(SCALE))
     assert got.out[0].isfinite().all()
     assert got.out[1].isnan().all()
 
@@ -293,8 +284,7 @@ def test_row_is_bit_equal_alone_and_beside_a_larger_one():
     paged = make_paged([20, 20], num_kv_heads=1, formats=("int8", "int8"))
     paged.k_scale[paged.block_table[1, 0].long()] *= 100
     q = make_query(2, 2, 1, 32)
-    both = paged_prefill(q, *paged.where, scale=SCALE, **paged.scales)
-    alone = paged_prefill(
-        q[:1], paged.k_pool, paged.v_pool, paged.block_table[:1], paged.seq_lens[:1], scale=SCALE, **paged.scales
-    )
+    both = paged_prefill(q, paged.kv, Pattern(SCALE))
+    first = paged.kv._replace(block_table=paged.block_table[:1], seq_lens=paged.seq_lens[:1])
+    alone = paged_prefill(q[:1], first, Pattern(SCALE))
     assert torch.equal(both.out[:1], alone.out)

@@ -1,0 +1,67 @@
+"""QuantizedPagedCache: a paged cache whose blocks hold 8 or 4 bits a channel.
+
+    block of an int8 layer     codes [block_size, num_kv_heads, head_dim] int8     scale [block_size, num_kv_heads] fp16
+
+A token is quantized once, alone, when it is written, and never again: what a later step reads does not depend on the
+rest of the batch, on the tokens before it, or on how the text was cut into chunks.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from hf_kvopt.cache.paged import PagedCache
+from hf_kvopt.pool.storage import require_readable
+from hf_kvopt.quant import FormatPolicy, get_kv_format
+from hf_kvopt.quant.policy import LayerName
+
+
+class QuantizedPagedCache(PagedCache):
+    """`PagedCache` in about half (8 bits) or a quarter (4 bits) of bfloat16's memory.
+
+    Args:
+        config: see `PagedCache`.
+        format: "int8", "fp8_e4m3", "fp8_e5m2" or "int4" for keys and values, "k8v4" for int8 keys and int4 values, or
+            any pair "keys/values" such as "fp8_e4m3/int4".
+        skip_layers: layers that stay as the model computes them: numbers (negative from the end), "first", "last",
+            "sliding". Sliding layers by default, as they hold a window only; () to quantize those as well.
+        layer_formats: formats of single layers by the same names, such as {"first": "int8", -1: "native"}; they go
+            before `skip_layers`, and a number before a name.
+        exact_prefill: let the first prompt attend to its own states as they came. By default it attends to what is
+            stored, so that a token sees the same keys however the text is cut into chunks or read again.
+        options: see `PagedCache`.
+
+    Each token and KV head has a float16 scale inside the block. A token with NaN or Inf in a head's keys (values), or
+    with a magnitude beyond 8 million (int4: 500,000), reads back as NaN in that head's keys (values), so that the
+    output shows it; other tokens are not touched. Layers with latent attention (DeepSeek) store latents and rotary keys
+    both in the keys' format.
+
+    Raises:
+        ValueError: an unknown format or layer, or, at the first update, a head_dim that int4 cannot pack.
+        UnsupportedDevice: a format that no visible card can read (float8 e4m3 before compute capability 8.9).
+
+    >>> model.generate(**inputs, past_key_values=QuantizedPagedCache(model.config, format="int8"))  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig | None = None,
+        *,
+        format: str = "int8",
+        skip_layers: Collection[LayerName] = ("sliding",),
+        layer_formats: Mapping[LayerName, str] | None = None,
+        exact_prefill: bool = False,
+        **options: Any,
+    ) -> None:
+        formats = FormatPolicy(
+            format=format, skip_layers=skip_layers, layer_formats=layer_formats or {}, exact_prefill=exact_prefill
+        )
+        if config is None and formats.needs_layer_count:
+            raise ValueError(
+                "a layer named from the end needs the model's config: got none; pass "
+                "QuantizedPagedCache(model.config, ...)"
+            )
+        for name in {format, *formats.layer_formats.values()}:
+            require_readable(get_kv_format(name))
+        super().__init__(config, formats=formats, **options)

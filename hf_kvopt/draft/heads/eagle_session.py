@@ -1,0 +1,127 @@
+"""One generate() call of an EAGLE head: its own small cache holds an entry for each token that the target has read.
+
+entry t     (feature of token t, embedding of token t + 1)       written by `extend`, true features
+drafted     (own hidden state, embedding of the token drafted)   written by `propose`, cropped by the next call
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hf_kvopt.attention.forward import attention_forward
+from hf_kvopt.cache.paged import PagedCache
+from hf_kvopt.draft.drafter import Draft, DraftSession, Plan, Read, Sampler
+from hf_kvopt.draft.heads.growth import TreeGrowth, tree_draft
+from hf_kvopt.draft.heads.layer import EagleLayer
+
+if TYPE_CHECKING:
+    from hf_kvopt.draft.heads.eagle import EagleHead
+
+
+class CachedAttention:
+    """Attention over a paged cache; `mask` [batch | 1, 1, q_len, kv_len] bool where queries are not a causal run."""
+
+    def __init__(self, cache: PagedCache) -> None:
+        self._cache = cache
+        self.mask: Tensor | None = None
+
+    def __call__(self, layer: EagleLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See `Attend`."""
+        keys, values = self._cache.update(k, v, layer.layer_idx)
+        return attention_forward(layer, q, keys, values, self.mask, scaling=layer.scaling)[0]
+
+
+class EagleSession(DraftSession):
+    """Owns the head's cache; between calls it holds `lengths[i]` true entries of row i and `_drafted` drafted ones."""
+
+    def __init__(self, head: "EagleHead", batch_size: int) -> None:
+        self._head = head
+        self._cache = PagedCache()
+        self._attend = CachedAttention(self._cache)
+        self._lengths = [0] * batch_size
+        self._drafted = 0
+        self._hidden: Tensor | None = None  # [batch, 1, hidden_size]: what the root's guess is read from
+        self._position: Tensor | None = None  # [batch, 1]
+
+    def extend(self, read: Read) -> None:
+        assert read.features is not None  # the loop brings what `feature_layers` asks for
+        head, width = self._head, read.tokens.shape[1]
+        self._forget_drafts()
+        self._attend.mask = None
+        out = head(read.following, head.combine(read.features), read.positions, self._attend)
+        self._lengths = [length + count for length, count in zip(self._lengths, read.counts, strict=True)]
+        if all(count == width for count in read.counts):
+            self._hidden, self._position = out[:, -1:], read.positions[:, -1:]
+            return
+        # What stands behind the counts is padding.
+        self._cache.crop_rows(self._lengths)
+        last = torch.tensor(read.counts, device=out.device)[:, None] - 1
+        self._hidden = out.gather(1, last[:, :, None].expand(-1, -1, out.shape[2]))
+        self._position = read.positions.gather(1, last)
+
+    def propose(self, plan: Plan, sample: Sampler) -> Draft:
+        self._forget_drafts()
+        return self._chain(min(plan.gamma, plan.num_nodes), sample) if plan.is_chain else self._tree(plan)
+
+    def select(self, rows: Sequence[int]) -> None:
+        self._forget_drafts()
+        index = torch.tensor(rows, dtype=torch.long)
+        self._cache.batch_select_indices(index)
+        self._lengths = [self._lengths[row] for row in rows]
+        if self._hidden is not None and self._position is not None:
+            index = index.to(self._hidden.device)
+            self._hidden, self._position = self._hidden[index], self._position[index]
+
+    def close(self) -> None:
+        self._cache.free()
+
+    def _chain(self, gamma: int, sample: Sampler) -> Draft:
+        head, hidden, position = self._head, self._hidden, self._position
+        assert hidden is not None  # extend comes first
+        assert position is not None
+        self._attend.mask = None
+        tokens: list[Tensor] = []
+        distributions: list[Tensor | None] = []
+        for depth in range(gamma):
+            if depth:
+                position = position + 1
+                hidden = head(tokens[-1][:, None], hidden, position, self._attend)
+                self._drafted += 1
+            logits = head.logits(hidden[:, 0])
+            if sample.is_greedy:
+                tokens.append(head.to_target(logits.argmax(-1)))
+                continue
+            token, q = sample(head.spread(logits))
+            tokens.append(token)
+            distributions.append(q)
+        q_all = None
+        if distributions and all(q is not None for q in distributions):
+            q_all = torch.stack(distributions, dim=1)  # type: ignore[arg-type]
+        return Draft(torch.stack(tokens, dim=1), q=q_all)
+
+    def _tree(self, plan: Plan) -> Draft:
+        head, hidden, position = self._head, self._hidden, self._position
+        assert hidden is not None  # extend comes first
+        assert position is not None
+        growth = TreeGrowth(len(hidden), plan.top_k, hidden.device)
+        columns = self._cache.get_seq_length()
+        for depth in range(plan.gamma):
+            frontier = growth.expand(torch.log_softmax(head.logits(hidden), dim=-1))
+            if depth + 1 == plan.gamma:
+                break
+            position = position + 1
+            hidden = hidden.gather(1, frontier.parents[:, :, None].expand(-1, -1, hidden.shape[2]))
+            batch, nodes, drafted = frontier.ancestors.shape
+            seen = torch.ones(batch, 1, nodes, columns + drafted, dtype=torch.bool, device=hidden.device)
+            seen[:, 0, :, columns:] = frontier.ancestors
+            self._attend.mask = seen
+            hidden = head(head.to_target(frontier.tokens), hidden, position.expand(-1, nodes), self._attend)
+            self._drafted += nodes
+        return tree_draft(growth, plan.num_nodes, head.d2t)
+
+    def _forget_drafts(self) -> None:
+        if self._drafted:
+            self._cache.crop(-self._drafted)
+            self._drafted = 0

@@ -1,0 +1,293 @@
+"""python -m hf_kvopt train-draft: train an EAGLE or Medusa head for a frozen target.
+
+    python -m hf_kvopt train-draft --model NAME --data FILES --out DIR
+    accelerate launch -m hf_kvopt train-draft ...                                   several processes
+
+Features are made by the target as training goes; nothing is stored. DIR holds the head as of the last save (load it
+with `hf_kvopt.DraftHead.from_pretrained(DIR)`), log.jsonl, and state/ to go on from: the same command resumes.
+"""
+
+import argparse
+import json
+import logging
+import shutil
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import get_scheduler as make_schedule
+
+from hf_kvopt.draft.heads.base import HeadBase
+from hf_kvopt.draft.heads.config import EagleConfig, MedusaConfig
+from hf_kvopt.draft.heads.eagle import EagleHead, draft_vocab_of
+from hf_kvopt.draft.heads.medusa import MedusaHead
+from hf_kvopt.draft.losses import RolledOutLoss, accepted_lengths, look, walk
+from hf_kvopt.draft.train_data import TokenRows, count_tokens
+
+logger = logging.getLogger(__name__)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m hf_kvopt train-draft", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="the target: path or hub id")
+    add("--data", required=True, nargs="+", help="files, folders, or data sets on the hub (name or name:config)")
+    add("--out", type=Path, required=True, help="where the head is written, and resumed from")
+    add("--heldout", nargs="*", default=[], help="like --data: never trained on, looked at to report")
+    add("--text-column", default="text")
+    add("--split", default="train", help="of data sets on the hub")
+    add("--head", choices=["eagle3", "eagle1", "medusa"], default="eagle3")
+    add("--steps", type=int, default=5, help="tokens a draft is rolled out in training; for medusa: heads")
+    add("--layers", type=int, nargs="+", help="hidden states of the target that EAGLE-3 reads (2, n/2, n-3)")
+    add("--draft-vocab", type=int, help="propose only the most frequent tokens of the data (default: all, up to 32000)")
+    add("--intermediate-size", type=int, help="of the head's MLP (default: the target's)")
+    add("--row-len", type=int, default=512, help="tokens a row")
+    add("--batch-size", type=int, default=8, help="rows a step and process")
+    add("--accumulate", type=int, default=1, help="batches a step")
+    add("--max-steps", type=int, default=2000)
+    add("--lr", type=float, default=1e-3)
+    add("--optimizer", choices=["adamw", "muon"], default="adamw", help="muon: for the matrices between embeddings")
+    add("--warmup", type=float, default=0.03, help="share of the steps")
+    add("--clip", type=float, default=1.0, help="norm of the gradient")
+    add("--mixed-precision", choices=["no", "bf16", "fp16"], default="no")
+    add("--dtype", default="float32", help="of the target")
+    add("--save-dtype", default="float32", help="of the head on disk")
+    add("--compile", action="store_true", help="torch.compile the loss")
+    add("--save-every", type=int, default=200, help="steps")
+    add("--eval-every", type=int, default=200, help="steps")
+    add("--eval-rows", type=int, default=32)
+    add("--eval-from", type=int, help="column of a held-out row from which decoding is simulated (default: half way)")
+    add("--seed", type=int, default=0)
+    add("--cpu", action="store_true", help="stay on the CPU where there is something faster")
+    return parser.parse_args(argv)
+
+
+def make_head(args: argparse.Namespace, target: PreTrainedModel, rows: TokenRows) -> HeadBase:
+    """A fresh head for `target`, with its LM head as a start; counts tokens for the draft vocabulary."""
+    text = target.config.get_text_config(decoder=True)
+    vocab = min(args.draft_vocab or 32000, text.vocab_size)
+    lm_weight = target.get_output_embeddings().weight
+    if any(layer >= text.num_hidden_layers for layer in args.layers or ()):
+        raise ValueError(
+            f"target_layer_ids must be below the target's {text.num_hidden_layers} layers, or -1 for its last hidden "
+            f"state: got --layers {args.layers}"
+        )
+    common = {"vocab_size": text.vocab_size, "hidden_size": text.hidden_size, "dtype": torch.float32}
+    head: HeadBase
+    if args.head == "medusa":
+        head = MedusaHead(MedusaConfig(**common, draft_vocab_size=vocab, medusa_num_heads=args.steps))
+    else:
+        is_3 = args.head == "eagle3"
+        head = EagleHead(
+            EagleConfig(
+                **common,
+                eagle_version=3 if is_3 else 1,
+                draft_vocab_size=vocab if is_3 else 0,
+                target_layer_ids=args.layers if is_3 else None,
+                intermediate_size=args.intermediate_size or text.intermediate_size,
+                num_attention_heads=text.num_attention_heads,
+                num_key_value_heads=text.num_key_value_heads,
+                head_dim=getattr(text, "head_dim", None) or 0,
+                max_position_embeddings=text.max_position_embeddings,
+                rope_parameters=text.rope_parameters,
+                rms_norm_eps=text.rms_norm_eps,
+                hidden_act=text.hidden_act,
+            )
+        )
+    if head.d2t is not None:
+        head.set_draft_vocab(draft_vocab_of(count_tokens(rows, 2048, text.vocab_size), vocab))
+    ids = head.to_target(torch.arange(vocab)) if head.d2t is not None else slice(None)
+    with torch.no_grad():
+        if isinstance(head, EagleHead) and head.lm_head is not None:
+            head.lm_head.weight.copy_(lm_weight[ids])
+        if isinstance(head, MedusaHead) and head.lm_weight is not None:
+            head.lm_weight.copy_(lm_weight[ids].expand_as(head.lm_weight))
+    return head
+
+
+def make_optimizers(head: HeadBase, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
+    """AdamW over everything, or Muon over the matrices that are no embeddings and AdamW over the rest."""
+    named = [(n, p) for n, p in head.named_parameters() if p.requires_grad]
+    rest = [p for n, p in named if args.optimizer == "adamw" or p.ndim != 2 or "embed" in n or "lm_head" in n]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)]
+    if args.optimizer == "muon":
+        taken = {id(p) for p in rest}
+        matrices = [p for _, p in named if id(p) not in taken]
+        optimizers.append(torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
+class Trainer:
+    """Owns a run: head, optimizers, data and what is on disk; between steps all of it can be saved."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.accelerator = Accelerator(
+            cpu=args.cpu, mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.accumulate
+        )
+        torch.manual_seed(args.seed)
+        dtype = getattr(torch, args.dtype)
+        target = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).eval().requires_grad_(False)
+        self.target: PreTrainedModel = target.to(self.accelerator.device)
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(args.model)
+        self.rows = self._rows(args.data, args.seed)
+        needed = args.batch_size * self.accelerator.num_processes
+        if sum(1 for _ in islice(self.rows, needed)) < needed:
+            raise ValueError(
+                f"data must fill one batch of {needed} rows of {args.row_len} tokens: got less; give more data, or a "
+                "smaller --batch-size or --row-len"
+            )
+        self.heldout = self._read_heldout()
+        self.head = make_head(args, self.target.cpu(), self.rows).to(self.accelerator.device)
+        self.target.to(self.accelerator.device)
+        self.head.bind(self.target)
+        self.optimizers = make_optimizers(self.head, args)
+        warmup = max(1, round(args.warmup * args.max_steps))
+        self.schedules = [make_schedule("cosine", o, warmup, args.max_steps) for o in self.optimizers]
+        module: nn.Module = RolledOutLoss(self.head, args.steps)
+        loader = DataLoader(self.rows, batch_size=args.batch_size, drop_last=True)
+        prepared = self.accelerator.prepare(module, loader, *self.optimizers)
+        self.loss, self.loader, self.optimizers = prepared[0], prepared[1], list(prepared[2:])
+        self.run_loss = torch.compile(self.loss, dynamic=False) if args.compile else self.loss
+        self.step, self.epoch, self.batch = 0, 0, 0
+
+    def run(self) -> None:
+        """Train to `--max-steps`, from where the last run stopped."""
+        self.resume()
+        args, is_main = self.args, self.accelerator.is_main_process
+        args.out.mkdir(parents=True, exist_ok=True)
+        bar = tqdm(total=args.max_steps, initial=self.step, disable=not is_main, mininterval=5, desc=args.head)
+        losses: list[float] = []
+        start = time.perf_counter()
+        for input_ids in self._batches():
+            losses.append(self._train_on(input_ids))
+            if not self.accelerator.sync_gradients:
+                continue
+            self.step += 1
+            bar.update()
+            bar.set_postfix(loss=f"{losses[-1]:.3f}")
+            is_last = self.step >= args.max_steps
+            if self.step % args.eval_every == 0 or is_last:
+                row = {"step": self.step, "loss": sum(losses) / len(losses), "seconds": time.perf_counter() - start}
+                self._log({**row, **self.evaluate()})
+                losses = []
+            if self.step % args.save_every == 0 or is_last:
+                self.save()
+            if is_last:
+                break
+        bar.close()
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, object]:
+        """Simulate greedy chain decoding of the held-out rows: tokens a step, and acceptance by depth."""
+        if not self.heldout:
+            return {}
+        accepted: list[list[int]] = []
+        head, loss = self.head, 0.0
+        for rows in self.heldout:
+            input_ids = rows.to(self.accelerator.device)
+            seen = look(self.target, head, input_ids)
+            with self.accelerator.autocast():
+                outcome = RolledOutLoss(head, self.args.steps)(input_ids, seen)
+            loss += outcome.loss.item() / len(self.heldout)
+            accepted += accepted_lengths(outcome, input_ids, seen.best).tolist()
+        start = self.args.eval_from
+        gains = walk(accepted, self.args.row_len // 2 if start is None else start)
+        # Of the steps of that walk that came so far, the share that goes a token further.
+        depths = [sum(g > d for g in gains) / max(1, sum(g >= d for g in gains)) for d in range(1, self.args.steps + 1)]
+        return {
+            "heldout_loss": round(loss, 4),
+            "accepted": round(sum(gains) / max(1, len(gains)), 3),
+            "by_depth": [round(depth, 3) for depth in depths],
+        }
+
+    def save(self) -> None:
+        """Write the head, and the state to go on from; an interrupted save leaves the one before."""
+        self.accelerator.wait_for_everyone()
+        out, new = self.args.out, self.args.out / "state.new"
+        self.accelerator.save_state(str(new), safe_serialization=True)
+        if self.accelerator.is_main_process:
+            state: dict[str, Any] = {"step": self.step, "epoch": self.epoch, "batch": self.batch}
+            state["schedules"] = [s.state_dict() for s in self.schedules]
+            torch.save(state, new / "trainer.pt")
+            shutil.rmtree(out / "state", ignore_errors=True)
+            new.rename(out / "state")
+            dtype = getattr(torch, self.args.save_dtype)
+            weights = {n: w.to(dtype) if w.is_floating_point() else w for n, w in self.head.state_dict().items()}
+            self.head.save_pretrained(out, state_dict=weights)
+        self.accelerator.wait_for_everyone()
+
+    def resume(self) -> None:
+        """Go on from `--out`, if there is something."""
+        folder = self.args.out / "state"
+        if not (folder / "trainer.pt").exists():
+            return
+        self.accelerator.load_state(str(folder))
+        state = torch.load(folder / "trainer.pt", weights_only=False)
+        self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
+        for schedule, saved in zip(self.schedules, state["schedules"], strict=True):
+            schedule.load_state_dict(saved)
+        logger.info("resumed at step %d", self.step)
+
+    def _train_on(self, input_ids: Tensor) -> float:
+        with self.accelerator.accumulate(self.loss):
+            with self.accelerator.autocast():
+                seen = look(self.target, self.head, input_ids)
+            outcome = self.run_loss(input_ids, seen)
+            self.accelerator.backward(outcome.loss)
+            if self.accelerator.sync_gradients:
+                self.accelerator.clip_grad_norm_(self.loss.parameters(), self.args.clip)
+            for optimizer in self.optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        if self.accelerator.sync_gradients:
+            for schedule in self.schedules:
+                schedule.step()
+        return outcome.loss.item()
+
+    def _batches(self) -> Iterator[Tensor]:
+        """Batches without end, from the one after the last that was trained on."""
+        while True:
+            self.rows.set_epoch(self.epoch)
+            loader = self.accelerator.skip_first_batches(self.loader, self.batch)
+            for input_ids in loader:
+                self.batch += 1
+                yield input_ids
+            self.epoch, self.batch = self.epoch + 1, 0
+
+    def _rows(self, sources: list[str], seed: int | None) -> TokenRows:
+        args = self.args
+        return TokenRows(
+            sources, self.tokenizer, args.row_len, text_column=args.text_column, split=args.split, seed=seed
+        )
+
+    def _read_heldout(self) -> list[Tensor]:
+        if not self.args.heldout:
+            return []
+        rows = self._rows(self.args.heldout, None)
+        kept = [row for _, row in zip(range(self.args.eval_rows), rows, strict=False)]
+        return list(torch.stack(kept).split(self.args.batch_size)) if kept else []
+
+    def _log(self, row: dict[str, object]) -> None:
+        if self.accelerator.is_main_process:
+            tqdm.write(json.dumps(row))
+            with (self.args.out / "log.jsonl").open("a", encoding="utf-8") as log:
+                log.write(json.dumps(row) + "\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train; returns the exit status."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    Trainer(parse_args(argv)).run()
+    return 0

@@ -1,0 +1,118 @@
+"""One token's heads on their way into a pool: quantized, packed and written.
+
+Float codes are rounded here by arithmetic (to nearest, ties to even) and only then cast, so that the cast is
+exact: the result does not depend on a device's rounding of fp8.
+"""
+
+from __future__ import annotations
+
+from hf_kvopt.kernels.shim import tl, triton
+
+
+@triton.jit
+def _round_even(x):
+    # Adding 1.5 * 2^23 leaves no bit for the fraction: |x| < 2^22 rounds to nearest, ties to even.
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _round_to_float(x, MANTISSA_BITS: tl.constexpr, MIN_EXPONENT: tl.constexpr):
+    # The same with the magic number of x's own binade, whose exponent is read from the bits of x.
+    exponent = ((x.to(tl.int32, bitcast=True) >> 23) & 255) - 127
+    exponent = tl.maximum(exponent, MIN_EXPONENT) - MANTISSA_BITS + 23 + 127
+    magic = (exponent << 23).to(tl.float32, bitcast=True) * 1.5
+    return (x + magic) - magic
+
+
+@triton.jit
+def _write_scale(raw, taint, scale_ptr, rows, mask_h, NUDGE: tl.constexpr):
+    """Store the scales as they will be read and return (divisor, usable), both [BLOCK_H, 1]."""
+    nudged = raw + tl.where(raw < 0.0, -NUDGE, NUDGE) + taint
+    rounded = nudged.to(scale_ptr.dtype.element_ty).to(tl.float32)
+    # Beyond float16's range the cast gives inf; every reader must see NaN.
+    rounded = tl.where(tl.abs(rounded) == float("inf"), float("nan"), rounded)
+    tl.store(scale_ptr + rows, rounded.to(scale_ptr.dtype.element_ty), mask=mask_h)
+    usable = rounded == rounded
+    divisor = tl.where(usable & (rounded != 0.0), rounded, 1.0)
+    return divisor[:, None], usable[:, None]
+
+
+@triton.jit
+def _store_int4(
+    x_ptrs,  # [BLOCK_H, 1] address of each head's vector
+    pool_ptr,
+    scale_ptr,
+    rows,  # [BLOCK_H] row of the pool seen as [slots * num_kv_heads, dim]
+    mask_h,  # [BLOCK_H]
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    NUDGE: tl.constexpr,
+):
+    # even and odd channels apart: [BLOCK_H, BLOCK_D / 2] each
+    offs_p = tl.arange(0, BLOCK_D // 2)[None, :]
+    mask = mask_h[:, None] & (offs_p < DIM // 2)
+    even = tl.load(x_ptrs + 2 * offs_p, mask=mask, other=0.0).to(tl.float32)
+    odd = tl.load(x_ptrs + 2 * offs_p + 1, mask=mask, other=0.0).to(tl.float32)
+    high = tl.maximum(tl.max(even, 1), tl.max(odd, 1))
+    low = tl.minimum(tl.min(even, 1), tl.min(odd, 1))
+    # x - x is 0 for finite channels and NaN otherwise; max and min alone may skip a NaN.
+    taint = tl.sum(even - even, 1) + tl.sum(odd - odd, 1)
+    raw = tl.div_rn(tl.where(high > -low, high, low), -8.0)
+    divisor, usable = _write_scale(raw, taint, scale_ptr, rows, mask_h, NUDGE)
+    even = tl.where(usable, tl.clamp(_round_even(tl.div_rn(even, divisor)), -8.0, 7.0), 0.0) + 8.0
+    odd = tl.where(usable, tl.clamp(_round_even(tl.div_rn(odd, divisor)), -8.0, 7.0), 0.0) + 8.0
+    packed = even.to(tl.int32) | (odd.to(tl.int32) << 4)
+    tl.store(pool_ptr + rows[:, None] * (DIM // 2) + offs_p, packed.to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def _store_bytes(
+    x_ptrs,  # [BLOCK_H, 1]
+    pool_ptr,
+    scale_ptr,
+    rows,  # [BLOCK_H]
+    mask_h,  # [BLOCK_H]
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    NUDGE: tl.constexpr,
+    QMAX: tl.constexpr,
+    MANTISSA_BITS: tl.constexpr,
+    MIN_EXPONENT: tl.constexpr,
+):
+    # [BLOCK_H, BLOCK_D]
+    offs_d = tl.arange(0, BLOCK_D)[None, :]
+    mask = mask_h[:, None] & (offs_d < DIM)
+    x = tl.load(x_ptrs + offs_d, mask=mask, other=0.0).to(tl.float32)
+    raw = tl.div_rn(tl.max(tl.abs(x), 1), QMAX)
+    divisor, usable = _write_scale(raw, tl.sum(x - x, 1), scale_ptr, rows, mask_h, NUDGE)
+    steps = tl.where(usable, tl.clamp(tl.div_rn(x, divisor), -QMAX, QMAX), 0.0)
+    if MANTISSA_BITS == 0:
+        codes = _round_even(steps).to(tl.int32).to(tl.int8)
+    else:
+        codes = _round_to_float(steps, MANTISSA_BITS, MIN_EXPONENT).to(pool_ptr.dtype.element_ty)
+    tl.store(pool_ptr + rows[:, None] * DIM + offs_d, codes, mask=mask)
+
+
+@triton.jit
+def store_one(
+    x_ptrs,
+    pool_ptr,
+    scale_ptr,
+    rows,
+    mask_h,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    NUDGE: tl.constexpr,
+    QMAX: tl.constexpr,
+    MANTISSA_BITS: tl.constexpr,
+    MIN_EXPONENT: tl.constexpr,
+):
+    """Write one token's heads in the format that the pool's element type stands for."""
+    if scale_ptr is None:
+        offs_d = tl.arange(0, BLOCK_D)[None, :]
+        mask = mask_h[:, None] & (offs_d < DIM)
+        tl.store(pool_ptr + rows[:, None] * DIM + offs_d, tl.load(x_ptrs + offs_d, mask=mask), mask=mask)
+    elif pool_ptr.dtype.element_ty == tl.uint8:
+        _store_int4(x_ptrs, pool_ptr, scale_ptr, rows, mask_h, DIM, BLOCK_D, NUDGE)
+    else:
+        _store_bytes(x_ptrs, pool_ptr, scale_ptr, rows, mask_h, DIM, BLOCK_D, NUDGE, QMAX, MANTISSA_BITS, MIN_EXPONENT)

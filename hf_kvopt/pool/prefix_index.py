@@ -1,0 +1,217 @@
+"""Prefix index: which texts lie in which blocks; a tree with one node a block, found by comparing token ids.
+
+    root key ── [the quick brown fox] ── [jumps over the lazy] ── [dog .]          a text that ends in a half full block
+                       block 7       └── [runs to the river ]     block 9          a child is looked up by its very tokens
+                                                block 3
+
+A node holds one reference to its block in each block space (layers of different kinds have tables of their own), so a
+block lives while the index or a row holds it. What only the index holds is evicted from the leaves, the least recently
+used first; pinned nodes stay (RadixAttention, arXiv:2312.07104). Callers hold the allocators' lock.
+"""
+
+import heapq
+from collections.abc import Hashable, Iterator, Sequence
+from typing import NamedTuple
+
+from hf_kvopt.pool.allocator import BlockAllocator
+
+Tokens = tuple[int, ...]
+
+
+class Node:
+    """One block of a text: `tokens` fill it, or its first slots where the text ends in it."""
+
+    __slots__ = ("blocks", "children", "parent", "pins", "stamp", "tokens")
+
+    def __init__(self, tokens: Tokens, blocks: list[int], parent: "Node | None") -> None:
+        self.tokens, self.blocks, self.parent = tokens, blocks, parent
+        # By first token, then by all: a match inside a block looks at few siblings.
+        self.children: dict[int, dict[Tokens, Node]] = {}
+        self.stamp = self.pins = 0
+
+
+class Match(NamedTuple):
+    """The nodes that spell the longest known prefix; the last one may match with its first tokens only."""
+
+    nodes: list[Node]
+    length: int
+
+
+class PrefixIndex:
+    """Finds and keeps the blocks of texts.
+
+    Args:
+        allocators: one for each block space; a node has a block in each.
+        block_size: tokens a block.
+    """
+
+    def __init__(self, allocators: Sequence[BlockAllocator], block_size: int) -> None:
+        self.allocators, self.block_size = allocators, block_size
+        self.roots: dict[Hashable, Node] = {}
+        self.num_nodes = self.num_evicted = self._stamp = 0
+        self._holders = [_Holder(self, idx) for idx in range(len(allocators))]
+        for allocator, holder in zip(allocators, self._holders, strict=True):
+            allocator.holders.add(holder)
+
+    def match(self, key: Hashable, tokens: Sequence[int]) -> Match:
+        """The longest prefix of `tokens` that is known under `key`; what it returns is not held yet."""
+        node, nodes, length = self.roots.get(key), [], 0
+        while node is not None:
+            rest = tuple(tokens[length : length + self.block_size])
+            found = _longest_common(node, rest)
+            if found is None:
+                break
+            node, count = found
+            nodes.append(node)
+            length += count
+            if count < self.block_size:
+                break
+        return Match(nodes, length)
+
+    def take(self, match: Match) -> list[list[int]]:
+        """One row of blocks for each block space, a reference to each block being the caller's from now on."""
+        self._touch(match.nodes)
+        rows = [[node.blocks[idx] for node in match.nodes] for idx in range(len(self.allocators))]
+        for allocator, row in zip(self.allocators, rows, strict=True):
+            allocator.retain(row)
+        return rows
+
+    def insert(self, key: Hashable, tokens: Sequence[int], rows: Sequence[Sequence[int]]) -> int:
+        """Keep a text that lies in `rows` (one row for each block space); texts that are known keep their blocks.
+
+        Returns:
+            The number of blocks that were not known.
+        """
+        node = self.roots.setdefault(key, Node((), [], None))
+        path, num_new = [], 0
+        for idx in range(-(-len(tokens) // self.block_size)):
+            chunk = tuple(tokens[idx * self.block_size : (idx + 1) * self.block_size])
+            child = _covering(node, chunk)
+            if child is None:
+                child = self._add(node, chunk, [row[idx] for row in rows])
+                num_new += 1
+            path.append(child)
+            node = child
+        self._touch(path)
+        return num_new
+
+    def evict(self, num_blocks: int) -> int:
+        """Let go of up to `num_blocks` blocks that nobody else holds and nobody pinned; returns how many."""
+        for allocator in self.allocators:
+            allocator.reclaim()
+        heap = [(node.stamp, id(node), node) for node in self.nodes() if self._is_free(node)]
+        heapq.heapify(heap)
+        count = 0
+        while heap and count < num_blocks:
+            node = heapq.heappop(heap)[2]
+            parent = node.parent
+            self._remove(node)
+            count += 1
+            if parent is not None and self._is_free(parent):
+                heapq.heappush(heap, (parent.stamp, id(parent), parent))
+        self.num_evicted += count
+        return count
+
+    def pin(self, match: Match, count: int) -> None:
+        """Add `count` (or take away -`count`) pins to the nodes of a match."""
+        for node in match.nodes:
+            node.pins = max(0, node.pins + count)
+
+    def clear(self) -> None:
+        """Forget everything, pinned or not; rows that hold blocks keep them."""
+        for allocator, holder in zip(self.allocators, self._holders, strict=True):
+            for row in holder.held_rows():
+                allocator.release(row)
+        self.roots.clear()
+        self.num_nodes = 0
+
+    def nodes(self) -> Iterator[Node]:
+        """All nodes, parents before children."""
+        stack = list(self.roots.values())
+        while stack:
+            node = stack.pop()
+            if node.parent is not None:
+                yield node
+            stack += _children(node)
+
+    def _add(self, parent: Node, tokens: Tokens, blocks: list[int]) -> Node:
+        siblings = parent.children.setdefault(tokens[0], {})
+        for known in list(siblings.values()):
+            # The end of an older text that this one goes on from.
+            if known.tokens == tokens[: len(known.tokens)] and not known.pins:
+                self._remove(known)
+        node = Node(tokens, blocks, parent)
+        parent.children.setdefault(tokens[0], {})[tokens] = node
+        for allocator, block in zip(self.allocators, blocks, strict=True):
+            allocator.retain([block])
+        self.num_nodes += 1
+        return node
+
+    def _remove(self, node: Node) -> None:
+        assert node.parent is not None
+        siblings = node.parent.children[node.tokens[0]]
+        del siblings[node.tokens]
+        if not siblings:
+            del node.parent.children[node.tokens[0]]
+        for allocator, block in zip(self.allocators, node.blocks, strict=True):
+            allocator.release([block])
+        self.num_nodes -= 1
+
+    def _is_free(self, node: Node) -> bool:
+        """A leaf that nobody but this index holds or wants to keep."""
+        if node.parent is None or node.children or node.pins:
+            return False
+        held = zip(self.allocators, node.blocks, strict=True)
+        return all(allocator.refcounts[block] == 1 for allocator, block in held)
+
+    def _touch(self, path: Sequence[Node]) -> None:
+        self._stamp += 1
+        for node in path:
+            node.stamp = self._stamp
+
+
+class _Holder:
+    """The index as one allocator sees it: a `BlockHolder`."""
+
+    def __init__(self, index: PrefixIndex, idx: int) -> None:
+        self.index, self.idx = index, idx
+
+    def held_rows(self) -> list[list[int]]:
+        """See `BlockHolder`."""
+        return [[node.blocks[self.idx]] for node in self.index.nodes()]
+
+    def renumber(self, new_ids: dict[int, int]) -> None:
+        """See `BlockHolder`."""
+        for node in self.index.nodes():
+            node.blocks[self.idx] = new_ids[node.blocks[self.idx]]
+
+
+def _children(node: Node) -> list[Node]:
+    return [child for siblings in node.children.values() for child in siblings.values()]
+
+
+def _longest_common(node: Node, rest: Tokens) -> tuple[Node, int] | None:
+    """The child that shares most of its first tokens with `rest`, and how many; None where none shares any."""
+    siblings = node.children.get(rest[0], {}) if rest else {}
+    if rest in siblings:
+        return siblings[rest], len(rest)
+    shared = [(_num_common(child.tokens, rest), child) for child in siblings.values()]
+    if not shared:
+        return None
+    count, child = max(shared, key=lambda pair: pair[0])
+    return child, count
+
+
+def _covering(node: Node, chunk: Tokens) -> Node | None:
+    """The child that holds all of `chunk`, and maybe more behind it."""
+    siblings = node.children.get(chunk[0], {})
+    if chunk in siblings:
+        return siblings[chunk]
+    return next((child for child in siblings.values() if child.tokens[: len(chunk)] == chunk), None)
+
+
+def _num_common(a: Tokens, b: Tokens) -> int:
+    for count, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return count
+    return min(len(a), len(b))

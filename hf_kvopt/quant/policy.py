@@ -1,0 +1,96 @@
+"""Which layer is stored in which format: one default, exceptions by place or kind.
+
+    layer_formats  >  skip_layers  >  format
+
+Layers are numbered as the cache numbers them. "first" and "last" are the first and the last layer that hold keys and
+values, "sliding" all with a window.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+from hf_kvopt.quant.formats import NATIVE_KV, KVFormat, get_kv_format
+
+PLACES = ("first", "last", "sliding")
+LayerName = int | str
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormatPolicy:
+    """Formats of all layers of a cache.
+
+    Args:
+        format: of the layers that nothing else is said of; see `get_kv_format`.
+        skip_layers: layers that stay native: numbers (negative from the end), "first", "last", "sliding". Sliding
+            layers by default: their window bounds what they hold, so there is little to save.
+        layer_formats: formats of single layers, by the same names; a number goes before a place.
+        exact_prefill: let the first prompt attend to its own states as they came, and not as they were stored.
+
+    Raises:
+        ValueError: an unknown format or place.
+    """
+
+    format: str = "native"
+    skip_layers: Collection[LayerName] = ("sliding",)
+    layer_formats: Mapping[LayerName, str] = field(default_factory=dict)
+    exact_prefill: bool = False
+
+    def __post_init__(self) -> None:
+        get_kv_format(self.format)
+        if isinstance(self.skip_layers, str | int):
+            raise ValueError(
+                f"skip_layers must be several layers, such as ('first', 'last') or (0, 5): got {self.skip_layers!r}; "
+                "put it in a tuple"
+            )
+        for name in (*self.skip_layers, *self.layer_formats):
+            if name not in PLACES and (not isinstance(name, int) or isinstance(name, bool)):
+                raise ValueError(f"a layer must be a number or one of {', '.join(PLACES)}: got {name!r}")
+        for name in self.layer_formats.values():
+            get_kv_format(name)
+
+    @property
+    def needs_layer_count(self) -> bool:
+        """Whether a layer is named from the end, so that the number of layers must be known."""
+        names = (*self.skip_layers, *self.layer_formats)
+        return any(name == "last" or (isinstance(name, int) and name < 0) for name in names)
+
+    def resolve(self, num_layers: int, first: int, last: int) -> "FormatPolicy":
+        """The same with plain numbers for places and negative numbers.
+
+        Args:
+            num_layers: of the cache.
+            first: number of the first layer that holds keys and values.
+            last: of the last one.
+
+        Raises:
+            ValueError: a layer that does not exist.
+        """
+        names = {name: _number(name, num_layers, first, last) for name in (*self.skip_layers, *self.layer_formats)}
+        # Places first, so that a number has the last word.
+        ordered = sorted(self.layer_formats.items(), key=lambda item: isinstance(item[0], int))
+        return FormatPolicy(
+            format=self.format,
+            skip_layers=tuple(names[name] for name in self.skip_layers),
+            layer_formats={names[name]: fmt for name, fmt in ordered},
+            exact_prefill=self.exact_prefill,
+        )
+
+    def at(self, layer_idx: int, is_sliding: bool) -> KVFormat:
+        """The format of one layer; a policy that names layers from the end must have been resolved."""
+        names: list[LayerName] = [layer_idx, *(["first"] if layer_idx == 0 else []), *(["sliding"] * is_sliding)]
+        for name in names:
+            if name in self.layer_formats:
+                return get_kv_format(self.layer_formats[name])
+        if any(name in self.skip_layers for name in names):
+            return NATIVE_KV
+        return get_kv_format(self.format)
+
+
+def _number(name: LayerName, num_layers: int, first: int, last: int) -> LayerName:
+    if name == "sliding":
+        return name
+    number = {"first": first, "last": last}.get(str(name), name)
+    assert isinstance(number, int)
+    if not -num_layers <= number < num_layers:
+        raise ValueError(f"layer {name} does not exist: got a model of {num_layers} layers")
+    return number % num_layers

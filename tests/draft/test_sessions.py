@@ -1,0 +1,191 @@
+"""Drafting with the head's cache against the same head without one, over the whole text each time."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_kvopt.draft.drafter import Draft, Plan
+from hf_kvopt.draft.heads.eagle import EagleHead
+from hf_kvopt.draft.heads.growth import TreeGrowth
+from tests.draft.heads import KINDS, Greedy, Stochastic, features_of, read_of, tiny_head
+from tests.helpers import VOCAB, tiny_model
+
+EAGLES = [kind for kind in KINDS if kind.startswith("eagle")]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+def text(length: int, seed: int = 0) -> Tensor:
+    return torch.randint(3, VOCAB, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+def log_q(head, target, row: Tensor, drafted: list[int]) -> Tensor:
+    """log q of the token behind `row` and `drafted`, [draft_vocab_size]: no cache, one row."""
+    features = features_of(head, target, row[None, :-1])
+    if not isinstance(head, EagleHead):
+        return torch.log_softmax(head(features[0, -1:])[len(drafted), 0], -1)
+    tokens = torch.cat([row[1:], torch.tensor(drafted, dtype=torch.long)])[None]
+    hidden = head.combine(features)
+    positions = torch.arange(tokens.shape[1])[None]
+    for _ in range(len(drafted) + 1):
+        length = hidden.shape[1]
+        out = head(tokens[:, :length], hidden, positions[:, :length], dense_causal)
+        hidden = torch.cat([hidden, out[:, -1:]], dim=1)
+    return torch.log_softmax(head.logits(out[:, -1])[0], -1)
+
+
+def dense_causal(layer, q, k, v):
+    """Attention over whole rows, written out."""
+    group, length = q.shape[1] // k.shape[1], q.shape[2]
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    future = torch.ones(length, length, dtype=torch.bool).triu(1)
+    scores = (q @ k.transpose(-1, -2) * layer.scaling).masked_fill(future, float("-inf"))
+    return (torch.softmax(scores, dim=-1) @ v).transpose(1, 2)
+
+
+def greedy_chain(head, target, row: Tensor, gamma: int) -> list[int]:
+    drafted: list[int] = []
+    for _ in range(gamma):
+        drafted.append(int(head.to_target(log_q(head, target, row, drafted).argmax())))
+    return drafted
+
+
+def begin(head, target, *rows: Tensor):
+    head.check(target)
+    session = head.begin(target, len(rows))
+    session.extend(read_of(head, target, list(rows)))
+    return session
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_chain_is_what_the_head_says_over_the_whole_text(kind):
+    target, head, row = tiny_model(), tiny_head(kind), text(19)
+    session = begin(head, target, row)
+    assert session.propose(Plan(4, 4), Greedy()).tokens.tolist() == [greedy_chain(head, target, row, 4)]
+    # Drafting twice is drafting once.
+    assert session.propose(Plan(4, 4), Greedy()).tokens.tolist() == [greedy_chain(head, target, row, 4)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_not_kept_is_forgotten(kind):
+    target, head, whole = tiny_model(), tiny_head(kind), text(40)
+    session = begin(head, target, whole[:19])
+    at = 19
+    for kept in (1, 3, 2, 5):
+        session.propose(Plan(4, 4), Greedy())
+        session.extend(read_of(head, target, [whole[: at + kept]], [at - 1]))
+        at += kept
+        draft = session.propose(Plan(3, 3), Greedy())
+        assert draft.tokens.tolist() == [greedy_chain(head, target, whole[:at], 3)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_different_lengths_do_not_see_each_other(kind):
+    target, head = tiny_model(), tiny_head(kind)
+    wholes = [text(40, seed) for seed in range(3)]
+    lengths = [7, 21, 18]
+    session = begin(head, target, *(whole[:n] for whole, n in zip(wholes, lengths, strict=True)))
+    for kept in ((1, 3, 2), (4, 1, 1), (2, 2, 2)):
+        draft = session.propose(Plan(3, 3), Greedy())
+        expected = [greedy_chain(head, target, w[:n], 3) for w, n in zip(wholes, lengths, strict=True)]
+        assert draft.tokens.tolist() == expected
+        starts = [n - 1 for n in lengths]
+        lengths = [n + k for n, k in zip(lengths, kept, strict=True)]
+        rows = [whole[:n] for whole, n in zip(wholes, lengths, strict=True)]
+        session.extend(read_of(head, target, rows, starts))
+    session.select([2, 0])
+    left = [wholes[2][: lengths[2]], wholes[0][: lengths[0]]]
+    draft = session.propose(Plan(3, 3), Greedy())
+    assert draft.tokens.tolist() == [greedy_chain(head, target, row, 3) for row in left]
+
+
+def grown_by_hand(head, target, row: Tensor, plan: Plan) -> dict[tuple[int, ...], float]:
+    """EAGLE-2 as written: paths of target ids, with their joint log probability."""
+    frontier: dict[tuple[int, ...], float] = {(): 0.0}
+    candidates: dict[tuple[int, ...], float] = {}
+    for _ in range(plan.gamma):
+        level = {}
+        for path, score in frontier.items():
+            best = log_q(head, target, row, list(path)).topk(plan.top_k)
+            for value, token in zip(best.values.tolist(), head.to_target(best.indices).tolist(), strict=True):
+                level[(*path, token)] = score + value
+        candidates |= level
+        frontier = dict(sorted(level.items(), key=lambda item: -item[1])[: plan.top_k])
+    return dict(sorted(candidates.items(), key=lambda item: -item[1])[: plan.num_nodes])
+
+
+def paths(draft: Draft, row: int) -> list[tuple[int, ...]]:
+    """The path of each node, root first; parents must come before their children."""
+    found: list[tuple[int, ...]] = []
+    assert draft.parents is not None
+    for i, (token, parent) in enumerate(zip(draft.tokens[row].tolist(), draft.parents[row].tolist(), strict=True)):
+        assert parent < i
+        found.append((*(found[parent] if parent >= 0 else ()), token))
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("plan", [Plan(3, 8, 3), Plan(4, 10, 2), Plan(1, 3, 3)], ids=["wide", "deep", "flat"])
+def test_a_tree_is_eagle_2s(kind, plan):
+    target, head = tiny_model(), tiny_head(kind)
+    rows = [text(19), text(12, 1)] if kind == "medusa" else [text(19)]
+    session = begin(head, target, *rows)
+    draft = session.propose(plan, Greedy())
+    for i, row in enumerate(rows):
+        assert set(paths(draft, i)) == set(grown_by_hand(head, target, row, plan))
+    # The nodes of a tree leave no trace in the next draft.
+    assert session.propose(Plan(3, 3), Greedy()).tokens.tolist() == [greedy_chain(head, target, row, 3) for row in rows]
+
+
+@pytest.mark.parametrize("kind", EAGLES)
+def test_trees_of_several_rows_of_different_lengths(kind):
+    target, head, plan = tiny_model(), tiny_head(kind), Plan(3, 7, 3)
+    rows = [text(9), text(23, 1)]
+    draft = begin(head, target, *rows).propose(plan, Greedy())
+    for i, row in enumerate(rows):
+        assert set(paths(draft, i)) == set(grown_by_hand(head, target, row, plan))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_drawn_token_comes_with_the_very_distribution_it_was_drawn_from(kind):
+    target, head, row = tiny_model(), tiny_head(kind), text(19)
+    draft = begin(head, target, row).propose(Plan(3, 3), Stochastic())
+    tokens = draft.tokens[0].tolist()
+    assert draft.q is not None
+    for depth in range(3):
+        expected = torch.exp(head.spread(log_q(head, target, row, tokens[:depth])))
+        torch.testing.assert_close(draft.q[0, depth], expected, rtol=1e-4, atol=1e-6)
+        assert draft.q[0, depth, tokens[depth]] > 0
+
+
+def test_medusa_drafts_no_deeper_than_it_has_heads():
+    session = begin(tiny_head("medusa"), tiny_model(), text(9))
+    assert session.propose(Plan(9, 9), Greedy()).tokens.shape == (1, 4)
+
+
+@pytest.mark.parametrize("kind", EAGLES)
+def test_a_closed_session_holds_no_memory(kind):
+    session = begin(tiny_head(kind), tiny_model(), text(30))
+    session.propose(Plan(3, 9, 3), Greedy())
+    cache = session._cache
+    cache.check_integrity()
+    session.close()
+    assert cache.stats().used_blocks == 0
+
+
+def test_ties_keep_parents_before_children():
+    growth = TreeGrowth(1, 2, torch.device("cpu"))
+    certain = torch.tensor([[[0.0, float("-inf"), -50.0]]])
+    nodes = 1
+    for _ in range(3):
+        nodes = growth.expand(certain.expand(1, nodes, 3)).tokens.shape[1]
+    for num_nodes in (1, 2, 3, 5):
+        tokens, parents = growth.draft(num_nodes)
+        assert tokens.shape[1] == num_nodes
+        assert all(parent < i for i, parent in enumerate(parents[0].tolist()))
+        assert tokens[0, 0] == 0
