@@ -41,6 +41,7 @@ class Plan(NamedTuple):
     gamma: int  # depth: tokens of the longest path
     num_nodes: int  # tokens to verify below the root
     top_k: int = 1  # children of a node that are considered (EAGLE-2)
+    min_confidence: float = 0.0  # a draft ends where the drafter's joint probability of it falls below this
 
     @property
     def is_chain(self) -> bool:

@@ -1,5 +1,7 @@
 """Drafting with the head's cache against the same head without one, over the whole text each time."""
 
+from math import exp
+
 import pytest
 import torch
 from torch import Tensor
@@ -179,13 +181,64 @@ def test_a_closed_session_holds_no_memory(kind):
 
 
 def test_ties_keep_parents_before_children():
-    growth = TreeGrowth(1, 2, torch.device("cpu"))
+    growth = TreeGrowth(1, Plan(3, 5, 2), torch.device("cpu"))
     certain = torch.tensor([[[0.0, float("-inf"), -50.0]]])
     nodes = 1
     for _ in range(3):
         nodes = growth.expand(certain.expand(1, nodes, 3)).tokens.shape[1]
-    for num_nodes in (1, 2, 3, 5):
-        tokens, parents = growth.draft(num_nodes)
-        assert tokens.shape[1] == num_nodes
-        assert all(parent < i for i, parent in enumerate(parents[0].tolist()))
-        assert tokens[0, 0] == 0
+    draft = growth.draft(lambda x: x)
+    assert draft.tokens[0, 0] == 0
+    assert all(parent < i for i, parent in enumerate(draft.parents[0].tolist()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_chain_ends_where_the_head_does_not_believe_in_it(kind):
+    target, head, rows = tiny_model(), tiny_head(kind), [text(19), text(12, 1)]
+    session = begin(head, target, *rows)
+    expected = []
+    limits = set()
+    for row in rows:
+        joint, chain = 0.0, greedy_chain(head, target, row, 4)
+        joints = []
+        for depth in range(4):
+            joint += float(log_q(head, target, row, chain[:depth]).max())
+            joints.append(joint)
+        expected.append((chain, joints))
+        limits |= {exp(value) * f for value in joints for f in (0.99, 1.01)}
+    for limit in sorted(limits):
+        draft = session.propose(Plan(4, 4, 1, limit), Greedy())
+        lengths = [sum(exp(value) >= limit for value in joints) for _, joints in expected]
+        assert draft.tokens.shape[1] == max(lengths)
+        assert max(lengths) == 0 or draft.lengths == lengths
+        for row, length, (chain, _) in zip(draft.tokens.tolist(), lengths, expected, strict=True):
+            assert row[:length] == chain[:length]
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "medusa"])
+def test_a_drawn_token_is_never_dropped_for_its_own_value(kind):
+    """The chain ends behind the first token that makes it unlikely; it has at least one."""
+    target, head, rows = tiny_model(), tiny_head(kind), [text(19), text(12, 1)]
+    session = begin(head, target, *rows)
+    seen = set()
+    for seed in range(20):
+        draft = session.propose(Plan(4, 4, 1, 0.05), Stochastic(seed))
+        for tokens, q, length in zip(draft.tokens.tolist(), draft.q, draft.lengths, strict=True):
+            joints = torch.stack([q[d, t] for d, t in enumerate(tokens)]).cumprod(0).tolist()
+            assert length == 1 + sum(joint >= 0.05 for joint in joints[:-1]) or length == len(tokens)
+            assert all(joint >= 0.05 for joint in joints[: length - 1])
+            seen.add(length)
+    assert len(seen) > 1
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "medusa"])
+def test_a_tree_leaves_out_what_the_head_does_not_believe_in(kind):
+    target, head, rows = tiny_model(), tiny_head(kind), [text(19), text(12, 1)]
+    plan = Plan(3, 9, 3)
+    session = begin(head, target, *rows)
+    nodes = [grown_by_hand(head, target, row, plan) for row in rows]
+    for limit in [exp(score) * 0.99 for score in nodes[0].values()]:
+        draft = session.propose(plan._replace(min_confidence=limit), Greedy())
+        for i, grown in enumerate(nodes):
+            believed = {path for path, score in grown.items() if exp(score) >= limit}
+            assert draft.lengths[i] == len(believed)
+            assert set(paths(draft, i)[: len(believed)]) == believed

@@ -32,6 +32,8 @@ class EagleHead(HeadBase):
         super().__init__(config)
         hidden, width = config.hidden_size, config.target_hidden_size
         is_3 = config.eagle_version == 3
+        # Read at every drafting step, where a look into a configuration costs as much as a small operation.
+        self.is_first_version, self.norms_output = not is_3, config.norm_output
         self.fc = nn.Linear(config.num_features * width if is_3 else 2 * hidden, hidden, bias=config.fc_bias)
         self.layers = nn.ModuleList([EagleLayer(config, idx) for idx in range(config.num_hidden_layers)])
         eps = config.rms_norm_eps
@@ -80,17 +82,17 @@ class EagleHead(HeadBase):
     ) -> Tensor:
         """[batch, q_len, hidden_size]: what `logits` reads, and what the next step takes as `hidden`."""
         embeds = self._embed(tokens).to(hidden.dtype)
-        if self.config.eagle_version == 1:
+        if self.is_first_version:
             hidden = self.fc(torch.cat([embeds, hidden], dim=-1))
         rotation = self.rotary(positions, hidden.dtype)
         for layer in self.layers:
             hidden = layer(hidden, embeds, rotation, attend)
-        return self.norm(hidden) if self.config.norm_output and self.norm is not None else hidden
+        return self.norm(hidden) if self.norms_output and self.norm is not None else hidden
 
     def combine(self, features: Tensor) -> Tensor:
         """[..., hidden_size] out of the target's features [..., num_features * target_hidden_size]."""
-        features = features.to(self.dtype)
-        if self.config.eagle_version == 1:
+        features = features.to(self.fc.weight.dtype)
+        if self.is_first_version:
             return features
         if self.input_norm is not None:
             features = self.input_norm(features)
@@ -103,7 +105,7 @@ class EagleHead(HeadBase):
         """[..., draft_vocab_size] of what `forward` returned."""
         if self.lm_head is None:
             return self.shared.lm_logits(hidden)
-        if self.norm is not None and not self.config.norm_output:
+        if self.norm is not None and not self.norms_output:
             hidden = self.norm(hidden)
         return self.lm_head(hidden)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from hf_kvopt.attention.forward import attention_forward
 from hf_kvopt.cache.paged import PagedCache
 from hf_kvopt.draft.drafter import Draft, DraftSession, Plan, Read, Sampler
-from hf_kvopt.draft.heads.growth import TreeGrowth, tree_draft
+from hf_kvopt.draft.heads.growth import ChainGrowth, TreeGrowth
 from hf_kvopt.draft.heads.layer import EagleLayer
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class EagleSession(DraftSession):
 
     def propose(self, plan: Plan, sample: Sampler) -> Draft:
         self._forget_drafts()
-        return self._chain(min(plan.gamma, plan.num_nodes), sample) if plan.is_chain else self._tree(plan)
+        return self._chain(plan, sample) if plan.is_chain else self._tree(plan)
 
     def select(self, rows: Sequence[int]) -> None:
         self._forget_drafts()
@@ -77,39 +77,30 @@ class EagleSession(DraftSession):
     def close(self) -> None:
         self._cache.free()
 
-    def _chain(self, gamma: int, sample: Sampler) -> Draft:
+    def _chain(self, plan: Plan, sample: Sampler) -> Draft:
         head, hidden, position = self._head, self._hidden, self._position
         assert hidden is not None  # extend comes first
         assert position is not None
         self._attend.mask = None
-        tokens: list[Tensor] = []
-        distributions: list[Tensor | None] = []
-        for depth in range(gamma):
+        chain = ChainGrowth(head, plan.min_confidence, sample)
+        for depth in range(min(plan.gamma, plan.num_nodes)):
             if depth:
                 position = position + 1
-                hidden = head(tokens[-1][:, None], hidden, position, self._attend)
+                hidden = head(chain.tokens[-1][:, None], hidden, position, self._attend)
                 self._drafted += 1
-            logits = head.logits(hidden[:, 0])
-            if sample.is_greedy:
-                tokens.append(head.to_target(logits.argmax(-1)))
-                continue
-            token, q = sample(head.spread(logits))
-            tokens.append(token)
-            distributions.append(q)
-        q_all = None
-        if distributions and all(q is not None for q in distributions):
-            q_all = torch.stack(distributions, dim=1)  # type: ignore[arg-type]
-        return Draft(torch.stack(tokens, dim=1), q=q_all)
+            if not chain.add(head.logits(hidden[:, 0])):
+                break
+        return chain.draft(len(hidden), hidden.device)
 
     def _tree(self, plan: Plan) -> Draft:
         head, hidden, position = self._head, self._hidden, self._position
         assert hidden is not None  # extend comes first
         assert position is not None
-        growth = TreeGrowth(len(hidden), plan.top_k, hidden.device)
+        growth = TreeGrowth(len(hidden), plan, hidden.device)
         columns = self._cache.get_seq_length()
         for depth in range(plan.gamma):
             frontier = growth.expand(torch.log_softmax(head.logits(hidden), dim=-1))
-            if depth + 1 == plan.gamma:
+            if depth + 1 == plan.gamma or growth.is_done:
                 break
             position = position + 1
             hidden = hidden.gather(1, frontier.parents[:, :, None].expand(-1, -1, hidden.shape[2]))
@@ -119,7 +110,7 @@ class EagleSession(DraftSession):
             self._attend.mask = seen
             hidden = head(head.to_target(frontier.tokens), hidden, position.expand(-1, nodes), self._attend)
             self._drafted += nodes
-        return tree_draft(growth, plan.num_nodes, head.d2t)
+        return growth.draft(head.to_target)
 
     def _forget_drafts(self) -> None:
         if self._drafted:

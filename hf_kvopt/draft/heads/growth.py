@@ -1,18 +1,74 @@
-"""EAGLE-2's dynamic tree: the most likely nodes of each depth are expanded, the most likely of all are kept.
+"""How drafts grow: chains token by token, trees level by level, both only as far as the head believes in them.
 
-The score of a node is the sum of log q along its path, which estimates how likely the target accepts it. Each level
-expands its `top_k` best nodes by `top_k` children; at the end the `num_nodes` best of all levels are the draft. A
-parent's score is never below its child's, so what is kept is a tree.
+The joint probability of a node, the product of q along its path, estimates how likely the target accepts it. A chain
+ends where it falls below `Plan.min_confidence`. A tree is EAGLE-2's: each level expands its `top_k` best nodes by
+`top_k` children, and the `num_nodes` best of all levels are the draft. A parent is never less likely than its child,
+so what is kept is a tree.
 
 Source: EAGLE-2, arXiv:2406.16858, section 4.
 """
 
+from collections.abc import Callable
+from math import log
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hf_kvopt.draft.drafter import Draft
+from hf_kvopt.draft.drafter import Draft, Plan, Sampler
+from hf_kvopt.draft.heads.base import HeadBase
+
+
+class ChainGrowth:
+    """Owns the tokens of one chain a row.
+
+    Arg max tokens that the head does not believe in are left out. A drawn one stays and the chain ends behind it: to
+    drop tokens by their value would change the distribution that the others are drawn from.
+    """
+
+    def __init__(self, head: HeadBase, min_confidence: float, sample: Sampler) -> None:
+        self._head, self._sample = head, sample
+        self._limit = log(min_confidence) if min_confidence > 0 else None
+        self._joint: Tensor | float = 0.0  # [batch]: log of the product of q
+        self._lengths: Tensor | int = 0  # [batch]
+        self._q: list[Tensor | None] = []
+        self.tokens: list[Tensor] = []  # of each depth, [batch] in the target's ids
+
+    def add(self, logits: Tensor) -> bool:
+        """Choose a token for each row by logits [batch, draft_vocab_size]; whether any row goes on."""
+        if not self._sample.is_greedy:
+            return self._add_drawn(logits)
+        if self._limit is None:
+            self.tokens.append(self._head.to_target(logits.argmax(-1)))
+            return True
+        best = logits.max(-1)
+        self._joint = self._joint + best.values - logits.logsumexp(-1)
+        goes_on = self._joint >= self._limit
+        if not bool(goes_on.any()):
+            return False
+        self._lengths = self._lengths + goes_on.long()
+        self.tokens.append(self._head.to_target(best.indices))
+        return True
+
+    def draft(self, batch_size: int, device: torch.device) -> Draft:
+        """What has grown; it can be nothing."""
+        if not self.tokens:
+            return Draft(torch.zeros(batch_size, 0, dtype=torch.long, device=device))
+        q = [x for x in self._q if x is not None]
+        lengths = None if isinstance(self._lengths, int) else self._lengths.tolist()
+        q_all = torch.stack(q, dim=1) if len(q) == len(self.tokens) else None
+        return Draft(torch.stack(self.tokens, dim=1), q=q_all, lengths=lengths)
+
+    def _add_drawn(self, logits: Tensor) -> bool:
+        token, q = self._sample(self._head.spread(logits))
+        self.tokens.append(token)
+        self._q.append(q)
+        if self._limit is None or q is None:
+            return True
+        joint = torch.as_tensor(self._joint, device=q.device)
+        self._lengths = self._lengths + (joint >= self._limit).long().expand(len(q))
+        self._joint = joint + q.gather(1, token[:, None])[:, 0].log()
+        return bool((self._joint >= self._limit).any())
 
 
 class Frontier(NamedTuple):
@@ -24,10 +80,11 @@ class Frontier(NamedTuple):
 
 
 class TreeGrowth:
-    """Owns the candidates of one draft, level by level."""
+    """Owns the candidates of one tree a row, level by level."""
 
-    def __init__(self, batch_size: int, top_k: int, device: torch.device) -> None:
-        self._top_k = top_k
+    def __init__(self, batch_size: int, plan: Plan, device: torch.device) -> None:
+        self._plan = plan
+        self._limit = log(plan.min_confidence) if plan.min_confidence > 0 else None
         self._tokens: list[Tensor] = []
         self._scores: list[Tensor] = []
         self._parents: list[Tensor] = []
@@ -37,16 +94,22 @@ class TreeGrowth:
         self._joint = torch.zeros(batch_size, 1, device=device)
         self._ancestors = torch.zeros(batch_size, 1, 0, dtype=torch.bool, device=device)
 
+    @property
+    def is_done(self) -> bool:
+        """Whether no node of the frontier is worth its children."""
+        return self._limit is not None and float(self._joint.max()) < self._limit
+
     def expand(self, log_q: Tensor) -> Frontier:
         """Take in the log probabilities [batch, nodes of the frontier, draft_vocab_size] below the frontier."""
-        best = log_q.topk(self._top_k, dim=-1)
+        top_k = self._plan.top_k
+        best = log_q.topk(top_k, dim=-1)
         joint = (self._joint[:, :, None] + best.values).flatten(1)
         tokens = best.indices.flatten(1)
         self._tokens.append(tokens)
         self._scores.append(joint)
-        self._parents.append(self._ids.repeat_interleave(self._top_k, dim=1))
-        chosen = joint.topk(self._top_k, dim=-1)
-        parents = chosen.indices // self._top_k
+        self._parents.append(self._ids.repeat_interleave(top_k, dim=1))
+        chosen = joint.topk(top_k, dim=-1)
+        parents = chosen.indices // top_k
         self._joint, self._ids = chosen.values, self._num_candidates + chosen.indices
         self._num_candidates += joint.shape[1]
         batch, nodes = parents.shape
@@ -55,21 +118,20 @@ class TreeGrowth:
         self._ancestors = torch.cat([above, own], dim=2)
         return Frontier(tokens.gather(1, chosen.indices), parents, self._ancestors)
 
-    def draft(self, num_nodes: int) -> tuple[Tensor, Tensor]:
-        """The best nodes of all: draft ids and parents [batch, num_nodes], parents first; see `Draft`."""
+    def draft(self, to_target: Callable[[Tensor], Tensor]) -> Draft:
+        """The best nodes of all, parents first; those that are not believed in stand last and do not count."""
         scores, tokens = torch.cat(self._scores, dim=1), torch.cat(self._tokens, dim=1)
-        parents = torch.cat(self._parents, dim=1)
+        parents, num_all = torch.cat(self._parents, dim=1), scores.shape[1]
         # Stable: where a child is as likely as its parent, the parent comes first, and so is kept first.
-        order = scores.sort(dim=1, descending=True, stable=True).indices[:, : min(num_nodes, scores.shape[1])]
-        kept = order.sort(dim=1).values
-        places = torch.full_like(parents, -1).scatter(
-            1, kept, torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
-        )
+        best = scores.sort(dim=1, descending=True, stable=True).indices[:, : min(self._plan.num_nodes, num_all)]
+        doubted, lengths = torch.zeros_like(best), None
+        if self._limit is not None:
+            doubted = (scores.gather(1, best) < self._limit).long()
+            lengths = (best.shape[1] - doubted.sum(1)).tolist()
+            best, doubted = best[:, : max(lengths)], doubted[:, : max(lengths)]
+        kept = (best + doubted * num_all).sort(dim=1).values % num_all
+        numbers = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
+        places = torch.full_like(parents, -1).scatter(1, kept, numbers)
         above = parents.gather(1, kept)
-        return tokens.gather(1, kept), torch.where(above < 0, above, places.gather(1, above.clamp(min=0)))
-
-
-def tree_draft(growth: TreeGrowth, num_nodes: int, d2t: Tensor | None) -> Draft:
-    """What has grown, in the target's ids."""
-    tokens, parents = growth.draft(num_nodes)
-    return Draft(tokens if d2t is None else tokens + d2t[tokens], parents)
+        above = torch.where(above < 0, above, places.gather(1, above.clamp(min=0)))
+        return Draft(to_target(tokens.gather(1, kept)), above, lengths=lengths)

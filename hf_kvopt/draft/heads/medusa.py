@@ -49,7 +49,7 @@ class MedusaHead(HeadBase):
 
     def forward(self, features: Tensor) -> Tensor:
         """[medusa_num_heads, n, draft_vocab_size] logits of the target's last hidden states [n, hidden_size]."""
-        x = features.to(self.dtype).expand(self.config.medusa_num_heads, *features.shape)
+        x = features.to(self.block_weight.dtype).expand(self.config.medusa_num_heads, *features.shape)
         for weight, bias in zip(self.block_weight, self.block_bias, strict=True):
             x = x + F.silu(torch.baddbmm(bias, x, weight.transpose(1, 2)))
         if self.lm_weight is None:

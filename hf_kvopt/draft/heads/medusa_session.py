@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hf_kvopt.draft.drafter import Draft, DraftSession, Plan, Read, Sampler
-from hf_kvopt.draft.heads.growth import TreeGrowth, tree_draft
+from hf_kvopt.draft.heads.growth import ChainGrowth, TreeGrowth
 
 if TYPE_CHECKING:
     from hf_kvopt.draft.heads.medusa import MedusaHead
@@ -27,20 +27,19 @@ class MedusaSession(DraftSession):
 
     def propose(self, plan: Plan, sample: Sampler) -> Draft:
         assert self._feature is not None  # extend comes first
-        head = self._head
-        logits = head(self._feature)[: plan.gamma]
-        if not plan.is_chain:
-            growth = TreeGrowth(logits.shape[1], plan.top_k, logits.device)
-            nodes = 1
-            for log_q in torch.log_softmax(logits, dim=-1):
-                nodes = growth.expand(log_q[:, None].expand(-1, nodes, -1)).tokens.shape[1]
-            return tree_draft(growth, plan.num_nodes, head.d2t)
-        logits = logits[: plan.num_nodes]
-        if sample.is_greedy:
-            return Draft(head.to_target(logits.argmax(-1)).T)
-        tokens, q = zip(*(sample(head.spread(x)) for x in logits), strict=True)
-        is_drawn = all(x is not None for x in q)
-        return Draft(torch.stack(tokens, dim=1), q=torch.stack(q, dim=1) if is_drawn else None)
+        head, feature = self._head, self._feature
+        logits = head(feature)[: plan.gamma]
+        if plan.is_chain:
+            chain = ChainGrowth(head, plan.min_confidence, sample)
+            for guess in logits[: plan.num_nodes]:
+                if not chain.add(guess):
+                    break
+            return chain.draft(len(feature), feature.device)
+        growth = TreeGrowth(len(feature), plan, feature.device)
+        nodes = 1
+        for log_q in torch.log_softmax(logits, dim=-1):
+            nodes = growth.expand(log_q[:, None].expand(-1, nodes, -1)).tokens.shape[1]
+        return growth.draft(head.to_target)
 
     def select(self, rows: Sequence[int]) -> None:
         if self._feature is not None:
