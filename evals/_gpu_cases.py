@@ -99,7 +99,7 @@ def launches_of(case: Case, target: Target) -> list[Launch]:
         meta(*shape, fmt.packed_dim(dim), dtype=fmt.code_dtype or case.dtype)
         for fmt, dim in zip(formats, (case.k_dim, case.v_dim), strict=True)
     )
-    k_scale, v_scale = (meta(*shape, dtype=FP16) if fmt.has_scale else None for fmt in formats)
+    k_scale, v_scale = (meta(*shape, *fmt.scale_shape, dtype=FP16) if fmt.has_scale else None for fmt in formats)
     if case.op == "store_kv":
         k, v = (meta(batch, 1, NUM_KV_HEADS, d, dtype=case.dtype).transpose(1, 2) for d in (case.k_dim, case.v_dim))
         slots = meta(batch, dtype=torch.int64)

@@ -39,7 +39,8 @@ def make_pools(
         pool = torch.empty(*shape, fmt.packed_dim(dim), dtype=fmt.code_dtype or dtype, device=bench.device)
         pool.view(torch.uint8).fill_(0x7F) if pool.element_size() == 1 else pool.fill_(torch.nan)
         pools.append(pool)
-        scales.append(torch.full(shape, torch.nan, dtype=torch.float16, device=bench.device) if fmt.has_scale else None)
+        scale = torch.full((*shape, *fmt.scale_shape), torch.nan, dtype=torch.float16, device=bench.device)
+        scales.append(scale if fmt.has_scale else None)
     order = torch.randperm(num_blocks, device=bench.device).to(torch.int32)
     table = torch.full((len(seq_lens), max(1, *counts)), -1, dtype=torch.int32, device=bench.device)
     first = 0

@@ -32,10 +32,10 @@ class QuantizedPagedCache(PagedCache):
             stored, so that a token sees the same keys however the text is cut into chunks or read again.
         options: see `PagedCache`.
 
-    Each token and KV head has a float16 scale inside the block. A token with NaN or Inf in a head's keys (values), or
-    with a magnitude beyond 8 million (int4: 500,000), reads back as NaN in that head's keys (values), so that the
-    output shows it; other tokens are not touched. Layers with latent attention (DeepSeek) store latents and rotary keys
-    both in the keys' format.
+    Each token and KV head has a float16 scale inside the block (int4: two, of the even and the odd channels). A token
+    with NaN or Inf under a scale, or with a magnitude beyond 8 million (int4: 500,000), reads back as NaN in all its
+    channels under that scale, so that the output shows it; other tokens are not touched. Layers with latent attention
+    (DeepSeek) store latents and rotary keys both in the keys' format.
 
     Raises:
         ValueError: an unknown format or layer, or, at the first update, a head_dim that int4 cannot pack.

@@ -72,7 +72,7 @@ def check_head_dim(name: str, dim: int) -> None:
 def check_pool(
     name: str,  # "k" or "v"
     pool: Tensor,  # [num_blocks, block_size, num_kv_heads, packed dim]
-    scale: Tensor | None,  # [num_blocks, block_size, num_kv_heads]
+    scale: Tensor | None,  # [num_blocks, block_size, num_kv_heads, *scale_shape]
     target: Target,
 ) -> Format:
     """Return the pool's format after checking the pool, its scales and that the device can read it."""
@@ -87,7 +87,7 @@ def check_pool(
         need = "needs" if fmt.has_scale else "takes no"
         raise ValueError(f"{name}_scale: {fmt.name} storage {need} scale: got {None if scale is None else 'one'}")
     if scale is not None:
-        check_shape(f"{name}_scale", scale, tuple(pool.shape[:3]))
+        check_shape(f"{name}_scale", scale, (*pool.shape[:3], *fmt.scale_shape))
         check_dtype(f"{name}_scale", scale, torch.float16, torch.float32)
         check_contiguous(f"{name}_scale", scale)
         check_device(f"{name}_scale", scale, pool)

@@ -86,7 +86,7 @@ def store_kv(
     k_pool: Tensor,  # [num_blocks, block_size, num_kv_heads, k_dim or packed], written in place
     v_pool: Tensor,
     slot_mapping: Tensor,  # [batch * q_len] int64: block * block_size + offset, -1 to skip
-    k_scale: Tensor | None = None,  # [num_blocks, block_size, num_kv_heads] float16 or float32
+    k_scale: Tensor | None = None,  # [num_blocks, block_size, num_kv_heads, *scale_shape] float16 or float32
     v_scale: Tensor | None = None,
 ) -> None:
     """Quantize (the pools' dtypes say how) and scatter new keys and values into their slots."""

@@ -32,7 +32,7 @@ class PagedKV(NamedTuple):
     v_pool: Tensor  # [num_blocks, block_size, num_kv_heads, v_dim or packed]
     block_table: Tensor  # [batch, max_blocks] int32
     seq_lens: Tensor  # [batch] int32, new tokens included
-    k_scale: Tensor | None = None  # [num_blocks, block_size, num_kv_heads]
+    k_scale: Tensor | None = None  # [num_blocks, block_size, num_kv_heads, *scale_shape]
     v_scale: Tensor | None = None
 
     @property

@@ -5,7 +5,8 @@ group, so that keys and values are read once for the group.
 
 Quantized codes are turned into the operand type in registers (exactly: at most 8 significant bits), k_scale
 multiplies columns of the scores, v_scale columns of the probabilities; sums are float32. int4 keeps even and
-odd channels apart: two products for the scores, two accumulators for the output, and no interleaving.
+odd channels apart, each with a scale: two products for the scores, two accumulators for the output, and no
+interleaving.
 """
 
 from __future__ import annotations
@@ -79,6 +80,12 @@ def load_stored(
 
 
 @triton.jit
+def load_scale(scale_ptrs, loadable):
+    """Return scales [1, BLOCK_N] in float32, 0 where they must not be read."""
+    return tl.load(scale_ptrs, mask=loadable, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
 def attend_tile(
     q_even,
     q_odd,  # [BLOCK_M, K_BLOCK], or its halves for int4 keys
@@ -125,11 +132,13 @@ def attend_tile(
     k = load_stored(k_ptr, rows, loadable, K_WIDTH, K_BLOCK_W, PARTIAL)
     if k_ptr.dtype.element_ty == tl.uint8:
         dots = tl.dot(q_even, tl.trans(low_nibble(k, q_even.dtype)), input_precision="ieee")
-        dots = tl.dot(q_odd, tl.trans(high_nibble(k, q_even.dtype)), dots, input_precision="ieee")
+        dots *= load_scale(k_scale_ptr + 2 * rows, loadable)
+        odd_dots = tl.dot(q_odd, tl.trans(high_nibble(k, q_even.dtype)), input_precision="ieee")
+        dots += odd_dots * load_scale(k_scale_ptr + 2 * rows + 1, loadable)
     else:
         dots = tl.dot(q_even, tl.trans(as_operand(k, q_even.dtype)), input_precision="ieee")
-    if k_scale_ptr is not None:
-        dots *= tl.load(k_scale_ptr + rows, mask=loadable, other=0.0).to(tl.float32)[None, :]
+        if k_scale_ptr is not None:
+            dots *= load_scale(k_scale_ptr + rows, loadable)
     scores = cap_scores(dots, score_scale, cap, HAS_CAP)
 
     if PARTIAL:
@@ -141,15 +150,16 @@ def attend_tile(
         scores = tl.where(seen, scores, float("-inf"))
 
     p, alpha, m_i, l_i = softmax_step(scores, m_i, l_i)
-    if v_scale_ptr is not None:
-        p *= tl.load(v_scale_ptr + rows, mask=loadable, other=0.0).to(tl.float32)[None, :]
-    p = p.to(P_DTYPE)
     v = load_stored(v_ptr, rows, loadable, V_WIDTH, V_BLOCK_W, PARTIAL)
     if v_ptr.dtype.element_ty == tl.uint8:
-        acc_even = tl.dot(p, low_nibble(v, P_DTYPE), acc_even * alpha[:, None], input_precision="ieee")
-        acc_odd = tl.dot(p, high_nibble(v, P_DTYPE), acc_odd * alpha[:, None], input_precision="ieee")
+        p_even = (p * load_scale(v_scale_ptr + 2 * rows, loadable)).to(P_DTYPE)
+        acc_even = tl.dot(p_even, low_nibble(v, P_DTYPE), acc_even * alpha[:, None], input_precision="ieee")
+        p_odd = (p * load_scale(v_scale_ptr + 2 * rows + 1, loadable)).to(P_DTYPE)
+        acc_odd = tl.dot(p_odd, high_nibble(v, P_DTYPE), acc_odd * alpha[:, None], input_precision="ieee")
     else:
-        acc_even = tl.dot(p, as_operand(v, P_DTYPE), acc_even * alpha[:, None], input_precision="ieee")
+        if v_scale_ptr is not None:
+            p *= load_scale(v_scale_ptr + rows, loadable)
+        acc_even = tl.dot(p.to(P_DTYPE), as_operand(v, P_DTYPE), acc_even * alpha[:, None], input_precision="ieee")
     return acc_even, acc_odd, m_i, l_i
 
 

@@ -83,7 +83,7 @@ def attention_reference(
 
 def gather_reference(
     pool: Tensor,  # [num_blocks, block_size, num_kv_heads, dim]
-    scales: Tensor | None,  # [num_blocks, block_size, num_kv_heads]
+    scales: Tensor | None,  # [num_blocks, block_size, num_kv_heads, *scale_shape]
     block_table: Tensor,  # [batch, max_blocks]
     seq_lens: Tensor,  # [batch]
 ) -> Tensor:

@@ -52,7 +52,7 @@ def store_kv_reference(
         flat = pool.view(-1, *pool.shape[2:])
         (flat.view(torch.uint8) if as_bytes else flat)[slots] = codes.view(torch.uint8) if as_bytes else codes
         if scale is not None and scales is not None:
-            scale.view(-1, scale.shape[2])[slots] = scales
+            scale.view(-1, *scale.shape[2:])[slots] = scales
 
 
 @triton.jit
@@ -169,7 +169,7 @@ def store_kv(
     k_pool: Tensor,  # [num_blocks, block_size, num_kv_heads, k_dim or packed], written in place
     v_pool: Tensor,
     slot_mapping: Tensor,  # [batch * q_len] int64: block * block_size + offset, -1 to skip
-    k_scale: Tensor | None = None,  # [num_blocks, block_size, num_kv_heads] float16 or float32
+    k_scale: Tensor | None = None,  # [num_blocks, block_size, num_kv_heads, *scale_shape] float16 or float32
     v_scale: Tensor | None = None,
 ) -> None:
     """Scatter keys and values into their slots; two tokens must not share a slot."""

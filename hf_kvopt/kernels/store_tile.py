@@ -25,16 +25,52 @@ def _round_to_float(x, MANTISSA_BITS: tl.constexpr, MIN_EXPONENT: tl.constexpr):
 
 
 @triton.jit
-def _write_scale(raw, taint, scale_ptr, rows, mask_h, NUDGE: tl.constexpr):
-    """Store the scales as they will be read and return (divisor, usable), both [BLOCK_H, 1]."""
-    nudged = raw + tl.where(raw < 0.0, -NUDGE, NUDGE) + taint
+def _as_stored(raw, scale_ptr, NUDGE: tl.constexpr):
+    """Return scales [BLOCK_H] as they will be read: rounded to the pool's type, NaN where that is not finite."""
+    nudged = raw + tl.where(raw < 0.0, -NUDGE, NUDGE)
     rounded = nudged.to(scale_ptr.dtype.element_ty).to(tl.float32)
     # Beyond float16's range the cast gives inf; every reader must see NaN.
-    rounded = tl.where(tl.abs(rounded) == float("inf"), float("nan"), rounded)
-    tl.store(scale_ptr + rows, rounded.to(scale_ptr.dtype.element_ty), mask=mask_h)
-    usable = rounded == rounded
-    divisor = tl.where(usable & (rounded != 0.0), rounded, 1.0)
-    return divisor[:, None], usable[:, None]
+    return tl.where(tl.abs(rounded) == float("inf"), float("nan"), rounded)
+
+
+@triton.jit
+def _divisor(scale):
+    """Return (divisor, usable), both [BLOCK_H, 1]: 1 where the scale is 0 or NaN."""
+    usable = scale == scale
+    return tl.where(usable & (scale != 0.0), scale, 1.0)[:, None], usable[:, None]
+
+
+@triton.jit
+def _int4_steps(x, divisor, usable):
+    return tl.where(usable, tl.clamp(_round_even(tl.div_rn(x, divisor)), -8.0, 7.0), 0.0)
+
+
+@triton.jit
+def _int4_plane(
+    x,  # [BLOCK_H, BLOCK_D / 2] even or odd channels, 0 where there are none
+    scale_ptr,  # of the plane's scale of row 0
+    rows,  # [BLOCK_H]
+    mask_h,
+    NUDGE: tl.constexpr,
+):
+    """Store the plane's scales and return its codes, 0 to 15: the nearer of the two divisors."""
+    high = tl.max(x, 1)
+    low = tl.min(x, 1)
+    # x - x is 0 for finite channels and NaN otherwise; max and min alone may skip a NaN.
+    taint = tl.sum(x - x, 1)
+    extreme = tl.where(high > -low, high, low)
+    scale = _as_stored(tl.div_rn(extreme, -8.0) + taint, scale_ptr, NUDGE)
+    other = _as_stored(tl.div_rn(extreme, -8.5) + taint, scale_ptr, NUDGE)
+    divisor, usable = _divisor(scale)
+    steps = _int4_steps(x, divisor, usable)
+    divisor, usable = _divisor(other)
+    other_steps = _int4_steps(x, divisor, usable)
+    error = steps * scale[:, None] - x
+    other_error = other_steps * other[:, None] - x
+    is_nearer = tl.sum(other_error * other_error, 1) < tl.sum(error * error, 1)
+    scale = tl.where(is_nearer, other, scale)
+    tl.store(scale_ptr + 2 * rows, scale.to(scale_ptr.dtype.element_ty), mask=mask_h)
+    return tl.where(is_nearer[:, None], other_steps, steps).to(tl.int32) + 8
 
 
 @triton.jit
@@ -53,15 +89,9 @@ def _store_int4(
     mask = mask_h[:, None] & (offs_p < DIM // 2)
     even = tl.load(x_ptrs + 2 * offs_p, mask=mask, other=0.0).to(tl.float32)
     odd = tl.load(x_ptrs + 2 * offs_p + 1, mask=mask, other=0.0).to(tl.float32)
-    high = tl.maximum(tl.max(even, 1), tl.max(odd, 1))
-    low = tl.minimum(tl.min(even, 1), tl.min(odd, 1))
-    # x - x is 0 for finite channels and NaN otherwise; max and min alone may skip a NaN.
-    taint = tl.sum(even - even, 1) + tl.sum(odd - odd, 1)
-    raw = tl.div_rn(tl.where(high > -low, high, low), -8.0)
-    divisor, usable = _write_scale(raw, taint, scale_ptr, rows, mask_h, NUDGE)
-    even = tl.where(usable, tl.clamp(_round_even(tl.div_rn(even, divisor)), -8.0, 7.0), 0.0) + 8.0
-    odd = tl.where(usable, tl.clamp(_round_even(tl.div_rn(odd, divisor)), -8.0, 7.0), 0.0) + 8.0
-    packed = even.to(tl.int32) | (odd.to(tl.int32) << 4)
+    low_codes = _int4_plane(even, scale_ptr, rows, mask_h, NUDGE)
+    high_codes = _int4_plane(odd, scale_ptr + 1, rows, mask_h, NUDGE)
+    packed = low_codes | (high_codes << 4)
     tl.store(pool_ptr + rows[:, None] * (DIM // 2) + offs_p, packed.to(tl.uint8), mask=mask)
 
 
@@ -83,8 +113,10 @@ def _store_bytes(
     offs_d = tl.arange(0, BLOCK_D)[None, :]
     mask = mask_h[:, None] & (offs_d < DIM)
     x = tl.load(x_ptrs + offs_d, mask=mask, other=0.0).to(tl.float32)
-    raw = tl.div_rn(tl.max(tl.abs(x), 1), QMAX)
-    divisor, usable = _write_scale(raw, tl.sum(x - x, 1), scale_ptr, rows, mask_h, NUDGE)
+    # x - x is 0 for finite channels and NaN otherwise; max alone may skip a NaN.
+    scale = _as_stored(tl.div_rn(tl.max(tl.abs(x), 1), QMAX) + tl.sum(x - x, 1), scale_ptr, NUDGE)
+    tl.store(scale_ptr + rows, scale.to(scale_ptr.dtype.element_ty), mask=mask_h)
+    divisor, usable = _divisor(scale)
     steps = tl.where(usable, tl.clamp(tl.div_rn(x, divisor), -QMAX, QMAX), 0.0)
     if MANTISSA_BITS == 0:
         codes = _round_even(steps).to(tl.int32).to(tl.int8)

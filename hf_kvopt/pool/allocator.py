@@ -128,7 +128,7 @@ class BlockAllocator:
             return [self._take(first + i * pitch, first + i * pitch + size) for i, size in enumerate(sizes)]
 
     def allocate_behind(self, rows: Sequence[Sequence[int]], sizes: Sequence[int]) -> list[list[int]]:
-        """Take `sizes[i]` blocks for row i: right behind its last one where they are free, else apart with room to grow."""
+        """Take `sizes[i]` blocks for row i: behind its last one where they are free, else apart with room to grow."""
         with self.lock:
             self.require_free(sum(sizes))
             pieces: list[list[int]] = [[] for _ in sizes]

@@ -309,7 +309,7 @@ class BlockTable:
             self._rows_changed()
 
     def _append_blocks(self, sizes: Sequence[int], copied: Sequence[int]) -> None:
-        """Lengthen row i by `sizes[i]` blocks, of which the first takes the place of its last one where it is copied."""
+        """Lengthen row i by `sizes[i]` blocks; the first takes the place of its last one where that is copied."""
         kept = [row[:-1] if i in copied else row for i, row in enumerate(self.rows)]
         pieces = self.allocator.allocate_behind(kept, sizes)
         src, dst = [self.rows[i][-1] for i in copied], [pieces[i][0] for i in copied]

@@ -1,7 +1,7 @@
 """Prefix index: which texts lie in which blocks; a tree with one node a block, found by comparing token ids.
 
-    root key ── [the quick brown fox] ── [jumps over the lazy] ── [dog .]          a text that ends in a half full block
-                       block 7       └── [runs to the river ]     block 9          a child is looked up by its very tokens
+    root key ── [the quick brown fox] ── [jumps over the lazy] ── [dog .]      a text that ends in a half full block
+                       block 7       └── [runs to the river ]     block 9      a child is looked up by its very tokens
                                                 block 3
 
 A node holds one reference to its block in each block space (layers of different kinds have tables of their own), so a

@@ -1,7 +1,7 @@
 """Storage of one layer: how blocks encode keys and values.
 
     codes  [num_blocks, block_size, num_kv_heads, width]     width == head_dim, less where codes are packed
-    scale  [num_blocks, block_size, num_kv_heads]            one a token and head, absent for the native format
+    scale  [num_blocks, block_size, num_kv_heads]            one a token and head (int4: two), absent for native
 
 A token is written once, alone, with its own scale, so a row never depends on its neighbours and a block that is
 copied or shared carries everything with it. What is read is codes * scale, the same at every later read.
@@ -112,7 +112,7 @@ class Plane:
         as_bytes = torch.uint8 if codes.element_size() == 1 else codes.dtype
         flat.view(as_bytes).index_put_((slots,), codes.view(as_bytes))
         if self.scale is not None and scale is not None:
-            self.scale.view(-1, self.num_heads).index_put_((slots,), scale)
+            self.scale.view(-1, *self.scale.shape[2:]).index_put_((slots,), scale)
 
     def read(self, table: BlockTable, kv_len: int, skip: int = 0) -> Tensor:
         """[batch, num_kv_heads, kv_len, head_dim], from the column `skip` behind the table's base on.
@@ -174,7 +174,9 @@ class Plane:
         """Zeros for codes and scales."""
         width = self.format.packed_dim(self.dim)
         codes = self._zeros(num_blocks, (width,), self.format.code_dtype or self.dtype, device)
-        return codes, self._zeros(num_blocks, (), SCALE_DTYPE, device) if self.format.has_scale else None
+        if not self.format.has_scale:
+            return codes, None
+        return codes, self._zeros(num_blocks, self.format.scale_shape, SCALE_DTYPE, device)
 
     def _zeros(self, num_blocks: int, tail: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """[num_blocks, block_size, num_kv_heads, *tail]."""

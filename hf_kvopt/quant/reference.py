@@ -20,13 +20,15 @@ from hf_kvopt.quant.formats import INT4, Format
 # Half of float16's smallest step: added before rounding it makes tiny scales round up, so that no code
 # leaves the range by more than the rounding of a normal scale. float32 scales need none.
 FLOAT16_NUDGE = 2.0**-25
+# What the largest magnitude of an int4 plane becomes, before it is cut to -8.
+INT4_DIVISORS = (-8.0, -8.5)
 
 
 class Quantized(NamedTuple):
     """Codes and the scales that belong to them; `scale` is None for native storage."""
 
     codes: Tensor  # [..., dim / codes_per_byte]
-    scale: Tensor | None  # [...]
+    scale: Tensor | None  # [..., *scale_shape]
 
 
 def quantize(
@@ -39,28 +41,28 @@ def quantize(
         return Quantized(x, None)
     fmt.packed_dim(x.shape[-1])
     x = x.float()
-    scale = _scales(x, fmt, scale_dtype)
-    divisor = scale.float().unsqueeze(-1)
-    steps = x / divisor.where(divisor != 0, 1.0)
-    if fmt.mantissa_bits is not None:
-        return Quantized(steps.clamp_(-fmt.qmax, fmt.qmax).to(fmt.code_dtype), scale)
     if fmt is INT4:
-        nibbles = steps.round_().clamp_(-8, 7).add_(8).nan_to_num_(8.0).to(torch.uint8)
-        return Quantized(nibbles[..., 0::2] | (nibbles[..., 1::2] << 4), scale)
-    return Quantized(steps.round_().clamp_(-fmt.qmax, fmt.qmax).nan_to_num_(0.0).to(fmt.code_dtype), scale)
+        return _quantize_int4(x, scale_dtype)
+    scale = _rounded(x.abs().amax(dim=-1) / fmt.qmax, scale_dtype)
+    steps = (x / _divisor(scale)).clamp_(-fmt.qmax, fmt.qmax)
+    if fmt.mantissa_bits is None:
+        steps = steps.round_().nan_to_num_(0.0)
+    return Quantized(steps.to(fmt.code_dtype), scale)
 
 
 def dequantize(
     codes: Tensor,  # [..., dim / codes_per_byte]
-    scale: Tensor | None,  # [...]
+    scale: Tensor | None,  # [..., *scale_shape]
     fmt: Format,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Return codes * scale, `[..., dim]` in `dtype`, multiplied in float32."""
     if scale is None:
         return codes.to(dtype)
-    values = unpack_int4(codes) if fmt is INT4 else codes
-    return (values.float() * scale.float().unsqueeze(-1)).to(dtype)
+    if fmt is INT4:
+        planes = torch.stack((codes & 15, codes >> 4), dim=-1).float().sub_(8.0)  # [..., dim / 2, 2]
+        return planes.mul_(scale.float().unsqueeze(-2)).flatten(-2).to(dtype)
+    return (codes.float() * scale.float().unsqueeze(-1)).to(dtype)
 
 
 def unpack_int4(
@@ -71,15 +73,39 @@ def unpack_int4(
     return nibbles.view(torch.int8) - 8
 
 
-def _scales(x: Tensor, fmt: Format, scale_dtype: torch.dtype) -> Tensor:
-    """Return one scale per vector, NaN where it would not be finite."""
-    nudge = FLOAT16_NUDGE if scale_dtype == torch.float16 else 0.0
-    if fmt is INT4:
-        low, high = torch.aminmax(x, dim=-1)
-        # Signed: the largest magnitude lands on -8, which the other sign does not have.
-        scale = torch.where(high > -low, high / -fmt.qmax, low / -fmt.qmax)
-        scale = scale + torch.where(scale < 0, -nudge, nudge)
-    else:
-        scale = x.abs().amax(dim=-1) / fmt.qmax + nudge
+def _quantize_int4(x: Tensor, scale_dtype: torch.dtype) -> Quantized:
+    """Even and odd channels apart, each with the nearer of two scales; the first where they tie."""
+    planes = torch.stack((x[..., 0::2], x[..., 1::2]), dim=-2)  # [..., 2, dim / 2]
+    low, high = torch.aminmax(planes, dim=-1)
+    # Signed: the largest magnitude lands on the end that the other sign does not have.
+    extreme = torch.where(high > -low, high, low)
+    (codes, scale), *others = (_steps_int4(planes, extreme / divisor, scale_dtype) for divisor in INT4_DIVISORS)
+    error = _error(planes, codes, scale)
+    for other_codes, other_scale in others:
+        is_nearer = _error(planes, other_codes, other_scale) < error
+        codes, scale = other_codes.where(is_nearer.unsqueeze(-1), codes), other_scale.where(is_nearer, scale)
+    nibbles = codes.add_(8).nan_to_num_(8.0).to(torch.uint8)
+    return Quantized(nibbles[..., 0, :] | (nibbles[..., 1, :] << 4), scale)
+
+
+def _steps_int4(planes: Tensor, scale: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    scale = _rounded(scale, scale_dtype)
+    return (planes / _divisor(scale)).round_().clamp_(-8, 7), scale
+
+
+def _error(planes: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    return (codes * scale.float().unsqueeze(-1) - planes).square().sum(-1)
+
+
+def _rounded(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
+    """The scales as they are stored, NaN where they would not be finite."""
+    if scale_dtype == torch.float16:
+        scale = scale + torch.where(scale < 0, -FLOAT16_NUDGE, FLOAT16_NUDGE)
     scale = scale.to(scale_dtype)
     return scale.where(scale.isfinite(), torch.nan)
+
+
+def _divisor(scale: Tensor) -> Tensor:
+    """[..., 1]: what states are divided by; 1 for a vector of zeros."""
+    divisor = scale.float().unsqueeze(-1)
+    return divisor.where(divisor != 0, 1.0)

@@ -26,7 +26,7 @@ def make_pools(name, dtype=torch.float32, num_blocks=6, num_kv_heads=2, dim=32):
     fmt = get_format(name)
     shape = (num_blocks, 16, num_kv_heads)
     pool = torch.zeros(*shape, fmt.packed_dim(dim), dtype=fmt.code_dtype or dtype)
-    scale = torch.zeros(shape, dtype=torch.float16) if fmt.has_scale else None
+    scale = torch.zeros(*shape, *fmt.scale_shape, dtype=torch.float16) if fmt.has_scale else None
     return pool, pool.clone(), scale, None if scale is None else scale.clone()
 
 

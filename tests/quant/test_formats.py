@@ -33,18 +33,27 @@ def test_odd_dim_cannot_be_packed():
         get_format("int4").packed_dim(63)
 
 
-@pytest.mark.parametrize(("name", "expected"), [("native", 256), ("int8", 130), ("fp8_e4m3", 130), ("int4", 66)])
+@pytest.mark.parametrize(("name", "expected"), [("native", 256), ("int8", 130), ("fp8_e4m3", 130), ("int4", 68)])
 def test_bytes_per_vector_count_the_scale(name, expected):
     assert get_format(name).bytes_per_vector(128, torch.bfloat16, torch.float16) == expected
 
 
+def by_channel(scale, x):
+    """The scale of each channel of x; int4 has one for even and one for odd channels."""
+    scale = scale.float()
+    if scale.dim() < x.dim():
+        return scale.unsqueeze(-1).expand_as(x)
+    return scale.unsqueeze(-2).expand(*x.shape[:-1], x.shape[-1] // 2, 2).flatten(-2)
+
+
 def step_bound(x, fmt, scale):
     """Half a step: of the scale for integers, of the value's own binade for floats."""
-    step = scale.float().abs().unsqueeze(-1)
+    signed = by_channel(scale, x)
+    step = signed.abs()
     if fmt.mantissa_bits is None:
         half = 0.5 * step
         # The end that -8..7 lacks: a value beyond 7.5 steps is cut to 7.
-        return half.expand_as(x).where(x / scale.float().unsqueeze(-1) <= 7.5, step) if fmt.bits == 4 else half
+        return torch.maximum(half, (x / signed - 7) * step) if fmt.bits == 4 else half
     exponent = torch.floor(torch.log2((x.abs() / step).clamp(min=2.0**fmt.min_exponent)))
     return 0.5 * step * 2.0 ** (exponent - fmt.mantissa_bits)
 
@@ -61,7 +70,7 @@ def test_error_stays_within_half_a_step(fmt, scale_dtype, magnitude):
     assert scale.dtype == scale_dtype
     error = (dequantize(codes, scale, fmt) - x).abs()
     # 2**-10: the stored scale may be half a float16 step smaller than absmax / qmax asks for.
-    slack = scale.float().abs().unsqueeze(-1) * fmt.qmax * 2.0**-10 + 1e-12
+    slack = by_channel(scale, x).abs() * fmt.qmax * 2.0**-10 + 1e-12
     assert (error <= step_bound(x, fmt, scale) + slack).all()
 
 
@@ -78,7 +87,9 @@ def test_non_finite_value_shows_as_nan_in_its_own_token_only(fmt, bad):
     alone = dequantize(*quantize(x, fmt), fmt)
     x[1, 5] = bad
     back = dequantize(*quantize(x, fmt), fmt)
-    assert back[1].isnan().all()
+    # int4 has a scale for the odd channels, and one for the even ones.
+    assert back[1, 1::2].isnan().all()
+    assert back[1, ::2].isnan().all() or fmt.bits == 4
     assert torch.equal(back[[0, 2, 3]], alone[[0, 2, 3]])
 
 
@@ -100,11 +111,35 @@ def test_a_token_does_not_depend_on_its_neighbours(fmt):
 
 
 def test_int4_layout_is_even_low_odd_high():
-    x = torch.tensor([[-8.0, 7.0, 1.0, -2.0]])
+    x = torch.tensor([[-8.0, 14.0, 1.0, -16.0]])
     codes, scale = quantize(x, get_format("int4"))
-    assert scale.item() == 1.0
-    assert codes.tolist() == [[0 | 15 << 4, 9 | 6 << 4]]
-    assert unpack_int4(codes).tolist() == [[-8, 7, 1, -2]]
+    assert scale.tolist() == [[1.0, 2.0]]
+    assert codes.tolist() == [[0 | 15 << 4, 9 | 0 << 4]]
+    assert unpack_int4(codes).tolist() == [[-8, 7, 1, -8]]
+    assert torch.equal(dequantize(codes, scale, get_format("int4")), x)
+
+
+def test_int4_takes_the_nearer_of_two_scales():
+    fmt = get_format("int4")
+    # 16 and four at 15.5: with 16 on -8 those four end at -7.75, cut by rounding; with 17 on -8.5 they are closer.
+    x = torch.tensor([[16.0, 0.0, 13.2, 0.0, 13.2, 0.0, -13.2, 0.0]])
+    _, scale = quantize(x, fmt)
+    errors = [
+        ((torch.round(x[0, ::2] / s).clamp(-8, 7) * s - x[0, ::2]).square().sum().item(), s) for s in (-2.0, -16 / 8.5)
+    ]
+    assert scale[0, 0].item() == pytest.approx(min(errors)[1], rel=1e-3)
+    assert min(errors)[1] != -2.0
+    # The next vector alone is exact on the first.
+    assert quantize(torch.tensor([[16.0, 0.0, 2.0, 0.0]]), fmt).scale[0, 0].item() == -2.0
+
+
+def test_the_planes_of_int4_do_not_touch_each_other():
+    torch.manual_seed(0)
+    x = torch.randn(64, 32)
+    louder = x.clone()
+    louder[:, 1::2] *= 100
+    fmt = get_format("int4")
+    assert torch.equal(dequantize(*quantize(x, fmt), fmt)[:, ::2], dequantize(*quantize(louder, fmt), fmt)[:, ::2])
 
 
 def test_int4_signed_scale_beats_the_symmetric_range():

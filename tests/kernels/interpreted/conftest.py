@@ -80,7 +80,7 @@ def make_paged(
         pool = torch.empty(*shape, codes.shape[-1], dtype=codes.dtype)
         # 0x7f: NaN in both float8 formats, and a large code in the integer ones.
         pool.view(torch.uint8).fill_(0x7F) if pool.element_size() == 1 else pool.fill_(torch.nan)
-        scales = None if scale is None else torch.full(shape, torch.nan, dtype=scale_dtype)
+        scales = None if scale is None else torch.full((*shape, *fmt.scale_shape), torch.nan, dtype=scale_dtype)
         for row, length in enumerate(seq_lens):
             for j in range(length):
                 block = int(table[row, j // block_size])
