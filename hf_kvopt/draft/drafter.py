@@ -100,6 +100,7 @@ class Drafter(ABC):
 
     feature_layers: tuple[int, ...] = ()
     can_tree: bool = False
+    max_gamma: int | None = None  # the deepest draft that makes sense (Medusa: its heads); None: no limit of its own
 
     def check(self, target: PreTrainedModel) -> None:  # noqa: B027 (most draft for any target)
         """Raise ValueError where this drafter cannot draft for `target`; called before the first token."""
