@@ -14,6 +14,8 @@ from hf_kvopt.cache.quantized import QuantizedPagedCache
 from hf_kvopt.cache.stats import CacheStats
 from hf_kvopt.config import CacheConfig
 from hf_kvopt.draft.heads.auto import DraftHead
+from hf_kvopt.draft.policy import SpeculationStats
+from hf_kvopt.draft.speculate import speculative
 from hf_kvopt.enable import disable, enable
 from hf_kvopt.errors import CacheStateError, KVOptError, OutOfBlocks, UnsupportedDevice, UnsupportedModel
 
@@ -28,11 +30,13 @@ __all__ = [
     "OutOfBlocks",
     "PagedCache",
     "QuantizedPagedCache",
+    "SpeculationStats",
     "UnsupportedDevice",
     "UnsupportedModel",
     "disable",
     "enable",
     "plan",
+    "speculative",
 ]
 
 register()

@@ -20,6 +20,7 @@ _WINDOW = 15  # measurements that are remembered of each kind
 _FORGET = 0.98  # acceptance of a step ago counts this much less
 _TRUST = 8  # speculative steps before the first judgement
 _PAUSE, _LONGEST_PAUSE = 32, 512  # plain steps until speculation is tried again
+_CONFIDENCE = (0.02, 0.3, 0.6)  # least, without measurements, most: see `Policy._confidence`
 
 
 @dataclass
@@ -131,12 +132,12 @@ class Policy:
             self._stop(best, batch_size)
             return _NOTHING
         self.judged += 1
-        return best
+        return best._replace(min_confidence=self._confidence(best, batch_size))
 
     def note_draft(self, plan: Plan, batch_size: int, seconds: float) -> None:
         """A draft by `plan` took `seconds`."""
         self.stats.draft_s += seconds
-        self._times("draft", batch_size, plan).append(seconds)
+        self._times("draft", batch_size, _key(plan)).append(seconds)
 
     def note_step(
         self, plan: Plan, batch_size: int, num_read: int, seconds: float, depths: list[tuple[int, int]], tokens: int
@@ -158,7 +159,7 @@ class Policy:
             stats.count_depths(proposed, accepted)
         plain = self._plain_s(batch_size)
         if plain is not None:
-            drafted = self._times("draft", batch_size, plan)
+            drafted = self._times("draft", batch_size, _key(plan))
             spent = seconds + (drafted[-1] if drafted else 0.0)
             stats.time_saved_s += plain * tokens / max(1, len(depths)) - spent
 
@@ -170,6 +171,15 @@ class Policy:
     def _tokens_per_s(self, plan: Plan, batch_size: int) -> float:
         return self._expected(plan) / max(1e-9, self._draft_s(plan, batch_size) + self._step_s(plan, batch_size))
 
+    def _confidence(self, plan: Plan, batch_size: int) -> float:
+        """Where a draft should end: one token more must be likelier than the share of a token's time that it costs."""
+        least, unknown, most = _CONFIDENCE
+        if not self._times("draft", batch_size, _key(plan)):
+            return unknown
+        deeper = self._draft_s(plan, batch_size) / max(1, plan.gamma)
+        slope = (self._step_s(plan, batch_size) - (self._plain_s(batch_size) or 0.0)) / max(1, plan.num_nodes)
+        return min(most, max(least, (deeper + max(0.0, slope)) * self._tokens_per_s(plan, batch_size)))
+
     def _expected(self, plan: Plan) -> float:
         if plan.is_chain:
             return self.rates[0].expected(plan.gamma)
@@ -180,7 +190,7 @@ class Policy:
         return self.rates[0].expected(plan.gamma, boost=1.5)
 
     def _draft_s(self, plan: Plan, batch_size: int) -> float:
-        known = self._times("draft", batch_size, plan)
+        known = self._times("draft", batch_size, _key(plan))
         if known:
             return median(known)
         # By depth, as a head drafts depth by depth.
@@ -221,6 +231,10 @@ class Policy:
 
     def _times(self, kind: str, batch_size: int, what: int | Plan) -> deque[float]:
         return self.times[kind, batch_size, what]
+
+
+def _key(plan: Plan) -> Plan:
+    return plan._replace(min_confidence=0.0)
 
 
 def _cut(plan: Plan, depth: int) -> Plan:

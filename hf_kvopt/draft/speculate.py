@@ -18,6 +18,7 @@ from transformers.generation import (
 from transformers.generation.streamers import BaseStreamer
 
 from hf_kvopt.cache.paged import PagedCache
+from hf_kvopt.cache.quantized import QuantizedPagedCache
 from hf_kvopt.draft.assistant import AssistantDrafter
 from hf_kvopt.draft.decode import Speculation, align_rows, restore
 from hf_kvopt.draft.drafter import Drafter
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 _BY_NAME = {"prompt_lookup": PromptLookup, "lookahead": Lookahead}
 _ACCEPTANCE = ("lossless", "typical")
 _MAX_GAMMA = 8
+_PLAIN_CACHES = (PagedCache, QuantizedPagedCache)
 
 
 class SpeculativeDecoding:
@@ -220,7 +222,8 @@ def _cache_for(model: PreTrainedModel, kwargs: dict[str, Any]) -> tuple[PagedCac
     """The cache of this call, and whether it is nobody else's."""
     cache = kwargs.get("past_key_values")
     if isinstance(cache, PagedCache):
-        is_own = not getattr(cache, "_is_user_defined", False)
+        # A cache of a derived kind belongs to whoever made it: it outlives the call.
+        is_own = type(cache) in _PLAIN_CACHES and not getattr(cache, "_is_user_defined", False)
     elif cache is None or (type(cache) is DynamicCache and not getattr(cache, "_is_user_defined", False)):
         cache, is_own = PagedCache(config=model.config.get_text_config(decoder=True)), True
     else:
