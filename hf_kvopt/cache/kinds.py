@@ -51,7 +51,8 @@ class LayerMaker(NamedTuple):
     def layers(self, config: PreTrainedConfig) -> list[Any]:
         """One cache layer for each layer of the decoder that `config`, resolved, describes."""
         kinds, options = get_layer_types_and_kwargs(config)
-        is_latent = getattr(config, "kv_lora_rank", None) is not None
+        # As stored: where the rank differs by layer, the config refuses to name one.
+        is_latent = vars(config).get("kv_lora_rank") is not None
         return [
             self.layer(kind, kwargs, i, is_latent) if self.is_paged(kind) else _stock_layer(kind, kwargs)
             for i, (kind, kwargs) in enumerate(zip(kinds, options, strict=True))

@@ -9,7 +9,8 @@ from typing import Any
 from hf_kvopt.cli.memory_plot import save_plot
 from hf_kvopt.cli.screen import Parser, as_json, pairs, table
 from hf_kvopt.plan import BadInput, LayerMemory, MemoryReport, memory, parse_tokens, show_bytes
-from hf_kvopt.plan.kv_bytes import CACHES, format_names
+from hf_kvopt.plan.kv_bytes import CACHES
+from hf_kvopt.quant import KV_FORMATS
 
 _COLUMNS = ("layers", "stores", "keys", "values", "format", "bytes/token each")
 _EXAMPLES = """examples:
@@ -33,7 +34,7 @@ def make_parser() -> Parser:
     parser.add_argument("--prompt", help="tokens of the first forward; decides what sliding layers hold just then")
     parser.add_argument("--encoder-context", help="tokens of the encoder (--context, or the model's fixed number)")
     parser.add_argument("--cache", default="paged", help=f"{', '.join(CACHES)} (%(default)s)")
-    parser.add_argument("--format", default="native", help=f"{', '.join(format_names())} (%(default)s)")
+    parser.add_argument("--format", default="native", help=f"{', '.join(KV_FORMATS)} (%(default)s)")
     parser.add_argument("--block-size", default="16", help="tokens a block (%(default)s)")
     parser.add_argument("--max-tokens", help="the paged cache's cap over all rows")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (the config's, or bfloat16)")

@@ -34,7 +34,7 @@ class Device(NamedTuple):
 
 _NVIDIA = "https://www.nvidia.com/en-us/data-center"
 _ROWS = (
-    Device("B200", 180 * GB, 7.7e12, 2250e12, (10, 0), f"{_NVIDIA}/dgx-b200/ (a card's eighth of 1,440 GB, 62 TB/s)"),
+    Device("B200", 180 * GB, 8.0e12, 2250e12, (10, 0), f"{_NVIDIA}/dgx-b200/ (an eighth of 1,440 GB and 64 TB/s)"),
     Device("H200", 141 * GB, 4.8e12, 989e12, (9, 0), f"{_NVIDIA}/h200/"),
     Device("H100", 80 * GB, 3.35e12, 989e12, (9, 0), f"{_NVIDIA}/h100/ (SXM)"),
     Device("H100-PCIE", 80 * GB, 2.0e12, 756e12, (9, 0), f"{_NVIDIA}/h100/ (PCIe)"),

@@ -16,25 +16,10 @@ import torch
 from hf_kvopt.plan.blocks import BlockCount, count_blocks
 from hf_kvopt.plan.geometry import LayerKV
 from hf_kvopt.plan.inputs import BadInput
-from hf_kvopt.quant import FORMATS, Format, get_format
+from hf_kvopt.quant import NATIVE_KV, SCALE_DTYPE, FormatPolicy, KVFormat
 
+_NATIVE = FormatPolicy()
 CACHES = ("paged", "dynamic", "static")
-SCALE_DTYPE = torch.float16
-# Keys need the bits: an error in a score is exponentiated, one in a value is averaged.
-_PAIRS = {"k8v4": ("int8", "int4")}
-
-
-def format_names() -> list[str]:
-    """Names that `format` takes."""
-    return [*FORMATS, *_PAIRS]
-
-
-def get_pair(name: str) -> tuple[Format, Format]:
-    """Return the formats of keys and values; raises BadInput that lists the known names."""
-    if name not in FORMATS and name not in _PAIRS:
-        raise BadInput(f"format must be one of {', '.join(format_names())}: got {name!r}; for example format='int8'")
-    k, v = _PAIRS.get(name, (name, name))
-    return get_format(k), get_format(v)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +28,7 @@ class CacheSpec:
 
     Args:
         cache: "paged", "dynamic" or "static".
-        format: of a paged cache's layers; sliding layers stay native, as `QuantizedPagedCache` leaves them.
+        formats: of a paged cache's layers, as `QuantizedPagedCache` takes them.
         block_size: tokens a block.
         max_tokens: the paged cache's cap over all rows.
         compileable: a paged cache of fixed capacity `max_tokens`.
@@ -51,7 +36,7 @@ class CacheSpec:
     """
 
     cache: str = "paged"
-    format: str = "native"
+    formats: FormatPolicy = _NATIVE
     block_size: int = 16
     max_tokens: int | None = None
     compileable: bool = False
@@ -60,10 +45,10 @@ class CacheSpec:
     def __post_init__(self) -> None:
         if self.cache not in CACHES:
             raise BadInput(f"cache must be one of {', '.join(CACHES)}: got {self.cache!r}; for example cache='paged'")
-        get_pair(self.format)
-        if self.cache != "paged" and self.format != "native":
+        if self.cache != "paged" and self.formats != _NATIVE:
             raise BadInput(
-                f"format belongs to our caches: got format={self.format!r} with cache={self.cache!r}; use cache='paged'"
+                f"format belongs to our caches: got format={self.formats.format!r} with cache={self.cache!r}; use "
+                "cache='paged'"
             )
         size = self.block_size
         if not isinstance(size, int) or not 16 <= size <= 256 or size & (size - 1):
@@ -71,9 +56,25 @@ class CacheSpec:
         if self.compileable and self.max_tokens is None:
             raise BadInput("compileable=True needs max_tokens: got none; for example max_tokens=batch * context")
 
-    def formats(self, layer: LayerKV) -> tuple[Format, Format]:
-        """Formats of keys and values in one layer."""
-        return get_pair("native" if layer.window is not None else self.format)
+    def formats_of(self, layers: Sequence[LayerKV]) -> list[KVFormat]:
+        """The format of each layer; layers that are not paged are native.
+
+        Raises:
+            BadInput: a layer is named that does not exist.
+        """
+        paged = [i for i, layer in enumerate(layers) if layer.is_paged] or [0]
+        try:
+            policy = self.formats.resolve(len(layers), paged[0], paged[-1])
+        except ValueError as error:
+            raise BadInput(str(error)) from error
+        return [self._format(policy, i, layer) for i, layer in enumerate(layers)]
+
+    def _format(self, policy: FormatPolicy, idx: int, layer: LayerKV) -> KVFormat:
+        if self.cache != "paged" or not layer.is_paged:
+            return NATIVE_KV
+        chosen = policy.at(idx, is_sliding=layer.window is not None)
+        # Latents: what stands in the place of the values is the rotary part of the keys.
+        return KVFormat(chosen.k, chosen.k) if layer.attention == "MLA" else chosen
 
     @property
     def max_blocks(self) -> int | None:
@@ -90,41 +91,44 @@ class KVBytes(NamedTuple):
     stock: int
 
 
-def token_bytes(layer: LayerKV, spec: CacheSpec) -> int:
+def token_bytes(layer: LayerKV, fmt: KVFormat, dtype: torch.dtype) -> int:
     """Return the bytes of one token of one row in a layer, scales included.
 
     Raises:
         BadInput: the format cannot pack the layer's channels.
     """
-    if not layer.has_kv:
-        return 0
-    k, v = spec.formats(layer) if layer.is_paged else get_pair("native")
     try:
-        return layer.key_heads * k.bytes_per_vector(layer.key_dim, spec.dtype, SCALE_DTYPE) + (
-            layer.value_heads * v.bytes_per_vector(layer.value_dim, spec.dtype, SCALE_DTYPE)
+        return layer.key_heads * fmt.k.bytes_per_vector(layer.key_dim, dtype, SCALE_DTYPE) + (
+            layer.value_heads * fmt.v.bytes_per_vector(layer.value_dim, dtype, SCALE_DTYPE)
         )
     except ValueError as error:
         raise BadInput(str(error)) from error
 
 
-def scale_bytes(layer: LayerKV, spec: CacheSpec) -> int:
+def scale_bytes(layer: LayerKV, fmt: KVFormat) -> int:
     """Return the bytes of `token_bytes` that are scales."""
-    if not layer.is_paged or spec.cache != "paged":
-        return 0
-    k, v = spec.formats(layer)
-    return SCALE_DTYPE.itemsize * (layer.key_heads * k.has_scale + layer.value_heads * v.has_scale)
+    return SCALE_DTYPE.itemsize * (layer.key_heads * fmt.k.has_scale + layer.value_heads * fmt.v.has_scale)
 
 
-def kv_bytes(layers: Sequence[LayerKV], spec: CacheSpec, batch: int, length: int, prompt: int | None) -> KVBytes:
+def kv_bytes(
+    layers: Sequence[LayerKV],
+    formats: Sequence[KVFormat],  # of each layer
+    spec: CacheSpec,
+    batch: int,
+    length: int,
+    prompt: int | None,
+) -> KVBytes:
     """Return the bytes of `batch` rows of `length` tokens, the first `prompt` of them fed in one forward.
 
     With `prompt=None` sliding layers count the most that they ever hold on the way to `length`.
     """
     counts = {window: _blocks(spec, batch, length, prompt, window) for window in {x.window for x in layers}}
     content = used = reserved = stock = 0
-    for layer in layers:
-        size = token_bytes(layer, spec)
-        if layer.has_kv and not layer.is_paged:
+    for layer, fmt in zip(layers, formats, strict=True):
+        if not layer.has_kv:
+            continue
+        size = token_bytes(layer, fmt, spec.dtype)
+        if not layer.is_paged:
             stock += batch * length * size
             continue
         held = batch * _held(spec, length, layer.window)

@@ -5,7 +5,7 @@
 Only the config is read. Predictions equal `cache.stats()` of the live cache, block slack included.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from hf_kvopt.plan.inputs import BadInput, parse_bytes, parse_tokens, require_po
 from hf_kvopt.plan.kv_bytes import CacheSpec, KVBytes, kv_bytes, scale_bytes, token_bytes
 from hf_kvopt.plan.model_config import load_config
 from hf_kvopt.plan.weights import Weights, count_weights, require_kv_cache
+from hf_kvopt.quant import FormatPolicy, KVFormat
 
 # Left to activations, the CUDA context and the allocator's own waste: the share that vLLM leaves by default.
 CARD_SHARE = 0.9
@@ -94,6 +95,8 @@ def memory(
     encoder_context: int | str | None = None,
     cache: str = "paged",
     format: str = "native",
+    skip_layers: Collection[int | str] = ("sliding",),
+    layer_formats: Mapping[int | str, str] | None = None,
     block_size: int = 16,
     max_tokens: int | str | None = None,
     compileable: bool = False,
@@ -111,7 +114,9 @@ def memory(
         prompt: tokens of the first forward; decides what sliding layers hold just then. None: the most they hold.
         encoder_context: tokens of the encoder, for encoder-decoder models; `context` if None.
         cache: "paged", or transformers' "dynamic" or "static" to compare with.
-        format: of a paged cache: "native", "int8", "fp8_e4m3", "fp8_e5m2", "int4", "k8v4".
+        format: of a paged cache: "native", "int8", "fp8_e4m3", "fp8_e5m2", "int4", "k8v4", or a pair for keys and
+            values such as "fp8_e4m3/int4".
+        skip_layers, layer_formats: see `QuantizedPagedCache`; sliding layers stay native by default.
         block_size: tokens a block.
         max_tokens: the paged cache's cap over all rows; without one its pools grow by a quarter ahead.
         compileable: fixed capacity of `max_tokens`.
@@ -137,19 +142,21 @@ def memory(
     rows = require_positive(batch, "batch", 8)
     spec = CacheSpec(
         cache=cache,
-        format=format,
+        formats=_policy(format, skip_layers, layer_formats),
         block_size=block_size,
         max_tokens=None if max_tokens is None else parse_tokens(max_tokens, "max_tokens"),
         compileable=compileable,
         dtype=_dtype(dtype, config),
     )
-    own = kv_bytes(layers, spec, rows, tokens, first)
+    stored = spec.formats_of(layers)
+    own = kv_bytes(layers, stored, spec, rows, tokens, first)
     cross = _cross(layers, spec, rows, encoder)
+    growing = [(layer, fmt) for layer, fmt in zip(layers, stored, strict=True) if layer.has_kv and layer.window is None]
     counted = count_weights(config, spec.dtype) if weights else None
     weight_bytes = counted.num_bytes if counted else None
 
     def needed(rows: int, tokens: int) -> int:
-        size, beside = kv_bytes(layers, spec, rows, tokens, None), _cross(layers, spec, rows, encoder)
+        size, beside = kv_bytes(layers, stored, spec, rows, tokens, None), _cross(layers, spec, rows, encoder)
         return size.used + size.stock + beside.used
 
     decoder = config.get_text_config(decoder=True)
@@ -164,9 +171,9 @@ def memory(
         cache=cache,
         format=format,
         block_size=block_size if cache == "paged" else None,
-        layers=tuple(_layer_memory(layer, spec) for layer in layers),
-        bytes_per_token=sum(token_bytes(layer, spec) for layer in layers if layer.window is None),
-        scale_bytes_per_token=sum(scale_bytes(layer, spec) for layer in layers if layer.window is None),
+        layers=tuple(_layer_memory(layer, fmt, spec.dtype) for layer, fmt in zip(layers, stored, strict=True)),
+        bytes_per_token=sum(token_bytes(layer, fmt, spec.dtype) for layer, fmt in growing),
+        scale_bytes_per_token=sum(scale_bytes(layer, fmt) for layer, fmt in growing),
         content_bytes=own.content + cross.content,
         used_bytes=own.used,
         reserved_bytes=own.reserved,
@@ -207,18 +214,27 @@ def _cross(layers: list[LayerKV], spec: CacheSpec, batch: int, encoder: int | No
     """Cross-attention: as many layers, the encoder's tokens, all of them seen."""
     if encoder is None:
         return KVBytes(0, 0, 0, 0)
-    return kv_bytes([layer._replace(window=None) for layer in layers], spec, batch, encoder, encoder)
+    unbounded = [layer._replace(window=None) for layer in layers]
+    return kv_bytes(unbounded, spec.formats_of(unbounded), spec, batch, encoder, encoder)
 
 
-def _layer_memory(layer: LayerKV, spec: CacheSpec) -> LayerMemory:
-    names = [fmt.name for fmt in spec.formats(layer)] if layer.is_paged else ["native"]
+def _policy(
+    format: str, skip_layers: Collection[int | str], layer_formats: Mapping[int | str, str] | None
+) -> FormatPolicy:
+    try:
+        return FormatPolicy(format=format, skip_layers=skip_layers, layer_formats=layer_formats or {})
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+
+
+def _layer_memory(layer: LayerKV, fmt: KVFormat, dtype: torch.dtype) -> LayerMemory:
     return LayerMemory(
         kind=layer.kind,
         window=layer.window,
         key_shape=(layer.key_heads, layer.key_dim),
         value_shape=(layer.value_heads, layer.value_dim),
-        format="/".join(dict.fromkeys(names)) if layer.has_kv else "-",
-        bytes_per_token=token_bytes(layer, spec),
+        format=fmt.name if layer.has_kv else "-",
+        bytes_per_token=token_bytes(layer, fmt, dtype) if layer.has_kv else 0,
     )
 
 
@@ -277,7 +293,11 @@ def _notes(layers: list[LayerKV], spec: CacheSpec, counted: Weights | None, want
         notes.append("layers that read another layer's keys and values, or none, store nothing")
     if spec.cache == "paged" and spec.max_tokens is None:
         notes.append("without max_tokens pools grow ahead by a quarter: reserved_bytes; max_tokens caps them")
-    if any(layer.window for layer in layers) and spec.format != "native":
+    if (
+        any(layer.window for layer in layers)
+        and spec.formats.format != "native"
+        and "sliding" in spec.formats.skip_layers
+    ):
         notes.append("sliding layers stay native: their window bounds them")
     if counted and counted.note:
         notes.append(counted.note)

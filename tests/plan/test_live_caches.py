@@ -1,6 +1,7 @@
 """Predicted bytes are those of live caches, for every architecture that the suite can build."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ WITHOUT_CACHE = set(expected.REFUSED_ALONE)
 
 def longest(cache: hf_kvopt.PagedCache) -> int:
     """Tokens of the rows, those of image prompts and special tokens included."""
-    return max((table.max_length for table in cache._tables.values()), default=0)
+    return max((table.clock for table in cache._tables.values()), default=0)
 
 
 @ALL
@@ -107,6 +108,36 @@ def test_without_a_prompt_sliding_rows_count_the_most_that_they_ever_hold(window
     ways = [count_blocks(1, length, first, window, 16).used for first in range(1, length + 1)]
     most = max(count_blocks(1, n, first, window, 16).used for first in (1, 40, 77) for n in range(first, length))
     assert max(ways) <= count_blocks(1, length, None, window, 16).used == most
+
+
+# One model of each geometry: latents, full heads, sliding beside full, shared layers, states, an encoder.
+_GEOMETRIES = ["llama", "deepseek_v3", "gemma3_text", "gemma4_text", "jamba", "mistral", "T5ForConditionalGeneration"]
+
+
+@pytest.mark.parametrize("name", _GEOMETRIES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"format": "int8"},
+        {"format": "k8v4", "skip_layers": ()},
+        {"format": "int4", "skip_layers": ("first", "sliding")},
+        {"format": "fp8_e5m2/int4", "layer_formats": {-1: "native"}},
+    ],
+    ids=str,
+)
+def test_quantized_bytes_equal_those_of_the_live_cache(name: str, options: dict[str, Any]) -> None:
+    case = next(case for case in covered_cases() if case.name == name)
+    model = build(case)
+    config = model.config.get_text_config(decoder=True)
+    caches = [hf_kvopt.QuantizedPagedCache(config, **options) for _ in range(2)]
+    encoder = case.modality == "encoder"
+    cache = EncoderDecoderCache(*caches) if encoder else caches[0]
+    generate(model, inputs_for(case, model), past_key_values=cache)
+    length = longest(caches[0])
+    first = length - NEW_TOKENS + 1
+    got = memory(model, context=length, prompt=first, batch=2, dtype="float32", weights=False, **options)
+    live = caches[0].stats()
+    assert (got.used_bytes, got.reserved_bytes) == (live.used_bytes, live.reserved_bytes)
 
 
 @pytest.mark.parametrize(("batch", "max_tokens"), [(1, 64), (3, 200), (2, 90)])
