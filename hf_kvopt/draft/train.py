@@ -1,7 +1,8 @@
 """python -m hf_kvopt train-draft: train an EAGLE or Medusa head for a frozen target.
 
     python -m hf_kvopt train-draft --model NAME --data FILES --out DIR
-    accelerate launch -m hf_kvopt train-draft ...                                   several processes
+    accelerate launch -m hf_kvopt train-draft ...                                   several GPUs
+    torchrun --nproc-per-node 2 -m hf_kvopt train-draft --cpu ...                   several processes on a CPU
 
 Features are made by the target as training goes; nothing is stored. DIR holds the head as of the last save (load it
 with `hf_kvopt.DraftHead.from_pretrained(DIR)`), log.jsonl, and state/ to go on from: the same command resumes.
@@ -178,7 +179,7 @@ class Trainer:
             bar.update()
             bar.set_postfix(loss=f"{losses[-1]:.3f}")
             is_last = self.step >= args.max_steps
-            if self.step % args.eval_every == 0 or is_last:
+            if is_main and (self.step % args.eval_every == 0 or is_last):
                 row = {"step": self.step, "loss": sum(losses) / len(losses), "seconds": time.perf_counter() - start}
                 self._log({**row, **self.evaluate()})
                 losses = []
@@ -280,10 +281,9 @@ class Trainer:
         return list(torch.stack(kept).split(self.args.batch_size)) if kept else []
 
     def _log(self, row: dict[str, object]) -> None:
-        if self.accelerator.is_main_process:
-            tqdm.write(json.dumps(row))
-            with (self.args.out / "log.jsonl").open("a", encoding="utf-8") as log:
-                log.write(json.dumps(row) + "\n")
+        tqdm.write(json.dumps(row))
+        with (self.args.out / "log.jsonl").open("a", encoding="utf-8") as log:
+            log.write(json.dumps(row) + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -103,21 +103,15 @@ def test_the_draft_vocabulary_is_the_most_frequent_of_the_data(target, data, tmp
 def test_two_processes_train_one_head(target, data, tmp_path):
     args = ["--model", target, "--data", data, "--out", tmp_path, "--row-len", 32, "--batch-size", 2, "--steps", 2]
     args += ["--layers", 0, 1, -1, "--max-steps", 6, "--eval-every", 3, "--heldout", data, "--cpu", "--accumulate", 2]
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "hf_kvopt", "train-draft"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch += ["-m", "hf_kvopt", "train-draft"]
     done = subprocess.run([*launch, *map(str, args)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log] == [3, 6]
+    # Two processes of two rows, two batches a step: eight rows a step, of the forty that there are.
+    state = torch.load(tmp_path / "state" / "trainer.pt")
+    assert (state["epoch"], state["batch"]) == (1, 2)
     hf_kvopt.DraftHead.from_pretrained(tmp_path).check(tiny_model())
 
 

@@ -114,6 +114,7 @@ class EagleHead(HeadBase):
         attend = RolloutAttention()
         hidden = self.combine(features[:, :length])
         positions = torch.arange(length, device=input_ids.device)[None]
+        self.rotary.reserve(max(4096, input_ids.shape[1]), input_ids.device, hidden.dtype)
         logits = []
         for step in range(num_steps):
             hidden = self(input_ids[:, 1 + step : 1 + step + length], hidden, positions + step, attend)

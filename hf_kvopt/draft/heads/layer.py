@@ -94,13 +94,18 @@ class RotaryTable:
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
         """[..., 2, head_dim] of `positions` [...] int64."""
-        table = self._table
-        if table is None or table.device != positions.device or table.dtype != dtype:
-            table = self._grow(4096, positions.device, dtype)
+        table = self.reserve(4096, positions.device, dtype)
         # Reading the largest position would wait for a GPU; there the table covers the model's positions at once.
-        if positions.device.type == "cpu" and int(positions.max()) >= len(table):
+        if positions.device.type == "cpu" and not torch.compiler.is_compiling() and int(positions.max()) >= len(table):
             table = self._grow(2 * int(positions.max()), positions.device, dtype)
         return table[positions]
+
+    def reserve(self, length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The table, of at least `length` positions."""
+        table = self._table
+        if table is None or table.device != device or table.dtype != dtype or len(table) < length:
+            table = self._grow(length, device, dtype)
+        return table
 
     @torch.no_grad()
     def _grow(self, length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
