@@ -10,6 +10,8 @@ Importing registers the attention and its mask under "hf_kvopt", once, and touch
 from hf_kvopt import plan
 from hf_kvopt.attention.register import ATTENTION_NAME, register
 from hf_kvopt.cache.paged import PagedCache
+from hf_kvopt.cache.prefix import PrefixStats, PrefixStore
+from hf_kvopt.cache.prefix_cache import PrefixSharedCache
 from hf_kvopt.cache.quantized import QuantizedPagedCache
 from hf_kvopt.cache.stats import CacheStats
 from hf_kvopt.config import CacheConfig
@@ -18,6 +20,7 @@ from hf_kvopt.draft.policy import SpeculationStats
 from hf_kvopt.draft.speculate import speculative
 from hf_kvopt.enable import disable, enable
 from hf_kvopt.errors import CacheStateError, KVOptError, OutOfBlocks, UnsupportedDevice, UnsupportedModel
+from hf_kvopt.sharing import prefix_store
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,6 +32,9 @@ __all__ = [
     "KVOptError",
     "OutOfBlocks",
     "PagedCache",
+    "PrefixSharedCache",
+    "PrefixStats",
+    "PrefixStore",
     "QuantizedPagedCache",
     "SpeculationStats",
     "UnsupportedDevice",
@@ -36,6 +42,7 @@ __all__ = [
     "disable",
     "enable",
     "plan",
+    "prefix_store",
     "speculative",
 ]
 

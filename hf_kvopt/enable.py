@@ -18,21 +18,29 @@ from hf_kvopt.attention.bound import InstanceOverride
 from hf_kvopt.attention.register import ATTENTION_NAME
 from hf_kvopt.attention.support import model_traits
 from hf_kvopt.cache.paged import PagedCache
+from hf_kvopt.cache.prefix import PrefixStore
 from hf_kvopt.cache.quantized import QuantizedPagedCache
 from hf_kvopt.errors import CacheStateError, UnsupportedModel
 from hf_kvopt.quant import KV_FORMATS
+from hf_kvopt.sharing import Sharing, SharingOverride, install, uninstall
 
 CacheFactory = Callable[..., PagedCache]
 CACHES: dict[str, CacheFactory] = {
     "paged": PagedCache,
     **{name: partial(QuantizedPagedCache, format=name) for name, fmt in KV_FORMATS.items() if not fmt.is_native},
 }
+KV_NAMES = {"paged": "native", **{name: name for name in CACHES if name != "paged"}}
 _LAYER_OPTIONS = ("skip_layers", "layer_formats")
 _STATE = "_hf_kvopt_state"
 
 
 def enable(
-    model: PreTrainedModel, cache: str | None = "paged", *, attention: bool = True, **cache_options: Any
+    model: PreTrainedModel,
+    cache: str | None = "paged",
+    *,
+    attention: bool = True,
+    prefix_sharing: bool | PrefixStore = False,
+    **cache_options: Any,
 ) -> PreTrainedModel:
     """Make plain `model.generate(...)` use hf_kvopt's attention and cache.
 
@@ -41,6 +49,9 @@ def enable(
         cache: "paged"; a format of `QuantizedPagedCache` ("int8", "fp8_e4m3", "fp8_e5m2", "int4", "k8v4"); or None to
             keep transformers' cache.
         attention: also set `attn_implementation="hf_kvopt"`.
+        prefix_sharing: compute a prompt once, across `generate` calls and inside a batch; True makes a `PrefixStore`
+            of the cache's format with the options `max_tokens`, `block_size`, `skip_layers` and `layer_formats` (see
+            `prefix_store(model)`), a store of this model is used as it is.
         cache_options: handed to the cache at each `generate` call, e.g. `block_size=32`, `max_tokens=100_000`.
 
     Returns:
@@ -49,7 +60,7 @@ def enable(
     Raises:
         ValueError, TypeError: an unknown cache name, or options that the cache does not take. The model is as it was.
         UnsupportedModel: a model that chooses neither attention nor cache by transformers' interfaces, or that
-            selects keys sparsely.
+            selects keys sparsely; with prefix_sharing, one whose keys and values depend on more than its tokens.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
@@ -66,6 +77,7 @@ def enable(
     _check_supported(model, cache is not None, attention)
     if cache is not None:
         _make_cache(model, CACHES[cache], cache_options)  # refuse bad options now, not in the first generate
+    sharing = _sharing(model, cache, prefix_sharing, cache_options)
     disable(model)
     previous = model.config._attn_implementation
     if attention:
@@ -73,7 +85,11 @@ def enable(
         mla.install(model)
     if cache is not None:
         # In the instance's own dict: `generate` calls the method through self (nn.Module would file it elsewhere).
-        model.__dict__["_prepare_cache_for_generation"] = _CacheMaker(model, CACHES[cache], cache_options)
+        make = partial(_make_cache, factory=CACHES[cache], options=cache_options)
+        model.__dict__["_prepare_cache_for_generation"] = _CacheMaker(model, make)
+    if sharing is not None:
+        model.__dict__["_prepare_cache_for_generation"] = _SharedCacheMaker(model, sharing)
+        install(model, sharing)
     setattr(model, _STATE, previous)
     return model
 
@@ -85,6 +101,7 @@ def disable(model: PreTrainedModel) -> PreTrainedModel:
         delattr(model, _STATE)
         model.__dict__.pop("_prepare_cache_for_generation", None)
         mla.uninstall(model)
+        uninstall(model)
         if model.config._attn_implementation != previous:
             model.set_attn_implementation(previous)
     return model
@@ -93,9 +110,9 @@ def disable(model: PreTrainedModel) -> PreTrainedModel:
 class _CacheMaker(InstanceOverride):
     """Instead of `GenerationMixin._prepare_cache_for_generation`: our cache where that would make the default."""
 
-    def __init__(self, model: PreTrainedModel, factory: CacheFactory, options: dict[str, Any]) -> None:
+    def __init__(self, model: PreTrainedModel, make: Callable[[PreTrainedModel], Cache]) -> None:
         super().__init__(model)
-        self.factory, self.options = factory, options
+        self.make = make
 
     def __call__(
         self,
@@ -121,10 +138,45 @@ class _CacheMaker(InstanceOverride):
             make_default = type(model)._prepare_cache_for_generation
             make_default(model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
             return
-        cache = _make_cache(model, self.factory, self.options)
+        cache = self.make(model)
         if generation_config.is_assistant:
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache
+
+
+class _SharedCacheMaker(_CacheMaker, SharingOverride):
+    """The same with caches of the model's prefix store."""
+
+    def __init__(self, model: PreTrainedModel, sharing: Sharing) -> None:
+        SharingOverride.__init__(self, model, sharing)
+
+    def make(self, model: PreTrainedModel) -> Cache:
+        """A blank cache of the store."""
+        return self.sharing.make_cache(model)
+
+
+def _sharing(
+    model: PreTrainedModel, cache: str | None, prefix_sharing: bool | PrefixStore, options: dict[str, Any]
+) -> Sharing | None:
+    """What shares the prefixes of `model`, checked; None where nothing does."""
+    if prefix_sharing is False:
+        return None
+    if cache is None:
+        raise ValueError("prefix_sharing needs a cache of this library: got cache=None; pass cache='paged'")
+    wrong = sorted(set(options) - {"max_tokens", "block_size", *_LAYER_OPTIONS})
+    if wrong:
+        raise TypeError(f"prefix_sharing takes max_tokens, block_size and the formats of layers: got {wrong} too")
+    if isinstance(prefix_sharing, PrefixStore):
+        if prefix_sharing.model is not model or options or prefix_sharing.formats.format != KV_NAMES[cache]:
+            raise ValueError(
+                f"prefix_sharing takes a store made from this very model, in the cache's format and with options of "
+                f"its own: got cache={cache!r}, options {sorted(options)} and a store in format "
+                f"{prefix_sharing.formats.format!r}; make it with PrefixStore(model, format=...)"
+            )
+        return Sharing(prefix_sharing, {})
+    options = {**options, "format": KV_NAMES[cache]}
+    PrefixStore(model, **options)  # refuse now what cannot be shared
+    return Sharing(None, options)
 
 
 def _make_cache(model: PreTrainedModel, factory: CacheFactory, options: dict[str, Any]) -> Cache:

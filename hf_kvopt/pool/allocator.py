@@ -95,6 +95,11 @@ class BlockAllocator:
         """Blocks that could still be handed out, growth included; None without a cap."""
         return None if self.max_blocks is None else self.max_blocks - self.num_blocks + self.num_free
 
+    def add_holder(self, holder: BlockHolder) -> None:
+        """Count on `holder` from now on; it is forgotten once it is collected."""
+        with self.lock:
+            self.holders.add(holder)
+
     def allocate(self, num_blocks: int, after: int | None = None) -> list[int]:
         """Take `num_blocks` free blocks, the neighbours of block `after` first, each with refcount 1.
 
@@ -270,7 +275,9 @@ class BlockAllocator:
         """Raise KVOptError unless refcounts, free runs and the holders' rows agree exactly."""
         with self.lock:
             self.reclaim()
-            held = Counter(b for holder in self.holders for row in holder.held_rows() for b in row)
+            # Holders first: one that is collected meanwhile has left its rows with `abandoned` before.
+            rows = [row for holder in list(self.holders) for row in holder.held_rows()]
+            held = Counter(block for row in [*rows, *self.abandoned] for block in row)
             wrong = [b for b, count in enumerate(self.refcounts) if count != held.get(b, 0)]
             free = {b for start, end in self._run_ends.items() for b in range(start, end)}
             zero = {b for b, count in enumerate(self.refcounts) if count == 0}

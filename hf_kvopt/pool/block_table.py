@@ -50,7 +50,7 @@ class BlockTable:
         self._tensors: dict[str, Tensor] = {}
         self._pitch: tuple[int, int] | None = None
         self._pitch_is_known = False
-        allocator.holders.add(self)
+        allocator.add_holder(self)
         self._watch()
 
     @property

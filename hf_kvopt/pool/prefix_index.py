@@ -51,7 +51,7 @@ class PrefixIndex:
         self.num_nodes = self.num_evicted = self._stamp = 0
         self._holders = [_Holder(self, idx) for idx in range(len(allocators))]
         for allocator, holder in zip(allocators, self._holders, strict=True):
-            allocator.holders.add(holder)
+            allocator.add_holder(holder)
 
     def match(self, key: Hashable, tokens: Sequence[int]) -> Match:
         """The longest prefix of `tokens` that is known under `key`; what it returns is not held yet."""
@@ -127,12 +127,8 @@ class PrefixIndex:
 
     def nodes(self) -> Iterator[Node]:
         """All nodes, parents before children."""
-        stack = list(self.roots.values())
-        while stack:
-            node = stack.pop()
-            if node.parent is not None:
-                yield node
-            stack += _children(node)
+        for root in self.roots.values():
+            yield from descendants(root)
 
     def _add(self, parent: Node, tokens: Tokens, blocks: list[int]) -> Node:
         siblings = parent.children.setdefault(tokens[0], {})
@@ -186,8 +182,14 @@ class _Holder:
             node.blocks[self.idx] = new_ids[node.blocks[self.idx]]
 
 
-def _children(node: Node) -> list[Node]:
-    return [child for siblings in node.children.values() for child in siblings.values()]
+def descendants(root: Node) -> Iterator[Node]:
+    """All nodes below `root`, parents before children."""
+    stack = [root]
+    while stack:
+        node = stack.pop()
+        if node is not root:
+            yield node
+        stack += [child for siblings in node.children.values() for child in siblings.values()]
 
 
 def _longest_common(node: Node, rest: Tokens) -> tuple[Node, int] | None:

@@ -1,0 +1,224 @@
+"""PrefixSharedCache: a paged cache over the blocks of a store, filled with what the store knows of a prompt.
+
+    columns    0 ........ 4095 | 4096 ... n-1 | n ...            known blocks are shared, by reference
+    row 0      [ known blocks ][ generate() computes the rest, then decodes ]
+    row 1      ----[ known    ][              ]                  left padding is not stored: rows begin later
+
+The length that `generate` is told is one for the batch, always below the prompt's, and the first forward must bring
+just the columns that are missing: whatever would drop a token of the prompt, or feed it twice, is refused.
+"""
+
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor
+
+from hf_kvopt.cache.layer import PagedLayer
+from hf_kvopt.cache.paged import PagedCache
+from hf_kvopt.errors import CacheStateError
+from hf_kvopt.pool.block_table import BlockTable
+
+if TYPE_CHECKING:
+    from hf_kvopt.cache.prefix import PrefixStore
+
+Row = list[int]  # of blocks
+
+
+class PrefixSharedCache(PagedCache):
+    """What `PrefixStore.cache` returns; hand it to `generate` once, then to `PrefixStore.commit`.
+
+    Between calls: every row holds references on its blocks, and gives them back when the cache is committed or
+    dropped. Its own last block is copied before it is written where anybody shares it.
+    """
+
+    def __init__(self, store: "PrefixStore") -> None:
+        self.store = store
+        self.key: Hashable = None  # what the prompts are filed under, the namespace included
+        self.namespace: Hashable = None
+        self.texts: list[list[int]] | None = None  # the prompt of each row, without padding; None while blank
+        self.pads: list[int] = []
+        self.prompt_columns = 0
+        self.is_committed = self.is_reordered = self._is_used = False
+        self._filled = self._chunk = self._seen = 0
+        super().__init__(store.config, block_size=store.block_size, max_tokens=store.max_tokens, formats=store.formats)
+
+    @property
+    def num_shared(self) -> int:
+        """Columns that were filled before `generate` began."""
+        return self._filled
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether it belongs to no prompt yet and holds nothing."""
+        return self.texts is None and not self.get_seq_length()
+
+    def begin(self, key: Hashable, namespace: Hashable, texts: list[list[int]], pads: list[int]) -> None:
+        """Make this cache one for the prompts `texts`, of which nothing is held yet."""
+        self.key, self.namespace, self.texts, self.pads = key, namespace, texts, pads
+        self.prompt_columns = pads[0] + len(texts[0])
+
+    def fill(self, rows: Sequence[Sequence[Row]], lags: Sequence[int], columns: int) -> None:
+        """Take over `rows` (for each table, one row of retained blocks a text), which reach up to `columns`."""
+        if not columns and not any(lags):
+            return  # rows that begin with the first forward are laid out by it
+        for table, held in zip(self._tables.values(), rows, strict=True):
+            table.adopt(held, lags, columns)
+        for idx, layer in enumerate(self.layers):
+            if isinstance(layer, PagedLayer):
+                layer.clock, layer.pool = columns, self.store.pools.get(idx)
+        self._filled = self._seen = columns
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """See `PagedCache.update`.
+
+        Raises:
+            CacheStateError: also where the cache was committed, or is fed other columns than it lacks.
+        """
+        layer = self.layers[layer_idx]
+        assert isinstance(layer, PagedLayer)  # the store takes no model with other layers that hold anything
+        # The store's pools may be replaced by larger ones: never between planning a write and making it.
+        with self.store.lock:
+            self._require_open()
+            if self.texts is not None and layer.clock == self._seen:
+                self._begin_forward(len(key_states), key_states.shape[2])
+            if layer.pool is None:
+                layer.pool = self.store.pools.get(layer_idx)
+            states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            assert layer.pool is not None
+            self.store.pools.setdefault(layer_idx, layer.pool)
+            self._is_used = True
+        self._seen = max(self._seen, layer.clock)
+        return states
+
+    def crop(self, tokens_to_remove: int) -> None:
+        with self.store.lock:
+            self._require_open()
+            super().crop(tokens_to_remove)
+            self._seen = self.get_seq_length()
+
+    def crop_rows(self, lengths: Sequence[int]) -> None:
+        with self.store.lock:
+            self._require_open()
+            super().crop_rows(lengths)
+            self._seen = self.get_seq_length()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        # What beams hold is no longer in the order of the texts that generate() returns.
+        self.is_reordered = True
+        super().reorder_cache(beam_idx)
+
+    def reset(self) -> None:
+        """Forget all tokens and the prompt; the store keeps what it knows."""
+        with self.store.lock:
+            super().reset()
+        self.texts, self.pads, self.key = None, [], None
+        self.prompt_columns = self._filled = self._chunk = self._seen = 0
+        self.is_reordered = self.is_committed = self._is_used = False
+
+    def free(self) -> None:
+        """Like `reset`: the memory is the store's."""
+        self.reset()
+
+    def rows_held(self) -> tuple[list[list[Row]], list[int]]:
+        """For each table the rows of blocks, and how many tokens of each row all layers have written."""
+        tables = list(self._tables.values())
+        if not tables or not tables[0].rows:
+            return [[] for _ in tables], []
+        layers = self._paged_layers()
+        # The last one tells whether a forward was whole; others may sit out, or never be used.
+        columns = min(layer.clock for layer in layers if layer.pool is not None or layer is layers[-1])
+        lengths = [max(0, columns - lag) for lag in tables[0].lags]
+        return [table.rows for table in tables], lengths
+
+    def close(self) -> None:
+        """Give all blocks back and refuse any further use."""
+        with self.store.lock:
+            super().reset()
+        self.is_committed = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("a PrefixSharedCache lives in its store: got a request to pickle one; use store.save(path)")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        with self.store.lock:
+            return super().__deepcopy__(memo)
+
+    def _table_for(self, window: int | None) -> BlockTable:
+        if window not in self._tables:
+            table = BlockTable(self.store.allocator_for(window), self.cache_config.block_size, window)
+            table.keeps_all = True
+            self._tables[window] = table
+            self._watch_tables()
+        return self._tables[window]
+
+    def _select(self, indices: Sequence[int]) -> None:
+        with self.store.lock:
+            super()._select(indices)
+        if self.texts is not None:
+            self.texts, self.pads = [self.texts[i] for i in indices], [self.pads[i] for i in indices]
+
+    def _rollback(self, clock: int) -> None:
+        with self.store.lock:
+            super()._rollback(clock)
+        self._seen = min(self._seen, clock)
+
+    def _require_open(self) -> None:
+        if self.is_committed:
+            raise CacheStateError(
+                "this cache was committed to its store, which shares its blocks now: got a further use of it; call "
+                "store.cache(input_ids, attention_mask) for the next turn"
+            )
+        self.store.require_alive()
+
+    def _begin_forward(self, batch: int, num_tokens: int) -> None:
+        """Check what the first forwards bring, and give each beam or returned sequence a row of its own."""
+        assert self.texts is not None
+        if not self._is_used and batch != len(self.texts) and batch % len(self.texts) == 0:
+            repeats = batch // len(self.texts)
+            self._select([row for row in range(len(self.texts)) for _ in range(repeats)])
+        missing = self.prompt_columns - self._seen
+        if not self._filled or missing <= 0 or num_tokens == missing:
+            return
+        # Chunks of one size, the last of which may be smaller, are a chunked prefill; single tokens are not.
+        is_chunk = 1 < num_tokens < missing and num_tokens == (self._chunk or num_tokens)
+        if not is_chunk:
+            raise CacheStateError(
+                f"{num_tokens} tokens a row were fed behind the {self._seen} that are cached of a prompt of "
+                f"{self.prompt_columns}: got {'more' if num_tokens > missing else 'less'} than the {missing} that are "
+                "missing; pass generate() the whole input_ids and attention_mask that the cache was made for, and no "
+                "assistant_model"
+            )
+        self._chunk = num_tokens
+
+
+def texts_of(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[list[list[int]], list[int]]:
+    """The tokens of each row without its padding, and how many pads stand before them.
+
+    Raises:
+        ValueError: not two-dimensional, a mask of another shape, padding that is not on the left, or an empty row.
+    """
+    if input_ids.dim() != 2 or input_ids.is_floating_point() or not input_ids.numel():
+        raise ValueError(
+            f"input_ids must be token ids [batch, length]: got {input_ids.dtype} {list(input_ids.shape)}; add the "
+            "batch dimension, e.g. input_ids[None]"
+        )
+    if attention_mask is None:
+        return input_ids.tolist(), [0] * len(input_ids)
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask must have the shape of input_ids: got {list(attention_mask.shape)} for "
+            f"{list(input_ids.shape)}"
+        )
+    mask = attention_mask.bool()
+    pads = (~mask).sum(1)
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    if not bool((mask == (columns >= pads[:, None])).all()) or bool((pads == mask.shape[1]).any()):
+        raise ValueError(
+            "rows must be padded on the left alone and hold a token: got another attention_mask; tokenize with "
+            "padding_side='left'"
+        )
+    counts = pads.tolist()
+    return [row[pad:] for row, pad in zip(input_ids.tolist(), counts, strict=True)], counts

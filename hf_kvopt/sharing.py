@@ -1,0 +1,181 @@
+"""Prefix sharing under plain `generate()`: matching before its first forward, keeping what was computed after it.
+
+    model.generate ─► _Generate ─► generate ─► makes a blank PrefixSharedCache (see enable)
+                                      └─► _prefill ─► _Prefill: match and fill, then the model's own prefill of the rest
+                      keep ◄── output ◄── decoding, whatever its mode
+
+Three methods of the one model instance are overridden; `disable` removes them. A call whose keys and values depend on
+more than its tokens (images, embeddings, positions of its own) gets a cache that shares nothing.
+"""
+
+import copy
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.generation import GenerationConfig
+
+from hf_kvopt.attention.bound import InstanceOverride
+from hf_kvopt.cache.prefix import PrefixStore
+from hf_kvopt.cache.prefix_cache import PrefixSharedCache
+from hf_kvopt.errors import CacheStateError
+
+OVERRIDES = ("generate", "_prefill")
+# What does not change a token's keys and values; anything else that generate() hands the model may.
+_HARMLESS = (
+    "past_key_values", "attention_mask", "position_ids", "use_cache", "logits_to_keep", "output_attentions",
+    "output_hidden_states", "output_router_logits", "output_logits", "return_dict",
+)  # fmt: skip
+
+
+class Sharing:
+    """The store of one enabled model, made at its first use, and the caches of the calls that are running."""
+
+    def __init__(self, store: PrefixStore | None, options: dict[str, Any]) -> None:
+        self.store, self.options = store, options
+        self.running = threading.local()
+        self.lock = threading.Lock()
+
+    def store_for(self, model: PreTrainedModel) -> PrefixStore:
+        """The model's store."""
+        with self.lock:
+            if self.store is None:
+                self.store = PrefixStore(model, **self.options)
+            return self.store
+
+    def make_cache(self, model: PreTrainedModel) -> PrefixSharedCache:
+        """A blank cache, remembered for the `generate` call that runs in this thread."""
+        cache = self.store_for(model).new_cache()
+        if getattr(self.running, "calls", None):
+            self.running.calls[-1].append(cache)
+        return cache
+
+    @contextmanager
+    def collect(self) -> Iterator[list[PrefixSharedCache]]:
+        """Collect the caches that are made inside of the block."""
+        if not hasattr(self.running, "calls"):
+            self.running.calls = []
+        made: list[PrefixSharedCache] = []
+        self.running.calls.append(made)
+        try:
+            yield made
+        finally:
+            self.running.calls.pop()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Sharing":
+        # A copied model may be trained on: it gets a store of its own, with the same limits.
+        memo[id(self)] = twin = Sharing(None, self.options)
+        return twin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Sharing, (None, self.options)
+
+
+class SharingOverride(InstanceOverride):
+    """An override that knows its model's `Sharing`."""
+
+    def __init__(self, model: PreTrainedModel, sharing: Sharing) -> None:
+        super().__init__(model)
+        self.sharing = sharing
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        twin = super().__deepcopy__(memo)
+        twin.sharing = copy.deepcopy(self.sharing, memo)
+        return twin
+
+
+class _Generate(SharingOverride):
+    """Instead of `GenerationMixin.generate`: itself, and then what it computed is kept."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model = self.module
+        with self.sharing.collect() as made:
+            try:
+                output = type(model).generate(model, *args, **kwargs)
+            except BaseException:
+                for cache in made:
+                    _keep(cache, None, close=True)
+                raise
+        is_tensor = isinstance(output, Tensor)
+        for cache in made:
+            # A cache that is handed back with the output stays the caller's.
+            _keep(cache, output if is_tensor else output.sequences, close=is_tensor)
+        return output
+
+
+class _Prefill(SharingOverride):
+    """Instead of `GenerationMixin._prefill`: what is known of the prompts goes into the cache first."""
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        model, cache = self.module, model_kwargs.get("past_key_values")
+        if isinstance(cache, PrefixSharedCache) and cache.is_blank and _says_all(input_ids, model_kwargs):
+            cache.store.begin(
+                cache, input_ids, model_kwargs.get("attention_mask"), chunk_size=generation_config.prefill_chunk_size
+            )
+        return type(model)._prefill(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+
+def install(model: PreTrainedModel, sharing: Sharing) -> None:
+    """Override the two methods on this instance."""
+    model.__dict__["generate"] = _Generate(model, sharing)
+    model.__dict__["_prefill"] = _Prefill(model, sharing)
+
+
+def uninstall(model: PreTrainedModel) -> None:
+    """Undo `install`."""
+    for name in OVERRIDES:
+        model.__dict__.pop(name, None)
+
+
+def prefix_store(model: PreTrainedModel) -> PrefixStore:
+    """The store behind `enable(model, ..., prefix_sharing=True)`: for `stats()`, `pin()`, `save()`, `clear()`.
+
+    Raises:
+        ValueError: prefix sharing is not enabled on this model.
+    """
+    override = model.__dict__.get("generate")
+    if not isinstance(override, _Generate):
+        raise ValueError("this model shares no prefixes: call hf_kvopt.enable(model, prefix_sharing=True) first")
+    return override.sharing.store_for(model)
+
+
+def _keep(cache: PrefixSharedCache, sequences: Tensor | None, *, close: bool) -> None:
+    """Keep what a finished, or broken, call computed; a model that changed meanwhile keeps nothing."""
+    if cache.texts is None or cache.is_committed:
+        return
+    try:
+        cache.store.keep(cache, sequences, close=close)
+    except CacheStateError:
+        cache.close()
+
+
+def _says_all(input_ids: Tensor, model_kwargs: dict[str, Any]) -> bool:
+    """Whether tokens and padding alone decide about keys and values."""
+    if any(value is not None for name, value in model_kwargs.items() if name not in _HARMLESS):
+        return False
+    mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
+    if mask is not None and (mask.shape != input_ids.shape or bool((mask.bool().diff(dim=1) < 0).any())):
+        return False
+    if input_ids.shape[1] == 0 or (mask is not None and not bool(mask[:, -1].all())):
+        return False
+    if positions is None:
+        return False
+    expected = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+    if mask is not None:
+        expected = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
+    if positions.dim() != 2 or positions.shape[1] != expected.shape[1]:
+        return False
+    # Whatever stands at padding is nobody's position.
+    same = positions == expected
+    return bool((same if mask is None else same | (mask == 0)).all())
