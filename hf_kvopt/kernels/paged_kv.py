@@ -106,14 +106,13 @@ def check_table_values(block_table: Tensor, seq_lens: Tensor, num_blocks: int, b
 
 def paged_args(q: Tensor, kv: PagedKV, config: Config, target: Target) -> dict[str, Any]:
     """Return queries, pools and tile sizes as arguments of a kernel, by parameter name."""
-    formats = kv.formats
+    k_format, v_format = kv.formats
     k_dim, v_dim = q.shape[3], kv.v_dim
-    # Scales of values can be smaller than float16 resolves: probabilities that carry them go to bfloat16.
-    p_dtype = torch.bfloat16 if q.dtype == torch.float16 and formats[1].has_scale else q.dtype
+    q_dtype, p_dtype = _operand(q.dtype, k_format, torch.float16), _operand(q.dtype, v_format, torch.bfloat16)
     return {
         "q_ptr": q,
-        "k_ptr": kv.k_pool,
-        "v_ptr": kv.v_pool,
+        "k_ptr": _as_stored(kv.k_pool, k_format),
+        "v_ptr": _as_stored(kv.v_pool, v_format),
         "k_scale_ptr": kv.k_scale,
         "v_scale_ptr": kv.v_scale,
         "block_table_ptr": kv.block_table,
@@ -125,16 +124,36 @@ def paged_args(q: Tensor, kv: PagedKV, config: Config, target: Target) -> dict[s
         "GROUP": q.shape[1] // kv.num_kv_heads,
         "K_DIM": k_dim,
         "V_DIM": v_dim,
-        "K_BLOCK": next_power_of_two(k_dim),
-        "V_BLOCK": next_power_of_two(v_dim),
-        "K_PACK": formats[0].codes_per_byte,
-        "V_PACK": formats[1].codes_per_byte,
+        # A product's operands have 16 channels a plane at least.
+        "K_BLOCK": max(16 * _planes(k_format), next_power_of_two(k_dim)),
+        "V_BLOCK": max(16 * _planes(v_format), next_power_of_two(v_dim)),
+        "K_PLANES": _planes(k_format),
+        "V_PLANES": _planes(v_format),
+        "K_CODES": k_format.name,
+        "V_CODES": v_format.name,
+        "K_BIASED": k_format.name in ("int8", "int4") and q_dtype == torch.float16 and target.family != "cdna3",
+        "PTX": target.family.startswith("sm"),
         "BLOCK_SIZE": kv.k_pool.shape[1],
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
-        "Q_DTYPE": dot_dtype(q.dtype, target),
+        "Q_DTYPE": dot_dtype(q_dtype, target),
         "P_DTYPE": dot_dtype(p_dtype, target),
     }
+
+
+def _operand(dtype: torch.dtype, fmt: Format, quantized: torch.dtype) -> torch.dtype:
+    """Return the dtype of products with stored values: the queries', float32 or what codes are turned into."""
+    return quantized if fmt.has_scale and dtype != torch.float32 else dtype
+
+
+def _as_stored(pool: Tensor, fmt: Format) -> Tensor:
+    """Return the pool as kernels read it: codes as int16."""
+    return pool.view(torch.int16) if fmt.has_scale else pool
+
+
+def _planes(fmt: Format) -> int:
+    """Return the codes of one int16, 1 for native storage."""
+    return 2 * fmt.codes_per_byte if fmt.has_scale else 1
 
 
 def empty_results(q: Tensor, v_dim: int) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from hf_kvopt.kernels.configs import paged_prefill_config
 from hf_kvopt.kernels.launch import Config, Launch, Target, cdiv, target_of
 from hf_kvopt.kernels.paged_kv import PagedKV, check_paged, empty_results, paged_args
-from hf_kvopt.kernels.paged_tile import attend_tile, load_query, store_output
+from hf_kvopt.kernels.paged_tile import attend_tile, load_query, load_scales, store_output
 from hf_kvopt.kernels.pattern import Pattern, pattern_args
 from hf_kvopt.kernels.reference import AttentionOut, paged_reference
 from hf_kvopt.kernels.shim import tl, triton
@@ -91,8 +91,12 @@ def _paged_prefill_kernel(
     V_DIM: tl.constexpr,
     K_BLOCK: tl.constexpr,
     V_BLOCK: tl.constexpr,
-    K_PACK: tl.constexpr,
-    V_PACK: tl.constexpr,
+    K_PLANES: tl.constexpr,
+    V_PLANES: tl.constexpr,
+    K_CODES: tl.constexpr,
+    V_CODES: tl.constexpr,
+    K_BIASED: tl.constexpr,
+    PTX: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -125,15 +129,17 @@ def _paged_prefill_kernel(
 
     position = seq_len - q_len + offs_m // GROUP
     q_row_ptrs = (q_ptr + batch * stride_q_b + head * stride_q_h + token * stride_q_m)[:, None]
-    q_even, q_odd = load_query(q_row_ptrs, mask_m[:, None], K_DIM, K_BLOCK, K_PACK == 2, Q_DTYPE)
+    q0, q1, q2, q3, even_start, odd_start, row_scale = load_query(
+        q_row_ptrs, mask_m[:, None], score_scale, K_DIM, K_BLOCK, K_PLANES, K_CODES, K_BIASED, Q_DTYPE
+    )
     mask_row_ptrs = None
     if mask_ptr is not None:
         mask_row_ptrs = (mask_ptr + batch * stride_mask_b + head * stride_mask_h + token * stride_mask_m)[:, None]
     table_ptr = block_table_ptr + batch * stride_table_b
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
-    acc_even = tl.zeros([BLOCK_M, V_BLOCK // V_PACK], tl.float32)
-    acc_odd = acc_even
+    acc0 = tl.zeros([BLOCK_M, V_BLOCK // V_PLANES], tl.float32)
+    acc1, acc2, acc3 = acc0, acc0, acc0
     # Three runs over one body: the left edge, whole tiles, the right edge.
     for run in tl.static_range(3):
         start = whole_lo
@@ -146,21 +152,24 @@ def _paged_prefill_kernel(
             end = kv_hi
         if run == 2 or (mask_ptr is None and (run == 1 or HAS_WINDOW or starts_ptr is not None)):
             for tile_start in tl.range(start, end, BLOCK_N):
-                acc_even, acc_odd, m_i, l_i = attend_tile(
-                    q_even, q_odd, acc_even, acc_odd, m_i, l_i, position, tile_start, kv_lo, kv_hi, table_ptr,
-                    k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, mask_row_ptrs, mask_m[:, None], mask_len, stride_mask_n,
-                    kv_head, score_scale, cap, window, NUM_KV_HEADS, K_DIM // K_PACK, V_DIM // V_PACK,
-                    K_BLOCK // K_PACK, V_BLOCK // V_PACK, BLOCK_SIZE, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_CAP,
-                    MASK_MIN, run != 1, P_DTYPE,
+                k_even, k_odd, v_even, v_odd = load_scales(
+                    table_ptr, k_scale_ptr, v_scale_ptr, tile_start, kv_lo, kv_hi, kv_head,
+                    BLOCK_SIZE, NUM_KV_HEADS, BLOCK_N, K_CODES, V_CODES,
                 )  # fmt: skip
+                acc0, acc1, acc2, acc3, m_i, l_i = attend_tile(
+                    q0, q1, q2, q3, even_start, odd_start, row_scale, acc0, acc1, acc2, acc3, m_i, l_i, k_even, k_odd,
+                    v_even, v_odd,                    position, tile_start, kv_lo, kv_hi, table_ptr, k_ptr, v_ptr,
+                    mask_row_ptrs, mask_m[:, None], mask_len, stride_mask_n, kv_head, cap, window,
+                    NUM_KV_HEADS, K_DIM, V_DIM, K_BLOCK, V_BLOCK, K_PLANES, V_PLANES, K_CODES, V_CODES, K_BIASED, PTX,
+                    BLOCK_SIZE, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_CAP, MASK_MIN, run != 1, Q_DTYPE, P_DTYPE,
+                )  # fmt: skip
+    factor = 1.0
     if sinks_ptr is not None:
-        alpha, m_i, l_i = add_sink(sinks_ptr, head, mask_m, m_i, l_i)
-        acc_even *= alpha[:, None]
-        acc_odd *= alpha[:, None]
-    inverse = reciprocal(l_i)[:, None]
+        factor, m_i, l_i = add_sink(sinks_ptr, head, mask_m, m_i, l_i)
+    inverse = (factor * reciprocal(l_i))[:, None]
     num_heads = NUM_KV_HEADS * GROUP
     out_row_ptrs = (out_ptr + ((batch * q_len + token) * num_heads + head) * V_DIM)[:, None]
-    store_output(out_row_ptrs, mask_m[:, None], acc_even * inverse, acc_odd * inverse, V_DIM, V_BLOCK, V_PACK == 2)
+    store_output(out_row_ptrs, mask_m[:, None], inverse, acc0, acc1, acc2, acc3, V_DIM, V_PLANES)
     tl.store(lse_ptr + (batch * num_heads + head) * q_len + token, log_sum(m_i, l_i), mask=mask_m)
 
 

@@ -21,6 +21,9 @@ except ImportError:
         def __getattr__(self, name: str) -> Any:
             return self
 
+        def __call__(self, value: Any) -> Any:
+            return value
+
         def jit(self, fn: Callable[..., Any] | None = None, **_: Any) -> Callable[..., Any]:
             return (lambda kernel: kernel) if fn is None else fn
 

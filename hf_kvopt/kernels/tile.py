@@ -1,4 +1,4 @@
-"""Pieces of a kernel that the attention ops share: code conversion, scores, visibility, one softmax step.
+"""Pieces of a kernel that the attention ops share: scores, visibility, one softmax step.
 
 Scores are kept in base 2: s = q k^T * scale * log2(e), so that exp is one `exp2`. The running state of a row
 is (m_i, l_i, acc): greatest score so far, sum of 2^(s - m_i), and the same sum weighted by v.
@@ -7,36 +7,6 @@ is (m_i, l_i, acc): greatest score so far, sum of 2^(s - m_i), and the same sum 
 from __future__ import annotations
 
 from hf_kvopt.kernels.shim import tl, triton
-
-
-@triton.jit
-def as_operand(codes, DTYPE: tl.constexpr):
-    """Turn stored values into a `tl.dot` operand: a plain cast for all but int4, and exact for all formats."""
-    return codes.to(DTYPE)
-
-
-@triton.jit
-def _small_int(nibble, DTYPE: tl.constexpr):
-    # Set as the last bits of 128 (bfloat16) or 1024 (float16) a nibble is a float without a conversion: exact, and on
-    # sm_90 908 instead of 1,320 instructions in the loop of paged_decode.
-    if DTYPE == tl.bfloat16:  # noqa: SIM300
-        return (nibble.to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True) - 136.0
-    elif DTYPE == tl.float16:  # noqa: SIM300
-        return (nibble.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - 1032.0
-    else:
-        return (nibble.to(tl.int8) - 8).to(DTYPE)
-
-
-@triton.jit
-def low_nibble(packed, DTYPE: tl.constexpr):
-    """Return the even channels of packed int4, -8 to 7."""
-    return _small_int(packed & 15, DTYPE)
-
-
-@triton.jit
-def high_nibble(packed, DTYPE: tl.constexpr):
-    """Return the odd channels of packed int4, -8 to 7."""
-    return _small_int(packed >> 4, DTYPE)
 
 
 @triton.jit
@@ -94,13 +64,19 @@ def apply_mask(
 
 @triton.jit
 def softmax_step(scores, m_i, l_i):
-    """Fold one tile of scores into the running softmax; returns (p, alpha, m_i, l_i)."""
+    """Fold one tile of scores into the running softmax; returns (p, alpha, m_i, l_i).
+
+    A denominator [BLOCK_M, BLOCK_N] is summed along its columns by the caller, after the last tile.
+    """
     m_new = tl.maximum(m_i, tl.max(scores, 1))
     # Finite for rows that have seen nothing yet, or exp2(-inf - -inf) would be NaN.
     pivot = tl.where(m_new == float("-inf"), 0.0, m_new)
     p = tl.exp2(scores - pivot[:, None])
     alpha = tl.exp2(m_i - pivot)
-    return p, alpha, m_new, l_i * alpha + tl.sum(p, 1)
+    if len(l_i.shape) == 2:
+        return p, alpha, m_new, l_i * alpha[:, None] + p
+    else:
+        return p, alpha, m_new, l_i * alpha + tl.sum(p, 1)
 
 
 @triton.jit

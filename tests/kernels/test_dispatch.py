@@ -115,13 +115,6 @@ def test_e4m3_is_refused_below_8_9_and_names_the_way_out():
         check_format_runs(get_format("fp8_e4m3"), target)
 
 
-def test_nibbles_become_floats_by_their_bits():
-    """What the int4 kernels do where the interpreter cannot follow: bfloat16 is raw bits to it."""
-    nibbles = torch.arange(16, dtype=torch.int16)
-    assert torch.equal((nibbles | 0x4300).view(torch.bfloat16) - 136.0, (nibbles - 8).bfloat16())
-    assert torch.equal((nibbles | 0x6400).view(torch.float16) - 1032.0, (nibbles - 8).half())
-
-
 def test_every_card_has_a_family_and_old_ones_are_refused():
     known = {(8, 0): "sm80", (8, 6): "sm86", (8, 9): "sm86", (9, 0): "sm90", (10, 0): "sm100", (12, 0): "sm86"}
     assert {capability: family_of(capability) for capability in known} == known
