@@ -2,7 +2,7 @@
 
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +28,12 @@ def kv_bytes(cache: Cache) -> KVBytes:
         return KVBytes(stats.used_bytes, stats.reserved_bytes)
     used = reserved = 0
     for layer in cache.layers:
+        if getattr(layer, "_quantized_keys", None) is not None:
+            # What transformers quantizes it keeps beside a rest in full, and holds no free space.
+            parts = ("_quantized_keys", "_quantized_values", "keys", "values")
+            size = sum(_tensor_bytes(getattr(layer, part)) for part in parts)
+            used, reserved = used + size, reserved + size
+            continue
         if not isinstance(layer, CacheLayerMixin) or layer.keys is None or layer.values is None:
             continue
         size = sum(t.numel() * t.element_size() for t in (layer.keys, layer.values))
@@ -35,6 +41,17 @@ def kv_bytes(cache: Cache) -> KVBytes:
         reserved += size
         used += size * min(int(layer.get_seq_length()), length) // length if length else 0
     return KVBytes(used, reserved)
+
+
+def _tensor_bytes(value: object) -> int:
+    """Count the bytes of a tensor, of what a tensor subclass wraps, or of all tensors in a collection."""
+    if isinstance(value, torch.Tensor):
+        if type(value) is not torch.Tensor and hasattr(value, "__tensor_flatten__"):
+            return sum(_tensor_bytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])
+        return value.numel() * value.element_size()
+    if isinstance(value, Mapping):
+        return _tensor_bytes(list(value.values()))
+    return sum(map(_tensor_bytes, value)) if isinstance(value, (list, tuple)) else 0
 
 
 def peak_bytes(device: torch.device, body: Callable[[], object]) -> int:

@@ -11,10 +11,15 @@ from evals._common.cli import BadArgumentError
 from evals._common.models import Subject
 from evals.reference_model import heldout_texts
 
+# The name that papers use, which the hub has moved.
+ALIASES = {"wikitext-2": "Salesforce/wikitext:wikitext-2-raw-v1"}
+
 
 def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     """Add `--dataset`, `--split` and `--column`."""
-    parser.add_argument("--dataset", help="NAME or NAME:CONFIG for datasets.load_dataset (the bundled held-out text)")
+    parser.add_argument(
+        "--dataset", help="wikitext-2, or NAME or NAME:CONFIG for datasets.load_dataset (the bundled held-out text)"
+    )
     parser.add_argument("--split", default="test", help="split of --dataset (%(default)s)")
     parser.add_argument("--column", default="text", help="text column of --dataset (%(default)s)")
 
@@ -27,7 +32,7 @@ def load_texts(args: argparse.Namespace) -> Iterable[str]:
     """
     if args.dataset is None:
         return heldout_texts()
-    name, _, config = args.dataset.partition(":")
+    name, _, config = ALIASES.get(args.dataset, args.dataset).partition(":")
     try:
         rows = load_dataset(name, config or None, split=args.split)
     except (OSError, ValueError) as error:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
 
-from transformers import AttentionInterface, Cache, DynamicCache, PreTrainedModel, StaticCache
+from transformers import AttentionInterface, Cache, DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
 
 import hf_kvopt
 from evals._common.cli import BadArgumentError
@@ -35,11 +35,33 @@ def _paged(model: PreTrainedModel, max_len: int) -> Cache:
     return hf_kvopt.PagedCache(model.config)
 
 
+def _quantized(format: str) -> CacheKind:
+    def make(model: PreTrainedModel, max_len: int) -> Cache:
+        return hf_kvopt.QuantizedPagedCache(model.config, format=format)
+
+    return CacheKind(about=f"QuantizedPagedCache, {format}", make=make)
+
+
+def _of_transformers(backend: str, **options: int) -> CacheKind:
+    def make(model: PreTrainedModel, max_len: int) -> Cache:
+        try:
+            return QuantizedCache(backend, model.config, **options)
+        except (ImportError, ValueError) as error:
+            raise BadArgumentError(f"transformers' QuantizedCache({backend!r}) cannot be made: {error}") from error
+
+    return CacheKind(about=f"transformers QuantizedCache({backend!r})", make=make)
+
+
 CACHES: Mapping[str, CacheKind] = MappingProxyType(
     {
         "dynamic": CacheKind(about="transformers DynamicCache, grown by torch.cat", make=_dynamic),
         "static": CacheKind(about="transformers StaticCache, allocated for the whole run", make=_static),
         "paged": CacheKind(about="hf_kvopt PagedCache", make=_paged),
+        **{name: _quantized(name) for name in ("int8", "fp8_e4m3", "fp8_e5m2", "k8v4", "int4")},
+        "transformers_fp8": _of_transformers("fp8"),
+        "transformers_quanto": _of_transformers("quanto"),
+        # Groups of the states' last axis: hqq takes no other for a cache.
+        "transformers_hqq": _of_transformers("hqq", axis_key=1, axis_value=1),
     }
 )
 
@@ -59,6 +81,8 @@ class Side(NamedTuple):
 
     def attend(self, model: PreTrainedModel) -> PreTrainedModel:
         """Switch the model to this side's attention, and give it back."""
+        if model.config._attn_implementation == self.attention:
+            return model
         try:
             model.set_attn_implementation(self.attention)
         except (ImportError, ValueError) as error:

@@ -1,0 +1,85 @@
+"""Teacher-forced reading through caches, in chunks: every token attends to what the cache gives back.
+
+One forward over a whole text would show a quantized cache's loss as zero wherever the cache hands back the states that
+it was just given. All sides read the same chunk before any reads the next, so that the baseline's distribution is
+needed for one chunk only, whatever the size of the vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from evals._common.memory import KVBytes, kv_bytes
+from evals._common.sides import Side
+
+
+class Scores(NamedTuple):
+    """Per token, some segments as one side read them."""
+
+    nll: Tensor  # [num_segments, num_tokens] nats
+    kl: Tensor  # [num_segments, num_tokens] nats, of the baseline's next-token distribution from this side's
+    same_top1: Tensor  # [num_segments, num_tokens] bool: both would choose the same token
+    is_right: Tensor  # [num_segments, num_tokens] bool: this side would choose the token that comes
+
+
+class Reading(NamedTuple):
+    """What one side made of a batch of segments."""
+
+    scores: Scores
+    held: KVBytes  # by the cache at the end
+
+
+@torch.inference_mode()
+def read_segments(
+    model: PreTrainedModel,
+    sides: Sequence[Side],  # the first is the baseline
+    ids: Tensor,  # [batch, context]
+    chunk: int,  # tokens fed at once
+) -> list[Reading]:
+    """Read a batch of segments through an empty cache of each side."""
+    context = ids.shape[1]
+    caches = [side.make_cache(model, context) for side in sides]
+    scores: list[list[Scores]] = [[] for _ in sides]
+    # The last token is only predicted: feeding it would give logits for nothing.
+    for begin in range(0, context - 1, chunk):
+        end = min(begin + chunk, context - 1)
+        targets = ids[:, begin + 1 : end + 1].to(model.device)
+        baseline: Tensor | None = None
+        for side, cache, own in zip(sides, caches, scores, strict=True):
+            logits = _feed(side.attend(model), cache, ids[:, begin:end])
+            log_probs = F.log_softmax(logits.float(), dim=-1).to(targets.device)
+            baseline = log_probs if baseline is None else baseline
+            own.append(_score(baseline, log_probs, targets))
+    return [
+        Reading(Scores(*(torch.cat(parts, dim=1).cpu() for parts in zip(*own, strict=True))), kv_bytes(cache))
+        for own, cache in zip(scores, caches, strict=True)
+    ]
+
+
+def _feed(
+    model: PreTrainedModel,
+    cache: Cache,
+    ids: Tensor,  # [batch, chunk]
+) -> Tensor:  # [batch, chunk, vocab]
+    return model(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True).logits
+
+
+def _score(
+    baseline: Tensor,  # [batch, chunk, vocab] log-probabilities
+    log_probs: Tensor,  # [batch, chunk, vocab]
+    targets: Tensor,  # [batch, chunk]
+) -> Scores:  # of the chunk
+    nll = -log_probs.gather(-1, targets[..., None]).squeeze(-1)
+    # Where a probability is 0 its logarithm is −inf, and 0 · −inf would be NaN.
+    kl = torch.where(baseline > -torch.inf, baseline.exp() * (baseline - log_probs), 0.0).sum(dim=-1)
+    choice = log_probs.argmax(dim=-1)
+    return Scores(nll, kl, baseline.argmax(dim=-1) == choice, choice == targets)
+
+
+def join_scores(parts: Sequence[Scores]) -> Scores:
+    """Put the segments of several batches one after another."""
+    return Scores(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))

@@ -1,0 +1,1 @@
+"""What does a cache cost in perplexity? `python -m evals.perplexity`."""

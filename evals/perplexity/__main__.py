@@ -1,0 +1,203 @@
+"""`python -m evals.perplexity`: what caches lose, read through in chunks and never in one forward.
+
+Reports perplexity, its change against an unquantized cache with a paired bootstrap interval, KL divergence of the
+next-token distribution (mean and 99th percentile), top-1 agreement and KV bytes per token. `--outliers` gives the model
+key biases like Qwen2.5's; `--check` holds the bundled reference model to its bars. Under `accelerate launch -m
+evals.perplexity` every process reads its share of the segments.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from evals._common.cli import BadArgumentError, Parser, add_output_argument, at_least
+from evals._common.memory import KVBytes
+from evals._common.models import Subject, add_model_arguments, check_length, load_subject
+from evals._common.outliers import add_outliers
+from evals._common.prompts import add_text_arguments, load_texts
+from evals._common.reading import Reading, join_scores, read_segments
+from evals._common.rows import append_rows, provenance
+from evals._common.screen import progress, show_table
+from evals._common.shards import Shard, join_shards
+from evals._common.sides import Side, add_sides_argument, parse_side
+from evals.perplexity.bars import Verdict, bars_for, judge
+from evals.perplexity.plot import Point, plot_trade
+from evals.perplexity.segments import make_segments
+from evals.perplexity.summary import Summary, summarize
+
+SIDES = ("int8+hf_kvopt", "fp8_e4m3+hf_kvopt", "k8v4+hf_kvopt", "int4+hf_kvopt", "transformers_fp8+sdpa")
+
+
+class Result(NamedTuple):
+    """One side at one chunk size."""
+
+    side: Side
+    chunk: int
+    summary: Summary
+    held: KVBytes  # of all segments together
+    bf16_bytes: float  # that the baseline's states take in bfloat16
+
+    @property
+    def num_cached(self) -> int:
+        """Tokens that the caches held: all but the last of each segment."""
+        return self.summary.num_tokens
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """What bars are about."""
+        return {"delta": self.summary.delta, "bf16_share": self.held.used / self.bf16_bytes}
+
+
+def make_parser() -> Parser:
+    """Describe the command line."""
+    parser = Parser("evals.perplexity", description=(__doc__ or "").split("\n\n")[0])
+    add_model_arguments(parser)
+    add_text_arguments(parser)
+    add_sides_argument(parser, *SIDES)
+    parser.add_argument("--baseline", default="dynamic+sdpa", help="cache+attention (%(default)s)")
+    parser.add_argument("--chunks", nargs="+", type=at_least(1), default=[16], help="tokens fed at once (16)")
+    parser.add_argument("--context", type=at_least(2), default=1025, help="tokens of a segment (%(default)s)")
+    parser.add_argument("--segments", type=at_least(1), help="how many, evenly spread (all)")
+    parser.add_argument("--batch", type=at_least(1), default=8, help="segments read at once (%(default)s)")
+    parser.add_argument("--outliers", action="store_true", help="add large key biases to the model")
+    parser.add_argument("--check", action="store_true", help="exit with 1 where a bar is missed")
+    parser.add_argument("--plot", type=Path, help="picture to write (beside --out)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the bootstrap (%(default)s)")
+    add_output_argument(parser, "perplexity.json")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, show and write; with --check 1 where a bar is missed."""
+    sides = list(dict.fromkeys(parse_side(text) for text in [args.baseline, *args.sides]))
+    bars = bars_for(args)
+    if args.check and not any(judge(bars, side, chunk, _ZERO) for side in sides for chunk in args.chunks):
+        raise BadArgumentError("--check has no bar for these sides and chunk sizes")
+    shard = join_shards(args)
+    subject = _subject(args)
+    segments = make_segments(subject, load_texts(args), args.context, args.segments)
+    check_length(subject, args.context)
+    results = [result for chunk in args.chunks for result in _measure(args, subject, sides, segments, chunk, shard)]
+    if not shard.is_main:
+        return 0
+    verdicts = [v for r in results for v in judge(bars, r.side, r.chunk, r.figures)]
+    _show(args, subject, results)
+    _show_bars(verdicts)
+    facts = {"processes": shard.num_processes, **provenance(subject.model.device)}
+    append_rows(args.out, [{**_row(args, subject, result, verdicts), **facts} for result in results])
+    _plot(args, subject, results)
+    return int(args.check and not all(verdict.is_met for verdict in verdicts))
+
+
+_ZERO = {"delta": 0.0, "bf16_share": 0.0}
+
+
+def _subject(args: argparse.Namespace) -> Subject:
+    subject = load_subject(args)
+    if not args.outliers:
+        return subject
+    return subject._replace(name=f"{subject.name} with outliers", model=add_outliers(subject.model))
+
+
+def _measure(
+    args: argparse.Namespace, subject: Subject, sides: Sequence[Side], segments: Tensor, chunk: int, shard: Shard
+) -> Iterator[Result]:
+    batches = shard.of(segments.split(args.batch))
+    own: list[list[Reading]] = []
+    with progress(len(batches)) if shard.is_main else nullcontext(lambda doing: None) as advance:
+        for batch in batches:
+            own.append(read_segments(subject.model, sides, batch, chunk))
+            advance(f"chunk {chunk}")
+    readings = shard.gather(own)
+    scores = [join_scores([batch[i].scores for batch in readings]) for i in range(len(sides))]
+    sizes = [_total([batch[i].held for batch in readings]) for i in range(len(sides))]
+    bf16_bytes = sizes[0].used * 2 / subject.model.dtype.itemsize
+    for side, score, size in zip(sides, scores, sizes, strict=True):
+        yield Result(side, chunk, summarize(scores[0], score, args.seed), size, bf16_bytes)
+
+
+def _total(sizes: Sequence[KVBytes]) -> KVBytes:
+    return KVBytes(sum(size.used for size in sizes), sum(size.reserved for size in sizes))
+
+
+def _row(args: argparse.Namespace, subject: Subject, result: Result, verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    own = [v for v in verdicts if (v.side, v.chunk) == (result.side, result.chunk)]
+    return {
+        "eval": "perplexity",
+        "model": subject.name,
+        "side": str(result.side),
+        "baseline": args.baseline,
+        "dtype": args.dtype,
+        "dataset": args.dataset,
+        "outliers": args.outliers,
+        "chunk": result.chunk,
+        "context": args.context,
+        "batch": args.batch,
+        "seed": args.seed,
+        **result.summary._asdict(),
+        "kv_bytes_per_token": result.held.used / result.num_cached,
+        "kv_reserved_bytes_per_token": result.held.reserved / result.num_cached,
+        "bf16_share": result.figures["bf16_share"],
+        "bars": [{"metric": v.bar.metric, "limit": v.bar.limit, "value": v.value, "met": v.is_met} for v in own],
+    }
+
+
+def _show(args: argparse.Namespace, subject: Subject, results: Sequence[Result]) -> None:
+    columns = ["side", "chunk", "PPL", "ΔPPL", "95 % interval", "KL", "KL p99", "top-1", "KV B/token", "of bf16"]
+    lines = []
+    for result in results:
+        s = result.summary
+        lines.append(
+            [
+                result.side,
+                result.chunk,
+                f"{s.perplexity:.4f}",
+                f"{s.delta:+.3%}",
+                f"{s.delta_low:+.3%} {s.delta_high:+.3%}",
+                f"{s.kl_mean:.2e}",
+                f"{s.kl_p99:.2e}",
+                f"{s.top1_agreement:.2%}",
+                f"{result.held.used / result.num_cached:.0f}",
+                f"{result.figures['bf16_share']:.3f}",
+            ]
+        )
+    first = results[0].summary
+    where = args.dataset or "bundled held-out text"
+    title = (
+        f"{subject.name} in {args.dtype} on {where}: {first.num_segments} segments of {args.context} tokens, "
+        f"against {args.baseline}"
+    )
+    show_table(title, columns, lines)
+
+
+def _show_bars(verdicts: Sequence[Verdict]) -> None:
+    if verdicts:
+        lines = [
+            [v.side, v.chunk, v.bar.metric, f"{v.bar.limit:.2%}", f"{v.value:+.3%}", "met" if v.is_met else "MISSED"]
+            for v in verdicts
+        ]
+        show_table("bars", ["side", "chunk", "figure", "at most", "measured", "verdict"], lines)
+
+
+def _plot(args: argparse.Namespace, subject: Subject, results: Sequence[Result]) -> None:
+    points = [
+        Point(str(r.side), r.chunk, r.held.used / r.num_cached, s.delta, s.delta_low, s.delta_high, s.kl_mean)
+        for r in results
+        for s in [r.summary]
+    ]
+    path = args.plot or args.out.with_suffix(".png")
+    plot_trade(path, f"{subject.name}, {args.dtype}, segments of {args.context} tokens", points)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the eval and give its exit status."""
+    return make_parser().run(run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,272 @@
+"""The perplexity eval reads through the cache in chunks, pairs what it compares, and holds bars."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import QuantizedCache
+
+from evals._common.memory import kv_bytes
+from evals._common.models import Subject
+from evals._common.outliers import add_outliers
+from evals._common.reading import Scores, read_segments
+from evals._common.shapes import random_model
+from evals._common.shards import Shard
+from evals._common.sides import Side
+from evals.perplexity.__main__ import main
+from evals.perplexity.bars import MEMORY, ORDINARY, OUTLIERS, Bar, bars_for, judge
+from evals.perplexity.segments import make_segments
+from evals.perplexity.summary import summarize
+
+ROOT = Path(__file__).resolve().parents[2]
+SHORT = ["--context", "25", "--segments", "4", "--batch", "2", "--chunks", "5"]
+LOSSY = "tests.evals.lossy_caches"
+
+
+def short_run(out: Path, *arguments: str) -> tuple[int, list[dict]]:
+    status = main([*SHORT, "--shape", "tiny", "--out", str(out), *arguments])
+    return status, json.loads(out.read_text())
+
+
+def random_ids(*shape: int) -> torch.Tensor:
+    return torch.randint(3, 256, shape, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_cache_that_keeps_all_loses_nothing_and_one_that_rounds_loses(tmp_path: Path) -> None:
+    status, rows = short_run(tmp_path / "rows.json", "--sides", "paged+hf_kvopt", f"{LOSSY}:rounded+sdpa")
+    assert status == 0
+    baseline, paged, rounded = rows
+    assert baseline["delta"] == 0.0
+    assert abs(paged["delta"]) < 1e-6
+    assert paged["kl_mean"] < 1e-6 < 1e-4 < rounded["kl_mean"] <= rounded["kl_p99"]
+    assert paged["top1_agreement"] == 1.0
+    for row in rows:
+        assert row["num_tokens"] == 4 * 24
+        assert row["delta_low"] <= row["delta"] <= row["delta_high"]
+        assert row["perplexity"] == pytest.approx(baseline["perplexity"] * (1 + row["delta"]), rel=1e-6)
+        for field in ("revision", "date", "device", "torch", "transformers", "chunk", "context", "baseline", "dtype"):
+            assert row[field] not in (None, "")
+
+
+def test_perplexity_is_that_of_one_forward_whatever_the_chunk() -> None:
+    model = random_model("tiny")
+    ids = random_ids(2, 18)
+    with torch.inference_mode():
+        logits = model(ids, use_cache=False).logits[:, :-1]
+    expected = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    for chunk in (1, 7, 17, 512):
+        reading = read_segments(model, [Side("dynamic", "sdpa")], ids, chunk)[0]
+        torch.testing.assert_close(reading.scores.nll, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_chunks_show_a_loss_that_one_forward_hides(tmp_path: Path) -> None:
+    arguments = ["--sides", f"{LOSSY}:first_read_exact+sdpa", "--chunks", "1", "5", "512"]
+    _, rows = short_run(tmp_path / "rows.json", *arguments)
+    loss = {row["chunk"]: row["kl_mean"] for row in rows if "exact" in row["side"]}
+    assert loss[512] == 0.0
+    assert min(loss[1], loss[5]) > 1e-4
+
+
+def test_kl_and_top1_compare_with_the_baseline_token_by_token() -> None:
+    model = random_model("tiny")
+    ids = random_ids(1, 9)
+    sides = [Side("dynamic", "sdpa"), Side(f"{LOSSY}:rounded", "sdpa")]
+    a, b = (reading.scores for reading in read_segments(model, sides, ids, 3))
+    assert a.kl.abs().max() == 0.0
+    assert a.same_top1.all()
+    logits = []
+    for side in sides:
+        cache = side.make_cache(model, 9)
+        with torch.inference_mode():
+            out = [model(ids[:, i : i + 3], past_key_values=cache).logits for i in (0, 3, 6)]
+        logits.append(torch.cat(out, dim=1)[:, :-1].log_softmax(dim=-1))
+    expected = F.kl_div(logits[1], logits[0], log_target=True, reduction="none").sum(dim=-1)
+    torch.testing.assert_close(b.kl, expected, rtol=1e-3, atol=1e-6)
+    assert torch.equal(b.same_top1, logits[0].argmax(-1) == logits[1].argmax(-1))
+    assert torch.equal(b.is_right, logits[1].argmax(-1) == ids[:, 1:])
+
+
+def scores(nll: torch.Tensor) -> Scores:
+    return Scores(nll, torch.zeros_like(nll), torch.ones_like(nll, dtype=torch.bool), nll < 1)
+
+
+def test_the_interval_is_paired() -> None:
+    nll = 3 + torch.randn(40, 50, generator=torch.Generator().manual_seed(1))
+    summary = summarize(scores(nll), scores(nll + 0.01))
+    # Segments differ by far more than the sides do; the same loss on each leaves no doubt.
+    assert summary.delta == pytest.approx(math.expm1(0.01), rel=1e-4)
+    assert summary.delta_high - summary.delta_low < 1e-6
+
+
+def test_the_interval_covers_what_segments_disagree_about() -> None:
+    nll = torch.zeros(50, 4)
+    lost = torch.randn(50, 1, generator=torch.Generator().manual_seed(2)) * 0.1
+    summary = summarize(scores(nll), scores(nll + lost))
+    expected = 1.96 * float(lost.std()) / math.sqrt(50)
+    assert (summary.delta_high - summary.delta_low) / 2 == pytest.approx(expected, rel=0.15)
+
+
+def test_p99_is_a_token_that_one_in_a_hundred_exceeds() -> None:
+    kl = torch.arange(1000.0).view(10, 100)
+    flat = scores(torch.zeros(10, 100))
+    assert summarize(flat, flat._replace(kl=kl)).kl_p99 == 989.0
+
+
+def test_segments_begin_with_the_start_token_and_join_short_texts_only() -> None:
+    tokenizer = Words()
+    subject = Subject("words", random_model("tiny"), tokenizer)  # type: ignore[arg-type]
+    texts = ["5 6 7 8 9", "10 11", "12 13", "14 15 16 17", "18 19 20"]
+    segments = make_segments(subject, texts, 4, None)
+    assert segments.tolist() == [[1, 5, 6, 7], [1, 10, 11, 12], [1, 14, 15, 16], [1, 18, 19, 20]]
+    assert make_segments(subject, texts, 4, 2).tolist() == [[1, 5, 6, 7], [1, 14, 15, 16]]
+
+
+class Words:
+    """A tokenizer of numbers."""
+
+    bos_token_id = 1
+
+    def __call__(self, text: str, **options: object) -> dict[str, list[int]]:
+        return {"input_ids": [int(word) for word in text.split()]}
+
+
+def test_outliers_move_all_keys_alike_and_spare_the_model() -> None:
+    model, twin = random_model("tiny"), random_model("tiny")
+    add_outliers(model)
+    head_dim = model.config.head_dim
+    ids = random_ids(2, 12)
+    with torch.inference_mode():
+        caches = [m(ids).past_key_values for m in (model, twin)]
+        shift = (caches[0].layers[0].keys - caches[1].layers[0].keys)[0, 0]
+    moved = shift.abs().amax(dim=0) > 1
+    half = head_dim // 2
+    assert moved.nonzero().flatten().tolist() == [half - 2, half - 1, head_dim - 2, head_dim - 1]
+    assert 40 <= shift[0][moved].abs().min() <= shift[0][moved].abs().max() <= 60 * math.sqrt(2)
+    biases = [layer.self_attn.k_proj.bias for layer in model.model.layers]
+    assert not torch.equal(biases[0], biases[1])
+    assert torch.equal(biases[0], add_outliers(random_model("tiny")).model.layers[0].self_attn.k_proj.bias)
+
+
+def test_bytes_of_transformers_quantized_cache_count_codes_and_scales() -> None:
+    model = random_model("tiny")
+    cache = QuantizedCache("fp8", model.config)
+    with torch.inference_mode():
+        model(random_ids(1, 6), past_key_values=cache)
+        model(random_ids(1, 1), past_key_values=cache)
+    codes = 2 * 2 * 2 * 7 * model.config.head_dim  # layers, keys and values, heads, tokens
+    scales = 2 * 2 * 4
+    assert kv_bytes(cache).used == codes + scales
+
+
+@pytest.mark.parametrize("cache", ["int8", "int4", "k8v4", "fp8_e4m3", "fp8_e5m2", "transformers_fp8"])
+def test_every_quantized_side_is_read_and_holds_less_than_bfloat16(tmp_path: Path, cache: str) -> None:
+    attention = "sdpa" if cache.startswith("transformers") else "hf_kvopt"
+    _, rows = short_run(tmp_path / "rows.json", "--context", "33", "--sides", f"{cache}+{attention}")
+    assert rows[1]["kl_mean"] > 0
+    assert rows[1]["bf16_share"] < 1 < rows[0]["bf16_share"]
+    assert rows[1]["kv_reserved_bytes_per_token"] >= rows[1]["kv_bytes_per_token"] > 0
+
+
+def test_a_backend_that_is_not_installed_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(*args: object, **kwargs: object) -> None:
+        raise ImportError("You need to install it")
+
+    monkeypatch.setattr("evals._common.sides.QuantizedCache", absent)
+    with pytest.raises(SystemExit):
+        short_run(tmp_path / "rows.json", "--sides", "transformers_quanto+sdpa")
+    assert "QuantizedCache('quanto') cannot be made: You need to install it" in capsys.readouterr().err
+
+
+def namespace(**given: object) -> Namespace:
+    return Namespace(**{"model": None, "shape": None, "dataset": None, "outliers": False, **given})
+
+
+def test_losses_are_judged_on_the_reference_model_only() -> None:
+    assert bars_for(namespace()) == (*ORDINARY, *MEMORY)
+    assert bars_for(namespace(outliers=True)) == (*OUTLIERS, *MEMORY)
+    assert bars_for(namespace(shape="tiny")) == bars_for(namespace(model="x")) == MEMORY
+
+
+def test_a_bar_is_met_at_its_limit_and_never_by_nan() -> None:
+    bars = (Bar("int8", "delta", 16, 0.1),)
+    side = Side("int8", "hf_kvopt")
+    met = [judge(bars, side, 16, {"delta": value})[0].is_met for value in (0.1, 0.1001, math.nan)]
+    assert met == [True, False, False]
+    assert judge(bars, side, 1, {"delta": 1.0}) == judge(bars, Side("int4", "sdpa"), 16, {"delta": 1.0}) == []
+
+
+def test_check_turns_the_exit_status_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["--sides", "int8+hf_kvopt", "--check", "--context", "33"]
+    monkeypatch.setattr("evals.perplexity.__main__.bars_for", lambda args: (Bar("int8", "bf16_share", None, 1.0),))
+    status, rows = short_run(tmp_path / "rows.json", *arguments)
+    assert (status, rows[1]["bars"][0]["met"]) == (0, True)
+    monkeypatch.setattr("evals.perplexity.__main__.bars_for", lambda args: (Bar("int8", "bf16_share", None, 0.01),))
+    status, rows = short_run(tmp_path / "more.json", *arguments)
+    assert (status, rows[1]["bars"][0]["met"]) == (1, False)
+
+
+def test_the_picture_is_drawn(tmp_path: Path) -> None:
+    short_run(
+        tmp_path / "rows.json", "--sides", "int8+hf_kvopt", "--chunks", "5", "7", "--plot", str(tmp_path / "p.png")
+    )
+    assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--chunks", "0"], "at least 1, got 0"),
+        (["--context", "1"], "at least 2, got 1"),
+        (["--sides", "int3+hf_kvopt"], "unknown cache 'int3'"),
+        (["--shape", "tiny", "--check", "--sides", "paged+hf_kvopt"], "--check has no bar"),
+        (["--context", "9000000"], "less than one segment of 9000000 tokens"),
+        (["--dataset", "./no/such/set"], "'./no/such/set'"),
+    ],
+)
+def test_a_bad_argument_is_one_line_and_status_2(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        main([*arguments, "--out", str(tmp_path / "rows.json")])
+    assert leaving.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_shards_part_the_work_and_put_it_together_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    items = list(range(7))
+    parts = [Shard(process, 3).of(items) for process in range(3)]
+    assert parts == [[0, 3, 6], [1, 4], [2, 5]]
+    everything = [(process, item) for process, part in enumerate(parts) for item in part]
+    monkeypatch.setattr("evals._common.shards.gather_object", lambda own: everything)
+    assert Shard(1, 3).gather(parts[1]) == items
+    assert Shard(0, 1).gather(items) == items
+
+
+def test_two_processes_give_the_figures_of_one(tmp_path: Path) -> None:
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    arguments = [*SHORT, "--segments", "5", "--shape", "tiny", "--device", "cpu", "--sides", "int4+hf_kvopt"]
+    # --multi_gpu is how accelerate is told to start several processes on one machine, also where they are on its CPU.
+    options = ["--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *options, "--main_process_port=0"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launch, "-m", "evals.perplexity", *arguments, "--out", str(two)],
+        cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    main([*arguments, "--out", str(one)])
+    alone, shared = (json.loads(path.read_text()) for path in (one, two))
+    assert [row["processes"] for row in shared] == [2, 2]
+    for a, b in zip(alone, shared, strict=True):
+        assert a["num_segments"] == b["num_segments"] == 5
+        for field in ("perplexity", "delta", "delta_low", "delta_high", "kl_mean", "kl_p99", "kv_bytes_per_token"):
+            assert a[field] == pytest.approx(b[field], rel=1e-5, abs=1e-9)
