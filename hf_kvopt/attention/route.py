@@ -18,6 +18,7 @@ from hf_kvopt.attention.masking import Masking
 from hf_kvopt.attention.mla import LatentKV
 from hf_kvopt.kernels import dispatch
 from hf_kvopt.kernels.cpu import attend
+from hf_kvopt.kernels.cpu_codes import decode_codes
 from hf_kvopt.kernels.paged_kv import PagedKV
 from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.pool.handle import KVHandle
@@ -107,6 +108,8 @@ def _over_dense(
 
 
 def _torch_path(query: Tensor, key: Tensor, value: Tensor, masking: Masking, extras: Extras) -> Tensor:
+    if isinstance(key, KVHandle) and isinstance(value, KVHandle) and _reads_codes(query, key, value, masking, extras):
+        return _over_codes(query, key, value, masking, extras)
     return attend(
         query,
         key.view_dense() if isinstance(key, KVHandle) else key,
@@ -119,6 +122,29 @@ def _torch_path(query: Tensor, key: Tensor, value: Tensor, masking: Masking, ext
         starts=masking.starts,
         mask=masking.mask,
         dropout=extras.dropout,
+    )
+
+
+def _reads_codes(query: Tensor, key: KVHandle, value: KVHandle, masking: Masking, extras: Extras) -> bool:
+    """Whether a decode step over quantized storage needs no dequantized copy."""
+    is_quantized = key.scale is not None or value.scale is not None
+    is_stored = key.states is None and value.states is None
+    is_plain = not extras.dropout and (extras.sinks is None or extras.sinks.dim() == 1)
+    is_step = query.shape[2] == 1 and masking.starts is None and not torch.is_grad_enabled()
+    return is_quantized and is_stored and is_plain and is_step
+
+
+def _over_codes(query: Tensor, key: KVHandle, value: KVHandle, masking: Masking, extras: Extras) -> Tensor:
+    return decode_codes(
+        query,
+        key.view_codes(),
+        value.view_codes(),
+        (key.format, value.format),
+        scale=extras.scale,
+        window=masking.window if masking.is_causal else None,
+        softcap=extras.softcap,
+        sinks=extras.sinks,
+        mask=masking.mask,
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.pool.lazy import LazyTensor
-from hf_kvopt.quant import Quantized, dequantize, get_format
+from hf_kvopt.quant import Format, Quantized, dequantize, get_format
 
 if TYPE_CHECKING:
     from hf_kvopt.pool.block_table import BlockTable
@@ -94,6 +94,11 @@ class KVHandle(LazyTensor):
             )
 
     @property
+    def format(self) -> Format:
+        """How the codes are to be read."""
+        return get_format(self.spec.format)
+
+    @property
     def block_table(self) -> Tensor:
         """[batch, max_blocks] int32."""
         if self.table is not None:
@@ -131,7 +136,7 @@ class KVHandle(LazyTensor):
         # A window has let go of the first of these tokens already, or they are wanted as they came.
         if self.states is not None and (self.skip < 0 or self.scale is not None):
             return self.states
-        return dequantize(*self.view_codes(), get_format(self.spec.format), self.spec.dtype)
+        return dequantize(*self.view_codes(), self.format, self.spec.dtype)
 
     def view_codes(self) -> Quantized:
         """Codes [batch, num_kv_heads, kv_len, width] and scales [batch, num_kv_heads, kv_len] where there are any."""

@@ -13,7 +13,7 @@ from hf_kvopt.quant.formats import (
     get_kv_format,
 )
 from hf_kvopt.quant.policy import FormatPolicy
-from hf_kvopt.quant.reference import Quantized, dequantize, quantize, unpack_int4
+from hf_kvopt.quant.reference import Quantized, dequantize, quantize, unpack_int4, widen, widen_planes
 
 __all__ = [
     "FORMATS",
@@ -31,4 +31,6 @@ __all__ = [
     "get_kv_format",
     "quantize",
     "unpack_int4",
+    "widen",
+    "widen_planes",
 ]
