@@ -6,6 +6,7 @@ import sys
 # Each module has `main(argv) -> int` and is imported only when it is asked for: some need optional packages.
 COMMANDS = {
     "memory": ("hf_kvopt.cli.memory", "KV memory of a model from its config, and what fits on a card"),
+    "plan": ("hf_kvopt.cli.plan", "what to choose for a deployment, and why"),
     "train-draft": ("hf_kvopt.draft.train", "train an EAGLE or Medusa head for a model"),
 }
 

@@ -38,6 +38,13 @@ class LayerKV(NamedTuple):
     value_heads: int
     value_dim: int
     attention: str = ""  # how query heads share them: MHA, GQA, MQA or MLA
+    query_heads: int = 0
+
+    @property
+    def flops_per_pair(self) -> int:
+        """Operations of one query over one stored token: scores and weighted sum, a multiplication and an addition."""
+        latent = self.key_dim if self.attention == "MLA" else 0  # read as keys, and again as values
+        return 2 * self.query_heads * (self.key_dim + self.value_dim + latent)
 
     @property
     def has_kv(self) -> bool:
@@ -74,10 +81,10 @@ def layers_of(config: PreTrainedConfig) -> list[LayerKV]:
 def _layer(kind: str, window: int | None, part: PreTrainedConfig) -> LayerKV:
     if kind in WITHOUT_KV:
         return LayerKV(kind, None, 0, 0, 0, 0)
+    heads = _need(part, "num_attention_heads", 32)
     rank = _field(part, "kv_lora_rank")
     if rank is not None:
-        return LayerKV(kind, window, 1, rank, 1, _need(part, "qk_rope_head_dim", 64), "MLA")
-    heads = _need(part, "num_attention_heads", 32)
+        return LayerKV(kind, window, 1, rank, 1, _need(part, "qk_rope_head_dim", 64), "MLA", heads)
     kv_heads = 1 if _field(part, "multi_query") else _field(part, "num_key_value_heads", "num_kv_heads") or heads
     if not isinstance(kv_heads, int) or kv_heads < 1:
         raise BadInput(
@@ -87,7 +94,7 @@ def _layer(kind: str, window: int | None, part: PreTrainedConfig) -> LayerKV:
         kv_heads *= 2  # written into the model's code, not into its config
     dim = _field(part, "head_dim", "d_kv") or _need(part, "hidden_size", 4096) // heads
     sharing = "MHA" if kv_heads == heads else "MQA" if kv_heads == 1 else "GQA"
-    return LayerKV(kind, window, kv_heads, dim, kv_heads, _field(part, "v_head_dim") or dim, sharing)
+    return LayerKV(kind, window, kv_heads, dim, kv_heads, _field(part, "v_head_dim") or dim, sharing, heads)
 
 
 def _field(part: PreTrainedConfig, *names: str) -> Any:

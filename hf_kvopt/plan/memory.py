@@ -146,7 +146,7 @@ def memory(
         block_size=block_size,
         max_tokens=None if max_tokens is None else parse_tokens(max_tokens, "max_tokens"),
         compileable=compileable,
-        dtype=_dtype(dtype, config),
+        dtype=chosen_dtype(dtype, config),
     )
     stored = spec.formats_of(layers)
     own = kv_bytes(layers, stored, spec, rows, tokens, first)
@@ -189,7 +189,8 @@ def memory(
     )
 
 
-def _dtype(dtype: torch.dtype | str | None, config: Any) -> torch.dtype:
+def chosen_dtype(dtype: torch.dtype | str | None, config: Any) -> torch.dtype:
+    """Return what weights and native storage are in: `dtype`, or the config's, or bfloat16."""
     chosen = dtype if dtype is not None else getattr(config, "dtype", None) or torch.bfloat16
     found = getattr(torch, chosen.removeprefix("torch."), None) if isinstance(chosen, str) else chosen
     if found not in (torch.float32, torch.bfloat16, torch.float16):

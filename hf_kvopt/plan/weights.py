@@ -21,12 +21,24 @@ _QUANTIZED_BITS = {"fp8": 8.0, "fbgemm_fp8": 8.0, "mxfp4": 4.25}
 
 
 class Weights(NamedTuple):
-    """What the weights of a model take."""
+    """What the weights of a model take, and what of them a step reads."""
 
     num_parameters: int
     num_bytes: int
-    num_linear: int  # parameters that every decoded token multiplies with (experts that are not chosen left out)
+    num_dense: int  # parameters that every token multiplies with
+    num_expert: int = 0  # parameters of routed experts
+    expert_share: float = 1.0  # of the experts that a token is sent to
     note: str = ""
+
+    @property
+    def num_active(self) -> float:
+        """Parameters that one token multiplies with."""
+        return self.num_dense + self.num_expert * self.expert_share
+
+    def bytes_read(self, num_tokens: int) -> float:
+        """Bytes that a step over `num_tokens` tokens reads, if each is sent to experts of its own choice."""
+        touched = 1 - (1 - self.expert_share) ** num_tokens
+        return self.num_bytes / self.num_parameters * (self.num_dense + self.num_expert * touched)
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
@@ -70,7 +82,7 @@ def count_weights(config: PreTrainedConfig, dtype: torch.dtype) -> Weights | Non
         num_bytes += weight.numel() * (bits / 8 if is_quantized and bits is not None else dtype.itemsize)
     total = sum(weight.numel() for weight in model.parameters())
     note = "" if bits is None else f"linear weights at {bits:g} bits by the config's quantization_config"
-    return Weights(total, int(num_bytes), _active(model, config, total), note)
+    return Weights(total, int(num_bytes), *_parts(model, config, total), note)
 
 
 def _on_meta(config: PreTrainedConfig) -> PreTrainedModel | None:
@@ -98,16 +110,17 @@ def _bits(config: PreTrainedConfig) -> float | None:
     return _QUANTIZED_BITS.get(str(fields.get("quant_method")))
 
 
-def _active(model: PreTrainedModel, config: PreTrainedConfig, total: int) -> int:
-    """Parameters read for one token: all, less the experts it is not sent to and other rows of the input embedding."""
+def _parts(model: PreTrainedModel, config: PreTrainedConfig, total: int) -> tuple[int, int, float]:
+    """(parameters that each token reads, those of routed experts, share of the experts a token is sent to)."""
     decoder = config.get_text_config(decoder=True)
     chosen = getattr(decoder, "num_experts_per_tok", None) or getattr(decoder, "top_k_experts", None)
     stacks = [p for name, p in model.named_parameters() if ".experts." in name and p.ndim == 3]
-    active = total
-    if chosen and stacks:
-        num_experts = max(stack.shape[0] for stack in stacks)
-        active -= sum(p.numel() * (num_experts - chosen) // num_experts for p in stacks if p.shape[0] == num_experts)
     table: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    is_tied = head is not None and head.weight is table.weight
-    return active if is_tied else active - table.weight.numel()
+    # Of the input embedding a token reads one row, unless it is the output's matrix as well.
+    unread = 0 if head is not None and head.weight is table.weight else table.weight.numel()
+    if not chosen or not stacks:
+        return total - unread, 0, 1.0
+    num_experts = max(stack.shape[0] for stack in stacks)
+    routed = sum(p.numel() for p in stacks if p.shape[0] == num_experts)
+    return total - unread - routed, routed, chosen / num_experts

@@ -1,0 +1,115 @@
+"""`python -m hf_kvopt plan MODEL`: what to choose, why, what it should take; `--check` measures it here."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from hf_kvopt.cli.check import Checked, check
+from hf_kvopt.cli.screen import Parser, as_json, pairs, table
+from hf_kvopt.plan import WORKLOADS, BadInput, Choice, Plan, plan, show_bytes
+
+_EXAMPLES = """examples:
+  python -m hf_kvopt plan meta-llama/Llama-3.1-8B --device H200 --context 32k --batch 8 --workload agent
+  python -m hf_kvopt plan ./model --device cpu --context 4k --workload document --check"""
+
+
+def make_parser() -> Parser:
+    """Describe the command line."""
+    parser = Parser(
+        "python -m hf_kvopt plan",
+        description="Choose attention, cache, format, sharing, speculation, compilation and parallelism, with reasons.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", help="hub id, folder or config.json")
+    parser.add_argument("--device", default="auto", help="such as H200, A100-40, RTX4090, cpu or auto (%(default)s)")
+    parser.add_argument("--context", default="32k", help="tokens a row, prompt and new ones (%(default)s)")
+    parser.add_argument("--batch", default="1", help="rows (%(default)s)")
+    parser.add_argument("--workload", default="chat", help=f"{', '.join(WORKLOADS)} (%(default)s)")
+    goal = parser.add_mutually_exclusive_group()
+    goal.add_argument("--latency", dest="goal", action="store_const", const="latency", default="latency")
+    goal.add_argument("--throughput", dest="goal", action="store_const", const="throughput")
+    parser.add_argument("--head", action="store_true", help="a trained draft head for this model is at hand")
+    parser.add_argument("--budget", help="bytes a device may use, such as 20GiB (0.9 of its memory)")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (the config's, or bfloat16)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--check", action="store_true", help="measure the choice against the default here")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plan, print, and measure if asked to; 1 where a check finds other tokens than the default's."""
+    if not args.batch.isdigit():
+        raise BadInput(f"batch must be a whole number of at least 1: got {args.batch!r}; for example --batch 8")
+    made = plan(
+        args.model,
+        device=args.device,
+        context=args.context,
+        batch=int(args.batch),
+        workload=args.workload,
+        goal=args.goal,
+        head=args.head,
+        budget=args.budget,
+        dtype=args.dtype,
+    )
+    checked = check(args.model, made) if args.check else None
+    if args.json:
+        print(as_json(made.to_json() | ({"check": checked.to_json()} if checked else {})))
+    else:
+        print(_text(args.model, made))
+        if checked is not None:
+            print("\n" + _check_text(checked))
+    return int(checked is not None and checked.is_equal is False)
+
+
+def _text(model: str, made: Plan) -> str:
+    many = f" x {made.num_devices}" if made.num_devices > 1 else ""
+    title = (
+        f"{model}: {made.model_type}, {made.dtype}, on {made.device.name}{many}; {made.workload} for {made.goal}, "
+        f"batch {made.batch} x {made.context:,} tokens"
+    )
+    parts = [title, *(_choice(choice) for choice in made.choices)]
+    parts.append(table(_predicted(made), ("predicted", "this plan", "default")))
+    if made.predicted.default_num_devices != made.num_devices:
+        needs = made.predicted.default_num_devices or "more than 64"
+        parts.append(f"The default's cache needs {needs} such devices; it is timed here as if it fitted.")
+    parts.append("Assumed:\n" + "\n".join(f"  {line}" for line in made.assumptions))
+    parts.append("Do it:\n\n" + "\n".join(f"    {line}" for line in made.code))
+    return "\n\n".join(parts)
+
+
+def _choice(one: Choice) -> str:
+    lines = [f"{one.topic}: {one.choice}", f"    because {one.reason}", f"    gain: {one.gain}"]
+    return "\n".join(lines + [f"    not {other}" for other in one.rejected])
+
+
+def _predicted(made: Plan) -> list[tuple[object, ...]]:
+    p = made.predicted
+    return [
+        ("weights", show_bytes(p.weight_bytes), show_bytes(p.weight_bytes)),
+        ("KV cache", show_bytes(p.kv_bytes), show_bytes(p.default_kv_bytes)),
+        ("first token, ms", f"{p.first_token_ms:,.1f}", f"{p.default_first_token_ms:,.1f}"),
+        ("step, ms", f"{p.step_ms:,.2f}", f"{p.default_step_ms:,.2f}"),
+        ("request, s", f"{p.request_s:,.2f}", f"{p.default_request_s:,.2f}"),
+        ("speed-up of a request", f"{p.gain:.2f}x", "1x"),
+    ]
+
+
+def _check_text(checked: Checked) -> str:
+    rows = [(line.what, line.predicted, line.measured, f"{line.ratio:.2f}x") for line in checked.lines]
+    facts = [
+        ("measured on", checked.where),
+        ("with", checked.how),
+        ("tokens equal to the default's", {True: "yes", False: "NO", None: "not compared"}[checked.is_equal]),
+    ]
+    shown = table(rows, ("check", "predicted", "measured", "measured/predicted"))
+    return "\n\n".join([pairs(facts), shown, *(f"note: {note}" for note in checked.notes)])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    return make_parser().run(run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
