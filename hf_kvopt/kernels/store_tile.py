@@ -46,6 +46,26 @@ def _int4_steps(x, divisor, usable):
 
 
 @triton.jit
+def _int4_try(x, extreme, taint, scale_ptr, DIVISOR: tl.constexpr, NUDGE: tl.constexpr):
+    """Return (codes, scale, squared error) of x [BLOCK_H, BLOCK_D / 2] where `extreme` becomes DIVISOR steps."""
+    scale = _as_stored(tl.div_rn(extreme, DIVISOR) + taint, scale_ptr, NUDGE)
+    divisor, usable = _divisor(scale)
+    steps = _int4_steps(x, divisor, usable)
+    error = steps * scale[:, None] - x
+    return steps, scale, tl.sum(error * error, 1)
+
+
+@triton.jit
+def _int4_better(steps, scale, error, other_steps, other_scale, other_error):
+    is_nearer = other_error < error
+    return (
+        tl.where(is_nearer[:, None], other_steps, steps),
+        tl.where(is_nearer, other_scale, scale),
+        tl.where(is_nearer, other_error, error),
+    )
+
+
+@triton.jit
 def _int4_plane(
     x,  # [BLOCK_H, BLOCK_D / 2] even or odd channels, 0 where there are none
     scale_ptr,  # of the plane's scale of row 0
@@ -53,24 +73,21 @@ def _int4_plane(
     mask_h,
     NUDGE: tl.constexpr,
 ):
-    """Store the plane's scales and return its codes, 0 to 15: the nearer of the two divisors."""
+    """Store the plane's scales and return its codes, 0 to 15: the nearest of INT4_DIVISORS, in their order."""
     high = tl.max(x, 1)
     low = tl.min(x, 1)
     # x - x is 0 for finite channels and NaN otherwise; max and min alone may skip a NaN.
     taint = tl.sum(x - x, 1)
     extreme = tl.where(high > -low, high, low)
-    scale = _as_stored(tl.div_rn(extreme, -8.0) + taint, scale_ptr, NUDGE)
-    other = _as_stored(tl.div_rn(extreme, -8.5) + taint, scale_ptr, NUDGE)
-    divisor, usable = _divisor(scale)
-    steps = _int4_steps(x, divisor, usable)
-    divisor, usable = _divisor(other)
-    other_steps = _int4_steps(x, divisor, usable)
-    error = steps * scale[:, None] - x
-    other_error = other_steps * other[:, None] - x
-    is_nearer = tl.sum(other_error * other_error, 1) < tl.sum(error * error, 1)
-    scale = tl.where(is_nearer, other, scale)
+    steps, scale, error = _int4_try(x, extreme, taint, scale_ptr, -8.0, NUDGE)
+    a, b, c = _int4_try(x, extreme, taint, scale_ptr, -8.5, NUDGE)
+    steps, scale, error = _int4_better(steps, scale, error, a, b, c)
+    a, b, c = _int4_try(x, extreme, taint, scale_ptr, -7.5, NUDGE)
+    steps, scale, error = _int4_better(steps, scale, error, a, b, c)
+    a, b, c = _int4_try(x, extreme, taint, scale_ptr, -9.0, NUDGE)
+    steps, scale, error = _int4_better(steps, scale, error, a, b, c)
     tl.store(scale_ptr + 2 * rows, scale.to(scale_ptr.dtype.element_ty), mask=mask_h)
-    return tl.where(is_nearer[:, None], other_steps, steps).to(tl.int32) + 8
+    return steps.to(tl.int32) + 8
 
 
 @triton.jit

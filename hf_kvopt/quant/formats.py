@@ -9,11 +9,11 @@ model computed. `int4` packs two channels to a byte: the low nibble holds the ev
 the odd one, each as code + 8, so that no sign has to be extended when it is read.
 
 int4 uses -8..7 with a *signed* scale that maps the largest magnitude to exactly -8 (llama.cpp's q4_0), or to
--8.5 and then cut to -8 where that is nearer to the vector as a whole. Against -7..7 the first alone lowers the
-mean squared error by 22 % on Gaussian, Laplace and Student-t channels (dim 64 and 128, 200,000 vectors each,
-torch on a CPU), the choice by another 6 % on the reference model's keys and values; the price is an error of up
-to 1.5 steps instead of half a step for channels that lie at the other end. Even and odd channels, which lie in
-nibbles of their own, have a scale each: a group of 32 channels at head_dim 64.
+-7.5, -8.5 or -9 (and then cut to -8), whichever is nearest to the vector as a whole. Against -7..7 the first alone
+lowers the mean squared error by 22 % on Gaussian, Laplace and Student-t channels (dim 64 and 128, 200,000 vectors
+each, torch on a CPU), the choice by another 8 % on the reference model's keys and values; the price is an error of
+up to 2 steps instead of half a step for channels at the ends. Even and odd channels, which lie in nibbles of their
+own, have a scale each: a group of 32 channels at head_dim 64.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ from hf_kvopt.quant.formats import INT4, Format
 # Half of float16's smallest step: added before rounding it makes tiny scales round up, so that no code
 # leaves the range by more than the rounding of a normal scale. float32 scales need none.
 FLOAT16_NUDGE = 2.0**-25
-# What the largest magnitude of an int4 plane becomes, before it is cut to -8.
-INT4_DIVISORS = (-8.0, -8.5)
+# What the largest magnitude of an int4 plane may become, before it is cut to -8.
+INT4_DIVISORS = (-8.0, -8.5, -7.5, -9.0)
 
 
 class Quantized(NamedTuple):
@@ -102,7 +102,7 @@ def unpack_int4(
 
 
 def _quantize_int4(x: Tensor, scale_dtype: torch.dtype) -> Quantized:
-    """Even and odd channels apart, each with the nearer of two scales; the first where they tie."""
+    """Even and odd channels apart, each with the nearest of a few scales; the first where they tie."""
     planes = torch.stack((x[..., 0::2], x[..., 1::2]), dim=-2)  # [..., 2, dim / 2]
     low, high = torch.aminmax(planes, dim=-1)
     # Signed: the largest magnitude lands on the end that the other sign does not have.
@@ -110,8 +110,10 @@ def _quantize_int4(x: Tensor, scale_dtype: torch.dtype) -> Quantized:
     (codes, scale), *others = (_steps_int4(planes, extreme / divisor, scale_dtype) for divisor in INT4_DIVISORS)
     error = _error(planes, codes, scale)
     for other_codes, other_scale in others:
-        is_nearer = _error(planes, other_codes, other_scale) < error
+        other_error = _error(planes, other_codes, other_scale)
+        is_nearer = other_error < error
         codes, scale = other_codes.where(is_nearer.unsqueeze(-1), codes), other_scale.where(is_nearer, scale)
+        error = other_error.where(is_nearer, error)
     nibbles = codes.add_(8).nan_to_num_(8.0).to(torch.uint8)
     return Quantized(nibbles[..., 0, :] | (nibbles[..., 1, :] << 4), scale)
 

@@ -61,9 +61,8 @@ def test_tiles_of_any_size_agree(formats, kv_len, monkeypatch):
     assert_equal_up_to_float32(*both(formats, (1, 2, 2, kv_len, 32), sinks=True, mask="bool"))
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"), itertools.product(["int8", "int4", "fp8_e4m3"], [torch.bfloat16, torch.float16])
-)
+@pytest.mark.parametrize("name", ["int8", "int4", "fp8_e4m3"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_queries_get_their_own_type_back(name, dtype):
     torch.manual_seed(0)
     fmt = get_format(name)

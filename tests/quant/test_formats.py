@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_kvopt.quant import FORMATS, dequantize, format_of, get_format, quantize, unpack_int4
+from hf_kvopt.quant.reference import INT4_DIVISORS
 
 SCALED = [fmt for fmt in FORMATS.values() if fmt.has_scale]
 by_name = pytest.mark.parametrize("fmt", SCALED, ids=lambda fmt: fmt.name)
@@ -52,8 +53,8 @@ def step_bound(x, fmt, scale):
     step = signed.abs()
     if fmt.mantissa_bits is None:
         half = 0.5 * step
-        # The end that -8..7 lacks: a value beyond 7.5 steps is cut to 7.
-        return torch.maximum(half, (x / signed - 7) * step) if fmt.bits == 4 else half
+        # Beyond the ends of -8..7 a value is cut.
+        return torch.stack((half, (x / signed - 7) * step, (-8 - x / signed) * step)).amax(0) if fmt.bits == 4 else half
     exponent = torch.floor(torch.log2((x.abs() / step).clamp(min=2.0**fmt.min_exponent)))
     return 0.5 * step * 2.0 ** (exponent - fmt.mantissa_bits)
 
@@ -119,18 +120,20 @@ def test_int4_layout_is_even_low_odd_high():
     assert torch.equal(dequantize(codes, scale, get_format("int4")), x)
 
 
-def test_int4_takes_the_nearer_of_two_scales():
+def test_int4_takes_the_nearest_of_its_scales():
     fmt = get_format("int4")
-    # 16 and four at 15.5: with 16 on -8 those four end at -7.75, cut by rounding; with 17 on -8.5 they are closer.
-    x = torch.tensor([[16.0, 0.0, 13.2, 0.0, 13.2, 0.0, -13.2, 0.0]])
-    _, scale = quantize(x, fmt)
-    errors = [
-        ((torch.round(x[0, ::2] / s).clamp(-8, 7) * s - x[0, ::2]).square().sum().item(), s) for s in (-2.0, -16 / 8.5)
-    ]
-    assert scale[0, 0].item() == pytest.approx(min(errors)[1], rel=1e-3)
-    assert min(errors)[1] != -2.0
-    # The next vector alone is exact on the first.
-    assert quantize(torch.tensor([[16.0, 0.0, 2.0, 0.0]]), fmt).scale[0, 0].item() == -2.0
+    torch.manual_seed(0)
+    x = torch.randn(500, 32)
+    codes, scale = quantize(x, fmt, torch.float32)
+    ours = (dequantize(codes, scale, fmt) - x).square().view(500, 16, 2).sum(1)
+    planes = x.view(500, 16, 2)
+    extreme = planes.gather(1, planes.abs().argmax(1, keepdim=True))
+    errors = []
+    for divisor in INT4_DIVISORS:
+        step = extreme / divisor
+        errors.append((torch.round(planes / step).clamp(-8, 7) * step - planes).square().sum(1))
+    assert torch.allclose(ours, torch.stack(errors).amin(0), rtol=1e-4)
+    assert set(torch.stack(errors).argmin(0).flatten().tolist()) == {0, 1, 2, 3}
 
 
 def test_the_planes_of_int4_do_not_touch_each_other():
