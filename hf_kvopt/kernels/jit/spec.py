@@ -1,0 +1,51 @@
+"""What a compiled attention is specialised for, and the arguments that it takes at run time."""
+
+from typing import NamedTuple
+
+
+class Spec(NamedTuple):
+    """One compiled kernel.
+
+    Args:
+        rows: queries that share the reads of a key, 1 to 4: as many as stay in registers with four keys.
+        k_dim: channels of a key.
+        v_dim: channels of a value.
+        k_code: how keys are stored, a name in codec.CODECS.
+        v_code: how values are stored.
+        scale_bits: of a stored scale, 16 or 32.
+        lanes: float32 values in a vector register: 16 (AVX-512) or 8 (AVX2).
+    """
+
+    rows: int
+    k_dim: int
+    v_dim: int
+    k_code: str
+    v_code: str
+    scale_bits: int
+    lanes: int
+
+
+# Tokens that are scored, weighed and added up together: their keys and values stay in the first-level cache.
+TILE = 64
+# Tokens of one task. Fixed, so that sums are made in the same order whatever the number of threads and of rows.
+CHUNK = 1024
+
+# An int64 each; addresses, counts, strides. Strides of k, v, their scales and the mask are in bytes, others in items.
+ARGUMENTS = (
+    "next_task", "num_tasks", "num_threads", "splits", "num_kv_heads", "group", "q_len",
+    "q", "q_batch", "q_head", "q_token",
+    "k", "k_block", "k_token", "k_head", "k_scale", "k_scale_block", "k_scale_head",
+    "v", "v_block", "v_token", "v_head", "v_scale", "v_scale_block", "v_scale_head",
+    "table", "table_row", "block_shift", "seq_lens", "starts", "lags", "skip",
+    "is_causal", "window", "scale", "softcap",
+    "mask_kind", "mask", "mask_batch", "mask_head", "mask_token",
+    "sinks", "sinks_batch", "sinks_head", "sinks_token",
+    "out", "parts",
+)  # fmt: skip
+# Kinds of masks.
+NO_MASK, BOOL_MASK, FLOAT_MASK = 0, 1, 2
+
+
+def part_items(spec: Spec) -> int:
+    """float32 values that a task keeps of one row: the weighted sum of values, the greatest score, the denominator."""
+    return -(-spec.v_dim // spec.lanes) * spec.lanes + spec.lanes  # so that rows are aligned alike
