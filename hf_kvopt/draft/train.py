@@ -53,6 +53,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--layers", type=int, nargs="+", help="hidden states of the target that EAGLE-3 reads (2, n/2, n-3)")
     add("--draft-vocab", type=int, help="propose only the most frequent tokens of the data (default: all, up to 32000)")
     add("--intermediate-size", type=int, help="of the head's MLP (default: the target's)")
+    add("--medusa-layers", type=int, default=1, help="residual blocks of each Medusa head")
+    add("--shared-lm-head", action="store_true", help="Medusa: read out by the target's LM head, not by one a head")
     add("--row-len", type=int, default=512, help="tokens a row")
     add("--batch-size", type=int, default=8, help="rows a step and process")
     add("--accumulate", type=int, default=1, help="batches a step")
@@ -87,7 +89,15 @@ def make_head(args: argparse.Namespace, target: PreTrainedModel, rows: TokenRows
     common = {"vocab_size": text.vocab_size, "hidden_size": text.hidden_size, "dtype": torch.float32}
     head: HeadBase
     if args.head == "medusa":
-        head = MedusaHead(MedusaConfig(**common, draft_vocab_size=vocab, medusa_num_heads=args.steps))
+        head = MedusaHead(
+            MedusaConfig(
+                **common,
+                draft_vocab_size=0 if args.shared_lm_head else vocab,
+                medusa_num_heads=args.steps,
+                medusa_num_layers=args.medusa_layers,
+                shared_lm_head=args.shared_lm_head,
+            )
+        )
     else:
         is_3 = args.head == "eagle3"
         head = EagleHead(
@@ -108,7 +118,7 @@ def make_head(args: argparse.Namespace, target: PreTrainedModel, rows: TokenRows
         )
     if head.d2t is not None:
         head.set_draft_vocab(draft_vocab_of(count_tokens(rows, 2048, text.vocab_size), vocab))
-    ids = head.to_target(torch.arange(vocab)) if head.d2t is not None else slice(None)
+    ids = head.to_target(torch.arange(vocab, device=lm_weight.device)) if head.d2t is not None else slice(None)
     with torch.no_grad():
         if isinstance(head, EagleHead) and head.lm_head is not None:
             head.lm_head.weight.copy_(lm_weight[ids])

@@ -50,10 +50,10 @@ def train(target, data, out, *options):
     return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("kind", ["eagle3", "eagle1", "medusa"])
+@pytest.mark.parametrize("kind", ["eagle3", "eagle1", "medusa", "medusa --shared-lm-head --medusa-layers 2"])
 def test_training_learns_to_draft_what_the_target_writes(kind, target, data, tmp_path):
     layers = ["--layers", 0, 1, -1] if kind == "eagle3" else []
-    options = ["--head", kind, "--heldout", data, "--max-steps", 40, "--eval-every", 20, "--lr", 1e-2]
+    options = ["--head", *kind.split(), "--heldout", data, "--max-steps", 40, "--eval-every", 20, "--lr", 1e-2]
     log = train(target, data, tmp_path, *options, *layers)
     assert [row["step"] for row in log] == [20, 40]
     assert log[1]["loss"] < log[0]["loss"]
