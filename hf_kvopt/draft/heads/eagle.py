@@ -79,14 +79,19 @@ class EagleHead(HeadBase):
         hidden: Tensor,  # [batch, q_len, hidden_size]: of `combine`, or what the step before returned
         positions: Tensor,  # [batch, q_len] int64
         attend: Attend,
+        last_only: bool = False,
     ) -> Tensor:
-        """[batch, q_len, hidden_size]: what `logits` reads, and what the next step takes as `hidden`."""
+        """What `logits` reads, and what the next step takes as `hidden`.
+
+        Returns:
+            [batch, q_len, hidden_size], or [batch, 1, hidden_size] of the last position.
+        """
         embeds = self._embed(tokens).to(hidden.dtype)
         if self.is_first_version:
             hidden = self.fc(torch.cat([embeds, hidden], dim=-1))
         rotation = self.rotary(positions, hidden.dtype)
         for layer in self.layers:
-            hidden = layer(hidden, embeds, rotation, attend)
+            hidden = layer(hidden, embeds, rotation, attend, last_only and layer is self.layers[-1])
         return self.norm(hidden) if self.norms_output and self.norm is not None else hidden
 
     def combine(self, features: Tensor) -> Tensor:

@@ -50,10 +50,11 @@ class EagleSession(DraftSession):
         head, width = self._head, read.tokens.shape[1]
         self._forget_drafts()
         self._attend.mask = None
-        out = head(read.following, head.combine(read.features), read.positions, self._attend)
+        is_even = all(count == width for count in read.counts)
+        out = head(read.following, head.combine(read.features), read.positions, self._attend, last_only=is_even)
         self._lengths = [length + count for length, count in zip(self._lengths, read.counts, strict=True)]
-        if all(count == width for count in read.counts):
-            self._hidden, self._position = out[:, -1:], read.positions[:, -1:]
+        if is_even:
+            self._hidden, self._position = out, read.positions[:, -1:]
             return
         # What stands behind the counts is padding.
         self._cache.crop_rows(self._lengths)
@@ -82,7 +83,7 @@ class EagleSession(DraftSession):
         assert hidden is not None  # extend comes first
         assert position is not None
         self._attend.mask = None
-        chain = ChainGrowth(head, plan.min_confidence, sample)
+        chain = ChainGrowth(head, len(hidden), plan.min_confidence, sample)
         for depth in range(min(plan.gamma, plan.num_nodes)):
             if depth:
                 position = position + 1
@@ -90,7 +91,7 @@ class EagleSession(DraftSession):
                 self._drafted += 1
             if not chain.add(head.logits(hidden[:, 0])):
                 break
-        return chain.draft(len(hidden), hidden.device)
+        return chain.draft(hidden.device)
 
     def _tree(self, plan: Plan) -> Draft:
         head, hidden, position = self._head, self._hidden, self._position

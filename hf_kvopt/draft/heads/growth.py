@@ -26,11 +26,11 @@ class ChainGrowth:
     drop tokens by their value would change the distribution that the others are drawn from.
     """
 
-    def __init__(self, head: HeadBase, min_confidence: float, sample: Sampler) -> None:
+    def __init__(self, head: HeadBase, batch_size: int, min_confidence: float, sample: Sampler) -> None:
         self._head, self._sample = head, sample
         self._limit = log(min_confidence) if min_confidence > 0 else None
-        self._joint: Tensor | float = 0.0  # [batch]: log of the product of q
-        self._lengths: Tensor | int = 0  # [batch]
+        self._joint = [0.0] * batch_size  # log of the product of q
+        self._lengths = [0] * batch_size
         self._q: list[Tensor | None] = []
         self.tokens: list[Tensor] = []  # of each depth, [batch] in the target's ids
 
@@ -38,37 +38,39 @@ class ChainGrowth:
         """Choose a token for each row by logits [batch, draft_vocab_size]; whether any row goes on."""
         if not self._sample.is_greedy:
             return self._add_drawn(logits)
-        if self._limit is None:
-            self.tokens.append(self._head.to_target(logits.argmax(-1)))
-            return True
         best = logits.max(-1)
-        self._joint = self._joint + best.values - logits.logsumexp(-1)
-        goes_on = self._joint >= self._limit
-        if not bool(goes_on.any()):
+        if self._limit is not None and not self._believe(best.values - logits.logsumexp(-1)):
             return False
-        self._lengths = self._lengths + goes_on.long()
+        self._count()
         self.tokens.append(self._head.to_target(best.indices))
         return True
 
-    def draft(self, batch_size: int, device: torch.device) -> Draft:
+    def draft(self, device: torch.device) -> Draft:
         """What has grown; it can be nothing."""
         if not self.tokens:
-            return Draft(torch.zeros(batch_size, 0, dtype=torch.long, device=device))
+            return Draft(torch.zeros(len(self._joint), 0, dtype=torch.long, device=device))
         q = [x for x in self._q if x is not None]
-        lengths = None if isinstance(self._lengths, int) else self._lengths.tolist()
         q_all = torch.stack(q, dim=1) if len(q) == len(self.tokens) else None
+        lengths = self._lengths if min(self._lengths) < len(self.tokens) else None
         return Draft(torch.stack(self.tokens, dim=1), q=q_all, lengths=lengths)
 
     def _add_drawn(self, logits: Tensor) -> bool:
+        self._count()
         token, q = self._sample(self._head.spread(logits))
         self.tokens.append(token)
         self._q.append(q)
-        if self._limit is None or q is None:
-            return True
-        joint = torch.as_tensor(self._joint, device=q.device)
-        self._lengths = self._lengths + (joint >= self._limit).long().expand(len(q))
-        self._joint = joint + q.gather(1, token[:, None])[:, 0].log()
-        return bool((self._joint >= self._limit).any())
+        return self._limit is None or q is None or self._believe(q.gather(1, token[:, None])[:, 0].log())
+
+    def _believe(self, log_q: Tensor) -> bool:
+        """Whether any row is still likely with a token of `log_q` [batch] more."""
+        assert self._limit is not None
+        self._joint = [joint + more for joint, more in zip(self._joint, log_q.tolist(), strict=True)]
+        return max(self._joint) >= self._limit
+
+    def _count(self) -> None:
+        """One token more for the rows that are likely."""
+        limit = float("-inf") if self._limit is None else self._limit
+        self._lengths = [n + (joint >= limit) for n, joint in zip(self._lengths, self._joint, strict=True)]
 
 
 class Frontier(NamedTuple):

@@ -58,8 +58,9 @@ class EagleLayer(nn.Module):
         embeds: Tensor,  # [batch, q_len, hidden_size]: of the token behind each
         rotation: Tensor,  # [batch | 1, q_len, 2, head_dim]: see `RotaryTable`
         attend: Attend,
+        last_only: bool = False,
     ) -> Tensor:
-        """[batch, q_len, hidden_size]"""
+        """[batch, q_len, hidden_size], or [batch, 1, hidden_size] of the last position; keys and values are of all."""
         x, residual = self._take_in(hidden, embeds)
         batch, q_len, _ = x.shape
         qkv = self.qkv_proj(x).view(batch, q_len, -1, self.head_dim)
@@ -67,8 +68,11 @@ class EagleLayer(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             qk = torch.cat([self.q_norm(qk[:, :, : self.num_heads]), self.k_norm(qk[:, :, self.num_heads :])], dim=2)
         qk = rotate(qk, rotation).transpose(1, 2)
-        out = attend(self, qk[:, : self.num_heads], qk[:, self.num_heads :], v.transpose(1, 2))
-        h = residual + self.o_proj(out.reshape(batch, q_len, -1))
+        q = qk[:, : self.num_heads]
+        if last_only and q_len > 1:
+            q, residual = q[:, :, -1:], residual[:, -1:]
+        out = attend(self, q, qk[:, self.num_heads :], v.transpose(1, 2))
+        h = residual + self.o_proj(out.flatten(2))
         gate, up = self.gate_up_proj(self.post_attention_layernorm(h)).chunk(2, dim=-1)
         return h + self.down_proj(self.act(gate) * up)
 

@@ -30,11 +30,11 @@ class MedusaSession(DraftSession):
         head, feature = self._head, self._feature
         logits = head(feature)[: plan.gamma]
         if plan.is_chain:
-            chain = ChainGrowth(head, plan.min_confidence, sample)
+            chain = ChainGrowth(head, len(feature), plan.min_confidence, sample)
             for guess in logits[: plan.num_nodes]:
                 if not chain.add(guess):
                     break
-            return chain.draft(len(feature), feature.device)
+            return chain.draft(feature.device)
         growth = TreeGrowth(len(feature), plan, feature.device)
         nodes = 1
         for log_q in torch.log_softmax(logits, dim=-1):
