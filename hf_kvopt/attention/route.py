@@ -19,11 +19,8 @@ from hf_kvopt.attention.masking import Masking
 from hf_kvopt.attention.mla import LatentKV
 from hf_kvopt.kernels import dispatch
 from hf_kvopt.kernels.cpu import attend
-<<<<<<< HEAD
 from hf_kvopt.kernels.cpu_codes import decode_codes
-=======
 from hf_kvopt.kernels.cpu_jit import attend_blocks, can_attend
->>>>>>> 58fbdf8 (Attention of a few queries on a CPU is one compiled kernel over blocks)
 from hf_kvopt.kernels.paged_kv import PagedKV
 from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.pool.handle import KVHandle
@@ -113,15 +110,11 @@ def _over_dense(
 
 
 def _torch_path(query: Tensor, key: Tensor, value: Tensor, masking: Masking, extras: Extras) -> Tensor:
-<<<<<<< HEAD
-    if isinstance(key, KVHandle) and isinstance(value, KVHandle) and _reads_codes(query, key, value, masking, extras):
-        return _over_codes(query, key, value, masking, extras)
-=======
     if isinstance(key, KVHandle) and isinstance(value, KVHandle):
-        out = _compiled(query, key, value, masking, extras)
-        if out is not None:
-            return out
->>>>>>> 58fbdf8 (Attention of a few queries on a CPU is one compiled kernel over blocks)
+        if _is_compiled(query, key, value, extras):
+            return _over_blocks_compiled(query, key, value, masking, extras)
+        if _reads_codes(query, key, value, masking, extras):
+            return _over_codes(query, key, value, masking, extras)
     return attend(
         query,
         key.view_dense() if isinstance(key, KVHandle) else key,
@@ -137,7 +130,22 @@ def _torch_path(query: Tensor, key: Tensor, value: Tensor, masking: Masking, ext
     )
 
 
-<<<<<<< HEAD
+def _is_compiled(query: Tensor, key: KVHandle, value: KVHandle, extras: Extras) -> bool:
+    """Whether the blocks hold what the handles stand for, and the CPU's own kernel takes it."""
+    is_stored = key.states is None and value.states is None and not extras.dropout
+    return is_stored and can_attend(query, key.codes, value.codes, key.scale, value.scale)
+
+
+def _over_blocks_compiled(query: Tensor, key: KVHandle, value: KVHandle, masking: Masking, extras: Extras) -> Tensor:
+    key.check_valid()
+    starts = None if masking.starts is None else torch.tensor(masking.starts, dtype=torch.int32)
+    kv = PagedKV(key.codes, value.codes, key.block_table, key.seq_lens, key.scale, value.scale)
+    pattern = Pattern(
+        extras.scale, masking.is_causal, masking.window, extras.softcap, extras.sinks, starts, masking.mask
+    )
+    return attend_blocks(query, kv, pattern, skip=key.skip, lags=key.lags)
+
+
 def _reads_codes(query: Tensor, key: KVHandle, value: KVHandle, masking: Masking, extras: Extras) -> bool:
     """Whether a decode step over quantized storage needs no dequantized copy."""
     is_quantized = key.scale is not None or value.scale is not None
@@ -159,21 +167,6 @@ def _over_codes(query: Tensor, key: KVHandle, value: KVHandle, masking: Masking,
         sinks=extras.sinks,
         mask=masking.mask,
     )
-=======
-def _compiled(query: Tensor, key: KVHandle, value: KVHandle, masking: Masking, extras: Extras) -> Tensor | None:
-    """The CPU's own kernel over blocks; None where it does not take the call."""
-    if key.states is not None or value.states is not None or extras.dropout:
-        return None
-    if not can_attend(query, key.codes, value.codes, key.scale, value.scale):
-        return None
-    key.check_valid()
-    starts = None if masking.starts is None else torch.tensor(masking.starts, dtype=torch.int32)
-    kv = PagedKV(key.codes, value.codes, key.block_table, key.seq_lens, key.scale, value.scale)
-    pattern = Pattern(
-        extras.scale, masking.is_causal, masking.window, extras.softcap, extras.sinks, starts, masking.mask
-    )
-    return attend_blocks(query, kv, pattern, skip=key.skip, lags=key.lags)
->>>>>>> 58fbdf8 (Attention of a few queries on a CPU is one compiled kernel over blocks)
 
 
 def _obstacle(query: Tensor, key: Tensor, value: Tensor, extras: Extras) -> str | None:
