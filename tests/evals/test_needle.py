@@ -57,7 +57,7 @@ def test_every_cell_of_a_sample_asks_for_the_same_planted_value() -> None:
     assert all(answers == values[0] for answers in values)
 
 
-@pytest.mark.parametrize(("depth", "low", "high"), [(0.0, 0.0, 0.02), (0.5, 0.4, 0.6), (1.0, 0.7, 1.0)])
+@pytest.mark.parametrize(("depth", "low", "high"), [(0.0, 0.0, 0.02), (0.5, 0.3, 0.5), (1.0, 0.7, 1.0)])
 def test_depth_is_where_the_needle_lies(depth: float, low: float, high: float) -> None:
     prompts = make_prompts(bytes_subject(), ["hay " * 99], "passkey", [400], [depth], 1, seed=0)
     text = text_of(prompts[0].ids[0, 1:])
