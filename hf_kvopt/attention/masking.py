@@ -39,8 +39,9 @@ def take_apart(
         return Masking(bool(causal), sliding_window if causal else None, None, None)
     if isinstance(attention_mask, LazyMask) and tuple(attention_mask.shape[2:]) == (q_len, kv_len):
         causal, window = attention_mask.pattern
-        if attention_mask.padding is None:
-            return Masking(causal, window, None, None)
+        starts = key.starts if isinstance(key, KVHandle) and key.scale is None else None
+        if attention_mask.padding is None or (starts is not None and starts == attention_mask.starts):
+            return Masking(causal, window, None, None)  # what the table does not hold needs no mask
         # Pads are skipped row by row in a prefill; for a few queries one mask over the keys is cheaper.
         if q_len > 1 and causal and query.device.type == "cpu" and attention_mask.starts is not None:
             return Masking(causal, window, attention_mask.starts, None)

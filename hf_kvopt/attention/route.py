@@ -21,6 +21,7 @@ from hf_kvopt.kernels import dispatch
 from hf_kvopt.kernels.cpu import attend
 from hf_kvopt.kernels.cpu_codes import decode_codes
 from hf_kvopt.kernels.cpu_jit import attend_blocks, can_attend
+from hf_kvopt.kernels.cpu_pieces import attend_pieces, can_attend_pieces
 from hf_kvopt.kernels.paged_kv import PagedKV
 from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.pool.handle import KVHandle
@@ -115,6 +116,9 @@ def _torch_path(query: Tensor, key: Tensor, value: Tensor, masking: Masking, ext
             return _over_blocks_compiled(query, key, value, masking, extras)
         if _reads_codes(query, key, value, masking, extras):
             return _over_codes(query, key, value, masking, extras)
+        pieces = _pieces(query, key, value, masking, extras)
+        if pieces is not None:
+            return attend_pieces(query, *pieces, extras.scale)
     return attend(
         query,
         key.view_dense() if isinstance(key, KVHandle) else key,
@@ -167,6 +171,26 @@ def _over_codes(query: Tensor, key: KVHandle, value: KVHandle, masking: Masking,
         sinks=extras.sinks,
         mask=masking.mask,
     )
+
+
+def _pieces(
+    query: Tensor, key: KVHandle, value: KVHandle, masking: Masking, extras: Extras
+) -> tuple[list[list[Tensor]], list[list[Tensor]]] | None:
+    """Keys and values of each row in the pieces that they lie in, where plain causal attention takes them so."""
+    is_plain = (
+        masking.is_causal and masking.mask is None and masking.window is None and masking.starts in (None, key.starts)
+    )
+    if not is_plain or extras.softcap is not None or extras.sinks is not None or extras.dropout:
+        return None
+    if query.shape[-1] != value.shape[-1] or torch.is_grad_enabled() or not can_attend_pieces(query):
+        return None
+    key.check_valid()
+    keys, values = key.pieces(), value.pieces()
+    # A row whose own new tokens are not all there has queries that stand at padding.
+    if keys is None or values is None or min(sum(piece.shape[1] for piece in row) for row in keys) < query.shape[2]:
+        return None
+    return keys, values
+>>>>>>> bbe7572 (Rows that share a beginning are read in place on a CPU: pieces merged by their log-sum-exp, a shared one read once)
 
 
 def _obstacle(query: Tensor, key: Tensor, value: Tensor, extras: Extras) -> str | None:

@@ -58,13 +58,16 @@ def require_shareable(config: PreTrainedConfig, forward_parameters: Any = None) 
 
 def state_of(model: PreTrainedModel) -> Hashable:
     """Changes whenever a forward of `model` may give other keys and values: dtype, adapters, weights written to."""
-    adapters = tuple(
-        (name, *module.active_adapters, bool(module.disable_adapters), *getattr(module, "merged_adapters", ()))
-        for name, module in model.named_modules()
-        if hasattr(module, "disable_adapters") and isinstance(getattr(module, "active_adapters", None), list | tuple)
-    )  # fmt: skip
-    versions = sum(0 if p.is_inference() else p._version for p in model.parameters())
-    return str(model.dtype), adapters, versions, model.training
+    adapters: list[Hashable] = []
+    versions = 0
+    for name, module in model.named_modules():
+        if hasattr(module, "disable_adapters") and isinstance(getattr(module, "active_adapters", None), list | tuple):
+            merged = getattr(module, "merged_adapters", ())
+            adapters.append((name, *module.active_adapters, bool(module.disable_adapters), *merged))
+        for parameter in module._parameters.values():
+            if parameter is not None and not parameter.is_inference():
+                versions += parameter._version
+    return str(model.dtype), tuple(adapters), versions, model.training
 
 
 def fingerprint(model: PreTrainedModel) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.pool.allocator import BlockAllocator
-from hf_kvopt.pool.slots import column_slots, even_pitch, moved_slots
+from hf_kvopt.pool.slots import Layout, column_slots, moved_slots
 
 
 class BlockTable:
@@ -48,8 +48,7 @@ class BlockTable:
         self.on_refusal: weakref.WeakMethod[Callable[[int], None]] | None = None  # the cache's way back
         self.version = 0  # counts changes: a handle made before one is out of date
         self._tensors: dict[str, Tensor] = {}
-        self._pitch: tuple[int, int] | None = None
-        self._pitch_is_known = False
+        self._layout: Layout | None = None
         allocator.add_holder(self)
         self._watch()
 
@@ -234,13 +233,14 @@ class BlockTable:
 
     def span(self) -> tuple[int, int] | None:
         """(first slot of row 0, slots from row to row) where rows are even and begin together, else None."""
-        return None if self.is_ragged else self.even_rows()
+        return None if self.is_ragged else self.layout.pitch
 
-    def even_rows(self) -> tuple[int, int] | None:
-        """(first slot of row 0, slots from row to row) where rows are contiguous and evenly spaced, else None."""
-        if not self._pitch_is_known:
-            self._pitch, self._pitch_is_known = even_pitch(self.rows, self.block_size), True
-        return self._pitch
+    @property
+    def layout(self) -> Layout:
+        """How the rows lie in memory."""
+        if self._layout is None:
+            self._layout = Layout(self.rows, self.block_size)
+        return self._layout
 
     def block_table(self, device: torch.device) -> Tensor:
         """[batch, max_blocks] int32 on `device`, short rows filled with block 0."""
@@ -372,7 +372,7 @@ class BlockTable:
     def _rows_changed(self) -> None:
         self.version += 1
         self._tensors.clear()
-        self._pitch_is_known = False
+        self._layout = None
 
     def _lengths_changed(self) -> None:
         self.version += 1

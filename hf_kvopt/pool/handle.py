@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Stretches of memory of one row that are read one by one; more are gathered.
+_MOST_PIECES = 8
+
 
 class HandleSpec(NamedTuple):
     """Everything about a handle that is no tensor; hashable, so that it can be guarded on under torch.compile."""
@@ -129,6 +132,26 @@ class KVHandle(LazyTensor):
             return None
         first = self.table.base + self.skip
         return [min(self.spec.shape[2], max(0, lag - first)) for lag in self.table.lags]
+
+    def pieces(self) -> list[list[Tensor]] | None:
+        """Views [num_kv_heads, tokens, head_dim] that make up each row; None where rows are better read as one tensor.
+
+        For rows that share a beginning and go on elsewhere: gathering them at each step would copy the whole cache.
+        """
+        table = self.table
+        is_whole = table is not None and not self.skip and table.clock - table.base == self.spec.shape[2]
+        if table is None or not is_whole or self.scale is not None or self.codes.device.type != "cpu":
+            return None
+        runs = table.layout.runs
+        if table.layout.pitch is not None or not all(0 < len(row) <= _MOST_PIECES for row in runs):
+            return None
+        heads_first = self.codes.permute(2, 0, 1, 3).flatten(1, 2)
+        pieces = []
+        for row, length in zip(runs, table.lengths, strict=True):
+            *before, last = [heads_first[:, first : first + count] for first, count in row]
+            held = length - table.base - sum(piece.shape[1] for piece in before)
+            pieces.append([*before, last[:, :held]])
+        return pieces
 
     def view_dense(self) -> Tensor:
         """[batch, num_kv_heads, kv_len, head_dim]: a view of the pool where rows lie evenly in it, else a copy."""

@@ -1,6 +1,7 @@
 """Arithmetic on rows of blocks: where tokens lie in the pools, and whether rows can be seen as one strided tensor."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -35,11 +36,29 @@ def is_one_run(row: Sequence[int]) -> bool:
     return row[-1] - row[0] == len(row) - 1 and row == list(range(row[0], row[-1] + 1))
 
 
-def even_pitch(rows: Sequence[Sequence[int]], block_size: int) -> tuple[int, int] | None:
-    """(first slot of the first row, slots from row to row) of rows that are each one run, evenly spaced; else None."""
-    if not rows or not all(rows) or not all(is_one_run(row) for row in rows):
-        return None
-    pitch = rows[1][0] - rows[0][0] if len(rows) > 1 else 0
-    if pitch < 0 or any(b[0] - a[0] != pitch for a, b in pairwise(rows)):
-        return None
-    return rows[0][0] * block_size, pitch * block_size
+class Layout:
+    """How rows of blocks lie in memory; valid until a row changes."""
+
+    def __init__(self, rows: Sequence[Sequence[int]], block_size: int) -> None:
+        self.rows, self.block_size = rows, block_size
+
+    @cached_property
+    def pitch(self) -> tuple[int, int] | None:
+        """(first slot of row 0, slots from row to row) where rows are each one run, evenly spaced; else None."""
+        rows = self.rows
+        if not rows or not all(rows) or not all(is_one_run(row) for row in rows):
+            return None
+        pitch = rows[1][0] - rows[0][0] if len(rows) > 1 else 0
+        if pitch < 0 or any(b[0] - a[0] != pitch for a, b in pairwise(rows)):
+            return None
+        return rows[0][0] * self.block_size, pitch * self.block_size
+
+    @cached_property
+    def runs(self) -> list[list[tuple[int, int]]]:
+        """(first slot, slots) of the stretches of memory that make up each row."""
+        return [_runs(row, self.block_size) for row in self.rows]
+
+
+def _runs(row: Sequence[int], block_size: int) -> list[tuple[int, int]]:
+    cuts = [0, *(i + 1 for i, (a, b) in enumerate(pairwise(row)) if b != a + 1), len(row)]
+    return [(row[i] * block_size, (j - i) * block_size) for i, j in pairwise(cuts) if j > i]

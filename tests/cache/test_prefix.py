@@ -9,6 +9,7 @@ import torch
 
 from hf_kvopt import CacheStateError, OutOfBlocks, PagedCache, PrefixStore, UnsupportedModel
 from hf_kvopt.cache.identity import state_of
+from hf_kvopt.pool.block_table import BlockTable
 from tests.cache.prefixes import batch, counted, eager, shared_model, text, turn
 from tests.helpers import KINDS, NEW_TOKENS, generate, tiny_config, tiny_model
 
@@ -373,3 +374,21 @@ def test_random_texts_over_a_small_store_never_give_a_wrong_token() -> None:
         assert torch.equal(turn(store, model, inputs, max_new_tokens=4), eager("full", inputs, max_new_tokens=4))
     assert store.stats().evictions > 0
     assert store.stats().hits > 0
+
+
+@pytest.mark.parametrize("kind", ["full", "mixed"])
+def test_rows_that_share_a_beginning_are_read_in_place(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, store = shared_model(kind)
+    turn(store, model, batch(SYSTEM + text(20)))
+    inputs = batch(SYSTEM + text(9, seed=1), SYSTEM + text(4, seed=2))
+    gathered = []
+    full = next(table for window, table in store.new_cache()._tables.items() if window is None).allocator
+
+    def note(table: object, *args: object) -> object:
+        gathered.append(table.allocator is full)
+        return original(table, *args)
+
+    original = BlockTable.gather_slots
+    monkeypatch.setattr(BlockTable, "gather_slots", note)
+    assert torch.equal(turn(store, model, inputs), eager(kind, inputs))
+    assert not any(gathered)

@@ -1,0 +1,171 @@
+"""A saved store comes back whole for the same model, and not at all for anything else."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from hf_kvopt import CacheStateError, PrefixStore
+from tests.cache.prefixes import batch, counted, eager, shared_model, text, turn
+from tests.helpers import KINDS, tiny_config, tiny_model
+
+SYSTEM = text(70, seed=7)
+
+
+def saved(path: Path, kind: str = "full", **options: object) -> Path:
+    """Write a store that knows two texts with a common beginning."""
+    model, store = shared_model(kind, **options)
+    turn(store, model, batch(SYSTEM))
+    turn(store, model, batch(SYSTEM[:40] + text(9, seed=1)))
+    store.save(path / "store.safetensors")
+    return path / "store.safetensors"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_saved_is_found_and_gives_the_same_tokens(kind: str, tmp_path: Path) -> None:
+    path, model = saved(tmp_path, kind), tiny_model(kind)
+    store = PrefixStore.load(path, model)
+    store.check_integrity()
+    for inputs in (batch(SYSTEM), batch(SYSTEM[:40] + text(9, seed=1))):
+        with counted(model) as forwards:
+            assert torch.equal(turn(store, model, inputs), eager(kind, inputs))
+        assert forwards[0] == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"format": "int8"},
+        {"format": "int4", "block_size": 32},
+        {"format": "k8v4", "layer_formats": {0: "native", "last": "int8"}},
+        {"format": "fp8_e5m2"},
+    ],
+    ids=["int8", "int4", "mixed", "fp8"],
+)
+def test_formats_and_scales_come_back(options: dict[str, object], tmp_path: Path) -> None:
+    model = tiny_model()
+    store = PrefixStore.load(saved(tmp_path, **options), model)
+    fresh = PrefixStore(model, **options)
+    known = turn(store, model, batch(SYSTEM))
+    assert store.stats().hits == 1
+    assert torch.equal(known, turn(fresh, model, batch(SYSTEM)))
+
+
+def test_namespaces_come_back_and_old_weights_do_not(tmp_path: Path) -> None:
+    model, store = shared_model()
+    turn(store, model, batch(text(30, seed=3)))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.0)  # the same numbers, but the store cannot know
+    cache = store.cache(**batch(SYSTEM), namespace="mine")
+    store.commit(cache, model.generate(**batch(SYSTEM), past_key_values=cache, max_new_tokens=2))
+    store.save(tmp_path / "s")
+    loaded = PrefixStore.load(tmp_path / "s", model)
+    assert loaded.match_length(SYSTEM, namespace="mine") == 70
+    assert loaded.match_length(SYSTEM) == loaded.match_length(text(30, seed=3)) == 0
+
+
+def test_an_empty_store_can_be_saved(tmp_path: Path) -> None:
+    model, store = shared_model()
+    store.save(tmp_path / "s")
+    assert torch.equal(
+        turn(PrefixStore.load(tmp_path / "s", model), model, batch(SYSTEM)), eager("full", batch(SYSTEM))
+    )
+
+
+def test_a_store_of_a_config_has_no_identity_to_save(tmp_path: Path) -> None:
+    with pytest.raises(CacheStateError, match="config"):
+        PrefixStore(tiny_config("full")).save(tmp_path / "s")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("change", ["other weights", "one tensor", "other dtype", "other model"])
+def test_another_model_is_refused(change: str, tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    model = tiny_model(seed=1 if change == "other weights" else 0, kind="mixed" if change == "other model" else "full")
+    if change == "one tensor":
+        with torch.no_grad():
+            model.model.layers[1].self_attn.k_proj.weight.add_(1e-3)
+    if change == "other dtype":
+        model = model.to(torch.bfloat16)
+    with pytest.raises(CacheStateError, match="another model"):
+        PrefixStore.load(path, model)
+
+
+def rewritten(path: Path, change) -> None:
+    """Write the file again with its manifest changed, and signed anew."""
+    import hashlib
+
+    with safe_open(path, "pt") as file:
+        manifest = json.loads(file.metadata()["manifest"])
+    tensors = load_file(path)
+    change(manifest, tensors)
+    line = json.dumps(manifest, sort_keys=True)
+    save_file(tensors, path, metadata={"manifest": line, "sha256": hashlib.sha256(line.encode()).hexdigest()})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda manifest, tensors: manifest.update(version=0), "version"),
+        (lambda manifest, tensors: tensors.pop("layer 0 keys"), "missing or were added"),
+        (lambda manifest, tensors: tensors.update(extra=torch.zeros(1)), "missing or were added"),
+        (lambda manifest, tensors: tensors["layer 1 values"].add_(1), "layer 1 values is damaged"),
+        (lambda manifest, tensors: tensors.update({"layer 0 keys": tensors["layer 0 keys"][:-1].clone()}), "damaged"),
+    ],
+    ids=["version", "a tensor less", "a tensor more", "other numbers", "fewer blocks"],
+)
+def test_what_does_not_agree_with_the_manifest_is_refused(change, message: str, tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    rewritten(path, change)
+    with pytest.raises(CacheStateError, match=message):
+        PrefixStore.load(path, tiny_model())
+
+
+def test_no_truncated_file_and_no_file_with_a_changed_byte_loads(tmp_path: Path) -> None:
+    path, model = saved(tmp_path), tiny_model()
+    whole = path.read_bytes()
+    draws = torch.Generator().manual_seed(0)
+    places = torch.randint(0, len(whole), (60,), generator=draws).tolist()
+    for place in [0, 7, 8, 9, len(whole) - 1, *places]:
+        path.write_bytes(whole[:place])
+        with pytest.raises(CacheStateError, match="not loaded"):
+            PrefixStore.load(path, model)
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(CacheStateError, match="not loaded"):
+            PrefixStore.load(path, model)
+    path.write_bytes(whole)
+    assert PrefixStore.load(path, model).match_length(SYSTEM) == 70
+
+
+def test_a_file_that_is_not_there_and_one_of_something_else(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        PrefixStore.load(tmp_path / "none", tiny_model())
+    save_file({"weight": torch.zeros(2)}, tmp_path / "weights")
+    with pytest.raises(CacheStateError, match="manifest"):
+        PrefixStore.load(tmp_path / "weights", tiny_model())
+
+
+def test_a_smaller_cap_takes_what_fits_or_says_so(tmp_path: Path) -> None:
+    from hf_kvopt import OutOfBlocks
+
+    with pytest.raises(OutOfBlocks, match="max_tokens"):
+        PrefixStore.load(saved(tmp_path), tiny_model(), max_tokens=16)
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_kvopt.cache import prefix_file
+
+    path, model = saved(tmp_path), tiny_model()
+    before = path.read_bytes()
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(prefix_file, "save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        PrefixStore.load(path, model).save(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
