@@ -103,7 +103,8 @@ def _joined(pieces: Sequence[Tensor]) -> Tensor:
 
 def _split(pieces: Sequence[Tensor], num_last: int) -> tuple[list[Tensor], list[Tensor]]:
     """Pieces before the last `num_last` tokens, and those of them."""
-    before, own = list(pieces), []
+    before = list(pieces)
+    own: list[Tensor] = []
     while num_last:
         piece = before.pop()
         count = min(num_last, piece.shape[1])

@@ -142,8 +142,8 @@ class KVHandle(LazyTensor):
         is_whole = table is not None and not self.skip and table.clock - table.base == self.spec.shape[2]
         if table is None or not is_whole or self.scale is not None or self.codes.device.type != "cpu":
             return None
-        runs = table.layout.runs
-        if table.layout.pitch is not None or not all(0 < len(row) <= _MOST_PIECES for row in runs):
+        runs = table.layout.runs if table.layout.pitch is None else []
+        if not runs or not all(0 < len(row) <= _MOST_PIECES for row in runs):
             return None
         heads_first = self.codes.permute(2, 0, 1, 3).flatten(1, 2)
         pieces = []
