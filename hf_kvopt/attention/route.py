@@ -190,7 +190,6 @@ def _pieces(
     if keys is None or values is None or min(sum(piece.shape[1] for piece in row) for row in keys) < query.shape[2]:
         return None
     return keys, values
->>>>>>> bbe7572 (Rows that share a beginning are read in place on a CPU: pieces merged by their log-sum-exp, a shared one read once)
 
 
 def _obstacle(query: Tensor, key: Tensor, value: Tensor, extras: Extras) -> str | None:
