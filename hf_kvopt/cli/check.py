@@ -119,11 +119,10 @@ def _measure(subject: PreTrainedModel, made: Plan, here: Any, context: int, dtyp
         for name, side in sides.items() if turn % 2 else reversed(sides.items()):
             times[name] += side.decode(tokens[:, turn * _STEPS : (turn + 1) * _STEPS])
     default, ours = sides["default"], sides["plan"]
-    # The logits' own noise: two right attentions in bfloat16 differ by a few roundings, a format by its bound.
-    is_equal = (
-        bool(torch.stack(default.chosen).equal(torch.stack(ours.chosen))) if is_native and dtype == "float32" else True
-    )
-    if not is_native or dtype != "float32":
+    is_equal = None
+    if is_native and dtype == "float32":
+        is_equal = torch.stack(default.chosen).equal(torch.stack(ours.chosen))
+    else:
         notes.append("tokens are compared for native storage in float32 alone; evals.perplexity measures formats")
     predicted = _predict(made, here, context, dtype, subject)
     measured = {name: statistics.median(values) for name, values in times.items()}

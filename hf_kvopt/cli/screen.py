@@ -25,12 +25,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def table(rows: Sequence[Sequence[object]], columns: Sequence[str] = ()) -> str:
-    """Align rows under columns; the first is text, the others line up on the right."""
+    """Align rows: under columns the first is text and the others line up on the right, without any all are text."""
     lines = [[str(cell) for cell in row] for row in ([columns] if columns else []) + list(rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    align = str.rjust if columns else str.ljust
     text = []
     for first, *others in lines:
-        cells = [first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(others, widths[1:], strict=True))]
+        cells = [first.ljust(widths[0]), *(align(c, w) for c, w in zip(others, widths[1:], strict=True))]
         text.append("  ".join(cells).rstrip())
     if columns:
         text.insert(1, "  ".join("-" * width for width in widths))

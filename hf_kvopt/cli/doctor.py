@@ -1,0 +1,203 @@
+"""`python -m hf_kvopt doctor`: what is installed, what is proven here, what runs and what falls back, and one trial."""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from packaging.requirements import Requirement
+
+from hf_kvopt.cli.screen import Parser, as_json, pairs, table
+from hf_kvopt.cli.trial import Trial, run_trials
+from hf_kvopt.errors import UnsupportedDevice
+from hf_kvopt.kernels.checks import check_format_runs
+from hf_kvopt.kernels.launch import device_target
+from hf_kvopt.quant import FORMATS, Format
+
+_SECONDS_A_RUNG = 300
+_KERNELS = ("store_kv", "paged_decode", "paged_prefill", "flash_prefill", "merge_state")
+
+
+class Finding(NamedTuple):
+    """One line of the report; `state` is ok, no (cannot be had here), off (not asked for) or BAD."""
+
+    what: str
+    state: str
+    detail: str
+
+
+def make_parser() -> Parser:
+    """Describe the command line."""
+    parser = Parser("python -m hf_kvopt doctor", description=(__doc__ or "").strip())
+    parser.add_argument("--full", action="store_true", help="also compile kernels ahead of time (minutes)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Look, try, print; 1 where something is broken."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    trials = run_trials(device)
+    sections = {
+        "versions": versions(),
+        "device": _device(),
+        "proof": [*_interpreter(), *_ahead_of_time(args.full), *_live(device, trials)],
+        "formats": [_format(fmt) for fmt in FORMATS.values()],
+        "falls back": _fallbacks(device),
+        "trial": [_from_trial(trial) for trial in trials],
+    }
+    is_bad = any(finding.state == "BAD" for findings in sections.values() for finding in findings)
+    if args.json:
+        plain = {name: [finding._asdict() for finding in findings] for name, findings in sections.items()}
+        print(as_json({"is_healthy": not is_bad, **plain}))
+    else:
+        parts = [f"{name}\n{table(findings)}" for name, findings in sections.items()]
+        parts.append(pairs([("verdict", "something is BAD: see above" if is_bad else "healthy")]))
+        print("\n\n".join(parts))
+    return int(is_bad)
+
+
+def versions(package: str = "hf-kvopt") -> list[Finding]:
+    """Return what is installed, each held against the range that the package is tested with."""
+    found = [Finding("python", "ok", platform.python_version())]
+    try:
+        wanted = metadata.requires(package) or []
+        found.append(Finding(package, "ok", metadata.version(package)))
+    except metadata.PackageNotFoundError:
+        return [*found, Finding(package, "off", "not installed as a package: version ranges cannot be checked")]
+    for text in wanted:
+        requirement = Requirement(text)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": "evals"}):
+            continue
+        if not requirement.name.startswith(package):
+            found.append(_version(requirement))
+    return found
+
+
+def _version(requirement: Requirement) -> Finding:
+    is_extra = requirement.marker is not None and "extra" in str(requirement.marker)
+    try:
+        version = metadata.version(requirement.name)
+    except metadata.PackageNotFoundError:
+        missing = f"missing, wanted {requirement.specifier}: pip install 'hf-kvopt[evals]'"
+        return Finding(requirement.name, "off", missing) if is_extra else Finding(requirement.name, "BAD", missing)
+    fits = requirement.specifier.contains(version, prereleases=True)
+    detail = f"{version} (tested with {requirement.specifier})"
+    return Finding(requirement.name, "ok" if fits else "BAD", detail)
+
+
+def _device() -> list[Finding]:
+    threads = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    found = [Finding(f"cpu {platform.machine()}", "ok", threads)]
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        card = torch.cuda.get_device_properties(index)
+        try:
+            family = device_target(index).family
+            detail = f"{card.total_memory / 2**30:.0f} GiB, compute {card.major}.{card.minor}, kernels for {family}"
+            found.append(Finding(card.name, "ok", detail))
+        except UnsupportedDevice as error:
+            found.append(Finding(card.name, "no", str(error)))
+    if len(found) == 1:
+        found.append(Finding("cuda", "no", "no card, or a build of torch without CUDA: everything runs on the CPU"))
+    return found
+
+
+def _interpreter() -> list[Finding]:
+    """Rung 1: the kernels themselves, on a CPU, end to end."""
+    name = "1 interpreter"
+    if find_spec("triton") is None:
+        return [Finding(name, "no", "Triton is not installed: pip install triton (Linux)")]
+    command = [sys.executable, "-m", "hf_kvopt.cli.trial", "paged", "int8"]
+    done = _process(command, {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""})
+    if done is None or done.returncode:
+        return [Finding(name, "BAD", "the kernels fail in the interpreter: " + _last_line(done))]
+    trials = [Trial(**fields) for fields in json.loads(done.stdout.splitlines()[-1])]
+    is_right = trials[0].result == "equal" and trials[1].result in ("equal", "runs")
+    said = "; ".join(f"{trial.cache}: {trial.detail}" for trial in trials)
+    return [Finding(name, "ok" if is_right else "BAD", f"a whole generation through the Triton kernels; {said}")]
+
+
+def _ahead_of_time(is_asked: bool) -> list[Finding]:
+    """Rung 2: machine code for cards that are not here."""
+    name, command = "2 ahead of time", "python -m evals.kernels"
+    if find_spec("evals") is None or find_spec("evals.kernels") is None:
+        return [Finding(name, "off", f"the evals are not installed: {command} in a checkout compiles every kernel")]
+    if not is_asked:
+        return [Finding(name, "off", f"not run: doctor --full compiles the decode kernels, {command} all of them")]
+    done = _process([sys.executable, "-m", "evals.kernels", "--card", "sm_90", "--op", "paged_decode"], {})
+    is_right = done is not None and done.returncode == 0
+    return [Finding(name, "ok" if is_right else "BAD", f"paged_decode for sm_90: {_last_line(done)}")]
+
+
+def _live(device: str, trials: Sequence[Trial]) -> list[Finding]:
+    """Rung 3: the trial below, if it ran on a card."""
+    if device != "cuda":
+        return [Finding("3 live GPU", "no", "no CUDA device: python -m evals.gpu on one proves and times everything")]
+    is_right = any(trial.cache == "paged" and trial.result == "equal" for trial in trials)
+    detail = "the trial below ran on the card; python -m evals.gpu checks and times every kernel"
+    return [Finding("3 live GPU", "ok" if is_right else "BAD", detail)]
+
+
+def _format(fmt: Format) -> Finding:
+    """Whether a storage format runs here, and by which path."""
+    if not torch.cuda.is_available():
+        return Finding(fmt.name, "ok", "on the CPU path (torch)")
+    try:
+        check_format_runs(fmt, device_target(0))
+    except UnsupportedDevice as error:
+        return Finding(fmt.name, "no", str(error))
+    if find_spec("triton") is None:
+        return Finding(fmt.name, "no", "kernels on CUDA need Triton: pip install triton")
+    return Finding(fmt.name, "ok", f"by the kernels {', '.join(_KERNELS)}")
+
+
+def _fallbacks(device: str) -> list[Finding]:
+    found = []
+    if device == "cpu":
+        found.append(Finding("kernels", "no", "no card: the torch path that is fast on a CPU runs in their place"))
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    has_compiler = device == "cuda" or compiler is not None
+    said = "torch.compile and PagedCache(compileable=True)" + ("" if has_compiler else " need a C++ compiler on a CPU")
+    found.append(Finding("compile", "ok" if has_compiler else "no", said))
+    found.append(
+        Finding("gathering", "ok", "attention written into a model, and operations on keys: a dense copy, said once")
+    )
+    found.append(Finding("stock layers", "ok", "indexers and recurrent states stay in transformers' own storage"))
+    return found
+
+
+def _from_trial(trial: Trial) -> Finding:
+    state = {"equal": "ok", "runs": "ok", "refused": "no"}.get(trial.result, "BAD")
+    return Finding(trial.cache, state, f"{trial.result}: {trial.detail}, {trial.seconds:.2f} s")
+
+
+def _process(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str] | None:
+    env: dict[str, Any] = {**os.environ, **environment}
+    try:
+        return subprocess.run(command, capture_output=True, text=True, env=env, timeout=_SECONDS_A_RUNG, check=False)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _last_line(done: subprocess.CompletedProcess[str] | None) -> str:
+    if done is None:
+        return f"no answer within {_SECONDS_A_RUNG} s"
+    lines = (done.stdout.strip() or done.stderr.strip()).splitlines()
+    return lines[-1][:200] if lines else f"exit status {done.returncode}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    return make_parser().run(run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""One tiny generation on every cache, against transformers' own: the end-to-end trial of `doctor`.
+
+Also run as `python -m hf_kvopt.cli.trial` in a process of its own, where TRITON_INTERPRET=1 puts the kernels on a CPU.
+"""
+
+import json
+import sys
+import time
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from hf_kvopt.enable import CACHES, disable, enable
+from hf_kvopt.errors import UnsupportedDevice
+
+PROMPT_LEN, NEW_TOKENS = 14, 12  # over a border of a block of 16
+FEW_TOKENS = 4  # for the interpreter, which is slow; still over the border
+
+
+class Trial(NamedTuple):
+    """What one cache gave."""
+
+    cache: str
+    result: str  # "equal", "runs" (a format, whose tokens may differ), "differs", "refused", or "fails"
+    detail: str
+    seconds: float
+
+
+def run_trials(device: str, names: list[str] | None = None, new_tokens: int = NEW_TOKENS) -> list[Trial]:
+    """Generate with each cache that `enable` knows, in float32, from a random model of two layers."""
+    model = _tiny_model(device)
+    ids = torch.randint(3, 97, (2, PROMPT_LEN), generator=torch.Generator().manual_seed(0)).to(device)
+    model.set_attn_implementation("eager")
+    want = _generate(model, ids, new_tokens=new_tokens, past_key_values=DynamicCache(config=model.config))
+    return [_trial(model, ids, want, name, new_tokens) for name in (names if names is not None else sorted(CACHES))]
+
+
+def _tiny_model(device: str) -> Any:
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=128,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model: Any = LlamaForCausalLM(config)
+    return model.to(device).eval()
+
+
+def _generate(model: Any, ids: Tensor, new_tokens: int, **options: Any) -> Tensor:
+    mask = torch.ones_like(ids)
+    return model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, **options)
+
+
+def _trial(model: Any, ids: Tensor, want: Tensor, name: str, new_tokens: int) -> Trial:
+    start = time.perf_counter()
+    try:
+        enable(model, cache=name)
+        got = _generate(model, ids, new_tokens)
+        same = int((got == want)[:, PROMPT_LEN:].sum())
+        total = want[:, PROMPT_LEN:].numel()
+        is_equal = got.equal(want)
+        result = "equal" if is_equal else "differs" if name == "paged" else "runs"
+        detail = f"{same} of {total} tokens as transformers'"
+    except UnsupportedDevice as error:
+        result, detail = "refused", str(error)
+    except Exception as error:  # a doctor reports whatever is broken
+        result, detail = "fails", f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
+    finally:
+        disable(model)
+    return Trial(name, result, detail, time.perf_counter() - start)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the trials named on the command line on a CPU and print them as JSON."""
+    names = sys.argv[1:] if argv is None else argv
+    print(json.dumps([trial._asdict() for trial in run_trials("cpu", names or None, FEW_TOKENS)]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
