@@ -11,14 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from transformers import QuantizedCache
 
+from evals._common.cli import BadArgumentError
 from evals._common.memory import kv_bytes
 from evals._common.models import Subject
 from evals._common.outliers import add_outliers
+from evals._common.prompts import load_texts
 from evals._common.reading import Scores, read_segments
 from evals._common.shapes import random_model
-from evals._common.shards import Shard
+from evals._common.shards import Shard, join_shards
 from evals._common.sides import Side
 from evals.perplexity.__main__ import main
 from evals.perplexity.bars import MEMORY, ORDINARY, OUTLIERS, Bar, bars_for, judge
@@ -172,6 +175,38 @@ def test_every_quantized_side_is_read_and_holds_less_than_bfloat16(tmp_path: Pat
     assert rows[1]["kl_mean"] > 0
     assert rows[1]["bf16_share"] < 1 < rows[0]["bf16_share"]
     assert rows[1]["kv_reserved_bytes_per_token"] >= rows[1]["kv_bytes_per_token"] > 0
+
+
+def test_a_model_placed_by_accelerate_gives_the_same_figures(tmp_path: Path, model_path: Path) -> None:
+    arguments = [*SHORT, "--model", str(model_path), "--sides", "int4+hf_kvopt"]
+    assert main([*arguments, "--out", str(tmp_path / "here.json"), "--device", "cpu"]) == 0
+    assert main([*arguments, "--out", str(tmp_path / "auto.json"), "--device-map", "auto"]) == 0
+    here, auto = (json.loads((tmp_path / name).read_text()) for name in ("here.json", "auto.json"))
+    for a, b in zip(here, auto, strict=True):
+        assert a["kl_mean"] == pytest.approx(b["kl_mean"], rel=1e-3, abs=1e-7)
+
+
+def test_several_processes_and_a_device_map_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "evals._common.shards.PartialState",
+        lambda cpu: Namespace(num_processes=2, process_index=1, device=torch.device("cpu")),
+    )
+    assert join_shards(Namespace(device=None, device_map=None)) == Shard(1, 2)
+    with pytest.raises(BadArgumentError, match="got 2 processes"):
+        join_shards(Namespace(device=None, device_map="auto"))
+
+
+def test_wikitext_is_found_by_its_paper_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load(*args: object, **kwargs: object) -> Dataset:
+        asked.append((args, kwargs))
+        return Dataset.from_dict({"text": ["a", "b"]})
+
+    monkeypatch.setattr("evals._common.prompts.load_dataset", load)
+    texts = load_texts(Namespace(dataset="wikitext-2", split="test", column="text"))
+    assert list(texts) == ["a", "b"]
+    assert asked == [(("Salesforce/wikitext", "wikitext-2-raw-v1"), {"split": "test"})]
 
 
 def test_a_backend_that_is_not_installed_is_one_line(
