@@ -54,7 +54,7 @@ def can_attend(
     q: Tensor,  # [batch, num_heads, q_len, head_dim]
     k: Tensor,  # [num_blocks, block_size, num_kv_heads, width]
     v: Tensor,  # [num_blocks, block_size, num_kv_heads, v_width]
-    k_scale: Tensor | None,  # [num_blocks, block_size, num_kv_heads]
+    k_scale: Tensor | None,  # [num_blocks, block_size, num_kv_heads, *scale_shape]
     v_scale: Tensor | None,
 ) -> bool:
     """Whether `attend_blocks` takes this call."""
@@ -78,9 +78,10 @@ def _is_readable(codes: Tensor, scale: Tensor | None) -> bool:
     """Whether a token's channels, and the scales of a block's tokens, lie beside one another."""
     if codes.dtype not in _CODES or codes.shape[3] > _MAX_DIM or codes.stride(3) != 1:
         return False
-    return scale is None or (
-        scale.dim() == 3 and scale.stride(1) == 1 and scale.dtype in (torch.float16, torch.float32)
-    )
+    if scale is None:
+        return True
+    is_packed = scale.stride(1) == 1 if scale.dim() == 3 else scale.stride()[1::2] == (scale.shape[3], 1)
+    return is_packed and scale.dtype in (torch.float16, torch.float32)
 
 
 def attend_blocks(

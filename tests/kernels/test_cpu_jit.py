@@ -307,7 +307,10 @@ PAIRS = {
     "int8": ("int8", "int8"),
     "fp8_e4m3": ("fp8_e4m3", "fp8_e4m3"),
     "fp8_e5m2": ("fp8_e5m2", "fp8_e5m2"),
+    "int4": ("int4", "int4"),
+    "k8v4": ("int8", "int4"),
     "int8 keys alone": ("int8", "native"),
+    "int4 values alone": ("native", "int4"),
 }
 
 
@@ -333,17 +336,17 @@ def test_every_format_is_read_as_its_reference_says(names, sizes, scale_dtype):
         assert (out - want).abs().max() <= 2 * (honest - want).abs().max() + 1e-6
 
 
-@pytest.mark.parametrize("name", ["int8", "fp8_e4m3", "fp8_e5m2"])
+@pytest.mark.parametrize("name", ["int8", "fp8_e4m3", "fp8_e5m2", "int4"])
 def test_every_code_is_read_exactly(name):
     # One token a row and weight 1: what comes out is the value itself.
     fmt = get_format(name)
     codes = torch.arange(256, dtype=torch.uint8)
     codes = codes.view(fmt.code_dtype) if fmt.code_dtype != torch.uint8 else codes
-    values = dequantize(codes, torch.ones(()), fmt)
+    values = dequantize(codes, torch.ones(256, *fmt.scale_shape)[0], fmt)
     dim = 32 // fmt.codes_per_byte
     pool = torch.zeros(256 // dim, 16, 1, dim, dtype=torch.uint8).view(codes.dtype)
     pool[:, 0, 0] = codes.view(-1, dim)
-    scale = torch.ones(len(pool), 16, 1)
+    scale = torch.ones(len(pool), 16, 1, *fmt.scale_shape)
     table, lens = torch.arange(len(pool), dtype=torch.int32)[:, None], torch.ones(len(pool), dtype=torch.int32)
     q, k = torch.zeros(len(pool), 1, 1, 32), torch.zeros(len(pool), 16, 1, 32)
     out = attend_blocks(q, k, pool, table, lens, scale=1.0, v_scale=scale)

@@ -15,18 +15,21 @@ class Codec(NamedTuple):
 
     Args:
         bits: of a channel.
-        read: (emitter, address, count) -> vector of count float32, to be multiplied by `gain` and the token's scale.
+        read: (emitter, address, count) -> numbers as a vector of count float32; a channel is
+            (number + offset) * gain * scale.
+        num_scales: of a token and head: none, one, or two for even and odd channels.
         gain: see `read`.
-        has_scale: whether a scale is stored with each token and head.
+        offset: see `read`; not 0 only where there are two scales.
     """
 
     bits: int
     read: Callable[[Emitter, ir.Value, int], ir.Value]
+    num_scales: int = 0
     gain: float = 1.0
-    has_scale: bool = False
+    offset: float = 0.0
 
     def load(self, e: Emitter, base: ir.Value, first: int, count: int) -> ir.Value:
-        """Channels `first` to `first + count` of the token at `base`, filled up with zeros to a whole vector."""
+        """Numbers of channels `first` to `first + count` of the token at `base`, filled up to a whole vector."""
         return e.widen(self.read(e, e.at(base, e.integer(first * self.bits // 8)), count))
 
 
@@ -45,20 +48,17 @@ def _float16(e: Emitter, address: ir.Value, count: int) -> ir.Value:
 
 
 def _int8(e: Emitter, address: ir.Value, count: int) -> ir.Value:
-    return _from_bytes(e, e.load(address, I8, count))
+    codes = e.load(address, I8, count)
+    return e.b.sitofp(e.b.sext(codes, ir.VectorType(I32, count)), ir.VectorType(F32, count))
 
 
 def _int4(e: Emitter, address: ir.Value, count: int) -> ir.Value:
+    """0 to 15: each byte twice, and the upper nibble shifted down in the odd lanes."""
+    ints = ir.VectorType(I32, count)
     packed = e.load(address, I8, count // 2)
-    low = e.b.and_(packed, ir.Constant(packed.type, [15] * (count // 2)))
-    high = e.b.lshr(packed, ir.Constant(packed.type, [4] * (count // 2)))
-    nibbles = e.shuffle(low, high, [lane // 2 + lane % 2 * (count // 2) for lane in range(count)])
-    return _from_bytes(e, e.b.sub(nibbles, ir.Constant(nibbles.type, [8] * count)))
-
-
-def _from_bytes(e: Emitter, codes: ir.Value) -> ir.Value:
-    count = codes.type.count
-    return e.b.sitofp(e.b.sext(codes, ir.VectorType(I32, count)), ir.VectorType(F32, count))
+    twice = e.b.zext(e.shuffle(packed, packed, [lane // 2 for lane in range(count)]), ints)
+    shifted = e.b.lshr(twice, ir.Constant(ints, [4 * (lane % 2) for lane in range(count)]))
+    return e.b.uitofp(e.b.and_(shifted, ir.Constant(ints, [15] * count)), ir.VectorType(F32, count))
 
 
 def _e5m2(e: Emitter, address: ir.Value, count: int) -> ir.Value:
@@ -81,8 +81,8 @@ CODECS = {
     "float32": Codec(32, _float32),
     "bfloat16": Codec(16, _bfloat16),
     "float16": Codec(16, _float16),
-    "int8": Codec(8, _int8, has_scale=True),
-    "uint8": Codec(4, _int4, has_scale=True),
-    "float8_e4m3fn": Codec(8, _e4m3, gain=256.0, has_scale=True),
-    "float8_e5m2": Codec(8, _e5m2, has_scale=True),
+    "int8": Codec(8, _int8, num_scales=1),
+    "uint8": Codec(4, _int4, num_scales=2, offset=-8.0),
+    "float8_e4m3fn": Codec(8, _e4m3, num_scales=1, gain=256.0),
+    "float8_e5m2": Codec(8, _e5m2, num_scales=1),
 }

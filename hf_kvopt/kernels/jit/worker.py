@@ -27,7 +27,7 @@ class Plane:
         self.base = e.at(e.pointer(name), e.b.mul(head, e.number(f"{name}_head")))
         self.block, self.token = e.number(f"{name}_block"), e.number(f"{name}_token")
         self.scale_item = e.spec.scale_bits // 8
-        if codec.has_scale:
+        if codec.num_scales:
             self.scale_base = e.at(e.pointer(f"{name}_scale"), e.b.mul(head, e.number(f"{name}_scale_head")))
             self.scale_block = e.number(f"{name}_scale_block")
 
@@ -42,12 +42,22 @@ class Plane:
 
     def scales(self, token: ir.Value) -> ir.Value:
         """Scales of as many tokens as there are lanes, from `token` on, with the codec's gain."""
+        return self.e.b.fmul(self._load_scales(token, self.e.lanes), self.e.splat(self.codec.gain))
+
+    def pair(self, token: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """The scales of a token's even and odd channels in turn, and the same times the codec's offset."""
+        two = self._load_scales(token, 2)
+        scale = self.e.shuffle(two, two, [lane % 2 for lane in range(self.e.lanes)])
+        return scale, self.e.b.fmul(scale, self.e.splat(self.codec.offset))
+
+    def _load_scales(self, token: ir.Value, count: int) -> ir.Value:
         e = self.e
         column, offset = self._split(token)
         block = e.at(self.scale_base, e.b.mul(self._block_number(column), self.scale_block))
-        address = e.at(block, e.b.mul(offset, e.integer(self.scale_item)))
-        scales = e.b.fpext(e.load(address, F16), e.vec) if self.scale_item == 2 else e.load(address)
-        return e.b.fmul(scales, e.splat(self.codec.gain))
+        address = e.at(block, e.b.mul(offset, e.integer(self.scale_item * self.codec.num_scales)))
+        if self.scale_item == 4:
+            return e.load(address, F32, count)
+        return e.b.fpext(e.load(address, F16, count), ir.VectorType(F32, count))
 
     def _split(self, token: ir.Value) -> tuple[ir.Value, ir.Value]:
         column = self.e.b.ashr(token, self.shift)
@@ -163,7 +173,7 @@ class Worker(Body):
 
     def _load_scales(self) -> None:
         for plane, codec, scales in ((self.k, self.k_codec, self.k_scales), (self.v, self.v_codec, self.v_scales)):
-            if codec.has_scale:
+            if codec.num_scales == 1:
                 with self._vectors() as token:
                     self.store(plane.scales(token), self.item(scales, F32, self.b.sub(token, self.tile)))
 
@@ -171,7 +181,7 @@ class Worker(Body):
         """One step of `rows` queries over one tile of tokens."""
         with self.loop(self.round_down(self.first, self.unit), self.stop, self.unit) as token:
             self._products(query, token)
-        if self.k_codec.has_scale:
+        if self.k_codec.num_scales == 1:
             with self._vectors() as token:
                 self._rescale(token)
         is_capped = self.b.icmp_signed("!=", self.number("softcap"), self.integer(0))
@@ -188,18 +198,26 @@ class Worker(Body):
         """Scores of `rows` queries and `unit` tokens."""
         base = self.k.address(token)
         keys = [self.at(base, self.b.mul(self.k.token, self.integer(t))) for t in range(self.unit)]
+        pairs = [self._pair(self.k, self.b.add(token, self.integer(t))) for t in range(self.unit)]
         sums = [[self.splat(0.0)] * self.unit for _ in self._rows]
         for i in range(self.k_vectors):
             count = min(self.lanes, self.spec.k_dim - i * self.lanes)
             queries = [self.load(self._query(self.b.add(query, self.integer(q)), i)) for q in self._rows]
-            for t, address in enumerate(keys):
-                key = self.k_codec.load(self, address, i * self.lanes, count)
+            for t, (address, pair) in enumerate(zip(keys, pairs, strict=True)):
+                key = self._paired(self.k_codec.load(self, address, i * self.lanes, count), pair)
                 for q in self._rows:
                     sums[q][t] = self.fma(queries[q], key, sums[q][t])
         flat = [value for row in sums for value in row]
         flat += [self.splat(0.0)] * (-len(flat) % self.lanes)
         for first in range(0, len(flat), self.lanes):
             self._store_scores(self.sums(flat[first : first + self.lanes]), first, token)
+
+    def _pair(self, plane: Plane, token: ir.Value) -> tuple[ir.Value, ir.Value] | None:
+        return plane.pair(token) if plane.codec.num_scales == 2 else None
+
+    def _paired(self, numbers: ir.Value, pair: tuple[ir.Value, ir.Value] | None) -> ir.Value:
+        """Channels with scales of their own; other scales touch the scores and the weights instead."""
+        return numbers if pair is None else self.fma(numbers, *pair)
 
     def _store_scores(self, scores: ir.Value, first: int, token: ir.Value) -> None:
         """Store a vector whose lanes are the scores number first, first + 1, ... = q * unit + t."""
@@ -260,7 +278,7 @@ class Worker(Body):
             for q, pivot in enumerate(pivots):
                 weights = self.exp2(self.b.fsub(self.load(self._score(q, token)), self.splat(pivot)))
                 totals[q].set(self.b.fadd(totals[q].get(), weights))
-                if self.v_codec.has_scale:
+                if self.v_codec.num_scales == 1:
                     scales = self.load(self.item(self.v_scales, F32, self.b.sub(token, self.tile)))
                     weights = self.b.fmul(weights, scales)
                 self.store(weights, self._score(q, token))
@@ -313,9 +331,10 @@ class Worker(Body):
             with self.loop(self.greatest(self.first, start), stop, 1) as token:
                 address = self.at(base, self.b.mul(self.b.sub(token, start), self.v.token))
                 weights = [self.splat(self.b.load(self._score(q, token), typ=F32)) for q in self._rows]
+                pair = self._pair(self.v, token)
                 for j, i in enumerate(vectors):
                     count = min(self.lanes, self.spec.v_dim - i * self.lanes)
-                    values = self.v_codec.load(self, address, i * self.lanes, count)
+                    values = self._paired(self.v_codec.load(self, address, i * self.lanes, count), pair)
                     for q in self._rows:
                         acc[q][j].set(self.fma(weights[q], values, acc[q][j].get()))
         for of_row, sums in zip(slots, acc, strict=True):
