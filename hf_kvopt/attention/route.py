@@ -60,6 +60,8 @@ def run(query: Tensor, key: Tensor, value: Tensor, masking: Masking, extras: Ext
         return _over_dense(query, key, value, masking, starts, extras)
     if key.states is not None and value.states is not None:
         return _over_dense(query, key.states, value.states, masking, starts, extras)
+    if _needs_centre(key, extras):
+        return _over_dense(query, key.view_dense(), value.view_dense(), masking, starts, extras)
     return _over_blocks(query, key, value, masking, starts, extras)
 
 
@@ -74,7 +76,7 @@ def _over_blocks(
     op = dispatch.paged_decode if query.shape[2] * group <= _DECODE_ROWS else dispatch.paged_prefill
     kv = PagedKV(key.codes, value.codes, key.block_table, key.seq_lens, key.scale, value.scale)
     pattern = Pattern(extras.scale, masking.is_causal, window, extras.softcap, extras.sinks, starts, mask)
-    return op(query, kv, pattern).out
+    return op(key.for_codes(query), kv, pattern).out
 
 
 def _by_token(key: KVHandle, starts: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -111,7 +113,7 @@ def _over_dense(
 
 
 def _torch_path(query: Tensor, key: Tensor, value: Tensor, masking: Masking, extras: Extras) -> Tensor:
-    if isinstance(key, KVHandle) and isinstance(value, KVHandle):
+    if isinstance(key, KVHandle) and isinstance(value, KVHandle) and not _needs_centre(key, extras):
         if _is_compiled(query, key, value, extras):
             return _over_blocks_compiled(query, key, value, masking, extras)
         if _reads_codes(query, key, value, masking, extras):
@@ -134,6 +136,11 @@ def _torch_path(query: Tensor, key: Tensor, value: Tensor, masking: Masking, ext
     )
 
 
+def _needs_centre(key: KVHandle, extras: Extras) -> bool:
+    """Whether it matters that all scores of a row are shifted alike: beside a sink, or under a cap."""
+    return key.centre is not None and (extras.sinks is not None or extras.softcap is not None)
+
+
 def _is_compiled(query: Tensor, key: KVHandle, value: KVHandle, extras: Extras) -> bool:
     """Whether the blocks hold what the handles stand for, and the CPU's own kernel takes it."""
     is_stored = key.states is None and value.states is None and not extras.dropout
@@ -147,7 +154,7 @@ def _over_blocks_compiled(query: Tensor, key: KVHandle, value: KVHandle, masking
     pattern = Pattern(
         extras.scale, masking.is_causal, masking.window, extras.softcap, extras.sinks, starts, masking.mask
     )
-    return attend_blocks(query, kv, pattern, skip=key.skip, lags=key.lags)
+    return attend_blocks(key.for_codes(query), kv, pattern, skip=key.skip, lags=key.lags)
 
 
 def _reads_codes(query: Tensor, key: KVHandle, value: KVHandle, masking: Masking, extras: Extras) -> bool:
@@ -161,7 +168,7 @@ def _reads_codes(query: Tensor, key: KVHandle, value: KVHandle, masking: Masking
 
 def _over_codes(query: Tensor, key: KVHandle, value: KVHandle, masking: Masking, extras: Extras) -> Tensor:
     return decode_codes(
-        query,
+        key.for_codes(query),
         key.view_codes(),
         value.view_codes(),
         (key.format, value.format),

@@ -5,6 +5,7 @@ that was captured once can be replayed at any length. Like `StaticCache`, and un
 covers the whole capacity while decoding.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ class FixedLayer(PagedLayer):
         self.is_sliding = False
         self.length = torch.zeros((), dtype=torch.int64)
         self.row_capacity = 0
+        self.centre: Tensor | None = None  # [batch, num_kv_heads, head_dim], of the keys of each row
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         table, batch = self.table, key_states.shape[0]
@@ -66,6 +68,7 @@ class FixedLayer(PagedLayer):
             self.lazy_initialization(key_states, value_states)
         self._check(key_states, value_states)
         assert self.pool is not None
+        key_states_stored = self._guarded(key_states, is_new)
         positions = torch.arange(num_tokens, device=key_states.device) + self.length
         self.length.add_(num_tokens)
         self.seq_lens.add_(num_tokens)
@@ -74,7 +77,7 @@ class FixedLayer(PagedLayer):
         seen = num_tokens if is_new else None
         kv_len = seen or (self.row_capacity if self._is_static(num_tokens) else int(self.length))
         first_slots = torch.arange(len(key_states), device=positions.device)[:, None] * self.row_capacity
-        self.pool.store(key_states, value_states, (first_slots + positions).reshape(-1))
+        self.pool.store(key_states_stored, value_states, (first_slots + positions).reshape(-1))
         is_exact = is_new and self.exact_prefill and not torch.compiler.is_compiling()
         keys, values = (
             self._handle(plane, kv_len, states if is_exact else None)
@@ -92,6 +95,9 @@ class FixedLayer(PagedLayer):
             for mine, theirs in zip(self.pool.planes, twin.pool.planes, strict=True):
                 for old, new in zip(mine.tensors, theirs.tensors, strict=True):
                     new.copy_(old)
+            if self.pool.keys.centres is not None:
+                twin.pool.keys.centres = copy.deepcopy(self.pool.keys.centres)
+            twin.centre = self.centre
             twin.set_length(int(self.length))
         return twin
 
@@ -138,11 +144,25 @@ class FixedLayer(PagedLayer):
             for tensor in plane.tensors:
                 rows = row_views(tensor, self.table.batch_size)
                 rows.copy_(rows[indices])
+        if self.centre is not None:
+            self.centre = self.centre[indices]
 
     def _handle(self, plane: Plane, kv_len: int, states: Tensor | None = None) -> KVHandle:
         shape = (self.table.batch_size, plane.num_heads, kv_len, plane.dim)
-        spec = HandleSpec(shape, plane.dtype, plane.format.name)
-        return KVHandle(plane.codes, plane.scale, self.block_table, self.seq_lens, spec, states=states)
+        spec = HandleSpec(shape, plane.dtype, plane.format.name, plane.rotates)
+        centre = None if plane.centres is None else self.centre
+        return KVHandle(plane.codes, plane.scale, self.block_table, self.seq_lens, spec, states=states, centre=centre)
+
+    def _guarded(self, key_states: Tensor, is_new: bool) -> Tensor:
+        """Keys as they go into the pool; rows that begin now learn their centre."""
+        assert self.pool is not None
+        plane, num_tokens = self.pool.keys, key_states.shape[2]
+        if plane.centres is not None and not torch.compiler.is_compiling():
+            # A GPU is asked for the length by prompts alone: a decode step must not wait.
+            is_readable = num_tokens > 1 or key_states.device.type == "cpu"
+            if num_tokens and (is_new or (is_readable and not int(self.length))):
+                self.centre = plane.centres.before_write(key_states, self.table, 0, num_tokens)
+        return plane.guarded(key_states, self.centre if plane.centres is not None else None)
 
     def _is_static(self, num_tokens: int) -> bool:
         return num_tokens == 1 or torch.compiler.is_compiling()

@@ -41,8 +41,9 @@ class LayerMaker(NamedTuple):
         window = options.get("sliding_window")
         format = self.formats.at(layer_idx, is_sliding=window is not None)
         if is_latent:
-            # What stands in the place of the values is the rotary part of the keys.
-            format = KVFormat(format.k, format.k)
+            # What stands in the place of the values is the rotary part of the keys. A guard would be in the way of
+            # absorbing the up-projections.
+            format = KVFormat(format.k, format.k, guard=False)
         if kind not in _HYBRID:
             return self.attention(window, format)
         states = LinearAttentionLayer(number_of_states=options.get("number_of_states", 1))

@@ -3,7 +3,8 @@
     block of an int8 layer     codes [block_size, num_kv_heads, head_dim] int8     scale [block_size, num_kv_heads] fp16
 
 A token is quantized once, alone, when it is written, and never again: what a later step reads does not depend on the
-rest of the batch, on the tokens before it, or on how the text was cut into chunks.
+rest of the batch, or on the tokens before it, but for the shift that a row of int8 or int4 keys learns from its first
+tokens where a model has loud key channels.
 """
 
 from collections.abc import Collection, Mapping
@@ -28,6 +29,8 @@ class QuantizedPagedCache(PagedCache):
             "sliding". Sliding layers by default, as they hold a window only; () to quantize those as well.
         layer_formats: formats of single layers by the same names, such as {"first": "int8", -1: "native"}; they go
             before `skip_layers`, and a number before a name.
+        guard: "auto" takes from int8 and int4 keys the shift of loud channels, as Qwen2.5's biases make them, and
+            rotates int4 keys, so that few channels do not spoil the rest; "off" leaves keys alone; see `quant.guard`.
         exact_prefill: let the first prompt attend to its own states as they came. By default it attends to what is
             stored, so that a token sees the same keys however the text is cut into chunks or read again.
         options: see `PagedCache`.
@@ -38,7 +41,7 @@ class QuantizedPagedCache(PagedCache):
     (DeepSeek) store latents and rotary keys both in the keys' format.
 
     Raises:
-        ValueError: an unknown format or layer, or, at the first update, a head_dim that int4 cannot pack.
+        ValueError: an unknown format, guard or layer, or, at the first update, a head_dim that int4 cannot pack.
         UnsupportedDevice: a format that no visible card can read (float8 e4m3 before compute capability 8.9).
 
     >>> model.generate(**inputs, past_key_values=QuantizedPagedCache(model.config, format="int8"))  # doctest: +SKIP
@@ -51,11 +54,16 @@ class QuantizedPagedCache(PagedCache):
         format: str = "int8",
         skip_layers: Collection[LayerName] = ("sliding",),
         layer_formats: Mapping[LayerName, str] | None = None,
+        guard: str = "auto",
         exact_prefill: bool = False,
         **options: Any,
     ) -> None:
         formats = FormatPolicy(
-            format=format, skip_layers=skip_layers, layer_formats=layer_formats or {}, exact_prefill=exact_prefill
+            format=format,
+            skip_layers=skip_layers,
+            layer_formats=layer_formats or {},
+            guard=guard,
+            exact_prefill=exact_prefill,
         )
         if config is None and formats.needs_layer_count:
             raise ValueError(

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.pool.lazy import LazyTensor
-from hf_kvopt.quant import Format, Quantized, dequantize, get_format
+from hf_kvopt.quant import Format, Quantized, dequantize, get_format, rotate, unguarded
 
 if TYPE_CHECKING:
     from hf_kvopt.pool.block_table import BlockTable
     from hf_kvopt.pool.storage import Plane
 
+# The tensors of a handle in a compiled graph.
+_PARTS = ("codes", "scale", "_block_table", "_seq_lens", "centre")
 logger = logging.getLogger(__name__)
 
 # Stretches of memory of one row that are read one by one; more are gathered.
@@ -32,6 +34,7 @@ class HandleSpec(NamedTuple):
     shape: tuple[int, int, int, int]  # batch, num_kv_heads, kv_len, head_dim
     dtype: torch.dtype
     format: str
+    rotates: bool = False  # before it was quantized: a query must be, too
 
 
 class KVHandle(LazyTensor):
@@ -49,6 +52,7 @@ class KVHandle(LazyTensor):
         states: the very tensor that this handle stands for, where it is still at hand (a first prefill), or where the
             table never held all of it (a step longer than the window; `skip` is then negative). Beside quantized
             storage only where it is read instead.
+        centre: [batch, num_kv_heads, head_dim] that was taken from each row's keys; a plain softmax needs it not.
     """
 
     codes: Tensor
@@ -58,6 +62,7 @@ class KVHandle(LazyTensor):
     table: "BlockTable | None"
     skip: int
     states: Tensor | None
+    centre: Tensor | None
     version: int
     is_fresh: bool
     _block_table: Tensor | None
@@ -76,6 +81,7 @@ class KVHandle(LazyTensor):
         skip: int = 0,
         is_fresh: bool = False,
         states: Tensor | None = None,
+        centre: Tensor | None = None,
     ) -> "KVHandle":
         """See the class."""
         handle = KVHandle.wrap(spec.shape, spec.dtype, codes.device)
@@ -85,7 +91,7 @@ class KVHandle(LazyTensor):
         handle.version = table.version if table is not None else 0
         # Set by `update`, cleared by the attention that follows it: the one that owns this layer of the cache.
         handle.is_fresh = is_fresh
-        handle.states = states
+        handle.states, handle.centre = states, centre
         return handle
 
     def check_valid(self) -> None:
@@ -159,7 +165,15 @@ class KVHandle(LazyTensor):
         # A window has let go of the first of these tokens already, or they are wanted as they came.
         if self.states is not None and (self.skip < 0 or self.scale is not None):
             return self.states
-        return dequantize(*self.view_codes(), self.format, self.spec.dtype)
+        if self.centre is None and not self.spec.rotates:
+            return dequantize(*self.view_codes(), self.format, self.spec.dtype)
+        return unguarded(dequantize(*self.view_codes(), self.format), self.spec.rotates, self.centre).to(
+            self.spec.dtype
+        )
+
+    def for_codes(self, query: Tensor) -> Tensor:
+        """A query [..., head_dim] as it is to be multiplied with the codes of keys."""
+        return rotate(query) if self.spec.rotates else query
 
     def view_codes(self) -> Quantized:
         """Codes [batch, num_kv_heads, kv_len, width] and scales [batch, num_kv_heads, kv_len] where there are any."""
@@ -191,6 +205,7 @@ class KVHandle(LazyTensor):
             self.skip,
             self.is_fresh,
             self.states,
+            self.centre,
         )
 
     def __repr__(self, *_: Any, **__: Any) -> str:  # type: ignore[override]
@@ -202,12 +217,12 @@ class KVHandle(LazyTensor):
                 "a growing cache cannot enter a compiled graph: got its handle under torch.compile; use "
                 "PagedCache(max_tokens=..., compileable=True)"
             )
-        return [n for n in ("codes", "scale", "_block_table", "_seq_lens") if getattr(self, n) is not None], self.spec
+        return [n for n in _PARTS if getattr(self, n) is not None], self.spec
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], spec: HandleSpec, *_: Any) -> "KVHandle":
-        parts = (inner.get(n) for n in ("codes", "scale", "_block_table", "_seq_lens"))
-        return KVHandle(*parts, spec)  # type: ignore[arg-type, call-arg]
+        *parts, centre = (inner.get(n) for n in _PARTS)
+        return KVHandle(*parts, spec, centre=centre)  # type: ignore[arg-type, call-arg, misc]
 
 
 def row_views(x: Tensor, batch: int) -> Tensor:

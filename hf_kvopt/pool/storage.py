@@ -4,7 +4,8 @@
     scale  [num_blocks, block_size, num_kv_heads]            one a token and head (int4: two), absent for native
 
 A token is written once, alone, with its own scale, so a row never depends on its neighbours and a block that is
-copied or shared carries everything with it. What is read is codes * scale, the same at every later read.
+copied or shared carries everything with it. What is read is codes * scale, the same at every later read. Coarse keys
+are stored less their row's centre and rotated (`quant.guard`).
 """
 
 import weakref
@@ -16,8 +17,23 @@ from torch import Tensor
 
 from hf_kvopt.kernels.dispatch import require_format, require_format_somewhere, runs_kernel, store_kv
 from hf_kvopt.pool.block_table import BlockTable
+from hf_kvopt.pool.centres import Centres
 from hf_kvopt.pool.handle import HandleSpec, KVHandle
-from hf_kvopt.quant import NATIVE, NATIVE_KV, SCALE_DTYPE, Format, KVFormat, Quantized, dequantize, quantize
+from hf_kvopt.quant import (
+    NATIVE,
+    NATIVE_KV,
+    NO_GUARD,
+    SCALE_DTYPE,
+    Format,
+    Guard,
+    KVFormat,
+    Quantized,
+    dequantize,
+    guard_for,
+    hadamard,
+    quantize,
+    unguarded,
+)
 
 
 class Plane:
@@ -28,13 +44,16 @@ class Plane:
         block_size: tokens a block.
         num_blocks: blocks to hold memory for.
         fmt: how they are stored.
+        guard: what is done to them before.
 
     Raises:
         ValueError: the format cannot pack this head_dim.
         UnsupportedDevice: the device has no such format.
     """
 
-    def __init__(self, states: Tensor, block_size: int, num_blocks: int, fmt: Format = NATIVE) -> None:
+    def __init__(
+        self, states: Tensor, block_size: int, num_blocks: int, fmt: Format = NATIVE, guard: Guard = NO_GUARD
+    ) -> None:
         require_format(fmt, states)
         self.num_heads, self.dim = states.shape[1], states.shape[-1]
         self.dtype, self.home = states.dtype, states.device
@@ -44,6 +63,8 @@ class Plane:
         self.slides: bool | None = None  # whether transformers' own cache would slide here; not known at first
         self.owner: weakref.ref[object] | None = None  # the attention module that filled it
         self.codes, self.scale = self._blocks(num_blocks, states.device)
+        self.rotates = guard.rotates
+        self.centres = Centres(self.num_heads, self.dim, num_blocks, states.device) if guard.centres else None
 
     def __getstate__(self) -> dict[str, object]:
         state = {**self.__dict__, "owner": None}
@@ -68,7 +89,8 @@ class Plane:
     @property
     def num_bytes(self) -> int:
         """Bytes held, free blocks and scales included."""
-        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors)
+        held = self.tensors if self.centres is None else [*self.tensors, self.centres.vectors]
+        return sum(tensor.untyped_storage().nbytes() for tensor in held)
 
     def matches(self, states: Tensor) -> bool:
         """Whether `states` come from a layer of the same geometry."""
@@ -82,9 +104,32 @@ class Plane:
         """States [..., head_dim] as they are stored, each vector alone."""
         return quantize(states, self.format, SCALE_DTYPE)
 
-    def as_stored(self, states: Tensor) -> Tensor:
-        """States [..., head_dim] as they will be read back."""
-        return dequantize(*self.encode(states), self.format, self.dtype) if self.format.has_scale else states
+    def guarded(self, states: Tensor, centre: Tensor | None) -> Tensor:
+        """States [batch, num_kv_heads, tokens, head_dim] as they go into a format, less centre [batch, heads, dim]."""
+        if centre is not None:
+            states = states.float() - centre.unsqueeze(2)
+        return hadamard(states.float()) if self.rotates else states
+
+    def restored(self, states: Tensor, centre: Tensor | None) -> Tensor:
+        """What `guarded` was given, of what it gave."""
+        return unguarded(states, self.rotates, centre)
+
+    def centre_of(self, table: BlockTable) -> Tensor | None:
+        """[batch, num_kv_heads, head_dim] that was taken from each row of `table`; None where nothing was."""
+        return None if self.centres is None else self.centres.of_rows(table)
+
+    def before_write(self, states: Tensor, table: BlockTable, start: int, stop: int) -> Tensor:
+        """`guarded` for the columns `start` to `stop`: rows that begin there learn their centre."""
+        centre = None if self.centres is None else self.centres.before_write(states, table, start, stop)
+        return self.guarded(states, centre)
+
+    def as_stored(self, states: Tensor, table: BlockTable) -> Tensor:
+        """States [batch, num_kv_heads, tokens, head_dim] as they are read back from rows of `table`."""
+        if not self.format.has_scale:
+            return states
+        centre = self.centre_of(table)
+        read = dequantize(*self.encode(self.guarded(states, centre)), self.format)
+        return self.restored(read, centre).to(self.dtype)
 
     def write(self, states: Tensor, table: BlockTable, start: int, stop: int) -> None:
         """Store states [batch, num_kv_heads, stop - start, head_dim] at the columns `start` to `stop`."""
@@ -120,7 +165,10 @@ class Plane:
         A view of native storage where rows lie evenly in the pool, else a copy; a column without a token reads as some
         other, finite one.
         """
-        return dequantize(*self.read_codes(table, kv_len, skip), self.format, self.dtype)
+        codes = self.read_codes(table, kv_len, skip)
+        if self.centres is None and not self.rotates:
+            return dequantize(*codes, self.format, self.dtype)
+        return self.restored(dequantize(*codes, self.format), self.centre_of(table)).to(self.dtype)
 
     def read_codes(self, table: BlockTable, kv_len: int, skip: int = 0) -> Quantized:
         """The same as codes [batch, num_kv_heads, kv_len, width] and scales [batch, num_kv_heads, kv_len]."""
@@ -137,8 +185,9 @@ class Plane:
     ) -> KVHandle:
         """`kv_len` tokens of every row, `skip` tokens in, by reference."""
         shape = (table.batch_size, self.num_heads, kv_len, self.dim)
-        spec = HandleSpec(shape, self.dtype, self.format.name)
-        return KVHandle(self.codes, self.scale, None, None, spec, self, table, skip, is_fresh, states)
+        spec = HandleSpec(shape, self.dtype, self.format.name, self.rotates)
+        centre = self.centre_of(table)
+        return KVHandle(self.codes, self.scale, None, None, spec, self, table, skip, is_fresh, states, centre)
 
     def resize(self, num_blocks: int, src: list[int], dst: list[int]) -> None:
         """Move to `num_blocks` blocks, block `src[i]` becoming `dst[i]`; the rest is zero."""
@@ -147,6 +196,8 @@ class Plane:
             for first, length in _runs(src, dst):
                 a, b = src[first], dst[first]
                 after[b : b + length].copy_(before[a : a + length])
+        if self.centres is not None:
+            self.centres.resize(num_blocks, src, dst)
         # Only now: another thread may be reading.
         self.codes, self.scale = codes, scale
 
@@ -155,6 +206,8 @@ class Plane:
         for tensor in self.tensors:
             for a, b in zip(src, dst, strict=True):
                 tensor[b].copy_(tensor[a])
+        if self.centres is not None:
+            self.centres.copy_blocks(src, dst)
 
     def move_slots(self, src: Tensor, dst: Tensor) -> None:
         """Copy the tokens in slots `src` [n] to slots `dst`."""
@@ -169,6 +222,8 @@ class Plane:
         self.codes = self.codes.to(device, non_blocking=True)
         if self.scale is not None:
             self.scale = self.scale.to(device, non_blocking=True)
+        if self.centres is not None:
+            self.centres.to(device)
 
     def _blocks(self, num_blocks: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Zeros for codes and scales."""
@@ -213,7 +268,8 @@ class KVPool:
         num_blocks: int,
         format: KVFormat = NATIVE_KV,
     ) -> None:
-        self.keys = Plane(key_states, block_size, num_blocks, format.k)
+        guard = guard_for(format.k) if format.guard else NO_GUARD
+        self.keys = Plane(key_states, block_size, num_blocks, format.k, guard)
         self.values = Plane(value_states, block_size, num_blocks, format.v)
 
     @property
@@ -228,6 +284,7 @@ class KVPool:
 
     def write(self, key_states: Tensor, value_states: Tensor, table: BlockTable, start: int, stop: int) -> None:
         """Store the states of the columns `start` to `stop`: one launch where kernels run."""
+        key_states = self.keys.before_write(key_states, table, start, stop)
         if runs_kernel(key_states):
             self.store(key_states, value_states, table.slots(start, stop, key_states.device).reshape(-1))
         else:
@@ -235,7 +292,7 @@ class KVPool:
             self.values.write(value_states, table, start, stop)
 
     def store(self, key_states: Tensor, value_states: Tensor, slots: Tensor) -> None:
-        """Store states [batch, num_kv_heads, tokens, head_dim] at `slots` [batch * tokens]."""
+        """Store states [batch, num_kv_heads, tokens, head_dim], keys guarded, at `slots` [batch * tokens]."""
         if runs_kernel(key_states):
             key_states, value_states = (x if x.stride(-1) == 1 else x.contiguous() for x in (key_states, value_states))
             keys, values = self.planes

@@ -18,6 +18,7 @@ own, have a scale each: a group of 32 channels at head_dim 64.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +56,10 @@ class Format:
             )
         return dim // self.codes_per_byte
 
+    def __reduce__(self) -> tuple[Callable[[str], Format], tuple[str]]:
+        # A copy is the descriptor itself: formats are told apart by identity.
+        return get_format, (self.name,)
+
     def bytes_per_vector(self, dim: int, native_dtype: torch.dtype, scale_dtype: torch.dtype) -> int:
         """Return the bytes of one token's vector of one KV head, its scale included."""
         if self.code_dtype is None:
@@ -91,12 +96,13 @@ class KVFormat:
 
     k: Format
     v: Format
+    guard: bool = True  # whether coarse keys are guarded against loud channels; see `quant.guard`
 
     @property
     def name(self) -> str:
         """As a user writes it: one name, or key/value."""
         for name, known in KV_FORMATS.items():
-            if known == self:
+            if (known.k, known.v) == (self.k, self.v):
                 return name
         return f"{self.k.name}/{self.v.name}"
 

@@ -7,10 +7,11 @@ values, "sliding" all with a window.
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hf_kvopt.quant.formats import NATIVE_KV, KVFormat, get_kv_format
 
+GUARDS = ("auto", "off")
 PLACES = ("first", "last", "sliding")
 LayerName = int | str
 
@@ -24,6 +25,8 @@ class FormatPolicy:
         skip_layers: layers that stay native: numbers (negative from the end), "first", "last", "sliding". Sliding
             layers by default: their window bounds what they hold, so there is little to save.
         layer_formats: formats of single layers, by the same names; a number goes before a place.
+        guard: "auto" shifts and rotates coarse keys where loud channels would ruin them, "off" never does; see
+            `quant.guard`.
         exact_prefill: let the first prompt attend to its own states as they came, and not as they were stored.
 
     Raises:
@@ -33,10 +36,13 @@ class FormatPolicy:
     format: str = "native"
     skip_layers: Collection[LayerName] = ("sliding",)
     layer_formats: Mapping[LayerName, str] = field(default_factory=dict)
+    guard: str = "auto"
     exact_prefill: bool = False
 
     def __post_init__(self) -> None:
         get_kv_format(self.format)
+        if self.guard not in GUARDS:
+            raise ValueError(f"guard must be one of {', '.join(GUARDS)}: got {self.guard!r}")
         if isinstance(self.skip_layers, str | int):
             raise ValueError(
                 f"skip_layers must be several layers, such as ('first', 'last') or (0, 5): got {self.skip_layers!r}; "
@@ -68,11 +74,10 @@ class FormatPolicy:
         names = {name: _number(name, num_layers, first, last) for name in (*self.skip_layers, *self.layer_formats)}
         # Places first, so that a number has the last word.
         ordered = sorted(self.layer_formats.items(), key=lambda item: isinstance(item[0], int))
-        return FormatPolicy(
-            format=self.format,
+        return replace(
+            self,
             skip_layers=tuple(names[name] for name in self.skip_layers),
             layer_formats={names[name]: fmt for name, fmt in ordered},
-            exact_prefill=self.exact_prefill,
         )
 
     def at(self, layer_idx: int, is_sliding: bool) -> KVFormat:
@@ -80,10 +85,13 @@ class FormatPolicy:
         names: list[LayerName] = [layer_idx, *(["first"] if layer_idx == 0 else []), *(["sliding"] * is_sliding)]
         for name in names:
             if name in self.layer_formats:
-                return get_kv_format(self.layer_formats[name])
+                return self._guarded(self.layer_formats[name])
         if any(name in self.skip_layers for name in names):
             return NATIVE_KV
-        return get_kv_format(self.format)
+        return self._guarded(self.format)
+
+    def _guarded(self, format: str) -> KVFormat:
+        return replace(get_kv_format(format), guard=self.guard == "auto")
 
 
 def _number(name: LayerName, num_layers: int, first: int, last: int) -> LayerName:

@@ -1,4 +1,7 @@
-"""Every operation on a cache, in every format: what is read is what each token alone was quantized to."""
+"""Every operation on a cache, in every format: what is read is what each token alone was quantized to.
+
+Guards of the keys are off here, and tested by test_guard.py.
+"""
 
 import copy
 import io
@@ -31,7 +34,7 @@ def expected(keys: Tensor, values: Tensor, name: str) -> tuple[Tensor, Tensor]:
 
 def fed(name: str, steps: list[int], batch: int = 2, **options: object) -> tuple[PagedCache, Tensor, Tensor]:
     """A cache of two layers fed in steps, and the keys and values that its first layer should read."""
-    cache = QuantizedPagedCache(format=name, **options)
+    cache = QuantizedPagedCache(guard="off", format=name, **options)
     total = sum(steps)
     keys, values = states(batch, total)
     done = 0
@@ -65,7 +68,7 @@ def test_chunks_and_single_tokens_store_the_same(name: str) -> None:
 
 @in_every_format
 def test_update_hands_out_what_is_stored(name: str) -> None:
-    cache = QuantizedPagedCache(format=name)
+    cache = QuantizedPagedCache(guard="off", format=name)
     keys, values = states(2, 21)
     for got, want in zip(cache.update(keys, values, 0), expected(keys, values, name), strict=True):
         assert torch.equal(got.clone(), want)
@@ -73,7 +76,7 @@ def test_update_hands_out_what_is_stored(name: str) -> None:
 
 @in_every_format
 def test_exact_prefill_hands_out_the_first_prompt_as_it_came(name: str) -> None:
-    cache = QuantizedPagedCache(format=name, exact_prefill=True)
+    cache = QuantizedPagedCache(guard="off", format=name, exact_prefill=True)
     keys, values = states(2, 21)
     got = cache.update(keys, values, 0)
     assert torch.equal(got[0].clone(), keys)
@@ -133,7 +136,13 @@ def test_a_fork_and_its_original_write_apart(name: str) -> None:
 @in_every_format
 def test_a_pickled_cache_reads_the_same(name: str) -> None:
     cache, keys, values = fed(name, [21])
-    assert_reads(pickle.loads(pickle.dumps(cache)), keys, values)
+    read = pickle.loads(pickle.dumps(cache))
+    assert_reads(read, keys, values)
+    more = states(2, 3, seed=7)
+    for layer in range(2):
+        read.update(*more, layer)
+    new_keys, new_values = expected(*more, name)
+    assert_reads(read, torch.cat([keys, new_keys], dim=2), torch.cat([values, new_values], dim=2))
     buffer = io.BytesIO()
     torch.save(cache, buffer)
     buffer.seek(0)
@@ -154,7 +163,7 @@ def test_reset_forgets_the_tokens_and_stores_anew(name: str) -> None:
 def test_a_row_is_stored_alike_alone_and_beside_one_a_hundred_times_larger(name: str) -> None:
     keys, values = states(2, 37)
     factor = torch.tensor([1.0, 100.0]).view(2, 1, 1, 1)
-    together, alone = QuantizedPagedCache(format=name), QuantizedPagedCache(format=name)
+    together, alone = QuantizedPagedCache(guard="off", format=name), QuantizedPagedCache(guard="off", format=name)
     for now in (slice(0, 30), slice(30, 31), slice(31, 37)):
         together.update((keys * factor)[:, :, now], (values * factor)[:, :, now], 0)
         alone.update(keys[:1, :, now], values[:1, :, now], 0)
@@ -165,7 +174,7 @@ def test_a_row_is_stored_alike_alone_and_beside_one_a_hundred_times_larger(name:
 @in_every_format
 @pytest.mark.parametrize("steps", [[WINDOW], [7] * 9, [1] * 50, [60, 1, 1], [3, 60, 4, 25]], ids=str)
 def test_sliding_layers_hand_out_stored_tokens_only(name: str, steps: list[int]) -> None:
-    cache = QuantizedPagedCache(tiny_config("sliding"), format=name, skip_layers=())
+    cache = QuantizedPagedCache(tiny_config("sliding"), guard="off", format=name, skip_layers=())
     plain = PagedCache(tiny_config("sliding"))
     for step, num_tokens in enumerate(steps):
         for layer in range(2):
@@ -177,7 +186,7 @@ def test_sliding_layers_hand_out_stored_tokens_only(name: str, steps: list[int])
 
 
 def test_sliding_layers_stay_as_they_came_by_default() -> None:
-    cache = QuantizedPagedCache(tiny_config("mixed"))
+    cache = QuantizedPagedCache(tiny_config("mixed"), guard="off")
     keys, values = states(1, 5)
     for layer in range(3):
         cache.update(keys, values, layer)

@@ -1,5 +1,8 @@
 """Formats: the registry's errors, byte counts, and the bounds that each format promises."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -27,6 +30,12 @@ def test_formats_are_hashable_and_frozen():
     assert len(set(FORMATS.values())) == len(FORMATS)
     with pytest.raises(AttributeError):
         get_format("int8").bits = 4
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.name)
+def test_a_copied_format_is_the_format(fmt):
+    assert copy.deepcopy(fmt) is fmt
+    assert pickle.loads(pickle.dumps(fmt)) is fmt
 
 
 def test_odd_dim_cannot_be_packed():
