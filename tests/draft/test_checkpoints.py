@@ -1,6 +1,7 @@
 """Published layouts, as synthetic files with exactly their names, shapes and configuration fields."""
 
 import json
+from fnmatch import fnmatch
 
 import pytest
 import torch
@@ -278,3 +279,25 @@ def test_a_published_head_of_another_model_is_refused(tmp_path):
     write(tmp_path, {**LLAMA, "draft_vocab_size": DRAFT_VOCAB}, unfused(tiny_head(), "midlayer"))
     with pytest.raises(ValueError, match="at least 4 layers"):
         hf_kvopt.DraftHead.from_pretrained(tmp_path).check(tiny_model())
+
+
+def test_a_repository_on_the_hub_is_fetched_without_what_is_not_needed(tmp_path, monkeypatch):
+    write(tmp_path, {**LLAMA, "draft_vocab_size": DRAFT_VOCAB}, unfused(tiny_head(), "midlayer"))
+    asked = {}
+
+    def fetch(repo_id, allow_patterns, **options):
+        asked.update(repo_id=repo_id, patterns=allow_patterns, **options)
+        return str(tmp_path)
+
+    monkeypatch.setattr("hf_kvopt.draft.heads.auto.snapshot_download", fetch)
+    head = hf_kvopt.DraftHead.from_pretrained("yuhuili/EAGLE3-LLaMA3.1-Instruct-8B", revision="abc")
+    assert isinstance(head, EagleHead)
+    assert (asked["repo_id"], asked["revision"]) == ("yuhuili/EAGLE3-LLaMA3.1-Instruct-8B", "abc")
+    wanted = [
+        "config.json",
+        "pytorch_model.bin",
+        "model.safetensors",
+        "medusa_lm_head.pt",
+        "model-00001-of-00002.safetensors",
+    ]
+    assert all(any(fnmatch(name, pattern) for pattern in asked["patterns"]) for name in wanted)

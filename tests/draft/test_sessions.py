@@ -166,7 +166,9 @@ def test_a_drawn_token_comes_with_the_very_distribution_it_was_drawn_from(kind):
 
 
 def test_medusa_drafts_no_deeper_than_it_has_heads():
-    session = begin(tiny_head("medusa"), tiny_model(), text(9))
+    head = tiny_head("medusa")
+    assert head.max_gamma == 4
+    session = begin(head, tiny_model(), text(9))
     assert session.propose(Plan(9, 9), Greedy()).tokens.shape == (1, 4)
 
 
@@ -243,3 +245,13 @@ def test_a_tree_leaves_out_what_the_head_does_not_believe_in(kind):
             believed = {path for path, score in grown.items() if exp(score) >= limit}
             assert draft.lengths[i] == len(believed)
             assert set(paths(draft, i)[: len(believed)]) == believed
+
+
+def test_a_session_drafts_for_the_target_that_it_was_begun_for():
+    """Both targets' embeddings are shared, one after the other."""
+    head, row = tiny_head("eagle1"), text(19)
+    for seed in (0, 1, 0):
+        target = tiny_model(seed=seed)
+        session = head.begin(target, 1)
+        session.extend(read_of(head, target, [row]))
+        assert session.propose(Plan(3, 3), Greedy()).tokens.tolist() == [greedy_chain(head, target, row, 3)]

@@ -71,6 +71,7 @@ class EagleHead(HeadBase):
             self._refuse("an LM head to share", "none")
 
     def begin(self, target: PreTrainedModel, batch_size: int) -> EagleSession:
+        self.bind(target)
         return EagleSession(self, batch_size)
 
     def forward(

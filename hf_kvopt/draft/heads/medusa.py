@@ -30,6 +30,7 @@ class MedusaHead(HeadBase):
 
     def __init__(self, config: MedusaConfig) -> None:
         super().__init__(config)
+        self.max_gamma = config.medusa_num_heads
         heads, layers, hidden = config.medusa_num_heads, config.medusa_num_layers, config.hidden_size
         self.block_weight = nn.Parameter(torch.zeros(layers, heads, hidden, hidden))
         self.block_bias = nn.Parameter(torch.zeros(layers, heads, 1, hidden))
@@ -45,6 +46,7 @@ class MedusaHead(HeadBase):
             self._refuse("an LM head to share", "none")
 
     def begin(self, target: PreTrainedModel, batch_size: int) -> MedusaSession:
+        self.bind(target)
         return MedusaSession(self)
 
     def forward(self, features: Tensor) -> Tensor:
