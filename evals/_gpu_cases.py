@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.quant import get_format
 
 NUM_KV_HEADS = 8
+_HEAVIEST = ("everything", "additive")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -134,32 +136,39 @@ def sweep(card_has_e4m3: bool, full: bool) -> list[Case]:
 
 
 def _full_sweep(formats: list[str]) -> list[Case]:
+    """Return every tile that can be chosen with the patterns that need most registers, and each other axis once.
+
+    Paged prefill is called for more than 64 rows only, so that its tile is always the whole one; of paged decode only
+    native and 8-bit storage have a taller tile.
+    """
     cases = []
-    # What needs most registers: every column, storage, and both kinds of program (patterns, and a mask).
-    for op, q_len in (("paged_decode", 8), ("paged_prefill", 512)):
-        for dim in (128, 256):
-            for fmt in formats:
-                for pattern in ("everything", "additive"):
-                    cases.append(Case(op, dim, dim, k_format=fmt, v_format=fmt, pattern=pattern, q_len=q_len))
+    for op, q_len in (("paged_decode", 1), ("paged_prefill", 512)):
+        for dim, fmt in itertools.product((128, 256), formats):
+            # A mask compiles to a program of its own, with fewer loops.
+            cases += [Case(op, dim, dim, k_format=fmt, v_format=fmt, pattern=p, q_len=q_len) for p in _HEAVIEST]
         pairs = [("fp8_e5m2", "fp8_e5m2"), ("int8", "int4"), ("native", "int4")]
-        cases += [Case(op, k_format=k, v_format=v, pattern="everything", q_len=q_len) for k, v in pairs]
-        cases += [Case(op, k, v, pattern="everything", q_len=q_len) for k, v in ((64, 64), (80, 80), (192, 128))]
-        cases += [Case(op, dtype=FP16, k_format=f, v_format=f, q_len=q_len) for f in ("native", "int8", "int4")]
+        cases += [Case(op, k_format=k, v_format=v, q_len=q_len) for k, v in pairs]
+        cases += [Case(op, k, v, q_len=q_len) for k, v in ((64, 64), (80, 80), (192, 128))]
+        cases += [Case(op, dim, dim, k_format="int4", v_format="int4", q_len=q_len) for dim in (32, 80)]
+        cases += [Case(op, dtype=FP16, k_format=f, v_format=f, q_len=q_len) for f in ("native", "int8")]
         cases += [Case(op, dtype=FP32, k_format=f, v_format=f, q_len=q_len) for f in ("native", "int4")]
-        cases += [
-            Case(op, block_size=n, k_format=f, v_format=f, q_len=q_len) for n in (16, 256) for f in ("native", "int4")
-        ]
-        cases += [Case(op, pattern=p, q_len=q_len) for p in ("full", "window", "starts", "sinks", "softcap", "tree")]
-        cases += [Case(op, group=g, q_len=q_len) for g in (1, 7, 32)]
-    cases += [Case("paged_decode", group=g) for g in (1, 8, 32)]
-    flash = [Case("flash_prefill", d, d, pattern=p, q_len=4096) for d in (64, 128, 256) for p in ("full", "everything")]
-    flash += [Case("flash_prefill", d, d, pattern="additive", q_len=4096) for d in (64, 128, 256)]
-    flash += [Case("flash_prefill", k, v, q_len=4096) for k, v in ((32, 32), (80, 80), (96, 96), (192, 128))]
-    flash += [
-        Case("flash_prefill", pattern=p, q_len=4096) for p in ("packed", "starts", "window", "sinks", "softcap", "tree")
+        cases += [Case(op, block_size=16, k_format=f, v_format=f, q_len=q_len) for f in ("native", "int4")]
+        cases += [Case(op, pattern="tree", q_len=q_len), Case(op, group=7, q_len=q_len), Case(op, group=1, q_len=q_len)]
+    cases += [
+        Case("paged_decode", dim, dim, k_format=fmt, v_format=fmt, pattern=pattern, q_len=8)
+        for dim, fmt, pattern in itertools.product((128, 256), ("native", "int8"), _HEAVIEST)
     ]
+    flash = [
+        Case("flash_prefill", dim, dim, pattern=pattern, q_len=4096)
+        for dim, pattern in itertools.product((64, 128, 256), ("causal", *_HEAVIEST))
+    ]
+    flash += [
+        Case("flash_prefill", dim, dim, pattern="everything", q_len=q_len)
+        for dim, q_len in itertools.product((64, 128, 256), (64, 32, 16))
+    ]
+    flash += [Case("flash_prefill", k, v, q_len=4096) for k, v in ((32, 32), (80, 80), (192, 128))]
+    flash += [Case("flash_prefill", pattern=p, q_len=4096) for p in ("full", "packed", "starts", "tree")]
     flash += [Case("flash_prefill", dtype=dtype, pattern="everything", q_len=4096) for dtype in (FP16, FP32)]
-    flash += [Case("flash_prefill", q_len=n) for n in (7, 40)]
-    store = [Case("store_kv", 256, 256, k_format=f, v_format=f, dtype=dtype) for f in formats for dtype in (FP16, FP32)]
-    store += [Case("store_kv", 192, 128, k_format="int8", v_format="int4"), Case("store_kv", k_format="fp8_e5m2")]
+    store = [Case("store_kv", 256, 256, k_format=f, v_format=f, dtype=FP16) for f in (*formats, "fp8_e5m2")]
+    store += [Case("store_kv", 192, 128, dtype=FP32, k_format="int8", v_format="int4")]
     return cases + flash + store + [Case("merge_state"), Case("merge_state", 256, 256, dtype=FP32)]

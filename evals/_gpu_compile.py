@@ -6,6 +6,7 @@ constant, multiples of 16 and aligned pointers are marked), so that what is comp
 
 from __future__ import annotations
 
+import hashlib
 import re
 import subprocess
 import tempfile
@@ -76,12 +77,11 @@ class Compiled(NamedTuple):
 
     registers: int
     spill_bytes: int
-    spills_in_loops: int  # loads and stores of spilled values inside a loop
     shared_bytes: int
     matrix: dict[str, int]  # instruction family: how often
     blocks_per_sm: int
     num_instructions: int
-    text: str
+    loop_instructions: int  # of the shortest loop around a matrix instruction: the one over whole tiles; 0 if none
 
 
 def signature_of(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list[list[Any]]]]:
@@ -112,6 +112,14 @@ def signature_of(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[t
             if value % 16 == 0 and name not in fixed:
                 attributes[(position,)] = [["tt.divisibility", 16]]
     return signature, constants, attributes
+
+
+def launch_key(launch: Launch, card: Card) -> str:
+    """Return a digest of all that the machine code depends on: source, signature, options, card, compiler."""
+    signature, constants, attributes = signature_of(launch)
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    parts = (source.hash(), card.name, sorted(launch.options.items()), triton.__version__)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def compile_launch(launch: Launch, card: Card) -> Compiled:
@@ -152,22 +160,29 @@ def _read_nvidia(compiled: Any, launch: Launch, card: Card) -> Compiled:
         32,
     )
     instructions = len(re.findall(r"^\s+/\*[0-9a-f]+\*/", sass, re.MULTILINE))
-    in_loops = _stack_accesses_in_loops(sass)
-    return Compiled(registers, spills, in_loops, shared, matrix, blocks, instructions, sass)
+    loops = _loops(sass, r"\.L_x_\d+", r"\bBRA\b.*`\((\.L_x_\d+)\)")
+    return Compiled(registers, spills, shared, matrix, blocks, instructions, _shortest(loops, "MMA"))
 
 
-def _stack_accesses_in_loops(sass: str) -> int:
-    """Count accesses to the stack that lie between a label and a branch back to it."""
-    lines = re.findall(r"^(?:(\.L_x_\d+):|\s+/\*[0-9a-f]+\*/\s+(.*?);)", sass, re.MULTILINE)
+def _loops(text: str, label: str, branch: str) -> list[str]:
+    """Return the instructions between each label and a branch back to it."""
+    lines = text.splitlines()
     labels: dict[str, int] = {}
-    inside: set[int] = set()
-    for position, (label, instruction) in enumerate(lines):
-        if label:
-            labels[label] = position
-        target = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", instruction)
-        if target and target.group(1) in labels:
-            inside.update(range(labels[target.group(1)], position))
-    return sum(bool(re.search(r"\b(STL|LDL)\b", lines[position][1])) for position in inside)
+    found = []
+    for position, line in enumerate(lines):
+        here = re.match(rf"({label}):", line)
+        if here:
+            labels[here.group(1)] = position
+        back = re.search(branch, line)
+        if back and back.group(1) in labels:
+            body = lines[labels[back.group(1)] : position + 1]
+            found.append("\n".join(x for x in body if re.match(r"\s", x) and x.strip()))
+    return found
+
+
+def _shortest(loops: list[str], matrix: str) -> int:
+    """Return the lines of the shortest loop that holds a matrix instruction."""
+    return min((loop.count("\n") + 1 for loop in loops if matrix in loop), default=0)
 
 
 def _read_amd(compiled: Any, launch: Launch, card: Card) -> Compiled:
@@ -185,4 +200,7 @@ def _read_amd(compiled: Any, launch: Launch, card: Card) -> Compiled:
     blocks = min(
         waves_per_simd * 4 // compiled.metadata.num_warps, card.shared_per_sm // max(1, compiled.metadata.shared)
     )
-    return Compiled(vector, spills, spills, compiled.metadata.shared, matrix, blocks, text.count("\n"), text)
+    loops = _loops(text, r"\.LBB\d+_\d+", r"\bs_c?branch\w*\s+(\.LBB\d+_\d+)")
+    return Compiled(
+        vector, spills, compiled.metadata.shared, matrix, blocks, text.count("\n"), _shortest(loops, "mfma")
+    )

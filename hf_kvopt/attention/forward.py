@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from hf_kvopt.attention.guards import check_ownership, check_window
 from hf_kvopt.attention.masking import add_bias, hide_before, take_apart
 from hf_kvopt.attention.mla import LatentKV, attend_latent, is_absorbable
-from hf_kvopt.attention.route import Extras, run
+from hf_kvopt.attention.route import run
 from hf_kvopt.errors import KVOptError, UnsupportedModel
+from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.pool.handle import KVHandle
 
 _SPARSE = ("indices", "block_indices")
@@ -44,23 +45,23 @@ def attention_forward(
         CacheStateError: a cache that belongs to another model, or was filled with this very prompt.
     """
     handle = key.latent if isinstance(key, LatentKV) else key
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    scoring = Pattern(scale, True, None, softcap, s_aux if s_aux is not None else kwargs.get("sinks"))
     try:
         _refuse_what_is_wrong(module, handle, attention_mask, dropout, sliding_window, kwargs)
-        masking = take_apart(module, query, key, attention_mask, is_causal, sliding_window)
+        pattern = take_apart(module, query, key, attention_mask, is_causal, sliding_window, scoring)
         if isinstance(handle, KVHandle) and handle.starts is not None:
-            masking = hide_before(handle.starts, masking, key.shape[2])
+            pattern = hide_before(handle.starts, pattern, key.shape[2])
     except (KVOptError, ValueError):
         if isinstance(handle, KVHandle) and handle.table is not None:
             handle.table.refuse()
         raise
     if position_bias is not None:
         bias = position_bias[..., -key.shape[2] :]
-        masking = masking._replace(mask=add_bias(bias, masking.mask))
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+        pattern = pattern._replace(mask=add_bias(bias, pattern.mask))
     if isinstance(key, LatentKV) and is_absorbable(query, key):
-        return attend_latent(query, key, masking, scale), None
-    sinks = s_aux if s_aux is not None else kwargs.get("sinks")
-    return run(query, key, value, masking, Extras(scale, softcap, sinks, dropout)), None
+        return attend_latent(query, key, pattern), None
+    return run(query, key, value, pattern, dropout), None
 
 
 def _refuse_what_is_wrong(

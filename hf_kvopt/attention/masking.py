@@ -1,22 +1,12 @@
 """Brings the forms in which a mask arrives to one: a pattern, and what the pattern cannot say."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
 from hf_kvopt.attention.mask import LazyMask
 from hf_kvopt.errors import CacheStateError
+from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.pool.handle import KVHandle
-
-
-class Masking(NamedTuple):
-    """A mask taken apart: what a pattern says, and what it does not."""
-
-    is_causal: bool
-    window: int | None
-    starts: list[int] | None  # left padding: the first key of each row
-    mask: Tensor | None  # [batch | 1, heads | 1, q_len | 1, kv_len] bool or additive
 
 
 def take_apart(
@@ -26,8 +16,11 @@ def take_apart(
     attention_mask: Tensor | None,
     is_causal: bool | None,
     sliding_window: int | None,
-) -> Masking:
-    """The mask that holds between `query` and `key`; keys are cut or refused as eager attention would.
+    scoring: Pattern,
+) -> Pattern:
+    """`scoring` with the mask that holds between `query` and `key`, keys cut or refused as eager attention would.
+
+    What a pattern can say of the mask is said so; the rest is a mask [batch | 1, heads | 1, q_len | 1, kv_len].
 
     Raises:
         ValueError: a mask without four dimensions, or of integers.
@@ -36,16 +29,16 @@ def take_apart(
     q_len, kv_len = query.shape[2], key.shape[2]
     if attention_mask is None:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-        return Masking(bool(causal), sliding_window if causal else None, None, None)
+        return _ordered(scoring, bool(causal), sliding_window if causal else None)
     if isinstance(attention_mask, LazyMask) and tuple(attention_mask.shape[2:]) == (q_len, kv_len):
         causal, window = attention_mask.pattern
         starts = key.starts if isinstance(key, KVHandle) and key.scale is None else None
         if attention_mask.padding is None or (starts is not None and starts == attention_mask.starts):
-            return Masking(causal, window, None, None)  # what the table does not hold needs no mask
+            return _ordered(scoring, causal, window)  # what the table does not hold needs no mask
         # Pads are skipped row by row in a prefill; for a few queries one mask over the keys is cheaper.
         if q_len > 1 and causal and query.device.type == "cpu" and attention_mask.starts is not None:
-            return Masking(causal, window, attention_mask.starts, None)
-        return Masking(causal, window, None, attention_mask.key_mask)
+            return scoring._replace(is_causal=causal, window=window, starts=attention_mask.starts)
+        return scoring._replace(is_causal=causal, window=window, mask=attention_mask.key_mask)
     if attention_mask.dim() != 4:
         raise ValueError(
             "attention_mask must have 4 dimensions [batch, heads, q_len, kv_len] here: got "
@@ -66,19 +59,24 @@ def take_apart(
             f"this layer of the cache holds {kv_len} tokens: got a mask for {attention_mask.shape[-1]}, as other "
             "layers hold; the cache is out of step, call cache.reset() and pass the whole text"
         )
-    return Masking(False, None, None, attention_mask[..., :kv_len])
+    return scoring._replace(is_causal=False, mask=attention_mask[..., :kv_len])
 
 
-def hide_before(starts: list[int], masking: Masking, kv_len: int) -> Masking:
-    """`masking` where also no row may look at columns before its first token, which hold nothing."""
-    mask = masking.mask
+def _ordered(scoring: Pattern, is_causal: bool, window: int | None) -> Pattern:
+    # A copy at every layer and step would be a tenth of what attention costs beside its products.
+    return scoring if is_causal and window is None else scoring._replace(is_causal=is_causal, window=window)
+
+
+def hide_before(starts: list[int], pattern: Pattern, kv_len: int) -> Pattern:
+    """`pattern` where also no row may look at columns before its first token, which hold nothing."""
+    mask = pattern.mask
     if mask is None:
-        given = masking.starts or [0] * len(starts)
-        return masking._replace(starts=[max(pair) for pair in zip(starts, given, strict=True)])
+        given = [0] * len(starts) if pattern.starts is None else pattern.starts
+        return pattern._replace(starts=[max(pair) for pair in zip(starts, given, strict=True)])
     first = torch.tensor(starts, device=mask.device)
     held = (torch.arange(kv_len, device=mask.device) >= first[:, None])[:, None, None]
     hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-    return masking._replace(mask=torch.where(held, mask, hidden))
+    return pattern._replace(mask=torch.where(held, mask, hidden))
 
 
 def add_bias(bias: Tensor, mask: Tensor | None) -> Tensor:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_kvopt.attention.bound import InstanceOverride
-from hf_kvopt.attention.masking import Masking
 from hf_kvopt.kernels.cpu import attend
+from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.pool.handle import KVHandle
 from hf_kvopt.pool.lazy import LazyTensor
 
@@ -78,16 +78,14 @@ def is_absorbable(query: Tensor, key: Tensor) -> bool:
     return isinstance(key, LatentKV) and query.shape[2] <= _MAX_ABSORBED_QUERIES and not torch.is_grad_enabled()
 
 
-def attend_latent(query: Tensor, key: LatentKV, masking: Masking, scale: float) -> Tensor:
+def attend_latent(query: Tensor, key: LatentKV, pattern: Pattern) -> Tensor:
     """[batch, q_len, num_heads, v_head_dim] of query [batch, num_heads, q_len, nope + rope] over the latents."""
     w_uk, w_uv = _up_projections(key.module)
     q_nope, q_rope = query.split(_head_sizes(key.module)[:2], dim=-1)
     absorbed = torch.cat([torch.matmul(q_nope, w_uk), q_rope], dim=-1)
     latent = key.latent.view_dense()
-    out = attend(
-        absorbed, torch.cat([latent, key.rope.view_dense()], dim=-1), latent, scale=scale, is_causal=masking.is_causal,
-        window=masking.window, starts=masking.starts, mask=masking.mask,
-    )  # fmt: skip
+    keys = torch.cat([latent, key.rope.view_dense()], dim=-1)
+    out = attend(absorbed, keys, latent, pattern)
     return torch.einsum("bqhr,hdr->bqhd", out, w_uv)
 
 

@@ -9,13 +9,11 @@ CPU, or what a kernel does not take       torch path over a view of the pool, or
 
 import logging
 from functools import cache
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_kvopt.attention.masking import Masking
 from hf_kvopt.attention.mla import LatentKV
 from hf_kvopt.kernels import dispatch
 from hf_kvopt.kernels.cpu import attend
@@ -33,50 +31,42 @@ _DECODE_ROWS = 64
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-class Extras(NamedTuple):
-    """What a model adds to plain softmax attention."""
-
-    scale: float
-    softcap: float | None
-    sinks: Tensor | None  # [num_heads], or [batch, num_heads, q_len, 1]
-    dropout: float
-
-
-def run(query: Tensor, key: Tensor, value: Tensor, masking: Masking, extras: Extras) -> Tensor:
-    """Attention, [batch, q_len, num_heads, v_head_dim] contiguous."""
+def run(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, dropout: float) -> Tensor:
+    """Attention, [batch, q_len, num_heads, v_head_dim] contiguous; sinks may be [batch, num_heads, q_len, 1] too."""
     if isinstance(key, LatentKV) and isinstance(value, LatentKV):
         key, value = key.expand_both()
     if not dispatch.runs_kernel(query):
-        return _torch_path(query, key, value, masking, extras)
-    obstacle = _obstacle(query, key, value, extras)
+        return _torch_path(query, key, value, pattern, dropout)
+    obstacle = _obstacle(query, key, value, pattern, dropout)
     if obstacle is not None:
         _say_once(obstacle)
-        return _torch_path(query, key, value, masking, extras)
+        return _torch_path(query, key, value, pattern, dropout)
     query = query if query.stride(-1) == 1 else query.contiguous()
     starts = None
-    if masking.starts is not None:
-        starts = torch.tensor(masking.starts, dtype=torch.int32, device=query.device)
+    if pattern.starts is not None:
+        starts = torch.as_tensor(pattern.starts, dtype=torch.int32, device=query.device)
+        pattern = pattern._replace(starts=starts)
     if not isinstance(key, KVHandle) or not isinstance(value, KVHandle):
-        return _over_dense(query, key, value, masking, starts, extras)
+        return _over_dense(query, key, value, pattern)
     if key.states is not None and value.states is not None:
-        return _over_dense(query, key.states, value.states, masking, starts, extras)
-    if _needs_centre(key, extras):
-        return _over_dense(query, key.view_dense(), value.view_dense(), masking, starts, extras)
-    return _over_blocks(query, key, value, masking, starts, extras)
+        return _over_dense(query, key.states, value.states, pattern)
+    if _needs_centre(key, pattern):
+        return _over_dense(query, key.view_dense(), value.view_dense(), pattern)
+    return _over_blocks(query, key, value, pattern, starts)
 
 
-def _over_blocks(
-    query: Tensor, key: KVHandle, value: KVHandle, masking: Masking, starts: Tensor | None, extras: Extras
-) -> Tensor:
+def _blocks(key: KVHandle, value: KVHandle) -> PagedKV:
+    return PagedKV(key.codes, value.codes, key.block_table, key.seq_lens, key.scale, value.scale)
+
+
+def _over_blocks(query: Tensor, key: KVHandle, value: KVHandle, pattern: Pattern, starts: Tensor | None) -> Tensor:
     key.check_valid()
-    window, mask = masking.window, masking.mask
     if key.skip or key.lags is not None:
-        starts, mask = _by_token(key, starts, mask)
+        starts, mask = _by_token(key, starts, pattern.mask)
+        pattern = pattern._replace(starts=starts, mask=mask)
     group = query.shape[1] // key.shape[1]
     op = dispatch.paged_decode if query.shape[2] * group <= _DECODE_ROWS else dispatch.paged_prefill
-    kv = PagedKV(key.codes, value.codes, key.block_table, key.seq_lens, key.scale, value.scale)
-    pattern = Pattern(extras.scale, masking.is_causal, window, extras.softcap, extras.sinks, starts, mask)
-    return op(key.for_codes(query), kv, pattern).out
+    return op(key.for_codes(query), _blocks(key, value), pattern).out
 
 
 def _by_token(key: KVHandle, starts: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -102,92 +92,53 @@ def _by_token(key: KVHandle, starts: Tensor | None, mask: Tensor | None) -> tupl
     return starts, torch.where(is_column, moved, hidden)
 
 
-def _over_dense(
-    query: Tensor, key: Tensor, value: Tensor, masking: Masking, starts: Tensor | None, extras: Extras
-) -> Tensor:
+def _over_dense(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> Tensor:
     key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
-    pattern = Pattern(
-        extras.scale, masking.is_causal, masking.window, extras.softcap, extras.sinks, starts, masking.mask
-    )
     return dispatch.flash_prefill(query, key, value, pattern).out
 
 
-def _torch_path(query: Tensor, key: Tensor, value: Tensor, masking: Masking, extras: Extras) -> Tensor:
-    if isinstance(key, KVHandle) and isinstance(value, KVHandle) and not _needs_centre(key, extras):
-        if _is_compiled(query, key, value, extras):
-            return _over_blocks_compiled(query, key, value, masking, extras)
-        if _reads_codes(query, key, value, masking, extras):
-            return _over_codes(query, key, value, masking, extras)
-        pieces = _pieces(query, key, value, masking, extras)
-        if pieces is not None:
-            return attend_pieces(query, *pieces, extras.scale)
-    return attend(
-        query,
-        key.view_dense() if isinstance(key, KVHandle) else key,
-        value.view_dense() if isinstance(value, KVHandle) else value,
-        scale=extras.scale,
-        is_causal=masking.is_causal,
-        window=masking.window,
-        softcap=extras.softcap,
-        sinks=extras.sinks,
-        starts=masking.starts,
-        mask=masking.mask,
-        dropout=extras.dropout,
-    )
+def _torch_path(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, dropout: float) -> Tensor:
+    if isinstance(key, KVHandle) and isinstance(value, KVHandle) and not dropout and not _needs_centre(key, pattern):
+        out = _over_storage(query, key, value, pattern)
+        if out is not None:
+            return out
+    key = key.view_dense() if isinstance(key, KVHandle) else key
+    value = value.view_dense() if isinstance(value, KVHandle) else value
+    return attend(query, key, value, pattern, dropout)
 
 
-def _needs_centre(key: KVHandle, extras: Extras) -> bool:
+def _needs_centre(key: KVHandle, pattern: Pattern) -> bool:
     """Whether it matters that all scores of a row are shifted alike: beside a sink, or under a cap."""
-    return key.centre is not None and (extras.sinks is not None or extras.softcap is not None)
+    return key.centre is not None and (pattern.sinks is not None or pattern.softcap is not None)
 
 
-def _is_compiled(query: Tensor, key: KVHandle, value: KVHandle, extras: Extras) -> bool:
-    """Whether the blocks hold what the handles stand for, and the CPU's own kernel takes it."""
-    is_stored = key.states is None and value.states is None and not extras.dropout
-    return is_stored and can_attend(query, key.codes, value.codes, key.scale, value.scale)
+def _over_storage(query: Tensor, key: KVHandle, value: KVHandle, pattern: Pattern) -> Tensor | None:
+    """Attention on a CPU over what is stored, as it lies; None where dense keys and values are needed."""
+    if key.states is None and value.states is None:
+        if can_attend(query, key.codes, value.codes, key.scale, value.scale):
+            key.check_valid()
+            return attend_blocks(key.for_codes(query), _blocks(key, value), pattern, skip=key.skip, lags=key.lags)
+        if _reads_codes(query, key, value, pattern):
+            formats = key.format, value.format
+            return decode_codes(key.for_codes(query), key.view_codes(), value.view_codes(), formats, pattern)
+    pieces = _pieces(query, key, value, pattern)
+    return None if pieces is None else attend_pieces(query, *pieces, pattern.scale)
 
 
-def _over_blocks_compiled(query: Tensor, key: KVHandle, value: KVHandle, masking: Masking, extras: Extras) -> Tensor:
-    key.check_valid()
-    starts = None if masking.starts is None else torch.tensor(masking.starts, dtype=torch.int32)
-    kv = PagedKV(key.codes, value.codes, key.block_table, key.seq_lens, key.scale, value.scale)
-    pattern = Pattern(
-        extras.scale, masking.is_causal, masking.window, extras.softcap, extras.sinks, starts, masking.mask
-    )
-    return attend_blocks(key.for_codes(query), kv, pattern, skip=key.skip, lags=key.lags)
-
-
-def _reads_codes(query: Tensor, key: KVHandle, value: KVHandle, masking: Masking, extras: Extras) -> bool:
+def _reads_codes(query: Tensor, key: KVHandle, value: KVHandle, pattern: Pattern) -> bool:
     """Whether a decode step over quantized storage needs no dequantized copy."""
     is_quantized = key.scale is not None or value.scale is not None
-    is_stored = key.states is None and value.states is None
-    is_plain = not extras.dropout and (extras.sinks is None or extras.sinks.dim() == 1)
-    is_step = query.shape[2] == 1 and masking.starts is None and not torch.is_grad_enabled()
-    return is_quantized and is_stored and is_plain and is_step
-
-
-def _over_codes(query: Tensor, key: KVHandle, value: KVHandle, masking: Masking, extras: Extras) -> Tensor:
-    return decode_codes(
-        key.for_codes(query),
-        key.view_codes(),
-        value.view_codes(),
-        (key.format, value.format),
-        scale=extras.scale,
-        window=masking.window if masking.is_causal else None,
-        softcap=extras.softcap,
-        sinks=extras.sinks,
-        mask=masking.mask,
-    )
+    is_plain = pattern.starts is None and (pattern.sinks is None or pattern.sinks.dim() == 1)
+    return is_quantized and is_plain and query.shape[2] == 1 and not torch.is_grad_enabled()
 
 
 def _pieces(
-    query: Tensor, key: KVHandle, value: KVHandle, masking: Masking, extras: Extras
+    query: Tensor, key: KVHandle, value: KVHandle, pattern: Pattern
 ) -> tuple[list[list[Tensor]], list[list[Tensor]]] | None:
     """Keys and values of each row in the pieces that they lie in, where plain causal attention takes them so."""
-    is_plain = (
-        masking.is_causal and masking.mask is None and masking.window is None and masking.starts in (None, key.starts)
-    )
-    if not is_plain or extras.softcap is not None or extras.sinks is not None or extras.dropout:
+    _, is_causal, window, softcap, sinks, starts, mask = pattern
+    is_plain = is_causal and all(extra is None for extra in (window, softcap, sinks, mask))
+    if not is_plain or (starts is not None and starts != key.starts):
         return None
     if query.shape[-1] != value.shape[-1] or torch.is_grad_enabled() or not can_attend_pieces(query):
         return None
@@ -199,16 +150,16 @@ def _pieces(
     return keys, values
 
 
-def _obstacle(query: Tensor, key: Tensor, value: Tensor, extras: Extras) -> str | None:
+def _obstacle(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, dropout: float) -> str | None:
     """Why the kernels cannot take this call; None where they can."""
     dims = (query.shape[-1], value.shape[-1])
     if any(dim % 8 or not 32 <= dim <= 256 for dim in dims):
         return f"head sizes {dims} (kernels take multiples of 8 from 32 to 256)"
     if query.dtype not in _KERNEL_DTYPES:
         return f"{query.dtype} (kernels take float16, bfloat16 and float32)"
-    if extras.dropout or (torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))):
+    if dropout or (torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))):
         return "training (kernels have no gradient)"
-    if extras.sinks is not None and extras.sinks.dim() != 1:
+    if pattern.sinks is not None and pattern.sinks.dim() != 1:
         return "sinks that differ by query"
     return None
 

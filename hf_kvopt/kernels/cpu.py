@@ -13,6 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_kvopt.kernels.pattern import Pattern
+
+# What becomes of scores: scale, softcap, sinks [batch | 1, num_heads, q_len, 1] and dropout.
+_Scoring = tuple[float, float | None, Tensor | None, float]
 # Elements of one tile's scores: 64 MiB in float32, and large enough that a matrix product pays.
 _TILE_SCORES = 1 << 24
 _TILE_ROWS = 256
@@ -23,14 +27,7 @@ def attend(
     q: Tensor,  # [batch, num_heads, q_len, head_dim]
     k: Tensor,  # [batch, num_kv_heads, kv_len, head_dim]
     v: Tensor,  # [batch, num_kv_heads, kv_len, v_head_dim]
-    *,
-    scale: float,
-    is_causal: bool,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,  # [num_heads], or [batch, num_heads, q_len, 1] where each query has its own
-    starts: Sequence[int] | None = None,  # [batch]
-    mask: Tensor | None = None,  # [batch | 1, num_heads | 1, q_len | 1, kv_len] bool or additive
+    pattern: Pattern,  # sinks may be [batch, num_heads, q_len, 1] here: one for each query
     dropout: float = 0.0,
 ) -> Tensor:
     """Attention with queries aligned to the end of the keys: query i sits at position kv_len - q_len + i.
@@ -39,8 +36,9 @@ def attend(
         [batch, q_len, num_heads, v_head_dim] contiguous, in q's dtype. A row that may see no key is zero or the mean
         of some values; it is padding.
     """
+    scale, is_causal, window, softcap, sinks, starts, mask = pattern
     if starts is not None and any(starts):
-        return _attend_padded(q, k, v, starts, scale, is_causal, window, softcap, sinks, mask, dropout)
+        return _attend_padded(q, k, v, pattern, starts, dropout)
     q_len, kv_len = q.shape[2], k.shape[2]
     if is_causal and q_len == 1:
         is_causal = False
@@ -52,13 +50,13 @@ def attend(
         window = None
     if sinks is not None and sinks.dim() == 1:
         sinks = sinks[None, :, None, None].expand(-1, -1, q_len, -1)
-    extras = (scale, softcap, sinks, dropout)
+    scoring = (scale, softcap, sinks, dropout)
     if not is_causal and window is None:
         if q_len == 1:
-            return _decode(q, k, v, mask, *extras)
-        if mask is None and _is_plain(q, v, softcap, sinks):
-            return _tile(q, k, v, None, *extras).transpose(1, 2).contiguous()
-    if mask is None and window is None and q_len == kv_len and _is_plain(q, v, softcap, sinks):
+            return _decode(q, k, v, mask, scoring)
+        if mask is None and _is_plain(q, v, scoring):
+            return _tile(q, k, v, None, scoring).transpose(1, 2).contiguous()
+    if mask is None and window is None and q_len == kv_len and _is_plain(q, v, scoring):
         out = F.scaled_dot_product_attention(
             q, k, v, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
@@ -68,25 +66,24 @@ def attend(
         last = min(q_len, first + _tile_rows(q, k))
         lo, hi, tile_mask = _tile_mask(first, last, q_len, kv_len, is_causal, window, mask, q.device)
         tile_sinks = None if sinks is None else sinks[:, :, first:last]
-        tile = _tile(
-            q[:, :, first:last], k[:, :, lo:hi], v[:, :, lo:hi], tile_mask, scale, softcap, tile_sinks, dropout
-        )
+        tile_scoring = (scale, softcap, tile_sinks, dropout)
+        tile = _tile(q[:, :, first:last], k[:, :, lo:hi], v[:, :, lo:hi], tile_mask, tile_scoring)
         tiles.append(tile.transpose(1, 2))
     return torch.cat(tiles, dim=1) if tiles else q.new_zeros(q.shape[0], 0, q.shape[1], v.shape[-1])
 
 
 def _attend_padded(
-    q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int], scale: float, is_causal: bool, window: int | None,
-    softcap: float | None, sinks: Tensor | None, mask: Tensor | None, dropout: float,
-) -> Tensor:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, starts: Sequence[int] | Tensor, dropout: float
+) -> Tensor:
     """Each row without the keys, and without the queries, that are padding."""
     batch, num_heads, q_len, _ = q.shape
     kv_len = k.shape[2]
+    sinks, mask = pattern.sinks, pattern.mask
     out = q.new_zeros(batch, q_len, num_heads, v.shape[-1])
     rows = []
     for row, start in enumerate(starts):
         # Without a causal order a query's position says nothing, so none of them is known to be padding.
-        first = max(0, start - (kv_len - q_len)) if is_causal else 0
+        first = max(0, int(start) - (kv_len - q_len)) if pattern.is_causal else 0
         if first == q_len or start == kv_len:
             rows.append(out[row : row + 1])
             continue
@@ -97,27 +94,23 @@ def _attend_padded(
         row_sinks = sinks
         if sinks is not None and sinks.dim() == 4:
             row_sinks = sinks[one if len(sinks) > 1 else slice(None), :, first:]
-        real = attend(
-            q[one, :, first:], k[one, :, start:], v[one, :, start:], scale=scale, is_causal=is_causal, window=window,
-            softcap=softcap, sinks=row_sinks, mask=row_mask, dropout=dropout,
-        )  # fmt: skip
+        row_pattern = pattern._replace(starts=None, mask=row_mask, sinks=row_sinks)
+        real = attend(q[one, :, first:], k[one, :, start:], v[one, :, start:], row_pattern, dropout)
         rows.append(torch.cat([out[one, :first], real], dim=1))
     return torch.cat(rows)
 
 
-def _decode(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None, sinks: Tensor | None,
-    dropout: float,
-) -> Tensor:  # fmt: skip
+def _decode(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scoring: _Scoring) -> Tensor:
     """One query a row: the heads of a KV group become the queries of one attention over that KV head."""
+    scale, softcap, sinks, dropout = scoring
     batch, num_heads, _, dim = q.shape
     num_kv_heads = k.shape[1]
     folded = q.reshape(batch, num_kv_heads, num_heads // num_kv_heads, dim)
     if mask is not None and mask.shape[1] > 1:
         mask = mask.reshape(mask.shape[0], num_kv_heads, -1, mask.shape[-1])
-    if not _is_plain(q, v, softcap, sinks):
+    if not _is_plain(q, v, scoring):
         heads = None if sinks is None else sinks.reshape(len(sinks), num_kv_heads, -1, 1)
-        out = _written_out(folded, k, v, mask, scale, softcap, heads, dropout)
+        out = _written_out(folded, k, v, mask, (scale, softcap, heads, dropout))
     elif mask is None and not dropout and _is_long(q, k):
         out = _decode_long(folded, k, v, scale)
     else:
@@ -140,22 +133,15 @@ def _is_long(q: Tensor, k: Tensor) -> bool:
     return is_row and k.shape[2] >= _LONG_ROW and not torch.compiler.is_compiling()
 
 
-def _tile(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None, sinks: Tensor | None,
-    dropout: float,
-) -> Tensor:  # fmt: skip
+def _tile(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scoring: _Scoring) -> Tensor:
     """[batch, num_heads, tile, v_head_dim] of a tile of queries against the keys that it is given."""
+    scale, softcap, sinks, dropout = scoring
     batch, num_heads, rows, dim = q.shape
     num_kv_heads = k.shape[1]
-    if _is_plain(q, v, softcap, sinks):
+    if _is_plain(q, v, scoring):
+        mask, is_grouped = _fitting(mask, q), num_heads != num_kv_heads
         return F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=_fitting(mask, q),
-            dropout_p=dropout,
-            scale=scale,
-            enable_gqa=num_heads != num_kv_heads,
+            q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=is_grouped
         )
     group = num_heads // num_kv_heads
     folded = q.reshape(batch, num_kv_heads, group * rows, dim)
@@ -165,15 +151,13 @@ def _tile(
     heads = None
     if sinks is not None:
         heads = sinks.reshape(len(sinks), num_kv_heads, group * rows, 1)
-    out = _written_out(folded, k, v, mask, scale, softcap, heads, dropout)
+    out = _written_out(folded, k, v, mask, (scale, softcap, heads, dropout))
     return out.reshape(batch, num_heads, rows, v.shape[-1])
 
 
-def _written_out(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None, sinks: Tensor | None,
-    dropout: float,
-) -> Tensor:  # fmt: skip
+def _written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scoring: _Scoring) -> Tensor:
     """softmax over [scores, sink] of which the sink's share is dropped; scores and sums in float32 at least."""
+    scale, softcap, sinks, dropout = scoring
     scores = _matmul_rows(q, k.transpose(2, 3)).to(torch.promote_types(q.dtype, torch.float32)) * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
@@ -228,8 +212,8 @@ def _tile_rows(q: Tensor, k: Tensor) -> int:
     return max(16, min(_TILE_ROWS, _TILE_SCORES // max(1, scores_per_row)))
 
 
-def _is_plain(q: Tensor, v: Tensor, softcap: float | None, sinks: Tensor | None) -> bool:
-    return softcap is None and sinks is None and q.shape[-1] == v.shape[-1]
+def _is_plain(q: Tensor, v: Tensor, scoring: _Scoring) -> bool:
+    return scoring[1] is None and scoring[2] is None and q.shape[-1] == v.shape[-1]
 
 
 def _fitting(mask: Tensor | None, q: Tensor) -> Tensor | None:

@@ -9,6 +9,7 @@ only widened to float32, a tile at a time, so that the tile is still in the core
 import torch
 from torch import Tensor
 
+from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.quant import Format, Quantized, widen, widen_planes
 
 # Channels of one tile over all rows and heads, 8 MiB in float32: at 2 KV heads of 64 a tile of 8,192 tokens takes 0.6x
@@ -21,15 +22,11 @@ def decode_codes(
     k: Quantized,  # [batch, num_kv_heads, kv_len, width], [batch, num_kv_heads, kv_len, *scale_shape]
     v: Quantized,
     formats: tuple[Format, Format],
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,  # [num_heads]
-    mask: Tensor | None = None,  # [batch | 1, num_heads | 1, 1, kv_len] bool or additive
+    pattern: Pattern,  # sinks [num_heads]; no starts
 ) -> Tensor:
     """Attention of the last position to all keys: [batch, 1, num_heads, v_head_dim] in q's dtype."""
-    if window is not None and window < k.codes.shape[2]:
+    scale, is_causal, window, softcap, sinks, _, mask = pattern
+    if is_causal and window is not None and window < k.codes.shape[2]:
         k, v = _last(k, window), _last(v, window)
         mask = None if mask is None else mask[..., -window:]
     batch, num_heads, _, dim = q.shape

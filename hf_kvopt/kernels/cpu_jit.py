@@ -118,13 +118,14 @@ def attend_blocks(
     mask_kind, mask = _as_read(mask)
     if sinks is not None:
         sinks = (sinks[None, :, None, None] if sinks.dim() == 1 else sinks).float()
+    first = None if starts is None else torch.as_tensor(starts, dtype=torch.int32)
     # In the order of spec.ARGUMENTS.
     arguments = array("q", (
         0, num_tasks, _num_threads() if work > _SERIAL_WORK else 1, splits, num_kv_heads, group, q_len,
         states.data_ptr(), *states.stride()[:3],
         *_plane(k, k_scale), *_plane(v, v_scale),
         block_table.data_ptr(), block_table.stride(0), block_size.bit_length() - 1, seq_lens.data_ptr(),
-        _address(starts), _address(lags), skip,
+        _address(first), _address(lags), skip,
         is_causal, _NO_WINDOW if window is None else window,
         _bits(scale * LOG2E if softcap is None else scale / softcap), _bits((softcap or 0.0) * LOG2E),
         mask_kind, _address(mask), *_broadcast_strides(mask, 1 if mask_kind == BOOL_MASK else 4),

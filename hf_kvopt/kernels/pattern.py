@@ -10,6 +10,7 @@ and has no value. The field order is that of the registered ops, so that `*patte
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +29,8 @@ class Pattern(NamedTuple):
     window: int | None = None  # keys that a query sees at most, its own included
     softcap: float | None = None
     sinks: Tensor | None = None  # [num_heads]
-    starts: Tensor | None = None  # [batch] int32: the first valid key, where a row is padded on the left
+    # [batch] the first valid key, where a row is padded on the left: int32 for kernels, any numbers for the torch path
+    starts: Tensor | Sequence[int] | None = None
     mask: Tensor | None = None  # [batch | 1, num_heads | 1, q_len | 1, kv_len] bool, or float to add
 
     @property
@@ -57,6 +59,8 @@ def check_pattern(pattern: Pattern, q: Tensor) -> None:
         check_last_contiguous("sinks", sinks)
         check_device("sinks", sinks, q)
     if starts is not None:
+        if not isinstance(starts, Tensor):
+            raise TypeError(f"starts must be an int32 tensor: got {type(starts).__name__}; pass torch.tensor(starts)")
         check_shape("starts", starts, (q.shape[0],))
         check_dtype("starts", starts, torch.int32)
         check_device("starts", starts, q)

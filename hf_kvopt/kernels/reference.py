@@ -10,6 +10,7 @@ sink, if there is one).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,7 +34,7 @@ def visible_pairs(
     max_kv_len: int,
     is_causal: bool = True,
     window: int | None = None,
-    starts: Tensor | None = None,  # [batch] first valid kv index
+    starts: Tensor | Sequence[int] | None = None,  # [batch] first valid kv index
     q_lens: Tensor | None = None,  # [batch] queries of each row, q_len if None
 ) -> Tensor:
     """Return `[batch, 1, q_len, max_kv_len]` bool: which query may see which kv index."""
@@ -46,7 +47,7 @@ def visible_pairs(
     if window is not None:
         seen = seen & (j > position[..., None] - window)
     if starts is not None:
-        seen = seen & (j >= starts[:, None])[:, None, :]
+        seen = seen & (j >= torch.as_tensor(starts, device=j.device)[:, None])[:, None, :]
     return seen[:, None]
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_kvopt.kernels import cpu
 from hf_kvopt.kernels.cpu import attend
+from hf_kvopt.kernels.pattern import Pattern
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -73,7 +74,7 @@ def check(states: States, atol=1e-5, **options):
     """`attend` agrees wherever a query sees a key; the rest, which is padding, is finite."""
     options.setdefault("is_causal", True)
     options.setdefault("scale", states.q.shape[-1] ** -0.5)
-    out = attend(*states, **options)
+    out = attend(*states, Pattern(**options))
     want, sees = spelled_out(*states, **options)
     assert out.shape == want.shape
     assert out.dtype == states.q.dtype
@@ -229,7 +230,7 @@ def test_rows_read_as_views_of_a_pool_agree(order, lengths, extras):
 def test_half_precision_is_as_close_as_plain_torch(dtype, lengths, sizes, extras):
     states = make_states(lengths=lengths, sizes=sizes, dtype=dtype)
     options = {"scale": 0.2, "is_causal": True, **extras}
-    out = attend(*states, **options)
+    out = attend(*states, Pattern(**options))
     want, _ = spelled_out(*states, **options, compute=torch.float32)
     honest, _ = spelled_out(*states, **options, compute=dtype)
     assert out.dtype == dtype
@@ -242,7 +243,7 @@ def test_a_float32_mask_that_hides_a_whole_row_leaves_bfloat16_finite(extras):
     states = make_states(lengths=(4, 4), dtype=torch.bfloat16)
     mask = torch.zeros(1, 1, 4, 4)
     mask[:, :, 0] = torch.finfo(torch.float32).min
-    out = attend(*states, **{"scale": 0.2, **extras}, is_causal=False, mask=mask)
+    out = attend(*states, Pattern(**{"scale": 0.2, **extras}, is_causal=False, mask=mask))
     assert out.isfinite().all()
 
 
@@ -252,11 +253,11 @@ def test_an_additive_mask_that_hides_a_whole_row_leaves_it_finite(extras):
     states = make_states(lengths=(4, 4))
     mask = torch.zeros(1, 1, 4, 4)
     mask[:, :, 0] = -torch.inf
-    out = attend(*states, **{"scale": 0.2, **extras}, is_causal=False, mask=mask)
+    out = attend(*states, Pattern(**{"scale": 0.2, **extras}, is_causal=False, mask=mask))
     assert out.isfinite().all()
 
 
 @pytest.mark.parametrize("extras", EXTRAS.values(), ids=EXTRAS)
 def test_no_query_gives_no_output(extras):
     states = make_states(lengths=(0, 9))
-    assert attend(*states, is_causal=True, **{"scale": 0.2, **extras}).shape == (2, 0, 4, 16)
+    assert attend(*states, Pattern(**{"scale": 0.2, **extras})).shape == (2, 0, 4, 16)

@@ -6,6 +6,7 @@ import torch
 from hf_kvopt.kernels import cpu_codes
 from hf_kvopt.kernels.cpu import attend
 from hf_kvopt.kernels.cpu_codes import decode_codes
+from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.quant import FORMATS, dequantize, get_format, quantize, widen
 
 PAIRS = [*((name, name) for name in FORMATS if name != "native"), ("int8", "int4"), ("native", "fp8_e4m3")]
@@ -38,7 +39,7 @@ def both(formats, shape, *, softcap=None, window=None, sinks=None, mask=None, ma
         "sinks": torch.randn(heads * group) if sinks else None,
     }  # fmt: skip
     dense = [dequantize(*x, fmt) for x, fmt in zip(stored, fmts, strict=True)]
-    return decode_codes(q, *stored, fmts, **options), attend(q, *dense, is_causal=True, **options)
+    return decode_codes(q, *stored, fmts, Pattern(**options)), attend(q, *dense, Pattern(**options))
 
 
 def assert_equal_up_to_float32(got, want):
@@ -68,8 +69,8 @@ def test_half_precision_queries_get_their_own_type_back(name, dtype):
     fmt = get_format(name)
     k, v = (quantize(torch.randn(2, 2, 20, 32), fmt) for _ in range(2))
     q = torch.randn(2, 4, 1, 32).to(dtype)
-    got = decode_codes(q, k, v, (fmt, fmt), scale=0.2)
-    want = decode_codes(q.float(), k, v, (fmt, fmt), scale=0.2)
+    got = decode_codes(q, k, v, (fmt, fmt), Pattern(0.2))
+    want = decode_codes(q.float(), k, v, (fmt, fmt), Pattern(0.2))
     assert got.dtype == dtype
     assert torch.equal(got, want.to(dtype))
 
@@ -90,7 +91,7 @@ def test_a_token_that_is_no_number_shows_in_its_row_alone(name):
     torch.manual_seed(0)
     k, v = torch.randn(2, 2, 20, 32), torch.randn(2, 2, 20, 32)
     k[1, 0, 3, 5] = torch.nan
-    got = decode_codes(torch.randn(2, 4, 1, 32), quantize(k, fmt), quantize(v, fmt), (fmt, fmt), scale=0.2)
+    got = decode_codes(torch.randn(2, 4, 1, 32), quantize(k, fmt), quantize(v, fmt), (fmt, fmt), Pattern(0.2))
     assert got[0].isfinite().all()
     assert got[1, 0, :2].isnan().all()
     assert got[1, 0, 2:].isfinite().all()

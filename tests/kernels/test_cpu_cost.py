@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from hf_kvopt.kernels import cpu
 from hf_kvopt.kernels.cpu import attend
+from hf_kvopt.kernels.pattern import Pattern
 
 HEADS, KV_HEADS, DIM, KV_LEN = 4, 2, 8, 384
 TILE_ROWS = 16
@@ -80,7 +81,7 @@ def test_a_prefill_allocates_no_more_than_tiles(v_dim, q_len, options, extras, m
     monkeypatch.setattr(cpu, "_TILE_ROWS", TILE_ROWS)
     q, k, v = make(q_len, batch=2, v_dim=v_dim)
     with allocations(q, k, v) as made:
-        attend(q, k, v, scale=1.0, **options, **extras)
+        attend(q, k, v, Pattern(1.0, **options, **extras))
     # Scores of a tile and as much again for the sink's column; the output is smaller.
     assert made[0][0] <= 2 * HEADS * TILE_ROWS * (KV_LEN + 1), made[:3]
     assert made[0][0] < q_len * KV_LEN, made[:3]
@@ -92,7 +93,7 @@ def test_a_prefill_allocates_no_more_than_tiles(v_dim, q_len, options, extras, m
 def test_a_decode_step_copies_neither_keys_nor_values(v_dim, options, extras):
     q, k, v = make(1, batch=2, v_dim=v_dim)
     with allocations(q, k, v) as made:
-        attend(q, k, v, scale=1.0, **options, **extras)
+        attend(q, k, v, Pattern(1.0, **options, **extras))
     # The largest thing is the scores: a key's worth is num_heads elements, against KV_HEADS * DIM of a copy.
     assert made[0][0] <= 2 * HEADS * (KV_LEN + 1), made[:3]
 
@@ -103,7 +104,7 @@ def test_a_prefill_never_repeats_the_keys_of_a_group(extras, monkeypatch):
     # Three queries against many keys, so that a repeated head would be the largest tensor by far.
     q, k, v = make(3, batch=1)
     with allocations(q, k, v) as made:
-        attend(q, k, v, scale=1.0, is_causal=True, **extras)
+        attend(q, k, v, Pattern(1.0, **extras))
     assert made[0][0] <= 3 * HEADS * (KV_LEN + 1), made[:3]
     assert made[0][0] < HEADS * KV_LEN * DIM, made[:3]
 
@@ -112,5 +113,5 @@ def test_a_prefill_never_repeats_the_keys_of_a_group(extras, monkeypatch):
 def test_a_plain_causal_prefill_makes_no_mask_at_all(starts):
     q, k, v = make(KV_LEN, batch=2)
     with allocations(q, k, v) as made:
-        attend(q, k, v, scale=1.0, is_causal=True, starts=starts)
+        attend(q, k, v, Pattern(1.0, starts=starts))
     assert not [name for _, name in made if name.startswith(("aten.arange", "aten.le"))]

@@ -5,6 +5,7 @@ import torch
 
 from hf_kvopt.kernels import cpu
 from hf_kvopt.kernels.cpu import attend
+from hf_kvopt.kernels.pattern import Pattern
 
 
 @pytest.fixture(autouse=True)
@@ -28,13 +29,13 @@ def in_one(q, k, v, scale, compute=torch.float64):
 def test_long_rows_of_every_length_agree(heads):
     for kv_len in range(1, 40):
         q, k, v = make_row(kv_len, heads)
-        out = attend(q, k, v, scale=0.5, is_causal=True)
+        out = attend(q, k, v, Pattern(0.5))
         assert (out - in_one(q, k, v, 0.5)).abs().max() <= 1e-5, kv_len
 
 
 def test_a_window_narrows_a_long_row():
     q, k, v = make_row(39)
-    out = attend(q, k, v, scale=0.5, is_causal=True, window=21)
+    out = attend(q, k, v, Pattern(0.5, window=21))
     assert (out - in_one(q, k[:, :, 18:], v[:, :, 18:], 0.5)).abs().max() <= 1e-5
 
 
@@ -43,7 +44,7 @@ def test_a_view_of_a_pool_agrees():
     q, k, v = make_row(37)
     pools[0, :, 16:53], pools[1, :, 16:53] = k[0], v[0]
     k, v = (pool[None, :, 16:53] for pool in pools)
-    out = attend(q, k, v, scale=0.5, is_causal=True)
+    out = attend(q, k, v, Pattern(0.5))
     assert (out - in_one(q, k, v, 0.5)).abs().max() <= 1e-5
 
 
@@ -53,12 +54,13 @@ def test_only_a_long_row_alone_in_float32_takes_two_products(monkeypatch):
     monkeypatch.setattr(cpu, "_decode_long", lambda *args: taken.append(1) or long(*args))
     for kv_len in range(1, 40):
         taken.clear()
-        attend(*make_row(kv_len), scale=0.5, is_causal=True)
+        attend(*make_row(kv_len), Pattern(0.5))
         assert bool(taken) == (kv_len >= 16)
     taken.clear()
     mask = torch.ones(1, 1, 1, 39, dtype=torch.bool)
-    for options in ({"mask": mask}, {"softcap": 2.0}, {"sinks": torch.zeros(4)}, {"dropout": 0.1}):
-        attend(*make_row(39), scale=0.5, is_causal=True, **options)
-    attend(*make_row(39, batch=2), scale=0.5, is_causal=True)
-    attend(*make_row(39, dtype=torch.bfloat16), scale=0.5, is_causal=True)
+    for options in ({"mask": mask}, {"softcap": 2.0}, {"sinks": torch.zeros(4)}):
+        attend(*make_row(39), Pattern(0.5, **options))
+    attend(*make_row(39), Pattern(0.5), dropout=0.1)
+    attend(*make_row(39, batch=2), Pattern(0.5))
+    attend(*make_row(39, dtype=torch.bfloat16), Pattern(0.5))
     assert not taken

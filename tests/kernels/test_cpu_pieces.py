@@ -6,6 +6,7 @@ import torch
 from hf_kvopt.kernels import cpu_pieces
 from hf_kvopt.kernels.cpu import attend
 from hf_kvopt.kernels.cpu_pieces import attend_pieces
+from hf_kvopt.kernels.pattern import Pattern
 
 DIM, SCALE = 16, 0.3
 ROWS = {
@@ -32,7 +33,7 @@ def make_rows(lengths, num_kv_heads=2, dtype=torch.float32):
 
 def one_by_one(q, keys, values):
     whole = (
-        attend(q[i : i + 1], torch.cat(k, 1)[None], torch.cat(v, 1)[None], scale=SCALE, is_causal=True)
+        attend(q[i : i + 1], torch.cat(k, 1)[None], torch.cat(v, 1)[None], Pattern(SCALE))
         for i, (k, v) in enumerate(zip(keys, values, strict=True))
     )
     return torch.cat(list(whole))
