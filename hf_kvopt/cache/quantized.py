@@ -29,7 +29,7 @@ class QuantizedPagedCache(PagedCache):
             "sliding". Sliding layers by default, as they hold a window only; () to quantize those as well.
         layer_formats: formats of single layers by the same names, such as {"first": "int8", -1: "native"}; they go
             before `skip_layers`, and a number before a name.
-        guard: "auto" takes from int8 and int4 keys the shift of loud channels, as Qwen2.5's biases make them, and
+        guard: "auto" takes from keys the shift of loud channels, as Qwen2.5's biases make them, and
             rotates int4 keys, so that few channels do not spoil the rest; "off" leaves keys alone; see `quant.guard`.
         exact_prefill: let the first prompt attend to its own states as they came. By default it attends to what is
             stored, so that a token sees the same keys however the text is cut into chunks or read again.

