@@ -1,0 +1,1 @@
+"""All evals on one page: `python -m evals.report`."""
