@@ -41,7 +41,9 @@ class Plan(NamedTuple):
     gamma: int  # depth: tokens of the longest path
     num_nodes: int  # tokens to verify below the root
     top_k: int = 1  # children of a node that are considered (EAGLE-2)
-    min_confidence: float = 0.0  # a draft ends where the drafter's joint probability of it falls below this
+    # chains end where the drafter's joint probability of them, its mean over the rows, falls below this; of a tree the
+    # nodes below it are left out
+    min_confidence: float = 0.0
 
     @property
     def is_chain(self) -> bool:

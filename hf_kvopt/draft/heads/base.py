@@ -23,10 +23,10 @@ class Shared(NamedTuple):
 
 
 class HeadBase(PreTrainedModel, Drafter):
-    """A trained head that proposes tokens from the hidden states of a target; `speculative(head)` takes it as a drafter.
+    """A trained head that proposes tokens from a target's hidden states; `speculative(head)` takes it.
 
-    A head knows the target that it was last bound to (by `check` and `begin`), whose embeddings or LM head it may share;
-    these are not saved with it. One target at a time.
+    A head knows the target that it was last bound to (by `check` and `begin`), whose embeddings or LM head it may
+    share; these are not saved with it. One target at a time.
     """
 
     base_model_prefix = ""

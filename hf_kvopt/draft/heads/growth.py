@@ -1,15 +1,15 @@
 """How drafts grow: chains token by token, trees level by level, both only as far as the head believes in them.
 
-The joint probability of a node, the product of q along its path, estimates how likely the target accepts it. A chain
-ends where it falls below `Plan.min_confidence`. A tree is EAGLE-2's: each level expands its `top_k` best nodes by
-`top_k` children, and the `num_nodes` best of all levels are the draft. A parent is never less likely than its child,
-so what is kept is a tree.
+The joint probability of a node, the product of q along its path, estimates how likely the target accepts it. Chains
+end where its mean over the rows falls below `Plan.min_confidence`. A tree is EAGLE-2's: each level expands its `top_k`
+best nodes by `top_k` children, and the `num_nodes` best of all levels are the draft, less those below the limit. A
+parent is never less likely than its child, so what is kept is a tree.
 
 Source: EAGLE-2, arXiv:2406.16858, section 4.
 """
 
 from collections.abc import Callable
-from math import log
+from math import exp, log
 from typing import NamedTuple
 
 import torch
@@ -20,28 +20,29 @@ from hf_kvopt.draft.heads.base import HeadBase
 
 
 class ChainGrowth:
-    """Owns the tokens of one chain a row.
+    """Owns the tokens of one chain a row, all of one length: a column costs the same however many rows may use it.
 
-    Arg max tokens that the head does not believe in are left out. A drawn one stays and the chain ends behind it: to
-    drop tokens by their value would change the distribution that the others are drawn from.
+    They end where the mean over the rows of the joint probability falls below the limit. Arg max tokens of that column
+    are left out; drawn ones stay, and the chain ends behind them: to drop tokens by their value would change the
+    distribution that the others are drawn from.
     """
 
     def __init__(self, head: HeadBase, batch_size: int, min_confidence: float, sample: Sampler) -> None:
-        self._head, self._sample = head, sample
-        self._limit = log(min_confidence) if min_confidence > 0 else None
+        self._head, self._sample, self._limit = head, sample, min_confidence
         self._joint = [0.0] * batch_size  # log of the product of q
-        self._lengths = [0] * batch_size
         self._q: list[Tensor | None] = []
         self.tokens: list[Tensor] = []  # of each depth, [batch] in the target's ids
 
     def add(self, logits: Tensor) -> bool:
-        """Choose a token for each row by logits [batch, draft_vocab_size]; whether any row goes on."""
+        """Choose a token for each row by logits [batch, draft_vocab_size]; whether the chain goes on."""
         if not self._sample.is_greedy:
-            return self._add_drawn(logits)
+            token, q = self._sample(self._head.spread(logits))
+            self.tokens.append(token)
+            self._q.append(q)
+            return self._limit <= 0 or q is None or self._believe(q.gather(1, token[:, None])[:, 0].log())
         best = logits.max(-1)
-        if self._limit is not None and not self._believe(best.values - logits.logsumexp(-1)):
+        if self._limit > 0 and not self._believe(best.values - logits.logsumexp(-1)):
             return False
-        self._count()
         self.tokens.append(self._head.to_target(best.indices))
         return True
 
@@ -51,26 +52,12 @@ class ChainGrowth:
             return Draft(torch.zeros(len(self._joint), 0, dtype=torch.long, device=device))
         q = [x for x in self._q if x is not None]
         q_all = torch.stack(q, dim=1) if len(q) == len(self.tokens) else None
-        lengths = self._lengths if min(self._lengths) < len(self.tokens) else None
-        return Draft(torch.stack(self.tokens, dim=1), q=q_all, lengths=lengths)
-
-    def _add_drawn(self, logits: Tensor) -> bool:
-        self._count()
-        token, q = self._sample(self._head.spread(logits))
-        self.tokens.append(token)
-        self._q.append(q)
-        return self._limit is None or q is None or self._believe(q.gather(1, token[:, None])[:, 0].log())
+        return Draft(torch.stack(self.tokens, dim=1), q=q_all)
 
     def _believe(self, log_q: Tensor) -> bool:
-        """Whether any row is still likely with a token of `log_q` [batch] more."""
-        assert self._limit is not None
+        """Whether the chain is still likely with a token of `log_q` [batch] more in each row."""
         self._joint = [joint + more for joint, more in zip(self._joint, log_q.tolist(), strict=True)]
-        return max(self._joint) >= self._limit
-
-    def _count(self) -> None:
-        """One token more for the rows that are likely."""
-        limit = float("-inf") if self._limit is None else self._limit
-        self._lengths = [n + (joint >= limit) for n, joint in zip(self._lengths, self._joint, strict=True)]
+        return sum(map(exp, self._joint)) >= self._limit * len(self._joint)
 
 
 class Frontier(NamedTuple):
