@@ -177,7 +177,8 @@ class BlockAllocator:
                     "generate fewer rows or tokens at once, or free() caches that share this pool"
                 )
             needed = self.num_blocks + missing
-            self.relayout(needed + max(self.extent, needed // 4))
+            # Blocks that stay put are there to be kept over many calls: growing must be rare.
+            self.relayout(needed + max(self.extent, needed if self.stays_put else needed // 4))
 
     def extend(self, num_blocks: int) -> None:
         """Grow to `num_blocks` blocks (at most the cap), each held block staying where it is."""
