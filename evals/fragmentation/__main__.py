@@ -7,6 +7,7 @@ engines and `generate()` do without them. Waste is the part of the slots handed 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ STRATEGIES: dict[str, Callable[[int], Strategy]] = {
     "contiguous, longest": lambda pool: Contiguous(pool, is_max=True),
     "contiguous, power of two": lambda pool: Contiguous(pool, is_max=False),
     "static batch, torch.cat": StaticBatch,
-    **{f"paged {size}": lambda pool, size=size: Paged(pool, size) for size in BLOCK_SIZES},
+    **{f"paged {size}": partial(Paged, block_size=size) for size in BLOCK_SIZES},
     "paged 16, copy on write": lambda pool: Paged(pool, 16, copies_on_write=True),
     "paged 16, and shared prefixes": lambda pool: Paged(pool, 16, copies_on_write=True, shares_prefixes=True),
 }

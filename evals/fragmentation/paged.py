@@ -48,10 +48,8 @@ class Paged:
         taken: list[_Sequence] = []
         try:
             for output_len in request.output_lens:
-                if taken and self.copies_on_write:
-                    table = taken[0].table.fork()
-                else:
-                    table = self._table_for(request)
+                is_copy = bool(taken) and self.copies_on_write
+                table = taken[0].table.fork() if is_copy else self._table_for(request)
                 taken.append(_Sequence(request, table, output_len))
         except OutOfBlocks:
             _release(taken)

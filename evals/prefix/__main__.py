@@ -67,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
     rows = [{**_row(subject, args.dtype, cell, t), **facts} for cell, t in results.items() if t.is_equal]
     append_rows(out, rows)
     latest = {(row["length"], row["batch"], row["hit"]): row for row in read_rows(out)}
-    draw(list(latest.values()), args.plot or out.with_suffix(".png"))
+    if latest:
+        draw(list(latest.values()), args.plot or out.with_suffix(".png"))
     return int(any(not timings.is_equal for timings in results.values()))
 
 
