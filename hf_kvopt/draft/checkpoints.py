@@ -1,26 +1,34 @@
 """Published draft heads, brought to the heads of this library.
 
-| layout | told by | weights | read in |
-|---|---|---|---|
-| EAGLE-3, its authors' (yuhuili/EAGLE3-*), also SpecForge, AngelSlim, NVIDIA | `midlayer.*` | pytorch_model.bin or
-model.safetensors: `midlayer.self_attn.{q,k,v}_proj.weight` [heads * head_dim, 2 * hidden], `.o_proj`,
-`midlayer.mlp.{gate,up,down}_proj`, `midlayer.{hidden_norm,input_layernorm,post_attention_layernorm}.weight`,
-`fc.weight` [hidden, 3 * target hidden], `norm.weight`, `lm_head.weight` [draft_vocab_size, hidden], `d2t`
-[draft_vocab_size] int64 (target id less draft id), `t2d` [vocab_size] bool; `embed_tokens.weight` only where the width
-is not the target's. Configuration: a Llama config and `draft_vocab_size`, `target_hidden_size` | SafeAILab/EAGLE
-eagle/model/cnets.py, eagle/traineagle3/cnets.py; vLLM llama_eagle3.py |
-| `speculators` (RedHatAI, neuralmagic) | `speculators_model_type: eagle3` | as above with `layers.0.` for `midlayer.`;
-configuration nested in `transformer_layer_config`, beside it `draft_vocab_size`, `target_hidden_size`,
-`norm_before_residual`, `norm_before_fc`, `fc_norm`, `norm_output`, `eagle_aux_hidden_state_layer_ids` |
-vllm-project/speculators models/eagle3/{config,core,model_definitions}.py, convert/eagle/eagle3_converter.py |
-| EAGLE-1, EAGLE-2 (yuhuili/EAGLE-*) | `fc.weight` [hidden, 2 * hidden], no `lm_head` | `layers.0.*` of a Llama layer
-without `input_layernorm`, `fc.bias`, `embed_tokens.weight` | SafeAILab/EAGLE eagle/model/cnets1.py |
-| Medusa (FasterDecoding/medusa-*) | `0.0.linear.weight` | medusa_lm_head.pt or .safetensors: head i is
-`i.j.linear.{weight,bias}` for block j and, but for the first layout, `i.<blocks>.weight` [vocab, hidden];
-configuration: `medusa_num_heads`, `medusa_num_layers` (some say 2 heads and hold 5: the weights are believed) |
-FasterDecoding/Medusa medusa/model/medusa_model.py, medusa_model_legacy.py, train/train_legacy.py |
-| Medusa for vLLM | `blocks.0.layers.0.weight` | `lm_heads.i.weight` or one, `token_map` [draft vocabulary] int64 |
-vLLM medusa.py |
+The layouts, what tells them apart, and where they were read:
+
+EAGLE-3, its authors' (yuhuili/EAGLE3-*), also SpecForge, AngelSlim, NVIDIA: weights named `midlayer.*`
+    pytorch_model.bin or model.safetensors:
+        midlayer.self_attn.{q,k,v}_proj.weight   [heads * head_dim, 2 * hidden_size]
+        midlayer.self_attn.o_proj.weight, midlayer.mlp.{gate,up,down}_proj.weight
+        midlayer.{hidden_norm,input_layernorm,post_attention_layernorm}.weight
+        fc.weight                                [hidden_size, 3 * target hidden_size]
+        norm.weight, lm_head.weight              [draft_vocab_size, hidden_size]
+        d2t [draft_vocab_size] int64, target id less draft id; t2d [vocab_size] bool
+        embed_tokens.weight                      only where the width is not the target's
+    config.json: a Llama config with `draft_vocab_size`, `target_hidden_size`
+    SafeAILab/EAGLE eagle/model/cnets.py, eagle/traineagle3/cnets.py; vLLM llama_eagle3.py
+speculators (RedHatAI, neuralmagic): `speculators_model_type: eagle3`
+    the same weights with `layers.0.` for `midlayer.`
+    config.json: the Llama config in `transformer_layer_config`; beside it `draft_vocab_size`, `target_hidden_size`,
+    `norm_before_residual`, `norm_before_fc`, `fc_norm`, `norm_output`, `eagle_aux_hidden_state_layer_ids`
+    vllm-project/speculators models/eagle3/{config,core,model_definitions}.py, convert/eagle/eagle3_converter.py
+EAGLE-1 and EAGLE-2 (yuhuili/EAGLE-*): `fc.weight` [hidden_size, 2 * hidden_size] and no `lm_head.weight`
+    `layers.0.*` of a Llama layer without input_layernorm, fc.bias, embed_tokens.weight
+    SafeAILab/EAGLE eagle/model/cnets1.py
+Medusa (FasterDecoding/medusa-*): `0.0.linear.weight`
+    medusa_lm_head.pt or .safetensors: i.j.linear.{weight,bias} of block j of head i, and, but for the first layout,
+    i.<number of blocks>.weight [vocab_size, hidden_size]
+    config.json: `medusa_num_heads`, `medusa_num_layers` (some say 2 heads and hold 5: the weights are believed)
+    FasterDecoding/Medusa medusa/model/medusa_model.py, medusa_model_legacy.py, train/train_legacy.py
+Medusa for vLLM: `blocks.0.layers.0.weight`
+    blocks.i.layers.j.weight, lm_heads.i.weight (or one for all), token_map [draft vocabulary] int64
+    vLLM model_executor/models/medusa.py
 
 Numbers of layers of the target: `eagle_aux_hidden_state_layer_ids` beside the other fields counts as vLLM does, i is
 what enters block i, which is `hidden_states[i]`; inside `eagle_config` (SpecForge, NVIDIA) it counts what leaves block
