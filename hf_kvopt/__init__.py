@@ -16,8 +16,8 @@ from hf_kvopt.cache.quantized import QuantizedPagedCache
 from hf_kvopt.cache.stats import CacheStats
 from hf_kvopt.config import CacheConfig
 from hf_kvopt.draft.heads.auto import DraftHead
-from hf_kvopt.draft.policy import SpeculationStats
 from hf_kvopt.draft.speculate import speculative
+from hf_kvopt.draft.stats import SpeculationStats
 from hf_kvopt.enable import disable, enable
 from hf_kvopt.errors import CacheStateError, KVOptError, OutOfBlocks, UnsupportedDevice, UnsupportedModel
 from hf_kvopt.sharing import prefix_store

@@ -28,8 +28,6 @@ from hf_kvopt.draft.tree import TreeShape, shape_of
 from hf_kvopt.draft.verify import Verdict, greedy_chain, greedy_tree, sampled_chain, sampled_tree, typical_tree
 from hf_kvopt.errors import OutOfBlocks
 
-_NOTHING = Plan(0, 0)
-
 
 class DraftSampler:
     """Turns a drafter's logits into tokens as the target samples: warped alike, so that q is close to p."""
@@ -97,24 +95,17 @@ class Speculation:
             self._step(session)
 
     def _step(self, session: DraftSession) -> None:
-        batch = len(self.rows)
-        started = time.perf_counter()
+        batch, started = len(self.rows), time.perf_counter()
         plan = self.policy.plan(batch, self.output.remaining)
-        draft = self._draft(session, plan, started) if plan.num_nodes else None
-        if draft is None or not draft.tokens.shape[1]:
-            plan, draft = _NOTHING, Draft(self._roots()[:, :0])
-        started = time.perf_counter()
-        shape = None
-        if draft.parents is not None:
-            shape = shape_of(draft.parents[0].tolist(), draft.tokens.shape[1])
-        fed = torch.cat([self._roots(), draft.tokens], dim=1)
+        draft, shape = self._draft(session, plan)
+        fed, drafted = torch.cat([self._roots(), draft.tokens], dim=1), time.perf_counter()
         try:
             outputs = self.reader.forward(fed, shape, **self.extra)
         except OutOfBlocks:
-            if not plan.num_nodes:
+            if fed.shape[1] == 1:
                 raise
             # A capped pool has room for the tokens that will stay, not for those that are only tried.
-            plan, draft, shape, fed = _NOTHING, Draft(fed[:, :0]), None, fed[:, :1]
+            draft, shape, fed = Draft(fed[:, :0]), None, fed[:, :1]
             outputs = self.reader.forward(fed, None, **self.extra)
         logits = outputs.logits.float()
         verdict = self._verify(draft, shape, logits, self._prefixes(fed, shape))
@@ -122,20 +113,28 @@ class Speculation:
         paths = self._paths(verdict, kept)
         self.reader.keep(fed.shape[1], paths)
         self.pending.add(self._read(fed, kept, paths, outputs))
-        drafted = [draft.tokens.shape[1] if shape is None else max(shape.depths)] * batch
+        proposed = [draft.tokens.shape[1] if shape is None else max(shape.depths)] * batch
         if shape is None and draft.lengths is not None:
-            drafted = list(draft.lengths)
-        depths = [(drafted[row], len(verdict.paths[row])) for row, tokens in enumerate(kept) if tokens]
-        seconds = time.perf_counter() - started
-        self.policy.note_step(plan, batch, fed.shape[1], seconds, depths, sum(len(tokens) for tokens in kept))
+            proposed = list(draft.lengths)
+        depths = [(proposed[row], len(verdict.paths[row])) for row, tokens in enumerate(kept) if tokens]
+        num_tokens, ended = sum(len(tokens) for tokens in kept), time.perf_counter()
+        self.policy.note_step(plan, batch, fed.shape[1], drafted - started, ended - drafted, depths, num_tokens)
         self._let_go(session)
 
-    def _draft(self, session: DraftSession, plan: Plan, started: float) -> Draft:
+    def _draft(self, session: DraftSession, plan: Plan) -> tuple[Draft, TreeShape | None]:
+        """What the drafter proposes, and its shape where it is a tree; nothing where nothing is planned."""
+        if not plan.num_nodes:
+            return Draft(self._roots()[:, :0]), None
+        started = time.perf_counter()
         if self.pending:
             session.extend(self.pending.take())
         draft = session.propose(plan, self.sampler)
-        self.policy.note_draft(plan, len(self.rows), time.perf_counter() - started)
-        return draft
+        num_nodes, shape = draft.tokens.shape[1], None
+        if draft.parents is not None and num_nodes:
+            shape = shape_of(draft.parents[0].tolist(), num_nodes)
+        depth = num_nodes if shape is None else max(shape.depths)
+        self.policy.note_draft(plan, len(self.rows), depth, time.perf_counter() - started)
+        return draft, shape
 
     def _verify(
         self, draft: Draft, shape: TreeShape | None, logits: Tensor, prefixes: Sequence[Sequence[Tensor]] | None

@@ -1,75 +1,49 @@
 """How much to draft: whatever is expected to give most tokens a second, by what was measured so far.
 
-A verification of n nodes takes a + b n (fitted), a draft what it took before, and depth k is reached with the product
-of the acceptance rates up to k. So a chain of gamma gives 1 + sum_k prod_{j<=k} alpha_j tokens for its time; nothing
-drafted gives one for a plain step. Where that wins, speculation stops, is said to have stopped, and is tried again
-now and then.
+A verification of n nodes takes a + b n and a draft of depth d takes e + f d, both fitted to measured steps; depth k is
+reached with the product of the acceptance rates up to k. So a chain of gamma gives 1 + sum_k prod_{j<=k} alpha_j
+tokens for its time, and nothing drafted gives one for a plain step. A plan that was used is judged by the tokens and
+seconds that it really had. Where plain decoding wins, speculation stops, says so once, and is tried again later.
 """
 
 import logging
 from collections import defaultdict, deque
-from dataclasses import dataclass, field
 from statistics import median
+from typing import NamedTuple
 
 from hf_kvopt.draft.drafter import Plan
+from hf_kvopt.draft.stats import SpeculationStats
 
 logger = logging.getLogger(__name__)
 
-_NOTHING = Plan(0, 0)
-_WINDOW = 15  # measurements that are remembered of each kind
+NOTHING = Plan(0, 0)
+_CHAINS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
+_TREES = ((3, 8), (4, 8), (4, 12), (5, 16), (6, 24), (6, 32), (7, 48))  # depth, nodes
+_WINDOW = 16  # measurements that are remembered of each kind
 _FORGET = 0.98  # acceptance of a step ago counts this much less
+_ENOUGH = 4  # uses after which a plan is judged by what it gave
 _TRUST = 8  # speculative steps before the first judgement
 _PAUSE, _LONGEST_PAUSE = 32, 512  # plain steps until speculation is tried again
 _CONFIDENCE = (0.02, 0.3, 0.6)  # least, without measurements, most: see `Policy._confidence`
 
 
-@dataclass
-class SpeculationStats:
-    """What speculation did so far, over all calls; times in seconds."""
+class Yield(NamedTuple):
+    """What one draft and its verification gave and took."""
 
-    calls: int = 0
-    steps: int = 0  # verifications
-    row_steps: int = 0  # verifications times rows
-    plain_steps: int = 0  # steps without a draft
-    tokens: int = 0  # of verifications, the target's own token of each included
-    plain_tokens: int = 0
-    draft_s: float = 0.0
-    verify_s: float = 0.0
-    plain_s: float = 0.0
-    proposed_by_depth: list[int] = field(default_factory=list)
-    accepted_by_depth: list[int] = field(default_factory=list)
-    fell_back: bool = False
-    time_saved_s: float = 0.0  # against plain steps for the same tokens, as far as one was timed
-
-    @property
-    def mean_accepted_length(self) -> float:
-        """Tokens a verification and row, the target's own token included."""
-        return self.tokens / self.row_steps if self.row_steps else 0.0
-
-    @property
-    def acceptance_by_depth(self) -> list[float]:
-        """Of the drafts that reached depth k + 1, the share that was accepted up to there."""
-        return [a / p if p else 0.0 for a, p in zip(self.accepted_by_depth, self.proposed_by_depth, strict=True)]
-
-    def count_depths(self, proposed: int, accepted: int) -> None:
-        """Note one row's draft of depth `proposed`, of which `accepted` tokens were."""
-        while len(self.proposed_by_depth) < proposed:
-            self.proposed_by_depth.append(0)
-            self.accepted_by_depth.append(0)
-        for depth in range(proposed):
-            self.proposed_by_depth[depth] += 1
-            self.accepted_by_depth[depth] += depth < accepted
+    tokens: float  # of a row, on average
+    seconds: float
 
 
 class _Rates:
-    """Acceptance at each depth, given that the depth before was accepted."""
+    """Acceptance at each depth of a plan, given that the depth before was accepted."""
 
     def __init__(self) -> None:
         self.tried: list[float] = []
         self.passed: list[float] = []
 
-    def note(self, proposed: int, accepted: int) -> None:
-        for depth in range(min(proposed, accepted + 1)):
+    def note(self, gamma: int, accepted: int) -> None:
+        """A row's draft by a plan of depth gamma; depths that the drafter left out count as not accepted."""
+        for depth in range(min(gamma, accepted + 1)):
             if depth == len(self.tried):
                 self.tried.append(0.0)
                 self.passed.append(0.0)
@@ -85,9 +59,9 @@ class _Rates:
         return total
 
     def _rate(self, depth: int) -> float:
-        # Before anything is known, one in two; a depth that was never reached is like the one before.
+        # Before anything is known, three in four; a depth that was never reached is like the one before.
         known = min(depth, len(self.tried) - 1)
-        return (self.passed[known] + 1.0) / (self.tried[known] + 2.0) if known >= 0 else 0.5
+        return (self.passed[known] + 0.75) / (self.tried[known] + 1.0) if known >= 0 else 0.75
 
 
 class Policy:
@@ -96,6 +70,8 @@ class Policy:
     Args:
         gamma: depth of every draft; None chooses up to `max_gamma`.
         num_nodes: tokens of a tree; None chooses, 0 never draws one.
+        top_k: children of a node that a tree considers.
+        max_gamma: the deepest draft to consider.
         can_tree: whether the drafter can.
         may_stop: fall back to plain decoding where it is faster.
     """
@@ -103,16 +79,20 @@ class Policy:
     def __init__(
         self, gamma: int | None, num_nodes: int | None, top_k: int, max_gamma: int, can_tree: bool, may_stop: bool
     ) -> None:
-        chains = [gamma] if gamma is not None else [g for g in (1, 2, 3, 4, 5, 6, 8, 12, 16) if g <= max_gamma]
+        chains = [gamma] if gamma is not None else [g for g in _CHAINS if g <= max_gamma]
         self.chains = [Plan(g, g) for g in chains]
-        sizes = [] if num_nodes == 0 or not can_tree else [num_nodes] if num_nodes else [8, 12, 16, 24, 32, 48]
-        depths = [gamma] if gamma is not None else [g for g in (3, 4, 5, 6, 7) if g <= max_gamma]
-        self.trees = [Plan(g, n, top_k) for n in sizes for g in depths if n > g]
+        shapes = _TREES if num_nodes is None else [(g, num_nodes) for g in range(2, max_gamma + 1)]
+        if gamma is not None:
+            shapes = [(gamma, n) for n in ([num_nodes] if num_nodes else sorted({n for _, n in _TREES}))]
+        is_wanted = can_tree and num_nodes != 0
+        self.trees = [Plan(g, n, top_k) for g, n in shapes if is_wanted and g < n and g <= (gamma or max_gamma)]
         self.tree_is_asked = bool(num_nodes) and bool(self.trees)
         self.may_stop = may_stop
         self.stats = SpeculationStats()
         self.rates: dict[int, _Rates] = defaultdict(_Rates)  # by nodes of the tree; 0: chains
-        self.times: dict[tuple, deque[float]] = defaultdict(lambda: deque(maxlen=_WINDOW))
+        self.step_s: dict[tuple[int, int], deque[float]] = defaultdict(_window)  # (batch, tokens read a row)
+        self.draft_s: dict[tuple[int, bool, int], deque[float]] = defaultdict(_window)  # (batch, is chain, depth)
+        self.yields: dict[tuple[int, Plan], deque[Yield]] = defaultdict(_window)
         self.judged = self.pause_left = 0
         self.pause = _PAUSE
 
@@ -120,117 +100,119 @@ class Policy:
         """What to draft now for rows that still take `remaining` tokens each, at most."""
         depth = remaining - 1
         if depth < 1:
-            return _NOTHING
+            return NOTHING
         if self.pause_left > 0:
             self.pause_left -= 1
-            return _NOTHING
-        if self.may_stop and len(self._times("step", batch_size, 1)) < 2:
-            return _NOTHING  # what a plain step costs
-        plans = [_cut(plan, depth) for plan in self._candidates(batch_size)]
-        best = max(plans, key=lambda plan: self._tokens_per_s(plan, batch_size))
-        if self.may_stop and self.judged >= _TRUST and self._loses(best, batch_size):
+            return NOTHING
+        if self.may_stop and len(self.step_s[batch_size, 1]) < 2:
+            return NOTHING  # what a plain step costs
+        candidates = self.chains if batch_size > 1 else self.trees if self.tree_is_asked else self.chains + self.trees
+        best = max((_cut(plan, depth) for plan in candidates), key=lambda plan: self.rate(plan, batch_size))
+        if self.may_stop and self.judged >= _TRUST and self.rate(best, batch_size) < self.rate(NOTHING, batch_size):
             self._stop(best, batch_size)
-            return _NOTHING
+            return NOTHING
         self.judged += 1
         return best._replace(min_confidence=self._confidence(best, batch_size))
 
-    def note_draft(self, plan: Plan, batch_size: int, seconds: float) -> None:
-        """A draft by `plan` took `seconds`."""
+    def note_draft(self, plan: Plan, batch_size: int, depth: int, seconds: float) -> None:
+        """A draft by `plan` that came to `depth` took `seconds`."""
         self.stats.draft_s += seconds
-        self._times("draft", batch_size, _key(plan)).append(seconds)
+        self.draft_s[batch_size, plan.is_chain, depth].append(seconds)
 
     def note_step(
-        self, plan: Plan, batch_size: int, num_read: int, seconds: float, depths: list[tuple[int, int]], tokens: int
+        self,
+        plan: Plan,  # as it was asked for
+        batch_size: int,
+        num_read: int,  # tokens of each row
+        draft_s: float,
+        step_s: float,
+        depths: list[tuple[int, int]],  # (drafted, accepted) of each row
+        tokens: int,  # that came of it, over all rows
     ) -> None:
-        """A forward over `num_read` tokens a row took `seconds`, gave `tokens`; depths: (drafted, accepted) a row."""
-        stats = self.stats
-        self._times("step", batch_size, num_read).append(seconds)
+        """Note what a draft and its verification took and gave; a plain step where nothing was asked for."""
+        stats, rows = self.stats, max(1, len(depths))
+        self.step_s[batch_size, num_read].append(step_s)
+        if plan.num_nodes:
+            self.yields[batch_size, _key(plan)].append(Yield(tokens / rows, draft_s + step_s))
+            for _, accepted in depths:
+                self.rates[0 if plan.is_chain else plan.num_nodes].note(plan.gamma, accepted)
+        if num_read > 1:
+            stats.note_verification(depths, tokens, step_s)
+        else:
+            stats.note_plain(tokens, step_s)
+        if plan.num_nodes and self.step_s[batch_size, 1]:
+            stats.time_saved_s += median(self.step_s[batch_size, 1]) * tokens / rows - draft_s - step_s
+
+    def rate(self, plan: Plan, batch_size: int) -> float:
+        """Tokens of a row a second."""
         if not plan.num_nodes:
-            stats.plain_steps += 1
-            stats.plain_tokens += tokens
-            stats.plain_s += seconds
-            return
-        stats.steps += 1
-        stats.row_steps += len(depths)
-        stats.tokens += tokens
-        stats.verify_s += seconds
-        for proposed, accepted in depths:
-            self.rates[0 if plan.is_chain else plan.num_nodes].note(proposed, accepted)
-            stats.count_depths(proposed, accepted)
-        plain = self._plain_s(batch_size)
-        if plain is not None:
-            drafted = self._times("draft", batch_size, _key(plan))
-            spent = seconds + (drafted[-1] if drafted else 0.0)
-            stats.time_saved_s += plain * tokens / max(1, len(depths)) - spent
-
-    def _candidates(self, batch_size: int) -> list[Plan]:
-        if batch_size > 1:
-            return self.chains
-        return self.trees if self.tree_is_asked else self.chains + self.trees
-
-    def _tokens_per_s(self, plan: Plan, batch_size: int) -> float:
-        return self._expected(plan) / max(1e-9, self._draft_s(plan, batch_size) + self._step_s(plan, batch_size))
+            return 1 / self._step_time(1, batch_size)
+        known = self.yields.get((batch_size, _key(plan)), ())
+        if len(known) >= _ENOUGH:
+            return sum(x.tokens for x in known) / sum(x.seconds for x in known)
+        seconds = self._draft_time(plan, batch_size) + self._step_time(plan.num_nodes + 1, batch_size)
+        return self._expected(plan) / seconds
 
     def _confidence(self, plan: Plan, batch_size: int) -> float:
         """Where a draft should end: one token more must be likelier than the share of a token's time that it costs."""
         least, unknown, most = _CONFIDENCE
-        if not self._times("draft", batch_size, _key(plan)):
+        drafts = self._points(batch_size, plan.is_chain)
+        if len(drafts) < 2:
             return unknown
-        deeper = self._draft_s(plan, batch_size) / max(1, plan.gamma)
-        slope = (self._step_s(plan, batch_size) - (self._plain_s(batch_size) or 0.0)) / max(1, plan.num_nodes)
-        return min(most, max(least, (deeper + max(0.0, slope)) * self._tokens_per_s(plan, batch_size)))
+        deeper = _line(drafts, 2) - _line(drafts, 1)
+        wider = self._step_time(plan.num_nodes + 1, batch_size) - self._step_time(1, batch_size)
+        cost = deeper + max(0.0, wider) / plan.num_nodes
+        return min(most, max(least, cost * self.rate(plan, batch_size)))
 
     def _expected(self, plan: Plan) -> float:
         if plan.is_chain:
             return self.rates[0].expected(plan.gamma)
         known = self.rates.get(plan.num_nodes)
-        if known is not None and known.tried and known.tried[0] >= 4:
+        if known is not None and known.tried and known.tried[0] >= _ENOUGH:
             return known.expected(plan.gamma)
         # A guess until it was tried: two siblings at each depth are worth half a second chance.
         return self.rates[0].expected(plan.gamma, boost=1.5)
 
-    def _draft_s(self, plan: Plan, batch_size: int) -> float:
-        known = self._times("draft", batch_size, _key(plan))
-        if known:
-            return median(known)
-        # By depth, as a head drafts depth by depth.
-        per_depth = [
-            median(times) / max(1, key[2].gamma)
-            for key, times in self.times.items() if key[:2] == ("draft", batch_size) and times
+    def _points(self, batch_size: int, is_chain: bool) -> list[tuple[int, float]]:
+        """(depth, seconds) of the drafts of a kind."""
+        return [
+            (depth, median(times))
+            for (batch, kind, depth), times in self.draft_s.items() if (batch, kind) == (batch_size, is_chain)
         ]  # fmt: skip
-        return plan.gamma * median(per_depth) if per_depth else 0.0
 
-    def _step_s(self, plan: Plan, batch_size: int) -> float:
-        known = self._times("step", batch_size, plan.num_nodes + 1)
-        if len(known) >= 3:
+    def _draft_time(self, plan: Plan, batch_size: int) -> float:
+        points = self._points(batch_size, plan.is_chain) or self._points(batch_size, not plan.is_chain)
+        if len(points) == 1:
+            # As if the whole of it were the depth's.
+            return points[0][1] * plan.gamma / max(1, points[0][0])
+        return _line(points, plan.gamma) if points else 0.0
+
+    def _step_time(self, num_read: int, batch_size: int) -> float:
+        known = self.step_s[batch_size, num_read]
+        if len(known) >= _ENOUGH or (known and num_read == 1):
             return median(known)
-        points = [
-            (key[2], median(times)) for key, times in self.times.items() if key[:2] == ("step", batch_size) and times
-        ]
-        return _line(points, plan.num_nodes + 1)
-
-    def _plain_s(self, batch_size: int) -> float | None:
-        known = self._times("step", batch_size, 1)
-        return median(known) if known else None
-
-    def _loses(self, best: Plan, batch_size: int) -> bool:
-        plain = self._plain_s(batch_size)
-        return plain is not None and self._tokens_per_s(best, batch_size) * plain < 1.0
+        points = [(n, median(times)) for (batch, n), times in self.step_s.items() if batch == batch_size and times]
+        return _line(points, num_read) if points else 1e-3
 
     def _stop(self, best: Plan, batch_size: int) -> None:
         self.pause_left, self.pause = self.pause, min(2 * self.pause, _LONGEST_PAUSE)
         self.judged = _TRUST - 2
+        # So that it is really tried again.
+        for key in [key for key in self.yields if key[0] == batch_size]:
+            while len(self.yields[key]) >= _ENOUGH:
+                self.yields[key].popleft()
         if not self.stats.fell_back:
             self.stats.fell_back = True
             logger.warning(
-                "speculation is slower than plain decoding here: got %.2f tokens a verification, expected at least "
-                "%.2f for its cost; going on without drafts, and trying again now and then",
-                self._expected(best),
-                (self._draft_s(best, batch_size) + self._step_s(best, batch_size)) / (self._plain_s(batch_size) or 1.0),
+                "speculation is slower than plain decoding here: got %.1f tokens a second and row instead of %.1f; "
+                "going on without drafts, and trying again now and then",
+                self.rate(best, batch_size),
+                self.rate(NOTHING, batch_size),
             )
 
-    def _times(self, kind: str, batch_size: int, what: int | Plan) -> deque[float]:
-        return self.times[kind, batch_size, what]
+
+def _window() -> deque:
+    return deque(maxlen=_WINDOW)
 
 
 def _key(plan: Plan) -> Plan:
@@ -246,8 +228,6 @@ def _cut(plan: Plan, depth: int) -> Plan:
 
 def _line(points: list[tuple[int, float]], x: int) -> float:
     """Least squares through `points`, never falling with x."""
-    if not points:
-        return 1.0
     mean_x = sum(p[0] for p in points) / len(points)
     mean_y = sum(p[1] for p in points) / len(points)
     spread = sum((p[0] - mean_x) ** 2 for p in points)

@@ -25,9 +25,10 @@ from hf_kvopt.draft.drafter import Drafter
 from hf_kvopt.draft.lookahead import Lookahead
 from hf_kvopt.draft.lookup import PromptLookup
 from hf_kvopt.draft.output import Output
-from hf_kvopt.draft.policy import Policy, SpeculationStats
+from hf_kvopt.draft.policy import Policy
 from hf_kvopt.draft.prefill import prefill
 from hf_kvopt.draft.scores import NodeScores
+from hf_kvopt.draft.stats import SpeculationStats
 from hf_kvopt.errors import CacheStateError, UnsupportedModel
 
 logger = logging.getLogger(__name__)

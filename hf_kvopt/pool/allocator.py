@@ -229,10 +229,14 @@ class BlockAllocator:
             abandoned = list(self.abandoned)
             rows = [row for holder in holders for row in holder.held_rows() if row] + abandoned
             held = self.num_blocks - self.num_free
+            pitch = num_blocks // max(1, len(rows))
+            # Rows that share nothing begin evenly spaced where they can: one strided view then shows all of them.
+            is_even = sum(map(len, rows)) == held and pitch >= max(map(len, rows), default=0)
             gap = (num_blocks - held) // max(1, len(rows))
             new_ids: dict[int, int] = {}
             cursor = 0
-            for row in rows:
+            for place, row in enumerate(rows):
+                cursor = place * pitch if is_even else cursor
                 for block in row:
                     if block not in new_ids:
                         new_ids[block] = cursor

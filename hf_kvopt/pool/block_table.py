@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.pool.allocator import BlockAllocator
-from hf_kvopt.pool.slots import Layout, column_slots, moved_slots
+from hf_kvopt.pool.slots import Layout, column_slots, moved_slots, picked
 
 
 class BlockTable:
@@ -261,13 +261,7 @@ class BlockTable:
 
     def gather_slots(self, skip: int, num_columns: int, device: torch.device) -> Tensor:
         """[batch, num_columns] int64 slots from column base + `skip` on; some slot of the row where it has no token."""
-        name = f"gather {skip} {num_columns} {device}"
-        if name not in self._tensors:
-            columns = torch.arange(skip, skip + num_columns, device=device)
-            tokens = (columns - self.lag_tensor(device)[:, None]).clamp(min=0)
-            blocks = self.block_table(device).long().gather(1, tokens // self.block_size)
-            self._tensors[name] = blocks * self.block_size + tokens % self.block_size
-        return self._tensors[name]
+        return self.remember(f"gather {skip} {num_columns} {device}", lambda: picked(self, skip, num_columns, device))
 
     def held_rows(self) -> list[list[int]]:
         """The rows."""
@@ -362,12 +356,14 @@ class BlockTable:
             self.allocator.release(row)
             row.clear()
 
-    def _tensor(self, name: str, device: torch.device, data: list, dtype: torch.dtype) -> Tensor:
-        """`data` on `device`, kept until it changes: layers of one step share it."""
-        name = f"{name} {device}"
+    def remember(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` gives, kept until rows or lengths change: the layers of one step share it."""
         if name not in self._tensors:
-            self._tensors[name] = torch.tensor(data, dtype=dtype).to(device, non_blocking=True)
+            self._tensors[name] = make()
         return self._tensors[name]
+
+    def _tensor(self, name: str, device: torch.device, data: list, dtype: torch.dtype) -> Tensor:
+        return self.remember(f"{name} {device}", lambda: torch.tensor(data, dtype=dtype).to(device, non_blocking=True))
 
     def _rows_changed(self) -> None:
         self.version += 1

@@ -5,6 +5,9 @@ from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
 if TYPE_CHECKING:
     from hf_kvopt.pool.block_table import BlockTable
 
@@ -17,6 +20,14 @@ def column_slots(table: "BlockTable", start: int, stop: int) -> list[list[int]]:
         none = [-1] * (min(stop, first) - start)
         slots.append(none + [row[c // size] * size + c % size for c in range(max(start - first, 0), stop - first)])
     return slots
+
+
+def picked(table: "BlockTable", skip: int, num_columns: int, device: torch.device) -> Tensor:
+    """[batch, num_columns] int64 slots from column base + `skip` on; some slot of the row where it has no token."""
+    columns = torch.arange(skip, skip + num_columns, device=device)
+    tokens = (columns - table.lag_tensor(device)[:, None]).clamp(min=0)
+    blocks = table.block_table(device).long().gather(1, tokens // table.block_size)
+    return blocks * table.block_size + tokens % table.block_size
 
 
 def moved_slots(table: "BlockTable", num_tokens: int, paths: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:

@@ -74,6 +74,7 @@ def test_a_sampled_tree_has_the_targets_distribution() -> None:
     # Two children below the root, one of which comes twice, and three below the first.
     parents, tokens = [-1, -1, 0, 0, -1, 0, 1], [2, 4, 1, 5, 2, 3, 2]
     shape, p = shape_of(parents, len(parents)), list(distribution(3, seed=3))
+    p[0] = torch.tensor([0.05, 0.05, 0.35, 0.05, 0.4, 0.1])
     at = torch.stack([p[min(depth, 2)] for depth in shape.depths])
     sequences = [sampled_tree(tokens, shape, at).tokens[0] for _ in range(8_000)]
     assert_drawn_from(counted(sequences, 3, p), joint(p))
