@@ -75,6 +75,7 @@ class Speculation:
         self.sampler = DraftSampler(scores, self.do_sample)
         self.rows = list(range(len(output.lens)))  # row of the output of each row of the reader
         self.pending = Pending()
+        self.is_first_draft = True
         self.extra = {"output_hidden_states": True} if drafter.feature_layers else {}
 
     def run(self, prefill: Any, prompt: Read, session: DraftSession) -> None:
@@ -118,7 +119,9 @@ class Speculation:
             proposed = list(draft.lengths)
         depths = [(proposed[row], len(verdict.paths[row])) for row, tokens in enumerate(kept) if tokens]
         num_tokens, ended = sum(len(tokens) for tokens in kept), time.perf_counter()
-        self.policy.note_step(plan, batch, fed.shape[1], drafted - started, ended - drafted, depths, num_tokens)
+        draft_s = None if self.is_first_draft else drafted - started
+        self.is_first_draft = self.is_first_draft and not plan.num_nodes
+        self.policy.note_step(plan, batch, fed.shape[1], draft_s, ended - drafted, depths, num_tokens)
         self._let_go(session)
 
     def _draft(self, session: DraftSession, plan: Plan) -> tuple[Draft, TreeShape | None]:
@@ -133,7 +136,8 @@ class Speculation:
         if draft.parents is not None and num_nodes:
             shape = shape_of(draft.parents[0].tolist(), num_nodes)
         depth = num_nodes if shape is None else max(shape.depths)
-        self.policy.note_draft(plan, len(self.rows), depth, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self.policy.note_draft(plan, len(self.rows), depth, seconds, is_first=self.is_first_draft)
         return draft, shape
 
     def _verify(

@@ -22,14 +22,20 @@ _TREES = ((3, 8), (4, 8), (4, 12), (5, 16), (6, 24), (6, 32), (7, 48))  # depth,
 _WINDOW = 16  # measurements that are remembered of each kind
 _FORGET = 0.98  # acceptance of a step ago counts this much less
 _ENOUGH = 4  # uses after which a plan is judged by what it gave
+_STALE = 64  # steps after which what a plan gave says nothing any more
+_PROBE = 10  # every so many steps the next deeper chain is tried: text changes, and only trying tells
 _TRUST = 8  # speculative steps before the first judgement
 _PAUSE, _LONGEST_PAUSE = 32, 512  # plain steps until speculation is tried again
-_CONFIDENCE = (0.02, 0.3, 0.6)  # least, without measurements, most: see `Policy._confidence`
+_WARM_UP = 3  # steps that are not measured: the first ones compile and load things
+# Least, without measurements, most: see `Policy._confidence`. A head's q is spread wider than the target's first choice
+# deserves, so costs alone would end drafts too early (measured on the reference model).
+_CONFIDENCE = (0.01, 0.05, 0.1)
 
 
 class Yield(NamedTuple):
     """What one draft and its verification gave and took."""
 
+    step: int  # when
     tokens: float  # of a row, on average
     seconds: float
 
@@ -93,7 +99,7 @@ class Policy:
         self.step_s: dict[tuple[int, int], deque[float]] = defaultdict(_window)  # (batch, tokens read a row)
         self.draft_s: dict[tuple[int, bool, int], deque[float]] = defaultdict(_window)  # (batch, is chain, depth)
         self.yields: dict[tuple[int, Plan], deque[Yield]] = defaultdict(_window)
-        self.judged = self.pause_left = 0
+        self.judged = self.pause_left = self.num_steps = 0
         self.pause = _PAUSE
 
     def plan(self, batch_size: int, remaining: int) -> Plan:
@@ -104,7 +110,7 @@ class Policy:
         if self.pause_left > 0:
             self.pause_left -= 1
             return NOTHING
-        if self.may_stop and len(self.step_s[batch_size, 1]) < 2:
+        if self.may_stop and self.num_plain < 2:
             return NOTHING  # what a plain step costs
         candidates = self.chains if batch_size > 1 else self.trees if self.tree_is_asked else self.chains + self.trees
         best = max((_cut(plan, depth) for plan in candidates), key=lambda plan: self.rate(plan, batch_size))
@@ -112,42 +118,55 @@ class Policy:
             self._stop(best, batch_size)
             return NOTHING
         self.judged += 1
+        if self.judged % _PROBE == 0 and best.is_chain:
+            best = min((_cut(p, depth) for p in self.chains if p.gamma > best.gamma), default=best)
         return best._replace(min_confidence=self._confidence(best, batch_size))
 
-    def note_draft(self, plan: Plan, batch_size: int, depth: int, seconds: float) -> None:
-        """A draft by `plan` that came to `depth` took `seconds`."""
+    @property
+    def num_plain(self) -> int:
+        """Plain steps that were measured and are remembered, at whatever batch size."""
+        return sum(len(times) for (_, num_read), times in self.step_s.items() if num_read == 1)
+
+    def note_draft(self, plan: Plan, batch_size: int, depth: int, seconds: float, is_first: bool = False) -> None:
+        """A draft by `plan` that came to `depth` took `seconds`; the first of a call takes in the prompt as well."""
         self.stats.draft_s += seconds
-        self.draft_s[batch_size, plan.is_chain, depth].append(seconds)
+        if not is_first and self.num_steps >= _WARM_UP:
+            self.draft_s[batch_size, plan.is_chain, depth].append(seconds)
 
     def note_step(
         self,
         plan: Plan,  # as it was asked for
         batch_size: int,
         num_read: int,  # tokens of each row
-        draft_s: float,
+        draft_s: float | None,  # None: not a measure, as the draft took in the prompt
         step_s: float,
         depths: list[tuple[int, int]],  # (drafted, accepted) of each row
         tokens: int,  # that came of it, over all rows
     ) -> None:
         """Note what a draft and its verification took and gave; a plain step where nothing was asked for."""
         stats, rows = self.stats, max(1, len(depths))
-        self.step_s[batch_size, num_read].append(step_s)
+        self.num_steps += 1
+        if self.num_steps > _WARM_UP:
+            self.step_s[batch_size, num_read].append(step_s)
+            if plan.num_nodes and draft_s is not None:
+                self.yields[batch_size, _key(plan)].append(Yield(self.num_steps, tokens / rows, draft_s + step_s))
         if plan.num_nodes:
-            self.yields[batch_size, _key(plan)].append(Yield(tokens / rows, draft_s + step_s))
             for _, accepted in depths:
                 self.rates[0 if plan.is_chain else plan.num_nodes].note(plan.gamma, accepted)
         if num_read > 1:
             stats.note_verification(depths, tokens, step_s)
         else:
             stats.note_plain(tokens, step_s)
-        if plan.num_nodes and self.step_s[batch_size, 1]:
-            stats.time_saved_s += median(self.step_s[batch_size, 1]) * tokens / rows - draft_s - step_s
+        if plan.num_nodes and draft_s is not None and self.num_plain:
+            stats.time_saved_s += self._step_time(1, batch_size) * tokens / rows - draft_s - step_s
 
     def rate(self, plan: Plan, batch_size: int) -> float:
         """Tokens of a row a second."""
         if not plan.num_nodes:
             return 1 / self._step_time(1, batch_size)
-        known = self.yields.get((batch_size, _key(plan)), ())
+        known = self.yields[batch_size, _key(plan)]
+        while known and known[0].step < self.num_steps - _STALE:
+            known.popleft()
         if len(known) >= _ENOUGH:
             return sum(x.tokens for x in known) / sum(x.seconds for x in known)
         seconds = self._draft_time(plan, batch_size) + self._step_time(plan.num_nodes + 1, batch_size)
@@ -182,17 +201,20 @@ class Policy:
 
     def _draft_time(self, plan: Plan, batch_size: int) -> float:
         points = self._points(batch_size, plan.is_chain) or self._points(batch_size, not plan.is_chain)
+        if not points and self.draft_s:
+            points = self._points(min(self.draft_s, key=lambda key: abs(key[0] - batch_size))[0], plan.is_chain)
         if len(points) == 1:
             # As if the whole of it were the depth's.
             return points[0][1] * plan.gamma / max(1, points[0][0])
         return _line(points, plan.gamma) if points else 0.0
 
     def _step_time(self, num_read: int, batch_size: int) -> float:
-        known = self.step_s[batch_size, num_read]
+        known = self.step_s.get((batch_size, num_read), ())
         if len(known) >= _ENOUGH or (known and num_read == 1):
             return median(known)
-        points = [(n, median(times)) for (batch, n), times in self.step_s.items() if batch == batch_size and times]
-        return _line(points, num_read) if points else 1e-3
+        # By the tokens of all rows, as batches of any size tell what those cost.
+        points = [(batch * n, median(times)) for (batch, n), times in self.step_s.items() if times]
+        return _line(points, batch_size * num_read) if points else 1e-3
 
     def _stop(self, best: Plan, batch_size: int) -> None:
         self.pause_left, self.pause = self.pause, min(2 * self.pause, _LONGEST_PAUSE)

@@ -62,6 +62,6 @@ def test_stop_strings_end_a_row_where_plain_decoding_ends() -> None:
 
 def test_tokenizers_that_differ_are_noticed_though_the_vocabularies_are_as_large() -> None:
     other = tokenizer()
-    other.add_tokens(["x"])
+    other.add_tokens(["\u4e00"])
     with pytest.raises(ValueError, match="target's tokenizer"):
         speculative(noisy(), tokenizer=tokenizer(), assistant_tokenizer=other)
