@@ -25,7 +25,7 @@ _ENOUGH = 4  # uses after which a plan is judged by what it gave
 _STALE = 64  # steps after which what a plan gave says nothing any more
 _PROBE = 10  # every so many steps the next deeper chain is tried: text changes, and only trying tells
 _TRUST = 8  # speculative steps before the first judgement
-_PAUSE, _LONGEST_PAUSE = 32, 512  # plain steps until speculation is tried again
+_PAUSE, _LONGEST_PAUSE = 32, 256  # plain steps until speculation is tried again
 _WARM_UP = 3  # steps that are not measured: the first ones compile and load things
 # Least, without measurements, most: see `Policy._confidence`. A head's q is spread wider than the target's first choice
 # deserves, so costs alone would end drafts too early (measured on the reference model).
@@ -55,6 +55,10 @@ class _Rates:
                 self.passed.append(0.0)
             self.tried[depth] = self.tried[depth] * _FORGET + 1
             self.passed[depth] = self.passed[depth] * _FORGET + (depth < accepted)
+
+    def fade(self) -> None:
+        """Let what was seen so far count for little."""
+        self.tried, self.passed = ([x / 8 for x in values] for values in (self.tried, self.passed))
 
     def expected(self, gamma: int, boost: float = 1.0) -> float:
         """Tokens of a verification of depth gamma; `boost` > 1 where several siblings are tried at each depth."""
@@ -218,11 +222,12 @@ class Policy:
 
     def _stop(self, best: Plan, batch_size: int) -> None:
         self.pause_left, self.pause = self.pause, min(2 * self.pause, _LONGEST_PAUSE)
-        self.judged = _TRUST - 2
-        # So that it is really tried again.
+        self.judged = _TRUST - _ENOUGH
+        # So that it is really tried again, and what it gives then counts.
         for key in [key for key in self.yields if key[0] == batch_size]:
-            while len(self.yields[key]) >= _ENOUGH:
-                self.yields[key].popleft()
+            self.yields[key].clear()
+        for rates in self.rates.values():
+            rates.fade()
         if not self.stats.fell_back:
             self.stats.fell_back = True
             logger.warning(
