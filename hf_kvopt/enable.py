@@ -20,6 +20,9 @@ from hf_kvopt.attention.support import model_traits
 from hf_kvopt.cache.paged import PagedCache
 from hf_kvopt.cache.prefix import PrefixStore
 from hf_kvopt.cache.quantized import QuantizedPagedCache
+from hf_kvopt.draft.drafter import Drafter
+from hf_kvopt.draft.generate import DraftingGenerate
+from hf_kvopt.draft.speculate import SpeculativeDecoding, speculative
 from hf_kvopt.errors import CacheStateError, UnsupportedModel
 from hf_kvopt.quant import KV_FORMATS
 from hf_kvopt.sharing import Sharing, SharingOverride, install, uninstall
@@ -40,6 +43,7 @@ def enable(
     *,
     attention: bool = True,
     prefix_sharing: bool | PrefixStore = False,
+    draft: "str | Drafter | PreTrainedModel | SpeculativeDecoding | None" = None,
     **cache_options: Any,
 ) -> PreTrainedModel:
     """Make plain `model.generate(...)` use hf_kvopt's attention and cache.
@@ -52,6 +56,8 @@ def enable(
         prefix_sharing: compute a prompt once, across `generate` calls and inside a batch; True makes a `PrefixStore`
             of the cache's format with the options `max_tokens`, `block_size`, `skip_layers` and `layer_formats` (see
             `prefix_store(model)`), a store of this model is used as it is.
+        draft: speculate in every `generate` call: a draft head, an assistant model, "prompt_lookup", "lookahead", or
+            what `speculative(...)` made, with its settings and `stats`. Not with prefix_sharing.
         cache_options: handed to the cache at each `generate` call, e.g. `block_size=32`, `max_tokens=100_000`.
 
     Returns:
@@ -78,6 +84,7 @@ def enable(
     if cache is not None:
         _make_cache(model, CACHES[cache], cache_options)  # refuse bad options now, not in the first generate
     sharing = _sharing(model, cache, prefix_sharing, cache_options)
+    drafting = _drafting(model, draft, sharing)
     disable(model)
     previous = model.config._attn_implementation
     if attention:
@@ -90,6 +97,8 @@ def enable(
     if sharing is not None:
         model.__dict__["_prepare_cache_for_generation"] = _SharedCacheMaker(model, sharing)
         install(model, sharing)
+    if drafting is not None:
+        model.__dict__["generate"] = DraftingGenerate(model, drafting)
     setattr(model, _STATE, previous)
     return model
 
@@ -105,6 +114,19 @@ def disable(model: PreTrainedModel) -> PreTrainedModel:
         if model.config._attn_implementation != previous:
             model.set_attn_implementation(previous)
     return model
+
+
+def _drafting(model: PreTrainedModel, draft: Any, sharing: Any) -> SpeculativeDecoding | None:
+    if draft is None:
+        return None
+    if sharing is not None:
+        raise ValueError(
+            "prefix_sharing and draft both go around generate(): got both; drop draft= and pass "
+            "custom_generate=hf_kvopt.speculative(...) to the calls that should speculate"
+        )
+    made = draft if isinstance(draft, SpeculativeDecoding) else speculative(draft)
+    made.drafter.check(model)
+    return made
 
 
 class _CacheMaker(InstanceOverride):

@@ -54,6 +54,20 @@ class SpeculativeDecoding:
         self.drafter, self.policy, self.is_typical = drafter, policy, is_typical
         self.streamer, self.tokenizer, self.stop_strings = streamer, tokenizer, stop_strings
 
+    def bound(
+        self,
+        streamer: BaseStreamer | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        stop_strings: str | list[str] | None = None,
+    ) -> "SpeculativeDecoding":
+        """This, for one call, with what generate() would not hand on; it learns and counts together with this one."""
+        tokenizer, stop_strings = tokenizer or self.tokenizer, stop_strings or self.stop_strings
+        if stop_strings is not None and tokenizer is None:
+            raise ValueError("stop_strings need the tokenizer: got none; pass tokenizer=")
+        return SpeculativeDecoding(
+            self.drafter, self.policy, self.is_typical, streamer or self.streamer, tokenizer, stop_strings
+        )
+
     @property
     def stats(self) -> SpeculationStats:
         """Accepted lengths, times and whether it fell back to plain decoding, over all calls."""

@@ -1,5 +1,6 @@
 """Streamers and stop strings, which generate() does not hand on, bound in the factory; the sugar around it."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -8,8 +9,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from hf_kvopt import speculative
+from hf_kvopt import disable, enable, speculative
 from tests.draft.drafters import noisy
+from tests.draft.test_verify import small
 from tests.helpers import VOCAB, eager_tokens, generate, prompt, tiny_model
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())[:VOCAB]
@@ -65,3 +67,32 @@ def test_tokenizers_that_differ_are_noticed_though_the_vocabularies_are_as_large
     other.add_tokens(["\u4e00"])
     with pytest.raises(ValueError, match="target's tokenizer"):
         speculative(noisy(), tokenizer=tokenizer(), assistant_tokenizer=other)
+
+
+def test_an_enabled_model_speculates_in_plain_generate() -> None:
+    model, streamer = tiny_model(attention="eager"), Collected()
+    spec = speculative(noisy(), gamma=4, fallback=False)
+    enable(model, draft=spec)
+    wanted = eager_tokens("full", 9, max_new_tokens=20)
+    options = {"max_new_tokens": 20, "do_sample": False}
+    assert torch.equal(model.generate(**prompt(9), streamer=streamer, **options), wanted)
+    assert streamer.is_ended
+    assert spec.stats.calls == 1
+    assert torch.equal(model.generate(**prompt(9, 6), **options), eager_tokens("full", 9, 6, max_new_tokens=20))
+    assert spec.stats.calls == 2
+    with pytest.raises(ValueError, match="num_beams=2"):
+        model.generate(**prompt(9), num_beams=2, **options)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin.generate(**prompt(9), **options), wanted)
+    disable(model)
+    assert "generate" not in vars(model)
+    assert torch.equal(model.generate(**prompt(9), **options), wanted)
+
+
+def test_enabling_refuses_what_cannot_draft_and_changes_nothing() -> None:
+    model = tiny_model(attention="eager")
+    before = set(vars(model))
+    for draft, said in ((small(0), "vocabularies of 97"), ("lookback", "expected one of")):
+        with pytest.raises(ValueError, match=said):
+            enable(model, draft=draft)
+    assert set(vars(model)) == before
