@@ -111,7 +111,9 @@ class Worker(Body):
             self.stop = self.least(self.end, self.b.add(tile, self.integer(TILE)))
             self._load_scales()
             with self.loop(self.integer(0), self.num_padded(), self.spec.rows) as query:
-                self._tile(query)
+                bounds = [self._seen(self.b.add(query, self.integer(q))) for q in self._rows]
+                with self.b.if_then(self._is_seen(bounds)):
+                    self._tile(query, bounds)
         with self.b.if_then(self.b.icmp_signed("==", splits, self.integer(1))):
             self.b.call(self.finish, [self.arguments, pair])
 
@@ -177,7 +179,7 @@ class Worker(Body):
                 with self._vectors() as token:
                     self.store(plane.scales(token), self.item(scales, F32, self.b.sub(token, self.tile)))
 
-    def _tile(self, query: ir.Value) -> None:
+    def _tile(self, query: ir.Value, bounds: list[tuple[ir.Value, ir.Value]]) -> None:
         """One step of `rows` queries over one tile of tokens."""
         with self.loop(self.round_down(self.first, self.unit), self.stop, self.unit) as token:
             self._products(query, token)
@@ -190,7 +192,7 @@ class Worker(Body):
         for kind, item in ((BOOL_MASK, 1), (FLOAT_MASK, 4)):
             with self.b.if_then(self.b.icmp_signed("==", self.number("mask_kind"), self.integer(kind))):
                 self._mask(query, kind, item)
-        alphas = self._softmax(query)
+        alphas = self._softmax(query, bounds)
         for first in range(0, self.v_vectors, self.width):
             self._add_values(query, alphas, range(first, min(first + self.width, self.v_vectors)))
 
@@ -266,11 +268,11 @@ class Worker(Body):
             scores = self.b.select(hidden, nothing, self.b.fadd(scores, self.b.fmul(bias, log2_e)))
         self.store(scores, self._score(q, token))
 
-    def _softmax(self, query: ir.Value) -> list[ir.Value]:
+    def _softmax(self, query: ir.Value, bounds: list[tuple[ir.Value, ir.Value]]) -> list[ir.Value]:
         """Turn scores into weights of the values; returns by how much each row's sums so far shrink."""
         rows = [self.part_row(self.part_of_task, self.b.add(query, self.integer(q))) for q in self._rows]
         old = [self.b.load(self.extreme(row), typ=F32) for row in rows]
-        new = self._maxima(query, old)
+        new = self._maxima(old, bounds)
         pivots = [self.pivot(m) for m in new]
         alphas = [self.power(self.b.fsub(m, pivot)) for m, pivot in zip(old, pivots, strict=True)]
         totals = [self.var(self.splat(0.0)) for _ in rows]
@@ -288,9 +290,8 @@ class Worker(Body):
             self.b.store(self.b.fadd(shrunk, self.fold(total.get(), "add")), self.denominator(row))
         return alphas
 
-    def _maxima(self, query: ir.Value, old: list[ir.Value]) -> list[ir.Value]:
+    def _maxima(self, old: list[ir.Value], bounds: list[tuple[ir.Value, ir.Value]]) -> list[ir.Value]:
         """Hide what a query does not see; returns the greatest score of each row so far."""
-        bounds = [self._seen(self.b.add(query, self.integer(q))) for q in self._rows]
         maxima = [self.var(self.splat(m)) for m in old]
         steps = ir.Constant(ir.VectorType(I32, self.lanes), list(range(self.lanes)))
         with self._vectors() as token:
@@ -312,6 +313,15 @@ class Worker(Body):
         after = self.b.select(is_causal, self.b.add(position, self.integer(1)), self.end)
         low, high = self.greatest(self.begin, window_start), self.least(self.end, after)
         return self.b.trunc(low, I32), self.b.trunc(high, I32)
+
+    def _is_seen(self, bounds: list[tuple[ir.Value, ir.Value]]) -> ir.Value:
+        """Whether some query sees some token of the tile."""
+        first, stop = self.b.trunc(self.first, I32), self.b.trunc(self.stop, I32)
+        seen = ir.Constant(ir.IntType(1), 0)
+        for low, high in bounds:
+            begins, ends = self.b.icmp_signed("<", low, stop), self.b.icmp_signed(">", high, first)
+            seen = self.b.or_(seen, self.b.and_(begins, ends))
+        return seen
 
     def _add_values(self, query: ir.Value, alphas: list[ir.Value], vectors: range) -> None:
         """acc = acc * alpha + weights @ values, for some of the channels."""
