@@ -7,6 +7,7 @@
 Source: PagedAttention, arXiv:2309.06180; scales and packing as in quant/formats.py.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,7 +17,7 @@ import torch
 from hf_kvopt.plan.blocks import BlockCount, count_blocks
 from hf_kvopt.plan.geometry import LayerKV
 from hf_kvopt.plan.inputs import BadInput
-from hf_kvopt.quant import NATIVE_KV, SCALE_DTYPE, FormatPolicy, KVFormat
+from hf_kvopt.quant import NATIVE_KV, SCALE_DTYPE, FormatPolicy, KVFormat, guard_for
 
 _NATIVE = FormatPolicy()
 CACHES = ("paged", "dynamic", "static")
@@ -74,7 +75,7 @@ class CacheSpec:
             return NATIVE_KV
         chosen = policy.at(idx, is_sliding=layer.window is not None)
         # Latents: what stands in the place of the values is the rotary part of the keys.
-        return KVFormat(chosen.k, chosen.k) if layer.attention == "MLA" else chosen
+        return KVFormat(chosen.k, chosen.k, guard=False) if layer.attention == "MLA" else chosen
 
     @property
     def max_blocks(self) -> int | None:
@@ -107,7 +108,8 @@ def token_bytes(layer: LayerKV, fmt: KVFormat, dtype: torch.dtype) -> int:
 
 def scale_bytes(layer: LayerKV, fmt: KVFormat) -> int:
     """Return the bytes of `token_bytes` that are scales."""
-    return SCALE_DTYPE.itemsize * (layer.key_heads * fmt.k.has_scale + layer.value_heads * fmt.v.has_scale)
+    keys, values = (math.prod(plane.scale_shape) * plane.has_scale for plane in (fmt.k, fmt.v))
+    return SCALE_DTYPE.itemsize * (layer.key_heads * keys + layer.value_heads * values)
 
 
 def kv_bytes(
@@ -122,8 +124,8 @@ def kv_bytes(
 
     With `prompt=None` sliding layers count the most that they ever hold on the way to `length`.
     """
-    counts = {window: _blocks(spec, batch, length, prompt, window) for window in {x.window for x in layers}}
-    content = used = reserved = stock = 0
+    tables: dict[int | None, _Table] = {}
+    content = stock = 0
     for layer, fmt in zip(layers, formats, strict=True):
         if not layer.has_kv:
             continue
@@ -131,15 +133,32 @@ def kv_bytes(
         if not layer.is_paged:
             stock += batch * length * size
             continue
-        held = batch * _held(spec, length, layer.window)
-        content += held * size
-        if spec.cache == "paged":
-            used += counts[layer.window].used * spec.block_size * size
-            reserved += counts[layer.window].reserved * spec.block_size * size
-        else:
-            used += held * size
-            reserved += held * size
+        content += batch * _held(spec, length, layer.window) * size
+        table = tables.setdefault(layer.window, _Table(0, 0))
+        tables[layer.window] = _Table(table.slot + size, table.beside + centre_bytes(layer, fmt))
+    if spec.cache != "paged":
+        return KVBytes(content, content, content, stock)
+    used = reserved = 0
+    for window, table in tables.items():
+        blocks = _blocks(spec, batch, length, prompt, window)
+        held = blocks.reserved * spec.block_size * table.slot + table.beside
+        reserved += held
+        # A block is charged its share of what its table keeps once.
+        used += blocks.used * (held // max(1, blocks.reserved))
     return KVBytes(content, used, reserved, stock)
+
+
+class _Table(NamedTuple):
+    """Bytes of all layers that share a window."""
+
+    slot: int  # of one token
+    beside: int  # whatever the number of blocks
+
+
+def centre_bytes(layer: LayerKV, fmt: KVFormat) -> int:
+    """Return what a guarded layer keeps beside its blocks: one float32 centre; rows with loud channels add theirs."""
+    is_centred = fmt.guard and guard_for(fmt.k).centres
+    return 4 * layer.key_heads * layer.key_dim if is_centred else 0
 
 
 def _held(spec: CacheSpec, length: int, window: int | None) -> int:

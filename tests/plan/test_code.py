@@ -1,0 +1,71 @@
+"""The Python lines of a plan are real: they load, enable and generate, and the tokens are transformers' own."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hf_kvopt
+from hf_kvopt.plan.code import python_lines
+from hf_kvopt.plan.options import Option
+from hf_kvopt.plan.setup import set_up
+from tests.plan.test_planner import CPU
+
+MODEL = Path(__file__).parents[2] / "evals/reference_model/model"
+OPTIONS = [
+    Option(format, False, shares_prefix, draft)
+    for format, shares_prefix, draft in itertools.product(["native", "int8"], [False, True], ["none", "prompt_lookup"])
+]
+
+
+@pytest.fixture(scope="module")
+def inputs() -> dict[str, torch.Tensor]:
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    return dict(tokenizer("import os\nimport sys\n\n\ndef main():\n", return_tensors="pt"))
+
+
+@pytest.fixture(scope="module")
+def default_tokens(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    model: Any = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    return model.generate(**inputs, max_new_tokens=12)
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=lambda o: f"{o.format}-{'shared' * o.shares_prefix}-{o.draft}")
+def test_the_lines_run_and_write_transformers_own_tokens(
+    option: Option, inputs: dict[str, torch.Tensor], default_tokens: torch.Tensor
+) -> None:
+    setup = set_up(str(MODEL), CPU, "512", 1, "document", "latency", None, "float32")
+    code = "\n".join(python_lines(setup, option, 1, 16)).replace("max_new_tokens=200", "max_new_tokens=12")
+    scope: dict[str, Any] = {"name": str(MODEL), "inputs": inputs}
+    exec(compile(code, "plan", "exec"), scope)
+    assert scope["out"].shape == default_tokens.shape
+    if option.format == "native":
+        assert torch.equal(scope["out"], default_tokens)
+    hf_kvopt.disable(scope["model"])
+
+
+def test_a_compiled_plan_names_options_that_the_cache_takes() -> None:
+    setup = set_up(str(MODEL), "H200", "512", 1, "batch", "latency", None, "bfloat16")
+    (line,) = [x for x in python_lines(setup, Option("int8", True, False, "none"), 1, 64) if "enable(" in x]
+    model: Any = AutoModelForCausalLM.from_pretrained(MODEL)
+    exec(line, {"hf_kvopt": hf_kvopt, "model": model})
+    hf_kvopt.disable(model)
+
+
+def test_a_head_is_loaded_by_a_name_that_exists() -> None:
+    setup = set_up(str(MODEL), CPU, "512", 1, "chat", "latency", None, "float32")
+    code = "\n".join(python_lines(setup, Option("native", False, False, "head"), 1, 16))
+    assert "hf_kvopt.speculative(hf_kvopt.DraftHead.from_pretrained(head_path))" in code
+    assert callable(hf_kvopt.speculative)
+    assert callable(hf_kvopt.DraftHead.from_pretrained)
+
+
+def test_parallel_lines_name_what_transformers_has() -> None:
+    setup = set_up(str(MODEL), CPU, "512", 1, "chat", "latency", None, "float32")
+    lines = python_lines(setup, Option("native", False, False, "none"), 2, 16)
+    imports = [line for line in lines if "import" in line]
+    exec("\n".join(imports), {})
+    assert any("DistributedConfig(tp_size=2)" in line for line in lines)
