@@ -105,10 +105,10 @@ _NAMES = {"delta": "loss of perplexity", "bf16_share": "KV bytes over bfloat16's
 
 def _bar(bar: dict[str, Any]) -> tuple[str, str, bool | None]:
     """(goal, measured, met) of a bar as the evals write it."""
-    value, limit = bar.get("value"), bar.get("limit")
+    value, limit = bar.get("value"), bar.get("limit", bar.get("most", bar.get("least")))
     is_share = bar.get("metric") == "delta"
     show = (lambda x: f"{x:+.3%}") if is_share else (lambda x: f"{x:.3g}")
-    sign = "at least" if bar.get("at_least") else "at most"
+    sign = "at least" if "least" in bar else "at most"
     met = bar.get("met", bar.get("is_met"))
     return (
         f"{sign} {show(limit)}" if isinstance(limit, int | float) else str(limit),
@@ -124,6 +124,27 @@ def _needle(rows: Sequence[Found]) -> list[Claim]:
         text = " with outliers" if f.get("outliers") else ""
         what = f"{f['side']}, {f['model']}{text}: needles found"
         claims.append(_claim(row, what, "-", f"{f['exact']:.1%} exactly, {f['token_accuracy']:.1%} of tokens", None))
+    return claims
+
+
+def _prefix(rows: Sequence[Found]) -> list[Claim]:
+    claims = []
+    for row in newest(rows, "model", "length", "batch", "hit", "device"):
+        f, bar = row.fields, row.fields.get("bar") or {}
+        what = f"first token, {f['length']:,} tokens, batch {f['batch']}, {f['hit']:.0%} known: shared over plain"
+        goal = f"at most {bar['most']:.3g}x" if bar else "-"
+        said = f"{f['shared_over_plain']:.3f}x ({f['plain_ms']:.0f} -> {f['shared_ms']:.0f} ms)"
+        claims.append(_claim(row, what, goal, said, bar.get("is_met")))
+    return claims
+
+
+def _fragmentation(rows: Sequence[Found]) -> list[Claim]:
+    claims = []
+    for row in newest(rows, "strategy", "requests", "pool_tokens"):
+        f, bar = row.fields, row.fields.get("bar") or {}
+        goal = f"below {bar['most']:.0%}" if bar else "-"
+        said = f"{f['waste']:.1%} wasted, {f['concurrency']:.0f} rows at once"
+        claims.append(_claim(row, f"{f['strategy']}, {f['requests']:,} requests", goal, said, bar.get("is_met")))
     return claims
 
 
@@ -208,8 +229,8 @@ READERS: dict[str, Reader] = {
     "speed": _speed,
     "perplexity": _perplexity,
     "needle": _needle,
-    "prefix": _bars,
-    "fragmentation": _bars,
+    "prefix": _prefix,
+    "fragmentation": _fragmentation,
     "acceptance": _bars,
     "kernels": _kernels,
     "gpu": _gpu,

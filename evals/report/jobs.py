@@ -32,9 +32,14 @@ JOBS = (
     ),
     Job("perplexity", (), ("--context", "129", "--segments", "4"), "perplexity.json"),
     Job("needle", (), ("--contexts", "256", "--depths", "2", "--samples", "2"), "needle.json"),
-    Job("prefix", (), ("--quick",), "prefix.json"),
-    Job("fragmentation", (), ("--quick",), "fragmentation.json"),
-    Job("acceptance", (), ("--quick",), "acceptance.json"),
+    Job(
+        "prefix",
+        (),
+        ("--lengths", "256", "--batches", "1", "--hits", "0", "0.95", "--repeats", "2"),
+        "prefix-cpu.json",
+    ),
+    Job("fragmentation", (), ("--requests", "60"), "fragmentation.json"),
+    Job("acceptance", (), (), "acceptance.json"),
     Job("kernels", (), (), "kernels-aot.json"),
     Job("gpu", (), (), "gpu.json", needs_cuda=True),
 )

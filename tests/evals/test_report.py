@@ -27,8 +27,10 @@ LOSS = {
     "eval": "perplexity", "model": "m", "side": "int8+hf_kvopt", "baseline": "dynamic+sdpa", "chunk": 16,
     "bars": [{"metric": "delta", "limit": 0.0005, "value": 0.0004, "met": True}], **FACTS,
 }  # fmt: skip
-MISSED = {"metric": "speed-up", "limit": 10, "value": 8, "met": False}
-OTHER = {"eval": "prefix", "model": "m", "hit": 0.95, "bar": MISSED}
+OTHER = {
+    "eval": "prefix", "model": "m", "length": 4096, "batch": 1, "hit": 0.95, "plain_ms": 800.0, "shared_ms": 100.0,
+    "shared_over_plain": 0.125, "bar": {"most": 0.1, "is_met": False},
+}  # fmt: skip
 
 
 def found(*rows: dict[str, Any], is_quick: bool = False) -> list[Found]:
