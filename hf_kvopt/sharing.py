@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation import GenerationConfig
@@ -24,6 +26,8 @@ from hf_kvopt.cache.prefix import PrefixStore
 from hf_kvopt.cache.prefix_cache import PrefixSharedCache
 from hf_kvopt.errors import CacheStateError
 
+# Before, a prefill in chunks began at the first token, whatever the cache held.
+_CHUNKS_GO_ON = Version(transformers.__version__) >= Version("5.21")
 OVERRIDES = ("generate", "_prefill")
 # What does not change a token's keys and values; anything else that generate() hands the model may.
 _HARMLESS = (
@@ -119,10 +123,11 @@ class _Prefill(SharingOverride):
         **kwargs: Any,
     ) -> Any:
         model, cache = self.module, model_kwargs.get("past_key_values")
-        if isinstance(cache, PrefixSharedCache) and cache.is_blank and _says_all(input_ids, model_kwargs):
-            cache.store.begin(
-                cache, input_ids, model_kwargs.get("attention_mask"), chunk_size=generation_config.prefill_chunk_size
-            )
+        chunk_size = generation_config.prefill_chunk_size
+        is_blank = isinstance(cache, PrefixSharedCache) and cache.is_blank
+        if is_blank and _says_all(input_ids, model_kwargs) and (chunk_size is None or _CHUNKS_GO_ON):
+            assert isinstance(cache, PrefixSharedCache)
+            cache.store.begin(cache, input_ids, model_kwargs.get("attention_mask"), chunk_size=chunk_size)
         return type(model)._prefill(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
 
 

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+import transformers
 
 from hf_kvopt import CacheStateError, OutOfBlocks, PagedCache, PrefixStore, UnsupportedModel
 from hf_kvopt.cache.identity import state_of
@@ -134,6 +135,7 @@ def test_a_fork_of_a_cache_is_a_branch() -> None:
     store.check_integrity()
 
 
+@pytest.mark.skipif(transformers.__version__ < "5.21", reason="chunks begin at the first token before 5.21")
 def test_chunked_prefill_goes_on_behind_what_is_known() -> None:
     model, store = shared_model()
     turn(store, model, batch(SYSTEM[:20]))
