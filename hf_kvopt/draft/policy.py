@@ -221,13 +221,6 @@ class Policy:
         return _line(points, batch_size * num_read) if points else 1e-3
 
     def _stop(self, best: Plan, batch_size: int) -> None:
-        self.pause_left, self.pause = self.pause, min(2 * self.pause, _LONGEST_PAUSE)
-        self.judged = _TRUST - _ENOUGH
-        # So that it is really tried again, and what it gives then counts.
-        for key in [key for key in self.yields if key[0] == batch_size]:
-            self.yields[key].clear()
-        for rates in self.rates.values():
-            rates.fade()
         if not self.stats.fell_back:
             self.stats.fell_back = True
             logger.warning(
@@ -236,6 +229,13 @@ class Policy:
                 self.rate(best, batch_size),
                 self.rate(NOTHING, batch_size),
             )
+        self.pause_left, self.pause = self.pause, min(2 * self.pause, _LONGEST_PAUSE)
+        self.judged = _TRUST - _ENOUGH
+        # So that it is really tried again, and what it gives then counts.
+        for key in [key for key in self.yields if key[0] == batch_size]:
+            self.yields[key].clear()
+        for rates in self.rates.values():
+            rates.fade()
 
 
 def _window() -> deque:

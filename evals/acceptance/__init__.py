@@ -1,0 +1,1 @@
+"""Speculation: tokens accepted a step, and what they are worth."""

@@ -1,0 +1,35 @@
+"""Speed-up by batch size, and how deep drafts are accepted."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+
+def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Bars of the speed-up over plain decoding on the left, acceptance by depth at batch 1 on the right."""
+    mpl.use("Agg")
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    greedy = [row for row in rows if row["temperature"] == 0]
+    batches = sorted({row["batch"] for row in greedy})
+    names = list(dict.fromkeys(row["side"] for row in greedy))
+    width = 0.8 / max(1, len(names))
+    for place, name in enumerate(names):
+        found = {row["batch"]: row for row in greedy if row["side"] == name}
+        at = [i + place * width for i, batch in enumerate(batches) if batch in found]
+        left.bar(at, [found[batch]["speedup_dynamic"] for batch in batches if batch in found], width, label=name)
+        first = found.get(batches[0])
+        if first is not None and first.get("acceptance_by_depth"):
+            shares = first["acceptance_by_depth"]
+            right.plot(range(1, len(shares) + 1), shares, marker="o", label=name)
+    left.axhline(1, color="grey", linewidth=0.8)
+    left.set(xlabel="batch size", ylabel="tokens a second over plain generate(), DynamicCache")
+    left.set_xticks([i + 0.4 - width / 2 for i in range(len(batches))], [str(batch) for batch in batches])
+    right.set(xlabel="depth", ylabel=f"accepted up to there, batch {batches[0]}", ylim=(0, 1))
+    left.legend(fontsize="x-small")
+    right.legend(fontsize="x-small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,63 @@
+"""What is compared: plain decoding, transformers' own assisted decoding, and ours, each as one generate() call."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from transformers import DynamicCache
+
+import hf_kvopt
+
+Settings = Mapping[str, Any]
+Call = Callable[[Mapping[str, Tensor], Settings], Tensor]
+
+
+class Side(NamedTuple):
+    """One way to generate."""
+
+    name: str
+    call: Call
+    stats: hf_kvopt.SpeculationStats | None = None
+    one_row: bool = False  # whether it takes batches of one row alone
+
+
+def make_sides(
+    dense: Any,  # a model with transformers' attention
+    paged: Any,  # the same weights with ours
+    drafts: Mapping[str, Any],
+    assistant: Any,
+) -> list[Side]:
+    """The baseline first: transformers' default cache and attention."""
+
+    def plain(inputs: Mapping[str, Tensor], settings: Settings) -> Tensor:
+        out: Tensor = dense.generate(**inputs, past_key_values=DynamicCache(config=dense.config), **settings)
+        return out
+
+    def ours(inputs: Mapping[str, Tensor], settings: Settings) -> Tensor:
+        out: Tensor = paged.generate(**inputs, past_key_values=hf_kvopt.PagedCache(config=paged.config), **settings)
+        return out
+
+    def lookup(inputs: Mapping[str, Tensor], settings: Settings) -> Tensor:
+        out: Tensor = dense.generate(**inputs, prompt_lookup_num_tokens=6, **settings)
+        return out
+
+    def assisted(inputs: Mapping[str, Tensor], settings: Settings) -> Tensor:
+        out: Tensor = dense.generate(**inputs, assistant_model=assistant, **settings)
+        return out
+
+    sides = [Side("plain, DynamicCache", plain), Side("plain, PagedCache", ours)]
+    sides.append(Side("transformers' prompt lookup", lookup, one_row=True))
+    if assistant is not None:
+        sides.append(Side("transformers' assistant", assisted, one_row=True))
+        drafts = {**drafts, "assistant": assistant}
+    return sides + [_speculating(paged, name, draft) for name, draft in drafts.items()]
+
+
+def _speculating(model: Any, name: str, draft: Any) -> Side:
+    spec = hf_kvopt.speculative(draft)
+
+    def call(inputs: Mapping[str, Tensor], settings: Settings) -> Tensor:
+        out: Tensor = model.generate(**inputs, custom_generate=spec, **settings)
+        return out
+
+    return Side(name, call, spec.stats)
