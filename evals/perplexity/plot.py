@@ -10,6 +10,8 @@ matplotlib.use("Agg")  # before pyplot looks for a display
 
 from matplotlib import pyplot as plt
 
+_RUINED = 0.05
+
 
 class Point(NamedTuple):
     """One side at one chunk size; losses are shares."""
@@ -25,7 +27,7 @@ class Point(NamedTuple):
 
 def plot_trade(path: Path, title: str, points: Sequence[Point]) -> None:
     """Draw ΔPPL with its interval, and KL divergence, over bytes per token, and write it to `path`."""
-    figure, (loss, divergence) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    figure, (loss, divergence) = plt.subplots(1, 2, sharex=True, figsize=(11, 4.6), layout="constrained")
     chunks = sorted({point.chunk for point in points})
     names = list(dict.fromkeys(point.name for point in points))
     for point in points:
@@ -38,8 +40,9 @@ def plot_trade(path: Path, title: str, points: Sequence[Point]) -> None:
             divergence.plot(kib, point.kl_mean, linestyle="", label=label, **style)
     loss.axhline(0, color="grey", linewidth=0.8)
     loss.set_ylabel("ΔPPL against the baseline, % (bars: 95 % bootstrap)")
-    # Linear about zero, where the good ones lie; the bad ones are orders of magnitude away.
-    loss.set_yscale("symlog", linthresh=1.0)
+    if max(abs(point.delta) for point in points) > _RUINED:
+        # Linear about zero, where the good ones lie; the bad ones are orders of magnitude away.
+        loss.set_yscale("symlog", linthresh=1.0)
     divergence.set_ylabel("mean KL divergence of the next token, nats")
     divergence.set_yscale("log")
     for axes in (loss, divergence):
