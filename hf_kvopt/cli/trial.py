@@ -16,6 +16,12 @@ from hf_kvopt.enable import CACHES, disable, enable
 from hf_kvopt.errors import UnsupportedDevice
 
 PROMPT_LEN, NEW_TOKENS = 14, 12  # over a border of a block of 16
+# What `enable` is called with, by the name that is shown: each cache, then what builds on a paged one.
+TRIALS: dict[str, dict[str, Any]] = {
+    **{name: {"cache": name} for name in sorted(CACHES)},
+    "paged, prefix sharing": {"cache": "paged", "prefix_sharing": True},
+    "paged, speculation": {"cache": "paged", "draft": "prompt_lookup"},
+}
 FEW_TOKENS = 4  # for the interpreter, which is slow; still over the border
 
 
@@ -29,12 +35,12 @@ class Trial(NamedTuple):
 
 
 def run_trials(device: str, names: list[str] | None = None, new_tokens: int = NEW_TOKENS) -> list[Trial]:
-    """Generate with each cache that `enable` knows, in float32, from a random model of two layers."""
+    """Generate with each of `TRIALS`, in float32, from a random model of two layers."""
     model = _tiny_model(device)
     ids = torch.randint(3, 97, (2, PROMPT_LEN), generator=torch.Generator().manual_seed(0)).to(device)
     model.set_attn_implementation("eager")
     want = _generate(model, ids, new_tokens=new_tokens, past_key_values=DynamicCache(config=model.config))
-    return [_trial(model, ids, want, name, new_tokens) for name in (names if names is not None else sorted(CACHES))]
+    return [_trial(model, ids, want, name, new_tokens) for name in (names if names is not None else TRIALS)]
 
 
 def _tiny_model(device: str) -> Any:
@@ -63,12 +69,12 @@ def _generate(model: Any, ids: Tensor, new_tokens: int, **options: Any) -> Tenso
 def _trial(model: Any, ids: Tensor, want: Tensor, name: str, new_tokens: int) -> Trial:
     start = time.perf_counter()
     try:
-        enable(model, cache=name)
+        enable(model, **TRIALS.get(name, {"cache": name}))
         got = _generate(model, ids, new_tokens)
         same = int((got == want)[:, PROMPT_LEN:].sum())
         total = want[:, PROMPT_LEN:].numel()
         is_equal = got.equal(want)
-        result = "equal" if is_equal else "differs" if name == "paged" else "runs"
+        result = "equal" if is_equal else "differs" if name.startswith("paged") else "runs"
         detail = f"{same} of {total} tokens as transformers'"
     except UnsupportedDevice as error:
         result, detail = "refused", str(error)

@@ -43,9 +43,10 @@ def test_every_section_is_there_and_a_sound_installation_is_healthy(
 
 
 def test_the_paged_cache_writes_transformers_own_tokens() -> None:
-    trials = {trial.cache: trial for trial in run_trials("cpu", ["paged", "int8"])}
-    assert trials["paged"].result == "equal"
-    assert trials["int8"].result in ("equal", "runs")
+    trials = {trial.cache: trial for trial in run_trials("cpu")}
+    exact = {name: trial.result for name, trial in trials.items() if name.startswith("paged")}
+    assert exact == {"paged": "equal", "paged, prefix sharing": "equal", "paged, speculation": "equal"}
+    assert {trial.result for trial in trials.values()} <= {"equal", "runs"}
 
 
 def test_the_kernels_run_a_whole_generation_in_the_interpreter() -> None:
