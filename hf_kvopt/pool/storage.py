@@ -35,6 +35,9 @@ from hf_kvopt.quant import (
     unguarded,
 )
 
+# Elements up to which copying keys and values together costs less than quantizing them one after the other.
+_ONE_PASS = 1 << 16
+
 
 class Plane:
     """The keys or the values of one layer.
@@ -131,33 +134,29 @@ class Plane:
         read = dequantize(*self.encode(self.guarded(states, centre)), self.format)
         return self.restored(read, centre).to(self.dtype)
 
-    def write(self, states: Tensor, table: BlockTable, start: int, stop: int) -> None:
-        """Store states [batch, num_kv_heads, stop - start, head_dim] at the columns `start` to `stop`."""
+    def write(self, encoded: Quantized, table: BlockTable, start: int, stop: int) -> None:
+        """Store codes [batch, num_kv_heads, stop - start, width] and their scales at the columns `start` to `stop`."""
         span = table.span()
         if span is not None:
-            codes, scale = self.encode(states)
             slot, rows = span[0] + start - table.base, (span[1], table.batch_size, stop - start)
-            _strided(self.codes, slot, *rows).copy_(codes)
-            if self.scale is not None and scale is not None:
-                _strided(self.scale, slot, *rows).copy_(scale)
+            for held, new in zip(self.tensors, encoded.parts, strict=True):
+                _strided(held, slot, *rows).copy_(new)
             return
-        slots = table.slots(start, stop, states.device)
+        slots = table.slots(start, stop, encoded.codes.device)
         if start >= max(table.lags):
-            self.store(states, slots.reshape(-1))
+            self.store(encoded, slots.reshape(-1))
             return
         for row, row_slots in enumerate(slots):
             kept = row_slots >= 0
-            self.store(states[row : row + 1, :, kept], row_slots[kept])
+            self.store(Quantized(*(x[row : row + 1, :, kept] for x in encoded.parts)), row_slots[kept])
 
-    def store(self, states: Tensor, slots: Tensor) -> None:
-        """Store states [batch, num_kv_heads, tokens, head_dim] at `slots` [batch * tokens]."""
-        codes, scale = self.encode(states.transpose(1, 2).flatten(0, 1))
-        flat = self.codes.view(-1, self.num_heads, codes.shape[-1])
-        # index_put knows no float8: its bytes are written.
-        as_bytes = torch.uint8 if codes.element_size() == 1 else codes.dtype
-        flat.view(as_bytes).index_put_((slots,), codes.view(as_bytes))
-        if self.scale is not None and scale is not None:
-            self.scale.view(-1, *self.scale.shape[2:]).index_put_((slots,), scale)
+    def store(self, encoded: Quantized, slots: Tensor) -> None:
+        """Store codes [batch, num_kv_heads, tokens, width] and their scales at `slots` [batch * tokens]."""
+        for held, new in zip(self.tensors, encoded.parts, strict=True):
+            tokens = new.transpose(1, 2).flatten(0, 1)
+            # index_put knows no float8: its bytes are written.
+            as_bytes = torch.uint8 if held.element_size() == 1 else held.dtype
+            held.view(-1, *held.shape[2:]).view(as_bytes).index_put_((slots,), tokens.view(as_bytes))
 
     def read(self, table: BlockTable, kv_len: int, skip: int = 0) -> Tensor:
         """[batch, num_kv_heads, kv_len, head_dim], from the column `skip` behind the table's base on.
@@ -288,8 +287,8 @@ class KVPool:
         if runs_kernel(key_states):
             self.store(key_states, value_states, table.slots(start, stop, key_states.device).reshape(-1))
         else:
-            self.keys.write(key_states, table, start, stop)
-            self.values.write(value_states, table, start, stop)
+            for plane, encoded in zip(self.planes, self._encoded(key_states, value_states), strict=True):
+                plane.write(encoded, table, start, stop)
 
     def store(self, key_states: Tensor, value_states: Tensor, slots: Tensor) -> None:
         """Store states [batch, num_kv_heads, tokens, head_dim], keys guarded, at `slots` [batch * tokens]."""
@@ -298,8 +297,18 @@ class KVPool:
             keys, values = self.planes
             store_kv(key_states, value_states, keys.codes, values.codes, slots, keys.scale, values.scale)
         else:
-            self.keys.store(key_states, slots)
-            self.values.store(value_states, slots)
+            for plane, encoded in zip(self.planes, self._encoded(key_states, value_states), strict=True):
+                plane.store(encoded, slots)
+
+    def _encoded(self, key_states: Tensor, value_states: Tensor) -> tuple[Quantized, Quantized]:
+        """Keys and values as they are stored; in one pass where both are stored alike."""
+        keys, values = self.planes
+        is_one_pass = keys.format is values.format and key_states.shape == value_states.shape
+        if not (is_one_pass and keys.format.has_scale) or key_states.numel() > _ONE_PASS:
+            return keys.encode(key_states), values.encode(value_states)
+        codes, scale = keys.encode(torch.stack((key_states, value_states.to(key_states.dtype))))
+        assert scale is not None
+        return Quantized(codes[0], scale[0]), Quantized(codes[1], scale[1])
 
     def resize(self, num_blocks: int, src: list[int], dst: list[int]) -> None:
         """See `Plane.resize`; one plane at a time, so that the transient is half a layer."""

@@ -22,13 +22,19 @@ from hf_kvopt.quant.formats import INT4, Format
 FLOAT16_NUDGE = 2.0**-25
 # What the largest magnitude of an int4 plane may become, before it is cut to -8.
 INT4_DIVISORS = (-8.0, -8.5, -7.5, -9.0)
+_INT4_VECTORS = 1 << 14  # that are tried with all of them at once
 
 
 class Quantized(NamedTuple):
     """Codes and the scales that belong to them; `scale` is None for native storage."""
 
     codes: Tensor  # [..., dim / codes_per_byte]
-    scale: Tensor | None  # [..., *scale_shape]
+    scale: Tensor | None = None  # [..., *scale_shape]
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """The tensors that there are."""
+        return [self.codes] if self.scale is None else [self.codes, self.scale]
 
 
 def quantize(
@@ -103,28 +109,27 @@ def unpack_int4(
 
 def _quantize_int4(x: Tensor, scale_dtype: torch.dtype) -> Quantized:
     """Even and odd channels apart, each with the nearest of a few scales; the first where they tie."""
-    planes = torch.stack((x[..., 0::2], x[..., 1::2]), dim=-2)  # [..., 2, dim / 2]
+    parts = [_quantize_int4_part(part, scale_dtype) for part in x.flatten(0, -2).split(_INT4_VECTORS)]
+    codes, scale = (torch.cat(part) if len(part) > 1 else part[0] for part in zip(*parts, strict=True))
+    return Quantized(codes.unflatten(0, x.shape[:-1]), scale.unflatten(0, x.shape[:-1]))
+
+
+def _quantize_int4_part(x: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The same for [vectors, dim], with all scales tried at once."""
+    planes = torch.stack((x[..., 0::2], x[..., 1::2]), dim=-2)  # [vectors, 2, dim / 2]
     low, high = torch.aminmax(planes, dim=-1)
     # Signed: the largest magnitude lands on the end that the other sign does not have.
     extreme = torch.where(high > -low, high, low)
-    (codes, scale), *others = (_steps_int4(planes, extreme / divisor, scale_dtype) for divisor in INT4_DIVISORS)
-    error = _error(planes, codes, scale)
-    for other_codes, other_scale in others:
-        other_error = _error(planes, other_codes, other_scale)
-        is_nearer = other_error < error
-        codes, scale = other_codes.where(is_nearer.unsqueeze(-1), codes), other_scale.where(is_nearer, scale)
-        error = other_error.where(is_nearer, error)
+    divisors = torch.tensor(INT4_DIVISORS, device=x.device).view(-1, 1, 1)
+    scales = _rounded(extreme / divisors, scale_dtype)  # [4, vectors, 2]
+    steps = (planes / _divisor(scales)).round_().clamp_(-8, 7)
+    errors = (steps * scales.float().unsqueeze(-1) - planes).square_().sum(-1)
+    # A scale that is no number is taken where it is the first, as for a vector with NaN, and nowhere else.
+    errors[1:].nan_to_num_(nan=torch.inf, posinf=torch.inf)
+    best = errors.nan_to_num_(nan=-torch.inf, posinf=torch.inf).argmin(0, keepdim=True)
+    codes = steps.gather(0, best.unsqueeze(-1).expand(-1, -1, -1, planes.shape[-1]))[0]
     nibbles = codes.add_(8).nan_to_num_(8.0).to(torch.uint8)
-    return Quantized(nibbles[..., 0, :] | (nibbles[..., 1, :] << 4), scale)
-
-
-def _steps_int4(planes: Tensor, scale: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    scale = _rounded(scale, scale_dtype)
-    return (planes / _divisor(scale)).round_().clamp_(-8, 7), scale
-
-
-def _error(planes: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    return (codes * scale.float().unsqueeze(-1) - planes).square().sum(-1)
+    return nibbles[..., 0, :] | (nibbles[..., 1, :] << 4), scales.gather(0, best)[0]
 
 
 def _rounded(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
