@@ -350,7 +350,7 @@ def test_a_model_with_learned_positions_is_not_asked_beyond_its_table() -> None:
     config = GPT2Config(vocab_size=VOCAB, n_positions=96, n_embd=32, n_layer=2, n_head=4, initializer_range=0.25)
     model = GPT2LMHeadModel(config).eval()
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
-    inputs = batch(SYSTEM + text(15), text(60, seed=2), SYSTEM[:5])
+    inputs = batch(SYSTEM + text(20), text(36, seed=2), SYSTEM[:5])
     expected = generate(model, inputs, max_new_tokens=5)
     hf_kvopt.enable(model, prefix_sharing=True)
     generate(model, batch(SYSTEM), max_new_tokens=5)
