@@ -18,7 +18,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 1060px; margin: 2rem aut
 h1 { margin-bottom: 0 } h2 { margin-top: 2.2rem; border-bottom: 1px solid #ddd } .sub { color: #666 }
 table { border-collapse: collapse; width: 100%; font-size: 13.5px }
 th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid #e6e6e6; vertical-align: top }
-th { color: #555; font-weight: 600 } td.when { white-space: nowrap; color: #666 }
+th { color: #555; font-weight: 600 } td.when { color: #666 }
 .yes { color: #137333; font-weight: 600 } .no { color: #b3261e; font-weight: 600 } .none { color: #888 }
 .card { display: inline-block; border: 1px solid #ddd; border-radius: 6px; padding: .5rem 1rem; margin: .3rem .5rem }
 .card b { font-size: 1.4rem; display: block } img { max-width: 100%; margin: .6rem 0 } code { background: #f4f4f4 }
