@@ -4,8 +4,8 @@
 
 A head that drafts for greedy decoding meets text that the model wrote, so most rows are a piece of a training module
 followed by the model's greedy continuation; the others are library text as it stands. Rows are JSON lines with
-`input_ids`. No held-out module is in train.jsonl; heldout.jsonl continues pieces of held-out modules, and is looked at
-only to report.
+`input_ids`. No held-out module is in train.jsonl; heldout.jsonl continues pieces of held-out modules: settings
+were compared on it, no weight was trained on it.
 """
 
 import argparse
