@@ -129,9 +129,11 @@ class Speculation:
         if not plan.num_nodes:
             return Draft(self._roots()[:, :0]), None
         started = time.perf_counter()
-        if self.pending:
-            session.extend(self.pending.take())
-        draft = session.propose(plan, self.sampler)
+        # A drafter's many small steps are bound by what torch books for each tensor.
+        with torch.inference_mode():
+            if self.pending:
+                session.extend(self.pending.take())
+            draft = session.propose(plan, self.sampler)
         num_nodes, shape = draft.tokens.shape[1], None
         if draft.parents is not None and num_nodes:
             shape = shape_of(draft.parents[0].tolist(), num_nodes)
@@ -229,9 +231,10 @@ class Speculation:
             return
         self.rows = [self.rows[i] for i in left]
         self.reader.select(left)
-        if self.pending:
-            session.extend(self.pending.take())
-        session.select(left)
+        with torch.inference_mode():
+            if self.pending:
+                session.extend(self.pending.take())
+            session.select(left)
 
 
 def _draw_one(p: Tensor) -> Tensor:

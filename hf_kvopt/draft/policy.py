@@ -193,8 +193,8 @@ class Policy:
         known = self.rates.get(plan.num_nodes)
         if known is not None and known.tried and known.tried[0] >= _ENOUGH:
             return known.expected(plan.gamma)
-        # A guess until it was tried: two siblings at each depth are worth half a second chance.
-        return self.rates[0].expected(plan.gamma, boost=1.5)
+        # A guess until it was tried: siblings at each depth are worth a third of a second chance.
+        return self.rates[0].expected(plan.gamma, boost=1.3)
 
     def _points(self, batch_size: int, is_chain: bool) -> list[tuple[int, float]]:
         """(depth, seconds) of the drafts of a kind."""
@@ -204,7 +204,11 @@ class Policy:
         ]  # fmt: skip
 
     def _draft_time(self, plan: Plan, batch_size: int) -> float:
-        points = self._points(batch_size, plan.is_chain) or self._points(batch_size, not plan.is_chain)
+        points = self._points(batch_size, plan.is_chain)
+        if not points:
+            # A level of a tree is several nodes: as if it took twice as long as one of a chain.
+            factor = 0.5 if plan.is_chain else 2.0
+            points = [(depth, seconds * factor) for depth, seconds in self._points(batch_size, not plan.is_chain)]
         if not points and self.draft_s:
             points = self._points(min(self.draft_s, key=lambda key: abs(key[0] - batch_size))[0], plan.is_chain)
         if len(points) == 1:
