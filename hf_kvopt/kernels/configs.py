@@ -31,7 +31,7 @@ _PAGED_DECODE = {
         Config(16, 64, 2, 5), Config(16, 32, 4, 5), Config(16, 16, 4, 2),
     ),
     "sm100": (
-        Config(32, 64, 4, 5), Config(32, 32, 4, 5), Config(32, 64, 4, 5), Config(16, 32, 4, 5),
+        Config(32, 64, 4, 4), Config(32, 32, 4, 5), Config(32, 64, 4, 5), Config(16, 32, 4, 5),
         Config(16, 64, 2, 5), Config(16, 32, 4, 5), Config(16, 16, 4, 2),
     ),
     "cdna3": (
@@ -42,12 +42,12 @@ _PAGED_DECODE = {
 _PAGED_PREFILL = {
     "interpret": (_INTERPRET,) * 7,
     "sm80": (
-        Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(64, 16, 8, 2), Config(64, 16, 8, 2),
-        Config(64, 16, 8, 2), Config(64, 16, 8, 2), Config(16, 16, 4, 1),
+        Config(64, 32, 4, 2), Config(64, 32, 8, 2), Config(64, 16, 8, 2), Config(64, 16, 8, 2),
+        Config(64, 16, 8, 2), Config(16, 32, 4, 2), Config(16, 16, 4, 1),
     ),
     "sm86": (
-        Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(64, 16, 8, 2), Config(64, 16, 8, 2),
-        Config(64, 16, 8, 2), Config(64, 16, 8, 2), Config(16, 16, 4, 1),
+        Config(64, 32, 4, 2), Config(64, 32, 8, 2), Config(64, 16, 8, 2), Config(64, 16, 8, 2),
+        Config(64, 16, 8, 2), Config(16, 32, 4, 2), Config(16, 16, 4, 1),
     ),
     "sm90": (
         Config(128, 64, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 4, 2), Config(64, 16, 8, 2),
