@@ -2,6 +2,7 @@
 
     "layer 0 keys"  [num_blocks, block_size, num_kv_heads, width]     the tree's blocks in the manifest's order
     "layer 0 keys scale"  [num_blocks, block_size, num_kv_heads]      where the format has scales
+    "layer 0 keys centre"  [num_blocks, num_kv_heads, head_dim]       what was taken from coarse keys before
 
 The manifest holds the tree (tokens and parent of each block), the model's fingerprint, format and versions, and a
 SHA-256 of itself and of every tensor: a truncated or changed file is refused before anything is allocated.
@@ -54,6 +55,8 @@ def save(store: "PrefixStore", path: Path) -> None:
             for part, tensor in _parts(plane):
                 picked = _as_bytes(tensor)[blocks.to(tensor.device)].contiguous().cpu()
                 tensors[f"layer {layer_idx} {name}{part}"] = picked
+            if plane.centres is not None:
+                tensors[f"layer {layer_idx} {name} centre"] = plane.centres.of_blocks(blocks.tolist()).cpu()
     manifest = {
         "version": VERSION,
         "model": fingerprint(store.model),
@@ -146,6 +149,8 @@ def _fill_pools(store: Any, manifest: dict[str, Any], tensors: dict[str, Tensor]
         for name, plane in zip(("keys", "values"), pool.planes, strict=True):
             for part, tensor in _parts(plane):
                 _as_bytes(tensor)[blocks] = tensors[f"layer {idx} {name}{part}"].to(device)
+            if plane.centres is not None:
+                plane.centres.put_blocks(blocks.tolist(), tensors[f"layer {idx} {name} centre"])
         allocator.pools.append(pool)
         store.pools[int(idx)] = pool
 

@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from evals._common.outliers import SMALLEST, add_outliers
 from hf_kvopt import CacheStateError, PrefixStore
 from tests.cache.prefixes import batch, counted, eager, shared_model, text, turn
 from tests.helpers import KINDS, tiny_config, tiny_model
@@ -52,6 +53,28 @@ def test_formats_and_scales_come_back(options: dict[str, object], tmp_path: Path
     known = turn(store, model, batch(SYSTEM))
     assert store.stats().hits == 1
     assert torch.equal(known, turn(fresh, model, batch(SYSTEM)))
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+@torch.no_grad()
+def test_what_was_taken_from_loud_keys_comes_back(name: str, tmp_path: Path) -> None:
+    """Without it the rows behind a loaded prefix would be read with another shift than the prefix."""
+    model = add_outliers(tiny_model())
+    store = PrefixStore(model, format=name)
+    turn(store, model, batch(SYSTEM))
+    store.save(tmp_path / "s")
+    loaded = PrefixStore.load(tmp_path / "s", model)
+    logits = []
+    for one in (store, loaded):
+        cache = one.cache(**batch(SYSTEM + text(20, seed=1)))
+        assert cache.get_seq_length() >= len(SYSTEM)
+        keys = cache.layers[0].keys
+        assert keys is not None
+        assert keys.abs().max() > SMALLEST / 2
+        inputs = batch(SYSTEM + text(20, seed=1))
+        missing = inputs["input_ids"][:, cache.get_seq_length() :]
+        logits.append(model(missing, attention_mask=inputs["attention_mask"], past_key_values=cache).logits)
+    assert torch.equal(*logits)
 
 
 def test_namespaces_come_back_and_old_weights_do_not(tmp_path: Path) -> None:
