@@ -44,4 +44,4 @@ for cache in (
         reference = output if reference is None else reference
         equal = int((output == reference[: len(output)]).long().cumprod(0).sum())
         size = cache.stats().used_bytes / 2**20
-        print(f"{cache.formats.format:8} {size:7.2f} MiB for {args.tokens} tokens, {equal} of {len(output)} tokens equal")
+        print(f"{cache.formats.format:8} {size:7.2f} MiB for {args.tokens} tokens, {equal} of {len(output)} alike")
