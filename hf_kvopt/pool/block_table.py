@@ -47,7 +47,7 @@ class BlockTable:
         self.step_start = 0  # the clock before the last `reserve`
         self.on_refusal: weakref.WeakMethod[Callable[[int], None]] | None = None  # the cache's way back
         self.version = 0  # counts changes: a handle made before one is out of date
-        self._tensors: dict[str, Tensor] = {}
+        self._tensors: dict[tuple, Tensor] = {}  # by what they are and the device they are on
         self._layout: Layout | None = None
         allocator.add_holder(self)
         self._watch()
@@ -244,24 +244,23 @@ class BlockTable:
 
     def block_table(self, device: torch.device) -> Tensor:
         """[batch, max_blocks] int32 on `device`, short rows filled with block 0."""
-        width = max((len(row) for row in self.rows), default=0)
-        return self._tensor("table", device, [row + [0] * (width - len(row)) for row in self.rows], torch.int32)
+        return self._tensor(("table", device), self._padded_rows, torch.int32)
 
     def seq_lens(self, device: torch.device) -> Tensor:
         """[batch] int32: tokens held of each row (from `base` on)."""
-        return self._tensor("lens", device, [max(0, n - self.base) for n in self.lengths], torch.int32)
+        return self._tensor(("lens", device), lambda: [max(0, n - self.base) for n in self.lengths], torch.int32)
 
     def lag_tensor(self, device: torch.device) -> Tensor:
         """[batch] int32: `lags`."""
-        return self._tensor("lags", device, self.lags, torch.int32)
+        return self._tensor(("lags", device), lambda: self.lags, torch.int32)
 
     def slots(self, start: int, stop: int, device: torch.device) -> Tensor:
         """[batch, stop - start] int64 slots of the columns `start` to `stop`; -1 where a row has no token."""
-        return self._tensor(f"slots {start} {stop}", device, column_slots(self, start, stop), torch.int64)
+        return self._tensor(("slots", device, start, stop), lambda: column_slots(self, start, stop), torch.int64)
 
     def gather_slots(self, skip: int, num_columns: int, device: torch.device) -> Tensor:
         """[batch, num_columns] int64 slots from column base + `skip` on; some slot of the row where it has no token."""
-        return self.remember(f"gather {skip} {num_columns} {device}", lambda: picked(self, skip, num_columns, device))
+        return self._remember(("gather", device, skip, num_columns), lambda: picked(self, skip, num_columns, device))
 
     def held_rows(self) -> list[list[int]]:
         """The rows."""
@@ -356,14 +355,19 @@ class BlockTable:
             self.allocator.release(row)
             row.clear()
 
-    def remember(self, name: str, make: Callable[[], Tensor]) -> Tensor:
-        """What `make` gives, kept until rows or lengths change: the layers of one step share it."""
-        if name not in self._tensors:
-            self._tensors[name] = make()
-        return self._tensors[name]
+    def _padded_rows(self) -> list[list[int]]:
+        width = max((len(row) for row in self.rows), default=0)
+        return [row + [0] * (width - len(row)) for row in self.rows]
 
-    def _tensor(self, name: str, device: torch.device, data: list, dtype: torch.dtype) -> Tensor:
-        return self.remember(f"{name} {device}", lambda: torch.tensor(data, dtype=dtype).to(device, non_blocking=True))
+    def _remember(self, key: tuple, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` gives, kept until rows or lengths change: the layers of one step share it."""
+        tensor = self._tensors.get(key)
+        if tensor is None:
+            tensor = self._tensors[key] = make()
+        return tensor
+
+    def _tensor(self, key: tuple, data: Callable[[], list], dtype: torch.dtype) -> Tensor:
+        return self._remember(key, lambda: torch.tensor(data(), dtype=dtype).to(key[1], non_blocking=True))
 
     def _rows_changed(self) -> None:
         self.version += 1
@@ -372,8 +376,8 @@ class BlockTable:
 
     def _lengths_changed(self) -> None:
         self.version += 1
-        for name in [name for name in self._tensors if not name.startswith("table")]:
-            del self._tensors[name]
+        for key in [key for key in self._tensors if key[0] != "table"]:
+            del self._tensors[key]
 
     def _watch(self) -> None:
         """Give the blocks back when the table is collected."""

@@ -303,6 +303,8 @@ class KVPool:
     def _encoded(self, key_states: Tensor, value_states: Tensor) -> tuple[Quantized, Quantized]:
         """Keys and values as they are stored; in one pass where both are stored alike."""
         keys, values = self.planes
+        if not (keys.format.has_scale or values.format.has_scale):
+            return Quantized(key_states, None), Quantized(value_states, None)
         is_one_pass = keys.format is values.format and key_states.shape == value_states.shape
         if not (is_one_pass and keys.format.has_scale) or key_states.numel() > _ONE_PASS:
             return keys.encode(key_states), values.encode(value_states)

@@ -155,7 +155,7 @@ class TableMachine(RuleBasedStateMachine):
         for i, pool in enumerate(self.pools):
             states = (tokens + i / 2)[:, None, skipped:, None].expand(-1, 1, -1, 2)
             for plane in pool.planes:
-                plane.write(states, table, columns + skipped, columns + num_tokens)
+                plane.write(plane.encode(states), table, columns + skipped, columns + num_tokens)
 
     def cut(self, shadow: Shadow, lengths: list[int]) -> None:
         try:
