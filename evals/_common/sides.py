@@ -13,6 +13,7 @@ import hf_kvopt
 from evals._common.cli import BadArgumentError
 
 CacheFactory = Callable[[PreTrainedModel, int], Cache]
+_EIGHT_BITS, _FOUR_BITS = 0.1, 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,9 @@ class CacheKind:
 
     about: str
     make: CacheFactory
+    # How far rounding of what is stored may move a logit, as a share of the largest: a few times what random models
+    # show. It tells a broken cache from a coarse one, and no more; `evals.perplexity` says what a format costs.
+    loss: float = 0.0
 
 
 def _dynamic(model: PreTrainedModel, max_len: int) -> Cache:
@@ -39,7 +43,8 @@ def _quantized(format: str) -> CacheKind:
     def make(model: PreTrainedModel, max_len: int) -> Cache:
         return hf_kvopt.QuantizedPagedCache(model.config, format=format)
 
-    return CacheKind(about=f"QuantizedPagedCache, {format}", make=make)
+    loss = _FOUR_BITS if format in ("k8v4", "int4") else _EIGHT_BITS
+    return CacheKind(about=f"QuantizedPagedCache, {format}", make=make, loss=loss)
 
 
 def _of_transformers(backend: str, **options: int) -> CacheKind:
@@ -49,7 +54,8 @@ def _of_transformers(backend: str, **options: int) -> CacheKind:
         except (ImportError, ValueError) as error:
             raise BadArgumentError(f"transformers' QuantizedCache({backend!r}) cannot be made: {error}") from error
 
-    return CacheKind(about=f"transformers QuantizedCache({backend!r})", make=make)
+    loss = _EIGHT_BITS if backend == "fp8" else _FOUR_BITS
+    return CacheKind(about=f"transformers QuantizedCache({backend!r})", make=make, loss=loss)
 
 
 CACHES: Mapping[str, CacheKind] = MappingProxyType(
@@ -74,6 +80,11 @@ class Side(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.cache}+{self.attention}"
+
+    @property
+    def loss(self) -> float:
+        """`CacheKind.loss`; 0 for a cache that is not known by name."""
+        return CACHES[self.cache].loss if self.cache in CACHES else 0.0
 
     def make_cache(self, model: PreTrainedModel, max_len: int) -> Cache:
         """Make an empty cache that can hold `max_len` tokens a row."""

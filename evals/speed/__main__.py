@@ -133,7 +133,7 @@ def _bar_row(subject: Subject, verdict: Verdict) -> dict[str, Any]:
         "model": subject.name,
         "metric": bar.metric,
         "context": verdict.context,
-        "side": str(OURS),
+        "side": str(bar.ours),
         "baseline": str(bar.peer),
         "ratio": verdict.ratio,
         "limit": bar.limit,
@@ -172,12 +172,13 @@ def _show(subject: Subject, dtype: str, results: Sequence[Result]) -> None:
 
 def _show_bars(verdicts: Sequence[Verdict]) -> None:
     if verdicts:
-        columns = ["metric", "context", "against", "ratio", "limit", "verdict"]
+        columns = ["side", "metric", "context", "against", "ratio", "limit", "verdict"]
         show_table(
-            f"bars of {OURS}",
+            "bars",
             columns,
             (
                 [
+                    v.bar.ours,
                     v.bar.metric,
                     v.context,
                     v.bar.peer,

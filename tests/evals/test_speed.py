@@ -55,6 +55,12 @@ def test_no_row_is_written_for_a_side_that_differs(tmp_path: Path, capsys: pytes
     assert "DIFFERS" in capsys.readouterr().out
 
 
+def test_a_coarse_cache_is_timed_though_its_logits_move(tmp_path: Path) -> None:
+    status, rows = short_run(tmp_path / "rows.json", "--no-peak", "--sides", "dynamic+sdpa", "int8+hf_kvopt")
+    assert status == 0
+    assert [row["side"] for row in rows] == ["dynamic+sdpa", "int8+hf_kvopt"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
