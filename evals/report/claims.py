@@ -89,10 +89,9 @@ def _speed_bars(rows: Sequence[Found]) -> list[Claim]:
 
 def _perplexity(rows: Sequence[Found]) -> list[Claim]:
     claims = []
-    for row in newest(rows, "model", "side", "chunk", "outliers", "dataset", "dtype"):
+    for row in newest(rows, "model", "side", "chunk", "context", "outliers", "dataset", "dtype"):
         f = row.fields
-        text = " with outliers" if f.get("outliers") else ""
-        what = f"{f['side']}, {f['model']}{text}, chunks of {f['chunk']}"
+        what = f"{f['side']}, {f['model']}, segments of {f['context']} tokens in chunks of {f['chunk']}"
         bars = f.get("bars") or []
         claims += [_claim(row, f"{what}: {_NAMES.get(b['metric'], b['metric'])}", *_bar(b)) for b in bars]
         if not bars and f.get("side") != f.get("baseline") and isinstance(f.get("delta"), float):
@@ -121,8 +120,7 @@ def _needle(rows: Sequence[Found]) -> list[Claim]:
     claims = []
     for row in newest(rows, "model", "side", "task", "outliers", "dtype"):
         f = row.fields
-        text = " with outliers" if f.get("outliers") else ""
-        what = f"{f['side']}, {f['model']}{text}: needles found"
+        what = f"{f['side']}, {f['model']}: needles found"
         claims.append(_claim(row, what, "-", f"{f['exact']:.1%} exactly, {f['token_accuracy']:.1%} of tokens", None))
     return claims
 
