@@ -40,6 +40,15 @@ class Bar(NamedTuple):
 BARS = (Bar("mean_accepted_length", 1, 3.0), Bar("speedup_dynamic", 1, 1.6), Bar("speedup_dynamic", 8, 1.2))
 
 
+def bars_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Give the bars that a row is held to, with what it reached."""
+    is_judged = row["side"] == "eagle3" and not row["temperature"]
+    return [
+        {"metric": bar.metric, "least": bar.least, "value": row[bar.metric], "met": row[bar.metric] >= bar.least}
+        for bar in BARS if is_judged and bar.batch == row["batch"] and bar.metric in row
+    ]  # fmt: skip
+
+
 def make_parser() -> Parser:
     """Describe the command line."""
     parser = Parser("evals.acceptance", description=(__doc__ or "").split("\n\n")[0])
@@ -81,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
                 rows += _measure(args, agreed, batches, {**settings, **_sampling(temperature)}, advance, temperature)
     _show(subject, rows, faults)
     facts = {"eval": "acceptance", "model": subject.name, "dtype": args.dtype, **provenance(subject.model.device)}
-    append_rows(args.out, [{**row, **facts} for row in rows])
+    append_rows(args.out, [{**row, "bars": bars_of(row), **facts} for row in rows])
     draw(rows, args.plot or args.out.with_suffix(".png"))
     return int(bool(faults))
 
@@ -161,13 +170,10 @@ def _show(subject: Subject, rows: Sequence[Mapping[str, Any]], faults: Mapping[s
         lines.append([row["side"], row["batch"], row["temperature"], f"{row['tokens_per_s']:.0f}", *ratios, *counts])
     lines += [[name, f"DIFFERS: {fault}"] for name, fault in faults.items()]
     show_table(f"{subject.name}: speculation, medians of turns over the same prompts", columns, lines)
-    found = [
-        (bar, row[bar.metric]) for bar in BARS for row in rows
-        if row["side"] == "eagle3" and row["batch"] == bar.batch and not row["temperature"] and bar.metric in row
-    ]  # fmt: skip
     verdicts = [
-        [bar.metric, bar.batch, f"{got:.2f}", bar.least, "met" if got >= bar.least else "MISSED"] for bar, got in found
-    ]
+        [bar["metric"], row["batch"], f"{bar['value']:.2f}", bar["least"], "met" if bar["met"] else "MISSED"]
+        for row in rows for bar in bars_of(row)
+    ]  # fmt: skip
     if verdicts:
         show_table("bars of the shipped EAGLE-3 head, greedy", ["metric", "batch", "got", "least", "verdict"], verdicts)
 

@@ -207,6 +207,17 @@ def _bars(rows: Sequence[Found]) -> list[Claim]:
     return claims
 
 
+def _acceptance(rows: Sequence[Found]) -> list[Claim]:
+    claims = []
+    for row in newest(rows, "model", "side", "batch", "temperature", "device"):
+        f = row.fields
+        what = f"{f['side']}, {f['model']}, batch {f['batch']}, temperature {f['temperature']:g}"
+        claims += [_claim(row, f"{what}: {bar['metric']}", *_bar(bar)) for bar in f.get("bars") or []]
+        speed = f"{f['tokens_per_s']:.0f} tokens/s, {f['speedup_dynamic']:.2f}x of DynamicCache"
+        claims.append(_claim(row, what, "-", speed, None))
+    return claims
+
+
 _LABELS = ("model", "side", "cache", "policy", "drafter", "hit", "prompt_len", "batch", "block_size", "what")
 
 
@@ -229,7 +240,7 @@ READERS: dict[str, Reader] = {
     "needle": _needle,
     "prefix": _prefix,
     "fragmentation": _fragmentation,
-    "acceptance": _bars,
+    "acceptance": _acceptance,
     "kernels": _kernels,
     "gpu": _gpu,
     "why": _why,
