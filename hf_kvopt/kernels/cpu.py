@@ -162,16 +162,25 @@ def _written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scoring: 
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if mask is not None:
-        # The least finite value, not -inf: a row that may see nothing stays finite.
-        least = torch.finfo(scores.dtype).min
-        scores = scores.masked_fill(~mask, least) if mask.dtype == torch.bool else (scores + mask).clamp(min=least)
-    if sinks is not None:
-        sink = sinks.to(scores.dtype).expand(scores.shape[0], -1, -1, -1)
-        probs = torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1)[..., :-1]
-    else:
-        probs = torch.softmax(scores, dim=-1)
+        scores = mask_scores(scores, mask)
+    probs = softmax_beside(scores, sinks)
     probs = F.dropout(probs, dropout) if dropout else probs
     return _matmul_rows(probs.to(v.dtype), v)
+
+
+def mask_scores(scores: Tensor, mask: Tensor) -> Tensor:
+    """Scores [batch, heads, rows, kv_len] under a mask, bool or additive, that broadcasts to them."""
+    # The least finite value, not -inf: a row that may see nothing stays finite.
+    least = torch.finfo(scores.dtype).min
+    return scores.masked_fill(~mask, least) if mask.dtype == torch.bool else (scores + mask).clamp(min=least)
+
+
+def softmax_beside(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """softmax over [scores, sink] of which the sink's share is dropped; sinks are [batch | 1, heads, rows, 1]."""
+    if sinks is None:
+        return torch.softmax(scores, dim=-1)
+    sink = sinks.to(scores.dtype).expand(scores.shape[0], -1, -1, -1)
+    return torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1)[..., :-1]
 
 
 def _matmul_rows(a: Tensor, b: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ only widened to float32, a tile at a time, so that the tile is still in the core
 import torch
 from torch import Tensor
 
+from hf_kvopt.kernels.cpu import mask_scores, softmax_beside
 from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.quant import Format, Quantized, widen, widen_planes
 
@@ -38,8 +39,9 @@ def decode_codes(
     if softcap is not None:
         scores = torch.tanh_(scores.div_(softcap)).mul_(softcap)
     if mask is not None:
-        scores = _masked(scores, mask)
-    p = _softmax(scores, sinks)
+        by_head = mask.shape[1] > 1
+        scores = mask_scores(scores, mask.reshape(len(mask), *scores.shape[1:3], -1) if by_head else mask)
+    p = softmax_beside(scores, None if sinks is None else sinks.reshape(1, *scores.shape[1:3], 1))
     out = sum(_weighted(p[..., tile], v.codes[:, :, tile], _cut(v.scale, tile), formats[1]) for tile in tiles)
     assert isinstance(out, Tensor)
     return out.reshape(batch, 1, num_heads, -1).to(q.dtype)
@@ -90,19 +92,3 @@ def _weighted(p: Tensor, codes: Tensor, scale: Tensor | None, fmt: Format) -> Te
         weights = p * scale[..., plane].unsqueeze(2)
         parts.append(torch.matmul(weights, numbers).sub_(8.0 * weights.sum(-1, keepdim=True)))
     return torch.stack(parts, dim=-1).flatten(-2)
-
-
-def _masked(scores: Tensor, mask: Tensor) -> Tensor:
-    if mask.shape[1] > 1:
-        mask = mask.reshape(mask.shape[0], *scores.shape[1:3], mask.shape[-1])
-    # The least finite value, not -inf: a row that may see nothing stays finite.
-    least = torch.finfo(scores.dtype).min
-    return scores.masked_fill(~mask, least) if mask.dtype == torch.bool else (scores + mask).clamp(min=least)
-
-
-def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
-    """softmax over [scores, sink] of which the sink's share is dropped."""
-    if sinks is None:
-        return torch.softmax(scores, dim=-1)
-    sink = sinks.float().reshape(1, *scores.shape[1:3], 1).expand(len(scores), -1, -1, -1)
-    return torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1)[..., :-1]
