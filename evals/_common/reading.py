@@ -39,13 +39,17 @@ def read_segments(
     sides: Sequence[Side],  # the first is the baseline
     ids: Tensor,  # [batch, context]
     chunk: int,  # tokens fed at once
+    prefill: int = 0,  # tokens fed at once before them, and not scored
 ) -> list[Reading]:
     """Read a batch of segments through an empty cache of each side."""
     context = ids.shape[1]
     caches = [side.make_cache(model, context) for side in sides]
     scores: list[list[Scores]] = [[] for _ in sides]
+    if prefill:
+        for side, cache in zip(sides, caches, strict=True):
+            _feed(side.attend(model), cache, ids[:, :prefill])
     # The last token is only predicted: feeding it would give logits for nothing.
-    for begin in range(0, context - 1, chunk):
+    for begin in range(prefill, context - 1, chunk):
         end = min(begin + chunk, context - 1)
         targets = ids[:, begin + 1 : end + 1].to(model.device)
         baseline: Tensor | None = None

@@ -13,6 +13,7 @@ import hf_kvopt
 from evals._common.cli import BadArgumentError
 
 CacheFactory = Callable[[PreTrainedModel, int], Cache]
+_FORMATS = ("int8", "fp8_e4m3", "fp8_e5m2", "k8v4", "int4")
 _EIGHT_BITS, _FOUR_BITS = 0.1, 0.3
 
 
@@ -39,12 +40,13 @@ def _paged(model: PreTrainedModel, max_len: int) -> Cache:
     return hf_kvopt.PagedCache(model.config)
 
 
-def _quantized(format: str) -> CacheKind:
+def _quantized(format: str, exact_prefill: bool = False) -> CacheKind:
     def make(model: PreTrainedModel, max_len: int) -> Cache:
-        return hf_kvopt.QuantizedPagedCache(model.config, format=format)
+        return hf_kvopt.QuantizedPagedCache(model.config, format=format, exact_prefill=exact_prefill)
 
     loss = _FOUR_BITS if format in ("k8v4", "int4") else _EIGHT_BITS
-    return CacheKind(about=f"QuantizedPagedCache, {format}", make=make, loss=loss)
+    about = f"QuantizedPagedCache, {format}{', exact_prefill' if exact_prefill else ''}"
+    return CacheKind(about=about, make=make, loss=loss)
 
 
 def _of_transformers(backend: str, **options: int) -> CacheKind:
@@ -63,7 +65,8 @@ CACHES: Mapping[str, CacheKind] = MappingProxyType(
         "dynamic": CacheKind(about="transformers DynamicCache, grown by torch.cat", make=_dynamic),
         "static": CacheKind(about="transformers StaticCache, allocated for the whole run", make=_static),
         "paged": CacheKind(about="hf_kvopt PagedCache", make=_paged),
-        **{name: _quantized(name) for name in ("int8", "fp8_e4m3", "fp8_e5m2", "k8v4", "int4")},
+        **{name: _quantized(name) for name in _FORMATS},
+        **{f"{name}_exact": _quantized(name, exact_prefill=True) for name in _FORMATS},
         "transformers_fp8": _of_transformers("fp8"),
         "transformers_quanto": _of_transformers("quanto"),
         # Groups of the states' last axis: hqq takes no other for a cache.

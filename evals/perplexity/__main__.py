@@ -41,11 +41,7 @@ class Result(NamedTuple):
     summary: Summary
     held: KVBytes  # of all segments together
     bf16_bytes: float  # that the baseline's states take in bfloat16
-
-    @property
-    def num_cached(self) -> int:
-        """Tokens that the caches held: all but the last of each segment."""
-        return self.summary.num_tokens
+    num_cached: int  # tokens held: all but the last of each segment
 
     @property
     def figures(self) -> dict[str, float]:
@@ -61,6 +57,9 @@ def make_parser() -> Parser:
     add_sides_argument(parser, *SIDES)
     parser.add_argument("--baseline", default="dynamic+sdpa", help="cache+attention (%(default)s)")
     parser.add_argument("--chunks", nargs="+", type=at_least(1), default=[16], help="tokens fed at once (16)")
+    parser.add_argument(
+        "--prefill", type=at_least(0), default=0, help="feed so many tokens at once first, and score what follows (0)"
+    )
     parser.add_argument("--context", type=at_least(2), default=1025, help="tokens of a segment (%(default)s)")
     parser.add_argument("--segments", type=at_least(1), help="how many, evenly spread (all)")
     parser.add_argument("--batch", type=at_least(1), default=8, help="segments read at once (%(default)s)")
@@ -82,6 +81,10 @@ def run(args: argparse.Namespace) -> int:
     subject = _subject(args)
     segments = make_segments(subject, load_texts(args), args.context, args.segments)
     check_length(subject, args.context)
+    if args.prefill > args.context - 2:
+        raise BadArgumentError(
+            f"--prefill must leave a token to read and one to predict: got {args.prefill} of {args.context} tokens"
+        )
     results = [result for chunk in args.chunks for result in _measure(args, subject, sides, segments, chunk, shard)]
     if not shard.is_main:
         return 0
@@ -111,14 +114,15 @@ def _measure(
     own: list[list[Reading]] = []
     with progress(len(batches)) if shard.is_main else nullcontext(lambda doing: None) as advance:
         for batch in batches:
-            own.append(read_segments(subject.model, sides, batch, chunk))
+            own.append(read_segments(subject.model, sides, batch, chunk, args.prefill))
             advance(f"chunk {chunk}")
     readings = shard.gather(own)
     scores = [join_scores([batch[i].scores for batch in readings]) for i in range(len(sides))]
     sizes = [_total([batch[i].held for batch in readings]) for i in range(len(sides))]
     bf16_bytes = sizes[0].used * 2 / subject.model.dtype.itemsize
     for side, score, size in zip(sides, scores, sizes, strict=True):
-        yield Result(side, chunk, summarize(scores[0], score, args.seed), size, bf16_bytes)
+        summary = summarize(scores[0], score, args.seed)
+        yield Result(side, chunk, summary, size, bf16_bytes, summary.num_segments * (args.context - 1))
 
 
 def _total(sizes: Sequence[KVBytes]) -> KVBytes:
@@ -136,6 +140,7 @@ def _row(args: argparse.Namespace, subject: Subject, result: Result, verdicts: S
         "dataset": args.dataset,
         "outliers": args.outliers,
         "chunk": result.chunk,
+        "prefill": args.prefill,
         "context": args.context,
         "batch": args.batch,
         "seed": args.seed,
@@ -168,8 +173,9 @@ def _show(args: argparse.Namespace, subject: Subject, results: Sequence[Result])
         )
     first = results[0].summary
     where = args.dataset or "bundled held-out text"
+    behind = f", scored behind {args.prefill} read at once" if args.prefill else ""
     title = (
-        f"{subject.name} in {args.dtype} on {where}: {first.num_segments} segments of {args.context} tokens, "
+        f"{subject.name} in {args.dtype} on {where}: {first.num_segments} segments of {args.context} tokens{behind}, "
         f"against {args.baseline}"
     )
     show_table(title, columns, lines)

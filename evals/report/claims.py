@@ -89,9 +89,10 @@ def _speed_bars(rows: Sequence[Found]) -> list[Claim]:
 
 def _perplexity(rows: Sequence[Found]) -> list[Claim]:
     claims = []
-    for row in newest(rows, "model", "side", "chunk", "context", "outliers", "dataset", "dtype"):
+    for row in newest(rows, "model", "side", "chunk", "context", "outliers", "dataset", "dtype", "prefill"):
         f = row.fields
         what = f"{f['side']}, {f['model']}, segments of {f['context']} tokens in chunks of {f['chunk']}"
+        what += f" behind {f['prefill']} at once" if f.get("prefill") else ""
         bars = f.get("bars") or []
         claims += [_claim(row, f"{what}: {_NAMES.get(b['metric'], b['metric'])}", *_bar(b)) for b in bars]
         if not bars and f.get("side") != f.get("baseline") and isinstance(f.get("delta"), float):

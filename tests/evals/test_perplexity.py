@@ -69,6 +69,26 @@ def test_perplexity_is_that_of_one_forward_whatever_the_chunk() -> None:
         torch.testing.assert_close(reading.scores.nll, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_behind_a_prefill_only_what_follows_is_scored(tmp_path: Path) -> None:
+    model, ids = random_model("tiny"), random_ids(2, 18)
+    whole, behind = (read_segments(model, [Side("dynamic", "sdpa")], ids, 4, prefill)[0] for prefill in (0, 9))
+    torch.testing.assert_close(behind.scores.nll, whole.scores.nll[:, 9:], rtol=1e-4, atol=1e-4)
+    assert behind.held == whole.held
+    status, rows = short_run(
+        tmp_path / "rows.json", "--prefill", "10", "--sides", "int4+hf_kvopt", "int4_exact+hf_kvopt"
+    )
+    assert status == 0
+    assert [(row["prefill"], row["num_tokens"]) for row in rows] == [(10, 4 * 14)] * 3
+    plain, stored, exact = rows
+    assert stored["kl_mean"] != exact["kl_mean"] > 0
+    # The prefill is held, though it is not scored.
+    config = model.config
+    heads = 2 * config.num_hidden_layers * config.num_key_value_heads
+    assert plain["kv_bytes_per_token"] == heads * config.head_dim * 4
+    with pytest.raises(SystemExit):
+        short_run(tmp_path / "none.json", "--prefill", "24")
+
+
 def test_chunks_show_a_loss_that_one_forward_hides(tmp_path: Path) -> None:
     arguments = ["--sides", f"{LOSSY}:first_read_exact+sdpa", "--chunks", "1", "5", "512"]
     _, rows = short_run(tmp_path / "rows.json", *arguments)
@@ -222,7 +242,7 @@ def test_a_backend_that_is_not_installed_is_one_line(
 
 
 def namespace(**given: object) -> Namespace:
-    return Namespace(**{"model": None, "shape": None, "dataset": None, "outliers": False, **given})
+    return Namespace(**{"model": None, "shape": None, "dataset": None, "outliers": False, "prefill": 0, **given})
 
 
 def test_losses_are_judged_on_the_reference_model_only() -> None:
