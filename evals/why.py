@@ -1,12 +1,13 @@
 """Why a KV cache, and why tiles: `python -m evals.why`.
 
-    naive    every step feeds the whole text again     1 + 2 + ... + n queries a layer: n (n + 1) / 2
-    cached   every step feeds one token                n queries a layer
+    naive    every step feeds the whole text again     n (n + 1) / 2 queries a layer, n (n + 1) (n + 2) / 6 scores
+    cached   every step feeds one token                n queries a layer, n (n + 1) / 2 scores
     tiled    softmax(q k) v over one tile of keys at a time: m, l and o are rescaled where a new maximum appears,
                  m' = max(m, max s)   l' = l e^(m - m') + Σ e^(s - m')   o' = o e^(m - m') + Σ e^(s - m') v
              so the scores of one tile live at a time, not all of them (arXiv:1805.02867, arXiv:2205.14135)
 
-Queries are counted where attention is called, on the bundled model; both ways must give the same tokens.
+Queries, and the scores of each with itself and what lies before it, are counted where attention is called, on the
+bundled model; both ways must give the same tokens.
 """
 
 import argparse
@@ -31,11 +32,12 @@ COUNTED = "counted_sdpa"
 
 
 class Decoding(NamedTuple):
-    """One way to decode: tokens, seconds of each step, and the queries that each layer's attention was given."""
+    """One way to decode: tokens, seconds of each step, and what each layer's attention was given."""
 
     tokens: list[int]
     step_s: list[float]
     queries: list[int]  # of one layer, by step
+    scores: list[int]  # of those queries with the keys that they see
 
 
 class Tiling(NamedTuple):
@@ -81,7 +83,7 @@ def decode(subject: Subject, num_tokens: int, is_cached: bool) -> Decoding:
     start = model.config.bos_token_id
     text = torch.tensor([[start if start is not None else 0]], device=model.device)
     cache = DynamicCache(config=model.config) if is_cached else None
-    done = Decoding([], [], [])
+    done = Decoding([], [], [], [])
     for _ in range(num_tokens):
         _COUNTS.clear()
         begin = time.perf_counter()
@@ -90,17 +92,20 @@ def decode(subject: Subject, num_tokens: int, is_cached: bool) -> Decoding:
         token = int(logits.argmax())
         done.step_s.append(time.perf_counter() - begin)
         done.tokens.append(token)
-        done.queries.append(sum(_COUNTS) // len(_COUNTS))
+        queries, scores = (sum(counts) // len(_COUNTS) for counts in zip(*_COUNTS, strict=True))
+        done.queries.append(queries)
+        done.scores.append(scores)
         text = torch.cat([text, torch.tensor([[token]], device=model.device)], dim=1)
     return done
 
 
-_COUNTS: list[int] = []  # queries of each call of attention in the present step, one call a layer
+_COUNTS: list[tuple[int, int]] = []  # (queries, scores) of each call of attention in the present step, one a layer
 
 
-def _counted(module: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
-    _COUNTS.append(query.shape[2])
-    return sdpa_attention_forward(module, query, *args, **kwargs)
+def _counted(module: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    _COUNTS.append((num_queries, num_queries * num_keys - num_queries * (num_queries - 1) // 2))
+    return sdpa_attention_forward(module, query, key, *args, **kwargs)
 
 
 def attend(num_keys: int, tile: int, dim: int = 64) -> Tiling:
@@ -145,9 +150,12 @@ def _show(naive: Decoding, cached: Decoding, tilings: Sequence[Tiling]) -> None:
     lines = []
     for name, way in (("naive", naive), ("cached", cached)):
         last = way.step_s[-1] * 1e3
-        lines.append([name, f"{sum(way.queries):,}", f"{sum(way.step_s):.2f} s", f"{last:.1f} ms"])
+        counts = [f"{sum(way.queries):,}", f"{sum(way.scores):,}"]
+        lines.append([name, *counts, f"{sum(way.step_s):.2f} s", f"{last:.1f} ms"])
     parted = "the same tokens" if naive.tokens == cached.tokens else "THE TOKENS DIFFER"
-    show_table(f"{len(naive.tokens)} tokens, {parted}", ["way", "queries a layer", "time", "last step"], lines)
+    show_table(
+        f"{len(naive.tokens)} tokens, {parted}", ["way", "queries a layer", "scores", "time", "last step"], lines
+    )
     columns = ["tile", "scores alive", "time ms", "error"]
     rows = [[t.tile, megabytes(t.score_bytes), f"{t.time_ms:.1f}", f"{t.max_error:.1e}"] for t in tilings]
     show_table("softmax over tiles of keys, the last one all at once", columns, rows)
@@ -187,6 +195,8 @@ def _rows(
         "is_equal": naive.tokens == cached.tokens,
         "naive_queries": sum(naive.queries),
         "cached_queries": sum(cached.queries),
+        "naive_scores": sum(naive.scores),
+        "cached_scores": sum(cached.scores),
         "naive_s": sum(naive.step_s),
         "cached_s": sum(cached.step_s),
         "speed_up": sum(naive.step_s) / sum(cached.step_s),

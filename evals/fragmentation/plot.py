@@ -21,7 +21,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         bottoms = [bottom + size for bottom, size in zip(bottoms, sizes, strict=True)]
     left.set(xlabel="mean over time, % of the pool")
     left.invert_yaxis()
-    left.legend(fontsize="small")
+    left.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
     right.barh(names, [row["concurrency"] for row in rows], color="grey")
     right.set(xlabel="sequences at once, mean")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -68,7 +68,7 @@ def _run_missing(args: argparse.Namespace, work: Path) -> list[Outcome]:
     known = {row.eval for row in rows}
     wanted = [job for job in JOBS if job.name in args.only and (args.rerun or job.name not in known)]
     seconds = args.budget if args.budget is not None else QUICK_SECONDS if args.quick else FULL_SECONDS
-    with progress(len(wanted)) as advance:
+    with progress(sum(1 if args.quick else len(job.full) for job in wanted)) as advance:
         return run_jobs(wanted, work, args.quick, time.monotonic() + seconds, advance)
 
 

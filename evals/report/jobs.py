@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -12,36 +12,38 @@ import torch
 
 
 class Job(NamedTuple):
-    """An eval, with what it is called with in full and in a hurry; `rows` is the file that it appends to."""
+    """An eval, with its command lines in full (one run each) and in a hurry; `rows` is the file that they append to."""
 
     name: str
     full: tuple[str, ...]
-    quick: tuple[str, ...]
+    quick: str
     rows: str
     needs_cuda: bool = False
 
 
+_SPEED_SIDES = "dynamic+sdpa static+sdpa paged+hf_kvopt int8+hf_kvopt int4+hf_kvopt transformers_fp8+sdpa"
+# In full these give every figure of the README.
 JOBS = (
-    Job("why", (), ("--new-tokens", "40", "--keys", "512"), "why.json"),
-    Job("equality", (), ("--scenarios", "greedy", "padded", "--new-tokens", "12"), "equality.json"),
+    Job("why", ("",), "--new-tokens 40 --keys 512", "why.json"),
+    Job("equality", ("",), "--scenarios greedy padded --new-tokens 12", "equality.json"),
     Job(
         "speed",
-        ("--shape", "bench", "--contexts", "128", "8192"),
-        ("--shape", "tiny", "--contexts", "128", "--steps", "8", "--repeats", "2", "--new-tokens", "0", "--no-peak"),
+        (f"--shape bench --contexts 128 8192 --sides {_SPEED_SIDES}",),
+        "--shape tiny --contexts 128 --steps 8 --repeats 2 --new-tokens 0 --no-peak",
         "speed-cpu.json",
     ),
-    Job("perplexity", (), ("--context", "129", "--segments", "4"), "perplexity.json"),
-    Job("needle", (), ("--contexts", "256", "--depths", "2", "--samples", "2"), "needle.json"),
+    Job("perplexity", ("", "--outliers"), "--context 129 --segments 4", "perplexity.json"),
+    Job("needle", ("",), "--contexts 256 --depths 2 --samples 1 --sides int8+hf_kvopt int4+hf_kvopt", "needle.json"),
+    Job("prefix", ("",), "--lengths 512 --batches 1 --hits 0 0.95 --repeats 2", "prefix-cpu.json"),
+    Job("fragmentation", ("",), "--requests 60", "fragmentation.json"),
     Job(
-        "prefix",
-        (),
-        ("--lengths", "256", "--batches", "1", "--hits", "0", "0.95", "--repeats", "2"),
-        "prefix-cpu.json",
+        "acceptance",
+        ("--batches 1 8 --prompts 8 --new-tokens 96 --repeats 2",),
+        "--batches 1 --prompts 1 --new-tokens 24 --repeats 1 --temperatures 0",
+        "acceptance.json",
     ),
-    Job("fragmentation", (), ("--requests", "60"), "fragmentation.json"),
-    Job("acceptance", (), (), "acceptance.json"),
-    Job("kernels", (), (), "kernels-aot.json"),
-    Job("gpu", (), (), "gpu.json", needs_cuda=True),
+    Job("kernels", ("",), "", "kernels-aot.json"),
+    Job("gpu", ("",), "", "gpu.json", needs_cuda=True),
 )
 
 
@@ -55,14 +57,19 @@ class Outcome(NamedTuple):
 
 
 def run_jobs(
-    jobs: list[Job], folder: Path, is_quick: bool, deadline: float, say: Callable[[str], object]
+    jobs: Sequence[Job], folder: Path, is_quick: bool, deadline: float, say: Callable[[str], object]
 ) -> list[Outcome]:
     """Run jobs one after another until `deadline` (time.monotonic()); rows go to files in `folder`."""
-    return [_run(job, folder, is_quick, deadline, say) for job in jobs]
+    return [
+        _run(job, options.split(), folder, is_quick, deadline, say)
+        for job in jobs
+        for options in ((job.quick,) if is_quick else job.full)
+    ]
 
 
-def _run(job: Job, folder: Path, is_quick: bool, deadline: float, say: Callable[[str], object]) -> Outcome:
-    options = [*(job.quick if is_quick else job.full)]
+def _run(
+    job: Job, options: list[str], folder: Path, is_quick: bool, deadline: float, say: Callable[[str], object]
+) -> Outcome:
     command = [sys.executable, "-m", f"evals.{job.name}", *options]
     shown = " ".join(["python", *command[1:]])
     missing = _cannot(job, is_quick)

@@ -11,7 +11,7 @@ import pytest
 from evals.report.__main__ import main
 from evals.report.claims import Claim, claims_of
 from evals.report.jobs import JOBS, Job, Outcome, run_jobs
-from evals.report.page import to_html, to_markdown
+from evals.report.page import Plot, to_html, to_markdown
 from evals.report.rows import Found, newest, read_results
 
 FACTS = {"device": "cpu: test", "date": "2026-01-02T03:04:05+00:00", "revision": "abc123"}
@@ -61,6 +61,17 @@ def test_the_newest_row_of_a_configuration_counts_and_a_full_run_before_a_quick_
     assert [row.fields["ratio"] for row in newest(both, "context")] == [0.9]
 
 
+def test_a_quick_run_is_judged_by_what_is_counted_alone() -> None:
+    slow = BAR | {"ratio": 2.0, "is_met": False}
+    wrong = EQUALITY | {"is_equal": False, "num_equal": 3}
+    assert [claim.is_met for claim in claims_of(found(wrong, slow, is_quick=True))] == [False, None]
+
+
+def test_claims_with_a_goal_come_first() -> None:
+    plain = LOSS | {"bars": [], "side": "k8v4+hf_kvopt", "delta": 0.1}
+    assert [claim.goal for claim in claims_of(found(plain, LOSS))] == ["at most +0.050%", "-"]
+
+
 def test_rows_that_lack_a_field_are_said_and_stop_nothing() -> None:
     claims = claims_of(found({"eval": "equality", "side": "x", "dtype": "float32"}, BAR))
     assert [claim.eval for claim in claims] == ["equality", "speed"]
@@ -80,7 +91,7 @@ def test_files_of_both_shapes_are_read_and_broken_ones_named(tmp_path: Path) -> 
 def test_the_page_is_one_file_and_hostile_text_stays_text() -> None:
     claim = Claim("speed", "<script>x</script>", "a|b", "1", False, "here", "now", "abc", True)
     outcome = Outcome("gpu", "python -m evals.gpu", "no card", 0)
-    page = to_html("t", [claim], [("p", "data:image/png;base64,AA==")], [outcome])
+    page = to_html("t", [claim], [Plot("speed", "p", "data:image/png;base64,AA==")], [outcome])
     assert "<script>" not in page
     assert "quick run" in page
     assert "no card" in page
@@ -111,7 +122,7 @@ def test_what_is_missing_is_run_small_and_marked_quick(tmp_path: Path) -> None:
 
 
 def test_an_eval_that_fails_or_finds_no_time_is_named(tmp_path: Path) -> None:
-    jobs = [Job("why", ("--keys", "no"), (), "why.json"), Job("nosuch", (), (), "x.json")]
+    jobs = [Job("why", ("--keys no",), "", "why.json"), Job("nosuch", ("",), "", "x.json")]
     broken, missing = run_jobs(jobs, tmp_path, False, time.monotonic() + 300, lambda _: None)
     assert broken.detail.startswith("exit status 2")
     assert missing.detail == "this eval is not part of this checkout"

@@ -17,6 +17,7 @@ def test_a_cache_turns_n_times_n_plus_1_halves_into_n(tmp_path: Path) -> None:
     rows = json.loads(out.read_text())
     decoding, *tiles = rows
     assert (decoding["naive_queries"], decoding["cached_queries"]) == (20 * 21 // 2, 20)
+    assert (decoding["naive_scores"], decoding["cached_scores"]) == (20 * 21 * 22 // 6, 20 * 21 // 2)
     assert decoding["is_equal"] is True
     assert decoding["naive_s"] > 0 < decoding["cached_s"]
     # A tile's scores: queries x tile x 4 bytes; all keys at once hold the whole matrix.
