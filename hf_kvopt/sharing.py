@@ -125,7 +125,9 @@ class _Prefill(SharingOverride):
         model, cache = self.module, model_kwargs.get("past_key_values")
         chunk_size = generation_config.prefill_chunk_size
         is_blank = isinstance(cache, PrefixSharedCache) and cache.is_blank
-        if is_blank and _says_all(input_ids, model_kwargs) and (chunk_size is None or _CHUNKS_GO_ON):
+        # An early exit, which leaves layers out, would leave texts behind of which the whole model lacks layers.
+        is_whole = isinstance(cache, PrefixSharedCache) and len(cache.layers) == cache.store.num_layers
+        if is_blank and is_whole and _says_all(input_ids, model_kwargs) and (chunk_size is None or _CHUNKS_GO_ON):
             assert isinstance(cache, PrefixSharedCache)
             cache.store.begin(cache, input_ids, model_kwargs.get("attention_mask"), chunk_size=chunk_size)
         return type(model)._prefill(model, input_ids, generation_config, model_kwargs, *args, **kwargs)

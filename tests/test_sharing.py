@@ -382,3 +382,11 @@ def test_a_config_alone_is_enough_to_refuse_a_bad_one() -> None:
     assert PrefixStore(tiny_config("full")).model is None
     with pytest.raises(TypeError, match="model or config"):
         PrefixStore("llama")
+
+
+@pytest.mark.parametrize("kind", ["full", "mixed"])
+def test_an_early_exit_leaves_no_text_without_its_later_layers(kind: str) -> None:
+    model, inputs = sharing_model(kind), batch(SYSTEM)
+    for options in ({"assistant_early_exit": 1}, {}):
+        assert torch.equal(generate(model, inputs, **options), eager(kind, inputs))
+    hf_kvopt.prefix_store(model).check_integrity()

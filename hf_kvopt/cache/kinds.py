@@ -51,12 +51,13 @@ class LayerMaker(NamedTuple):
 
     def layers(self, config: PreTrainedConfig) -> list[Any]:
         """One cache layer for each layer of the decoder that `config`, resolved, describes."""
+        # Without those that an early exit (`assistant_early_exit`) leaves out: their kinds are named, and no more.
         kinds, options = get_layer_types_and_kwargs(config)
         # As stored: where the rank differs by layer, the config refuses to name one.
         is_latent = vars(config).get("kv_lora_rank") is not None
         return [
             self.layer(kind, kwargs, i, is_latent) if self.is_paged(kind) else _stock_layer(kind, kwargs)
-            for i, (kind, kwargs) in enumerate(zip(kinds, options, strict=True))
+            for i, (kind, kwargs) in enumerate(zip(kinds, options, strict=False))
         ]
 
     def is_paged(self, kind: str) -> bool:
@@ -65,7 +66,7 @@ class LayerMaker(NamedTuple):
 
     def resolved(self, config: PreTrainedConfig) -> "LayerMaker":
         """The same with the layers that the formats name from the end numbered; raises ValueError for one too many."""
-        kinds, _ = get_layer_types_and_kwargs(config)
+        kinds = [kind for kind, _ in zip(*get_layer_types_and_kwargs(config), strict=False)]
         paged = [i for i, kind in enumerate(kinds) if self.is_paged(kind)] or [0]
         return self._replace(formats=self.formats.resolve(len(kinds), paged[0], paged[-1]))
 

@@ -94,6 +94,8 @@ class PagedLayer(CacheLayerMixin):
         replaces = table.replaces_window(num_tokens)
         past = self._past_dense(pool, first) if replaces else None
         table.reserve(key_states.shape[0], self.clock + num_tokens)
+        if start != table.step_start or self.clock + num_tokens != table.clock:
+            table.unshare(start, start + num_tokens)
         self.clock += num_tokens
         skipped = max(0, table.base - start)
         kept_keys, kept_values = (x[:, :, skipped:] if skipped else x for x in (key_states, value_states))

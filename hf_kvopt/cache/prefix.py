@@ -294,7 +294,8 @@ class PrefixStore:
     def _make_empty(self) -> None:
         self._is_freed = False
         self._rows = self._hits = self._prompt_tokens = self._hit_tokens = 0
-        PrefixSharedCache(self)  # makes the block space of every kind of layer
+        # Makes the block space of every kind of layer.
+        self.num_layers = len(PrefixSharedCache(self).layers)
         self.index = PrefixIndex(self.allocators, self.block_size)
 
     def _make_room(self, allocator: BlockAllocator, missing: int) -> None:

@@ -270,6 +270,15 @@ class BlockAllocator:
                 if self.refcounts[block] == 0:
                     self._give(block)
 
+    def copy(self, blocks: Sequence[int]) -> list[int]:
+        """Swap the caller's references to `blocks` for references to copies of them, made in free blocks."""
+        with self.lock:
+            copies = self.allocate(len(blocks))
+            for pool in self.pools:
+                pool.copy_blocks(list(blocks), copies)
+            self.release(blocks)
+            return copies
+
     def reclaim(self) -> None:
         """Take back the blocks of holders that were collected."""
         with self.lock:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.pool.allocator import BlockAllocator
-from hf_kvopt.pool.slots import Layout, column_slots, moved_slots, picked
+from hf_kvopt.pool.slots import Layout, column_slots, moved_slots, picked, shared_places
 
 
 class BlockTable:
@@ -293,7 +293,7 @@ class BlockTable:
         wanted = [
             self._blocks_for(clock - lag - self.base) - len(row) for lag, row in zip(self.lags, self.rows, strict=True)
         ]
-        copied = self._rows_to_copy()
+        copied = [row for row, _ in shared_places(self, self.clock, self.clock + 1)]  # half full and shared
         if copied or any(wanted):
             self.allocator.ensure_free(sum(wanted) + len(copied))
             if self.keep_contiguous:
@@ -312,21 +312,19 @@ class BlockTable:
         self.rows[:] = [row + piece for row, piece in zip(kept, pieces, strict=True)]
         self.allocator.release(src)
 
+    def unshare(self, start: int, stop: int) -> None:
+        """Copy the shared blocks behind the columns `start` to `stop`: `reserve` looks at the last one of a row alone,
+        and a layer writes before it where others of its kind hold more (cross attention to a large image)."""
+        places = shared_places(self, start, stop)
+        if places:
+            self.allocator.ensure_free(len(places))
+            copies = self.allocator.copy([self.rows[i][j] for i, j in places])
+            for (i, j), block in zip(places, copies, strict=True):
+                self.rows[i][j] = block
+            self._rows_changed()
+
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-max(0, num_tokens) // self.block_size)
-
-    def _rows_to_copy(self) -> list[int]:
-        """Rows whose half full last block is shared; the last holder of a block may keep it."""
-        left: dict[int, int] = {}
-        copied = []
-        for i, (row, length) in enumerate(zip(self.rows, self.lengths, strict=True)):
-            if row and (length - self.base) % self.block_size:
-                last = row[-1]
-                left.setdefault(last, self.allocator.refcounts[last])
-                if left[last] > 1:
-                    left[last] -= 1
-                    copied.append(i)
-        return copied
 
     def _cut(self, lags: Sequence[int], clock: int) -> None:
         for row, lag in zip(self.rows, lags, strict=True):

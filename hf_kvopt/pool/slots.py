@@ -42,6 +42,22 @@ def moved_slots(table: "BlockTable", num_tokens: int, paths: Sequence[Sequence[i
     return src, dst
 
 
+def shared_places(table: "BlockTable", start: int, stop: int) -> list[tuple[int, int]]:
+    """(row, index in the row) of shared blocks behind the columns `start` to `stop`; the last holder may keep one."""
+    left: dict[int, int] = {}
+    places = []
+    for i, (row, lag) in enumerate(zip(table.rows, table.lags, strict=True)):
+        first = table.base + lag  # the column of the row's first slot
+        for j in range(
+            max(0, start - first) // table.block_size, min(len(row), -(-(stop - first) // table.block_size))
+        ):
+            left.setdefault(row[j], table.allocator.refcounts[row[j]])
+            if left[row[j]] > 1:
+                left[row[j]] -= 1
+                places.append((i, j))
+    return places
+
+
 def is_one_run(row: Sequence[int]) -> bool:
     """Whether the blocks of `row` follow each other in memory."""
     return row[-1] - row[0] == len(row) - 1 and row == list(range(row[0], row[-1] + 1))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hf_kvopt import PagedCache
-from tests.helpers import KINDS, eager_continuation, generate, prompt, tiny_model, unpadded
+from tests.helpers import KINDS, eager_continuation, generate, prompt, states, tiny_model, unpadded
 
 
 def _through_torch_save(cache: PagedCache) -> PagedCache:
@@ -133,3 +133,24 @@ def test_pickling_a_cache_leaves_it_untouched_and_without_its_forks() -> None:
     restored.check_integrity()
     assert cache.stats().shared_blocks == 3
     assert fork.get_seq_length() == restored.get_seq_length() == 37
+
+
+def test_a_layer_that_holds_more_than_the_others_does_not_keep_rows_from_parting() -> None:
+    # Cross attention to an image is written once, and reaches beyond the prompt.
+    cache = PagedCache()
+    for layer, length in ((0, 5), (1, 20)):
+        cache.update(*states(1, length), layer)
+    cache.batch_repeat_interleave(2)
+    twin = copy.deepcopy(cache)
+    keys, values = states(2, 1, seed=1)
+    cache.update(keys, values, 0)
+    assert torch.equal(cache.layers[0].keys[:, :, 5:], keys)
+    assert torch.equal(cache.layers[0].values[:, :, 5:], values)
+    other = states(2, 30, seed=2)
+    twin.update(*other, 0)
+    assert torch.equal(twin.layers[0].keys[:, :, 5:], other[0])
+    for each in (cache, twin):
+        assert torch.equal(each.layers[0].keys[:, :, :5], states(1, 5)[0].expand(2, -1, -1, -1))
+        assert torch.equal(each.layers[1].keys.clone(), states(1, 20)[0].expand(2, -1, -1, -1))
+        each.check_integrity()
+    assert torch.equal(cache.layers[0].keys[:, :, 5:], keys)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
+import hf_kvopt
 from hf_kvopt import CacheStats, PagedCache
 from tests.helpers import KINDS, eager_tokens, generate, prompt, tiny_model
 
@@ -88,6 +89,12 @@ def test_assisted_generation_gives_plain_greedy_tokens(kind: str, speculation: s
     tokens = generate(tiny_model(kind), prompt(37), cache, max_new_tokens=24, **options)
     assert torch.equal(tokens, eager_tokens(kind, 37, max_new_tokens=24))
     cache.check_integrity()
+
+
+def test_layers_that_an_early_exit_leaves_out_get_no_cache() -> None:
+    model = hf_kvopt.enable(tiny_model("mixed"))
+    tokens = generate(model, prompt(37), assistant_early_exit=1)
+    assert torch.equal(tokens, eager_tokens("mixed", 37))
 
 
 def test_two_threads_with_a_cache_each_on_one_model_do_not_mix() -> None:
