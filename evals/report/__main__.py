@@ -18,8 +18,10 @@ from evals._common.screen import progress, show_table
 from evals.report.claims import claims_of
 from evals.report.jobs import JOBS, Outcome, run_jobs
 from evals.report.page import plots_of, to_html, to_markdown
+from evals.report.readme import fill
 from evals.report.rows import read_results
 
+README = Path(__file__).parents[2] / "README.md"
 QUICK_SECONDS = 270
 FULL_SECONDS = 4 * 3600
 
@@ -34,6 +36,7 @@ def make_parser() -> Parser:
     parser.add_argument("--collect", action="store_true", help="run nothing")
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="evals that may be run (all)")
     parser.add_argument("--rerun", action="store_true", help="run evals that have rows as well")
+    parser.add_argument("--readme", action="store_true", help="also write the README's figures anew from full rows")
     parser.add_argument("--budget", type=at_least(0), metavar="SECONDS", help="start nothing after this long")
     return parser
 
@@ -53,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
     plots = plots_of([*quick_rows, *rows], [args.results / "quick", args.results])
     (args.out / "report.html").write_text(to_html(title, claims, plots, outcomes), encoding="utf8")
     (args.out / "report.md").write_text(to_markdown(title, claims, outcomes), encoding="utf8")
+    if args.readme:
+        README.write_text(fill(README.read_text("utf8"), rows), encoding="utf8")
     missed = [claim for claim in claims if claim.is_met is False]
     show_table(
         f"{len(claims)} claims, {sum(c.is_met is True for c in claims)} met, {len(missed)} missed",
