@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AttentionInterface
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 from hf_kvopt import ATTENTION_NAME, QuantizedPagedCache
 from hf_kvopt.kernels import dispatch
@@ -12,6 +12,8 @@ from tests.kernels.interpreted.conftest import assert_close
 
 BLOCK, DIM, SCALE = 16, 32, 0.2
 FORMATS = [name for name in KV_FORMATS if name != "native"]
+HEADS = {"grouped queries": (4, 2), "one kv head": (3, 1)}
+CACHES = {"growing": {}, "fixed": {"max_tokens": 64, "compileable": True}}
 
 
 class Attention(torch.nn.Module):
@@ -41,11 +43,8 @@ def stored(states, fmt):
     return dequantize(*quantize(states, fmt), fmt)
 
 
-@pytest.mark.parametrize(
-    ("name", "heads"),
-    [*((name, (4, 2)) for name in FORMATS), ("int8", (3, 1)), ("int4", (3, 1))],
-    ids=[*FORMATS, "int8 of one kv head", "int4 of one kv head"],
-)
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("name", FORMATS)
 def test_every_length_of_a_block_is_attended_to_as_stored(name, heads):
     attend, module = AttentionInterface()[ATTENTION_NAME], Attention(heads[0] // heads[1]).eval()
     formats = get_kv_format(name)
@@ -90,3 +89,36 @@ def test_guarded_keys_are_attended_to_as_what_they_stand_for(name, options, fixe
         want = reference(q, keys, values, options.get("softcap"), options.get("s_aux"))
         # Scores of 100 and more are summed in another order.
         assert (out - want).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "heads", "cache"),
+    [
+        *((name, "one kv head" if i % 2 else "grouped queries", "growing") for i, name in enumerate(FORMATS)),
+        ("int4", "grouped queries", "fixed"),
+    ],
+)
+def test_a_whole_generation_is_the_text_of_the_cpu_path(name, heads, cache, monkeypatch):
+    torch.manual_seed(0)
+    num_heads, num_kv_heads = HEADS[heads]
+    shape = {"vocab_size": 61, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": DIM}
+    # Weights drawn wide, so that what rounding differs by decides no token.
+    config = LlamaConfig(
+        **shape, num_attention_heads=num_heads, num_key_value_heads=num_kv_heads, initializer_range=0.25
+    )
+    model = LlamaForCausalLM._from_config(config, attn_implementation=ATTENTION_NAME).eval()
+    model.generation_config.eos_token_id = None
+    model.generation_config.disable_compile = True
+    ids = torch.randint(3, 61, (1, BLOCK - 1))
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "do_sample": False, "output_logits": True}
+    texts, logits = [], []
+    for interprets in (True, False):
+        monkeypatch.setattr(dispatch, "INTERPRET", interprets)
+        held = QuantizedPagedCache(config, format=name, **CACHES[cache])
+        out = model.generate(ids, past_key_values=held, return_dict_in_generate=True, **options)
+        texts.append(out.sequences)
+        logits.append(torch.stack(out.logits))
+        assert held.stats().dense_fallbacks == 0
+    assert texts[0].shape == (1, BLOCK + 2)
+    assert torch.equal(*texts)
+    assert 0 < (logits[0] - logits[1]).abs().max() < 1e-3 * logits[1].abs().max()
