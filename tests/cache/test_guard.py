@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 from hf_kvopt import ATTENTION_NAME, PagedCache, QuantizedPagedCache
 
 HEADS, DIM, SHIFT = 2, 32, 50.0
-BOUNDS = {"int8": 0.04, "int4": 0.75, "k8v4": 0.04}
+BOUNDS = {"int8": 0.04, "fp8_e4m3": 0.3, "fp8_e5m2": 0.6, "int4": 0.75, "k8v4": 0.04}
 in_guarded_formats = pytest.mark.parametrize("name", BOUNDS)
 
 
@@ -128,6 +128,23 @@ def test_copies_take_their_centres_along(name: str) -> None:
     both.feed(40)
     both.check()
     both.guarded = pickle.loads(pickle.dumps(both.guarded))
+    both.feed(20)
+    both.check()
+
+
+@in_guarded_formats
+def test_offload_and_prefetch_take_centres_along(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = Both(name, [SHIFT, -SHIFT])
+    both.feed(20)
+    # As between a card and its host: what is moved lies in other memory.
+    monkeypatch.setattr(Tensor, "to", lambda x, *_, **__: x.clone())
+    for layer in both.guarded.layers:
+        centres = layer.pool.keys.centres.vectors
+        layer.offload()
+        layer.prefetch()
+        centres.zero_()
+    monkeypatch.undo()
+    both.check()
     both.feed(20)
     both.check()
 

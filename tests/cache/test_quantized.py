@@ -150,6 +150,52 @@ def test_a_pickled_cache_reads_the_same(name: str) -> None:
 
 
 @in_every_format
+def test_offload_and_prefetch_carry_codes_and_scales(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, keys, values = fed(name, [21])
+    # As between a card and its host: what is moved lies in other memory.
+    monkeypatch.setattr(Tensor, "to", lambda x, *_, **__: x.clone())
+    for layer in cache.layers:
+        before = [x for plane in layer.pool.planes for x in plane.tensors]
+        layer.offload()
+        layer.prefetch()
+        for old in before:
+            old.zero_()
+    monkeypatch.undo()
+    assert_reads(cache, keys, values)
+    more = states(2, 20, seed=7)
+    for layer in range(2):
+        cache.update(*more, layer)
+    new = expected(*more, name)
+    assert_reads(cache, torch.cat([keys, new[0]], dim=2), torch.cat([values, new[1]], dim=2))
+
+
+@in_every_format
+def test_rows_cut_to_unlike_lengths_go_on_as_if_never_longer(name: str) -> None:
+    cache, keys, values = fed(name, [30, 4])
+    cache.crop_rows([20, 33])
+    more = states(2, 5, seed=3)
+    for layer in range(2):
+        cache.update(*more, layer)
+    new = expected(*more, name)
+    for which, was, then in zip(("keys", "values"), (keys, values), new, strict=True):
+        read = getattr(cache.layers[0], which).clone()
+        for row, length in ((0, 20), (1, 33)):
+            wanted = torch.cat([was[row, :, :length], then[row]], dim=1)
+            assert torch.equal(read[row, :, -length - 5 :], wanted)
+    cache.check_integrity()
+
+
+@in_every_format
+def test_an_accepted_path_moves_codes_and_scales(name: str) -> None:
+    cache, keys, values = fed(name, [14, 6])
+    cache.keep_paths(6, [[0, 3, 5], [1, 2, 4]])
+    rows = torch.tensor([[*range(14), 14, 17, 19], [*range(14), 15, 16, 18]])[:, None, :, None]
+    for which, was in (("keys", keys), ("values", values)):
+        assert torch.equal(getattr(cache.layers[0], which).clone(), was.gather(2, rows.expand(-1, 2, -1, 8)))
+    cache.check_integrity()
+
+
+@in_every_format
 def test_reset_forgets_the_tokens_and_stores_anew(name: str) -> None:
     cache, *_ = fed(name, [21])
     cache.reset()
