@@ -146,7 +146,7 @@ def test_chunked_prefill_goes_on_behind_what_is_known() -> None:
 
 
 @pytest.mark.parametrize("block_size", [16, 32])
-@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("format", ["int8", "fp8_e4m3", "fp8_e5m2", "int4", "k8v4"])
 def test_quantized_blocks_are_shared_and_read_as_in_a_fresh_cache(format: str, block_size: int) -> None:
     model = tiny_model()
     store = PrefixStore(model, format=format, block_size=block_size)

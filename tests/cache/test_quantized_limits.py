@@ -9,7 +9,7 @@ from hf_kvopt import PagedCache, QuantizedPagedCache, UnsupportedDevice
 from hf_kvopt.kernels import dispatch
 from hf_kvopt.kernels.launch import Target
 from hf_kvopt.quant import KV_FORMATS, get_kv_format
-from tests.helpers import KINDS, eager_tokens, generate, prompt, states, tiny_config, tiny_model
+from tests.helpers import KINDS, NEW_TOKENS, eager_tokens, generate, prompt, states, tiny_config, tiny_model, unpadded
 
 FORMATS = [name for name in KV_FORMATS if name != "native"]
 BARS = {"int8": 0.53, "fp8_e4m3": 0.53, "fp8_e5m2": 0.53, "int4": 0.30, "k8v4": 0.41}
@@ -51,7 +51,7 @@ def test_growing_and_fixed_capacity_generate_alike_in_every_format(name: str, ki
     assert torch.equal(generate(model, prompt(9, 21), growing), generate(model, prompt(9, 21), fixed))
 
 
-@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("name", FORMATS)
 def test_beams_are_those_of_plain_attention_over_the_same_storage(name: str) -> None:
     tokens = []
     for attention in ("hf_kvopt", "eager"):
@@ -60,6 +60,38 @@ def test_beams_are_those_of_plain_attention_over_the_same_storage(name: str) -> 
         tokens.append(generate(model, prompt(9, 6), cache, num_beams=3))
         cache.check_integrity()
     assert torch.equal(*tokens)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("speculation", ["another model assists", "prompt lookup"])
+def test_assisted_generation_gives_the_tokens_of_plain_decoding_over_the_same_format(
+    name: str, speculation: str
+) -> None:
+    model = tiny_model()
+    options: dict[str, object] = {"prompt_lookup_num_tokens": 3}
+    if speculation == "another model assists":
+        options = {"assistant_model": tiny_model(seed=1)}
+    plain, assisted = (QuantizedPagedCache(model.config, format=name) for _ in range(2))
+    wanted = generate(model, prompt(37), plain, max_new_tokens=24)
+    assert torch.equal(generate(model, prompt(37), assisted, max_new_tokens=24, **options), wanted)
+    assisted.check_integrity()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_sampling_several_sequences_and_a_second_turn_work_in_every_format(name: str) -> None:
+    model = tiny_model()
+    hf_kvopt.enable(model, cache=name)
+    first = generate(model, prompt(21), num_return_sequences=3, do_sample=True, return_dict_in_generate=True)
+    cache = first.past_key_values
+    assert isinstance(cache, QuantizedPagedCache)
+    assert first.sequences.shape == (3, 21 + NEW_TOKENS)
+    longer = torch.cat([first.sequences, first.sequences[:, :5]], dim=1)
+    again = generate(model, unpadded(longer), cache)
+    # The same text read anew: tokens are stored alone, so that it reads the same however it came in.
+    fresh = QuantizedPagedCache(model.config, format=name)
+    generate(model, {"input_ids": longer[:, :21], "attention_mask": torch.ones(3, 21)}, fresh, max_new_tokens=1)
+    assert torch.equal(again, generate(model, unpadded(longer), fresh))
+    cache.check_integrity()
 
 
 def test_layers_are_stored_as_the_policy_says() -> None:

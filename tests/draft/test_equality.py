@@ -191,7 +191,7 @@ def test_every_cache_will_do(make: Any, lengths: tuple[int, ...]) -> None:
     assert torch.equal(got, wanted)
 
 
-@pytest.mark.parametrize("format_name", ["int8", "int4"])
+@pytest.mark.parametrize("format_name", ["int8", "fp8_e4m3", "fp8_e5m2", "int4", "k8v4"])
 @pytest.mark.parametrize("lengths", [(14,), (9, 6, 14)], ids=["batch 1", "batch 3"])
 def test_quantized_storage_takes_drafts_back(lengths: tuple[int, ...], format_name: str) -> None:
     config = tiny_model().config
