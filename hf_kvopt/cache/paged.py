@@ -216,6 +216,7 @@ class PagedCache(DynamicCache):
             fixed.set_length(0)
         if not self.cache_config.compileable:
             for table in self._tables.values():
+                table.allocator.recount()
                 table.clear()
             self._sync_clocks()
 

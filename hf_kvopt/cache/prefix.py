@@ -233,6 +233,8 @@ class PrefixStore:
     def clear(self) -> None:
         """Forget all texts, pinned ones too; memory stays reserved, caches in use stay right."""
         with self.lock:
+            for allocator in self._allocators.values():
+                allocator.recount()
             self.index.clear()
 
     def free(self) -> None:

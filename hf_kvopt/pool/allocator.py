@@ -285,13 +285,18 @@ class BlockAllocator:
             while self.abandoned:
                 self.release(self.abandoned.popleft())
 
+    def recount(self) -> None:
+        """Count anew what the holders hold: an interrupt in the middle of a change leaves blocks to nobody."""
+        with self.lock:
+            held = self._held()
+            self.refcounts = [held.get(block, 0) for block in range(self.num_blocks)]
+            self._rebuild_runs()
+
     def check_integrity(self) -> None:
         """Raise KVOptError unless refcounts, free runs and the holders' rows agree exactly."""
         with self.lock:
             self.reclaim()
-            # Holders first: one that is collected meanwhile has left its rows with `abandoned` before.
-            rows = [row for holder in list(self.holders) for row in holder.held_rows()]
-            held = Counter(block for row in [*rows, *self.abandoned] for block in row)
+            held = self._held()
             wrong = [b for b, count in enumerate(self.refcounts) if count != held.get(b, 0)]
             free = {b for start, end in self._run_ends.items() for b in range(start, end)}
             zero = {b for b, count in enumerate(self.refcounts) if count == 0}
@@ -300,6 +305,12 @@ class BlockAllocator:
                     f"block accounting is broken: {wrong = }, free runs hold {len(free)} blocks, {len(zero)} have no "
                     f"holder, num_free is {self.num_free}"
                 )
+
+    def _held(self) -> Counter[int]:
+        """How often each block is held."""
+        # Holders first: one that is collected meanwhile has left its rows with `abandoned` before.
+        rows = [row for holder in list(self.holders) for row in holder.held_rows()]
+        return Counter(block for row in [*rows, *self.abandoned] for block in row)
 
     def _take(self, start: int, end: int) -> list[int]:
         """Cut [start, end) out of the free run that contains it."""

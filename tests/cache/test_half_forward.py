@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_kvopt import CacheStateError, PagedCache
+from hf_kvopt import CacheStateError, KVOptError, PagedCache, PrefixStore
 from tests.helpers import eager_tokens, generate, prompt, tiny_config, tiny_model
 
 CACHES = {
@@ -56,3 +56,32 @@ def test_a_compiled_prefill_of_fixed_capacity_agrees():
         got = torch.compile(model, backend="eager")(ids, past_key_values=cache).logits
     torch._dynamo.reset()
     assert (got - want).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("lost", [True, False], ids=["taken by nobody", "given back too early"])
+def test_reset_counts_blocks_anew_after_an_interrupt_within_the_allocator(lost):
+    model, cache = tiny_model(), PagedCache()
+    generate(model, prompt(20), cache)
+    table = cache.layers[0].table
+    if lost:
+        table.allocator.allocate(3)
+    else:
+        table.allocator.release(table.rows[0])
+    with pytest.raises(KVOptError, match="accounting is broken"):
+        cache.check_integrity()
+    cache.reset()
+    cache.check_integrity()
+    assert cache.stats().used_blocks == 0
+    assert torch.equal(generate(model, prompt(20), cache), eager_tokens("full", 20))
+
+
+def test_clearing_a_store_counts_its_blocks_anew():
+    model = tiny_model()
+    store = PrefixStore(model)
+    inputs = prompt(20)
+    cache = store.cache(**inputs)
+    store.commit(cache, generate(model, inputs, cache))
+    store.allocators[0].allocate(3)
+    store.clear()
+    store.check_integrity()
+    assert store.stats().used_bytes == 0
