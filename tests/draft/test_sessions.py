@@ -36,7 +36,7 @@ def log_q(head, target, row: Tensor, drafted: list[int]) -> Tensor:
     positions = torch.arange(tokens.shape[1])[None]
     for _ in range(len(drafted) + 1):
         length = hidden.shape[1]
-        out = head(tokens[:, :length], hidden, positions[:, :length], dense_causal)
+        out = head(tokens[:, :length], hidden, head.rotary(positions[:, :length], hidden.dtype), dense_causal)
         hidden = torch.cat([hidden, out[:, -1:]], dim=1)
     return torch.log_softmax(head.logits(out[:, -1])[0], -1)
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from hf_kvopt.draft.heads.base import HeadBase
 from hf_kvopt.draft.heads.config import EagleConfig
 from hf_kvopt.draft.heads.eagle_session import EagleSession
-from hf_kvopt.draft.heads.layer import Attend, EagleLayer, RolloutAttention, RotaryTable
+from hf_kvopt.draft.heads.layer import Attend, EagleLayer, RolloutAttention, RotaryTable, linear, norm
 
 
 class EagleHead(HeadBase):
@@ -78,22 +78,22 @@ class EagleHead(HeadBase):
         self,
         tokens: Tensor,  # [batch, q_len] int64: the token behind each feature
         hidden: Tensor,  # [batch, q_len, hidden_size]: of `combine`, or what the step before returned
-        positions: Tensor,  # [batch, q_len] int64
+        rotation: Tensor,  # [batch | 1, q_len, 2, head_dim]: `rotary` of the positions
         attend: Attend,
-        last_only: bool = False,
+        last: Tensor | None = None,  # [batch, 1] int64
     ) -> Tensor:
         """What `logits` reads, and what the next step takes as `hidden`.
 
         Returns:
-            [batch, q_len, hidden_size], or [batch, 1, hidden_size] of the last position.
+            [batch, q_len, hidden_size], or [batch, 1, hidden_size] of the places `last`.
         """
         embeds = self._embed(tokens).to(hidden.dtype)
         if self.is_first_version:
-            hidden = self.fc(torch.cat([embeds, hidden], dim=-1))
-        rotation = self.rotary(positions, hidden.dtype)
-        for layer in self.layers:
-            hidden = layer(hidden, embeds, rotation, attend, last_only and layer is self.layers[-1])
-        return self.norm(hidden) if self.norms_output and self.norm is not None else hidden
+            hidden = linear(self.fc, torch.cat([embeds, hidden], dim=-1))
+        layers = list(self.layers)
+        for layer in layers:
+            hidden = layer.forward(hidden, embeds, rotation, attend, last if layer is layers[-1] else None)
+        return norm(self.norm, hidden) if self.norms_output and self.norm is not None else hidden
 
     def combine(self, features: Tensor) -> Tensor:
         """[..., hidden_size] out of the target's features [..., num_features * target_hidden_size]."""
@@ -112,8 +112,8 @@ class EagleHead(HeadBase):
         if self.lm_head is None:
             return self.shared.lm_logits(hidden)
         if self.norm is not None and not self.norms_output:
-            hidden = self.norm(hidden)
-        return self.lm_head(hidden)
+            hidden = norm(self.norm, hidden)
+        return linear(self.lm_head, hidden)
 
     def rollout(self, features: Tensor, input_ids: Tensor, num_steps: int) -> list[Tensor]:
         length = input_ids.shape[1] - num_steps
@@ -123,12 +123,13 @@ class EagleHead(HeadBase):
         self.rotary.reserve(max(4096, input_ids.shape[1]), input_ids.device, hidden.dtype)
         logits = []
         for step in range(num_steps):
-            hidden = self(input_ids[:, 1 + step : 1 + step + length], hidden, positions + step, attend)
+            rotation = self.rotary(positions + step, hidden.dtype)
+            hidden = self(input_ids[:, 1 + step : 1 + step + length], hidden, rotation, attend)
             logits.append(self.logits(hidden))
         return logits
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        return self.embed_tokens(tokens) if self.embed_tokens is not None else self.shared.embeddings(tokens)
+        return self.shared.embeddings(tokens) if self.embed_tokens is None else self.embed_tokens(tokens)
 
 
 def default_layers(num_layers: int) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ drafted     (own hidden state, embedding of the token drafted)   written by `pro
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,15 +21,23 @@ if TYPE_CHECKING:
 
 
 class CachedAttention:
-    """Attention over a paged cache; `mask` [batch | 1, 1, q_len, kv_len] bool where queries are not a causal run."""
+    """Attention over a paged cache; `mask` [batch | 1, 1, q_len, kv_len] bool where queries are not a causal run.
+
+    `lengths` are set where rows are right-padded: what stands behind them goes before the last layer's one query a row.
+    """
 
     def __init__(self, cache: PagedCache) -> None:
         self._cache = cache
         self.mask: Tensor | None = None
+        self.lengths: list[int] | None = None
 
     def __call__(self, layer: EagleLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `Attend`."""
         keys, values = self._cache.update(k, v, layer.layer_idx)
+        if self.lengths is not None and q.shape[2] < k.shape[2]:
+            self._cache.crop_rows(self.lengths)
+            stored: Any = self._cache.layers[layer.layer_idx]
+            keys, values = stored.keys, stored.values
         return attention_forward(layer, q, keys, values, self.mask, scaling=layer.scaling)[0]
 
 
@@ -47,20 +55,16 @@ class EagleSession(DraftSession):
 
     def extend(self, read: Read) -> None:
         assert read.features is not None  # the loop brings what `feature_layers` asks for
-        head, width = self._head, read.tokens.shape[1]
+        head, attend = self._head, self._attend
         self._forget_drafts()
-        self._attend.mask = None
-        is_even = all(count == width for count in read.counts)
-        out = head(read.following, head.combine(read.features), read.positions, self._attend, last_only=is_even)
         self._lengths = [length + count for length, count in zip(self._lengths, read.counts, strict=True)]
-        if is_even:
-            self._hidden, self._position = out, read.positions[:, -1:]
-            return
-        # What stands behind the counts is padding.
-        self._cache.crop_rows(self._lengths)
-        last = torch.tensor(read.counts, device=out.device)[:, None] - 1
-        self._hidden = out.gather(1, last[:, :, None].expand(-1, -1, out.shape[2]))
+        attend.mask, attend.lengths = None, None if min(read.counts) == read.tokens.shape[1] else self._lengths
+        last = torch.tensor(read.counts, device=read.tokens.device)[:, None] - 1
+        hidden = head.combine(read.features)
+        rotation = head.rotary(read.positions, hidden.dtype)
+        self._hidden = head.forward(read.following, hidden, rotation, attend, last)
         self._position = read.positions.gather(1, last)
+        attend.lengths = None
 
     def propose(self, plan: Plan, sample: Sampler) -> Draft:
         self._forget_drafts()
@@ -83,11 +87,11 @@ class EagleSession(DraftSession):
         assert hidden is not None  # extend comes first
         assert position is not None
         self._attend.mask = None
-        chain = ChainGrowth(head, len(hidden), plan.min_confidence, sample)
-        for depth in range(min(plan.gamma, plan.num_nodes)):
+        chain, gamma = ChainGrowth(head, len(hidden), plan.min_confidence, sample), min(plan.gamma, plan.num_nodes)
+        rotation = head.rotary(position + torch.arange(gamma, device=position.device), hidden.dtype)
+        for depth in range(gamma):
             if depth:
-                position = position + 1
-                hidden = head(chain.tokens[-1][:, None], hidden, position, self._attend)
+                hidden = head.forward(chain.tokens[-1][:, None], hidden, rotation[:, depth : depth + 1], self._attend)
                 self._drafted += 1
             if not chain.add(head.logits(hidden[:, 0])):
                 break
@@ -109,7 +113,8 @@ class EagleSession(DraftSession):
             seen = torch.ones(batch, 1, nodes, columns + drafted, dtype=torch.bool, device=hidden.device)
             seen[:, 0, :, columns:] = frontier.ancestors
             self._attend.mask = seen
-            hidden = head(head.to_target(frontier.tokens), hidden, position.expand(-1, nodes), self._attend)
+            rotation = head.rotary(position.expand(-1, nodes), hidden.dtype)
+            hidden = head.forward(head.to_target(frontier.tokens), hidden, rotation, self._attend)
             self._drafted += nodes
         return growth.draft(head.to_target)
 

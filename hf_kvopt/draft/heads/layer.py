@@ -4,13 +4,14 @@ EAGLE-3, first layer:   x = [norm(e); norm(f)],  residual f       e: embedded ne
 EAGLE-1, first layer:   x = fc([e; f]),          residual x       (made by the head, not normed)
 any further layer:      x = norm(h),             residual h
 
-then, as in Llama, h = residual + attention(x), out = h + mlp(norm(h)). Projections are fused: a drafting step is bound
-by the number of operations, not by their size.
+then, as in Llama, h = residual + attention(x), out = h + mlp(norm(h)). A drafting step is bound by the number of
+operations, not by their size: projections are fused, and weights are applied without a call of their module.
 """
 
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -42,7 +43,7 @@ class EagleLayer(nn.Module):
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, hidden, bias=config.attention_bias)
         self.gate_up_proj = nn.Linear(hidden, 2 * inner, bias=config.mlp_bias)
         self.down_proj = nn.Linear(inner, hidden, bias=config.mlp_bias)
-        self.act = ACT2FN[config.hidden_act]
+        self.act = F.silu if config.hidden_act == "silu" else ACT2FN[config.hidden_act]
         eps = config.rms_norm_eps
         if self.is_wide or layer_idx > 0:
             self.input_layernorm = nn.RMSNorm(hidden, eps)
@@ -58,30 +59,41 @@ class EagleLayer(nn.Module):
         embeds: Tensor,  # [batch, q_len, hidden_size]: of the token behind each
         rotation: Tensor,  # [batch | 1, q_len, 2, head_dim]: see `RotaryTable`
         attend: Attend,
-        last_only: bool = False,
+        last: Tensor | None = None,  # [batch, 1] int64
     ) -> Tensor:
-        """[batch, q_len, hidden_size], or [batch, 1, hidden_size] of the last position; keys and values are of all."""
+        """[batch, q_len, hidden_size], or [batch, 1, hidden_size] of the places `last`; keys and values are of all."""
         x, residual = self._take_in(hidden, embeds)
         batch, q_len, _ = x.shape
-        qkv = self.qkv_proj(x).view(batch, q_len, -1, self.head_dim)
+        qkv = linear(self.qkv_proj, x).view(batch, q_len, -1, self.head_dim)
         qk, v = qkv.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             qk = torch.cat([self.q_norm(qk[:, :, : self.num_heads]), self.k_norm(qk[:, :, self.num_heads :])], dim=2)
         qk = rotate(qk, rotation).transpose(1, 2)
         q = qk[:, : self.num_heads]
-        if last_only and q_len > 1:
-            q, residual = q[:, :, -1:], residual[:, -1:]
+        if last is not None and q_len > 1:
+            q = q.gather(2, last[:, None, :, None].expand(-1, self.num_heads, -1, self.head_dim))
+            residual = residual.gather(1, last[:, :, None].expand(-1, -1, residual.shape[2]))
         out = attend(self, q, qk[:, self.num_heads :], v.transpose(1, 2))
-        h = residual + self.o_proj(out.flatten(2))
-        gate, up = self.gate_up_proj(self.post_attention_layernorm(h)).chunk(2, dim=-1)
-        return h + self.down_proj(self.act(gate) * up)
+        h = residual + linear(self.o_proj, out.flatten(2))
+        gate, up = linear(self.gate_up_proj, norm(self.post_attention_layernorm, h)).chunk(2, dim=-1)
+        return h + linear(self.down_proj, self.act(gate) * up)
 
     def _take_in(self, hidden: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor]:
         if self.is_wide:
-            normed = self.hidden_norm(hidden)
-            x = torch.cat([self.input_layernorm(embeds), normed], dim=-1)
+            normed = norm(self.hidden_norm, hidden)
+            x = torch.cat([norm(self.input_layernorm, embeds), normed], dim=-1)
             return x, normed if self.norm_before_residual else hidden
-        return (self.input_layernorm(hidden) if self.layer_idx > 0 else hidden), hidden
+        return (norm(self.input_layernorm, hidden) if self.layer_idx > 0 else hidden), hidden
+
+
+def linear(module: nn.Linear, x: Tensor) -> Tensor:
+    """`module(x)`, without what a module's call costs."""
+    return F.linear(x, module.weight, module.bias)
+
+
+def norm(module: nn.RMSNorm, x: Tensor) -> Tensor:
+    """`module(x)`, without what a module's call costs."""
+    return torch.rms_norm(x, module.normalized_shape, module.weight, module.eps)
 
 
 class RotaryTable:
