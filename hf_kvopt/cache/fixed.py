@@ -17,7 +17,7 @@ from hf_kvopt.errors import CacheStateError, OutOfBlocks
 from hf_kvopt.pool.block_table import BlockTable
 from hf_kvopt.pool.handle import HandleSpec, KVHandle, row_views
 from hf_kvopt.pool.storage import Plane
-from hf_kvopt.quant import NATIVE_KV, KVFormat
+from hf_kvopt.quant import CENTRE_TOKENS, NATIVE_KV, KVFormat, centre_of
 
 
 class FixedLayer(PagedLayer):
@@ -119,6 +119,8 @@ class FixedLayer(PagedLayer):
         self.length.fill_(length)
         if self.pool is not None:
             self.seq_lens.fill_(length)
+            if not length and self.pool.keys.centres is not None:
+                self.pool.keys.centres.early.clear()
 
     def keep(self, num_tokens: int, path: Sequence[int]) -> None:
         """Of the last `num_tokens` tokens of every row keep those numbered in `path`, in that order."""
@@ -146,6 +148,9 @@ class FixedLayer(PagedLayer):
                 rows.copy_(rows[indices])
         if self.centre is not None:
             self.centre = self.centre[indices]
+        if self.pool.keys.centres is not None:
+            src = [block for row in indices for block in self.table.rows[row]]
+            self.pool.keys.centres.copy_blocks(src, [block for row in self.table.rows for block in row])
 
     def _handle(self, plane: Plane, kv_len: int, states: Tensor | None = None) -> KVHandle:
         shape = (self.table.batch_size, plane.num_heads, kv_len, plane.dim)
@@ -157,12 +162,25 @@ class FixedLayer(PagedLayer):
         """Keys as they go into the pool; rows that begin now learn their centre."""
         assert self.pool is not None
         plane, num_tokens = self.pool.keys, key_states.shape[2]
-        if plane.centres is not None and not torch.compiler.is_compiling():
-            # A GPU is asked for the length by prompts alone: a decode step must not wait.
-            is_readable = num_tokens > 1 or key_states.device.type == "cpu"
-            if num_tokens and (is_new or (is_readable and not int(self.length))):
-                self.centre = plane.centres.before_write(key_states, self.table, 0, num_tokens)
-        return plane.guarded(key_states, self.centre if plane.centres is not None else None)
+        if plane.centres is None:
+            return plane.guarded(key_states, None)
+        if torch.compiler.is_compiling():
+            self.centre = self._learned_in_graph(key_states, is_new)
+        # A GPU is asked for the length by prompts alone, and behind a short one: a decode step must not wait.
+        elif num_tokens and (is_new or num_tokens > 1 or plane.centres.early or key_states.device.type == "cpu"):
+            length = int(self.length)
+            if not length or plane.centres.early:
+                self.centre = plane.learn(key_states, self.table, length, length + num_tokens)
+        return plane.guarded(key_states, self.centre)
+
+    def _learned_in_graph(self, key_states: Tensor, is_new: bool) -> Tensor | None:
+        """The same where nothing may be asked for: from a prompt of two or more tokens in one forward."""
+        if key_states.shape[2] == 1:
+            return self.centre
+        learned = centre_of(key_states[:, :, :CENTRE_TOKENS])
+        if is_new:
+            return learned
+        return torch.where(self.length == 0, learned, 0.0 if self.centre is None else self.centre)
 
     def _is_static(self, num_tokens: int) -> bool:
         return num_tokens == 1 or torch.compiler.is_compiling()

@@ -232,7 +232,10 @@ class PagedCache(DynamicCache):
         """Blocks, tokens and bytes held now."""
         for layer in self._fixed_layers():
             layer.table.lags = [layer.table.clock - int(layer.length)] * layer.table.batch_size
-        return measure(list(self._tables.values()), [layer.pool for layer in self._paged_layers() if layer.pool])
+        stats = measure(list(self._tables.values()), [layer.pool for layer in self._paged_layers() if layer.pool])
+        for layer in self._fixed_layers():
+            layer.table.lags = [0] * layer.table.batch_size
+        return stats
 
     def check_integrity(self) -> None:
         """Raise KVOptError unless every block is either free or held exactly as often as it is counted."""

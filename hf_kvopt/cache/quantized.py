@@ -2,9 +2,10 @@
 
     block of an int8 layer     codes [block_size, num_kv_heads, head_dim] int8     scale [block_size, num_kv_heads] fp16
 
-A token is quantized once, alone, when it is written, and never again: what a later step reads does not depend on the
-rest of the batch, or on the tokens before it, but for the shift that a row of int8 or int4 keys learns from its first
-tokens where a model has loud key channels.
+A token is quantized once, alone, when it is written: what a later step reads does not depend on the rest of the batch,
+or on the tokens before it, but for the shift that a row of keys learns from its first 16 tokens where a model has loud
+key channels. A row that begins with fewer keeps those as they came until the sixteenth; where that shows another shift,
+they are quantized once more, from what came. So a text is stored alike however it is cut.
 """
 
 from collections.abc import Collection, Mapping

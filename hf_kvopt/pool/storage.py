@@ -92,7 +92,7 @@ class Plane:
     @property
     def num_bytes(self) -> int:
         """Bytes held, free blocks and scales included."""
-        held = self.tensors if self.centres is None else [*self.tensors, self.centres.vectors]
+        held = self.tensors if self.centres is None else [*self.tensors, *self.centres.tensors]
         return sum(tensor.untyped_storage().nbytes() for tensor in held)
 
     def matches(self, states: Tensor) -> bool:
@@ -123,8 +123,18 @@ class Plane:
 
     def before_write(self, states: Tensor, table: BlockTable, start: int, stop: int) -> Tensor:
         """`guarded` for the columns `start` to `stop`: rows that begin there learn their centre."""
-        centre = None if self.centres is None else self.centres.before_write(states, table, start, stop)
-        return self.guarded(states, centre)
+        return self.guarded(states, self.learn(states, table, start, stop))
+
+    def learn(self, states: Tensor, table: BlockTable, start: int, stop: int) -> Tensor | None:
+        """[batch, num_kv_heads, head_dim] that is taken from states for the columns `start` to `stop`."""
+        if self.centres is None:
+            return None
+        centre, anew = self.centres.before_write(states, table, start, stop)
+        for row, block, keys in anew:
+            guarded = self.guarded(keys[None], None if centre is None else centre[row : row + 1])
+            first = block * self.block_size
+            self.store(self.encode(guarded), torch.arange(first, first + keys.shape[1], device=keys.device))
+        return centre
 
     def as_stored(self, states: Tensor, table: BlockTable) -> Tensor:
         """States [batch, num_kv_heads, tokens, head_dim] as they are read back from rows of `table`."""
@@ -327,6 +337,8 @@ class KVPool:
         index = torch.tensor([src, dst]).to(self.keys.codes.device, non_blocking=True)
         for plane in self.planes:
             plane.move_slots(index[0], index[1])
+            if plane.centres is not None:
+                plane.centres.move_slots(src, dst, plane.block_size)
 
     def to(self, device: torch.device) -> None:
         """See `Plane.to`."""

@@ -3,9 +3,9 @@
     stored = quantize((k - centre) H)        q . k = (q H) . stored + q . centre
 
 Centre: Qwen2.5-like models shift some key channels by a constant of many times the rest (a bias on a slow rotary pair).
-A row learns that shift from its first tokens and keeps it; q . centre is the same for every key of the row, so softmax
-never sees it. Channels without such a shift, which is all of most models, are left alone: taking the mean from each
-channel costs twice the loss, because channels of the middle rotary frequencies turn away from it.
+A row learns that shift from its first 16 tokens and keeps it; q . centre is the same for every key of the row, so
+softmax never sees it. Channels without such a shift, which is all of most models, are left alone: taking the mean from
+each channel costs twice the loss, because channels of the middle rotary frequencies turn away from it.
 
 Rotation: the orthonormal Hadamard matrix H spreads what is left evenly over the channels (QuaRot, arXiv:2404.00456).
 It pays at 4 bits, and neither helps nor hurts at 8.
@@ -19,10 +19,11 @@ from torch import Tensor
 
 from hf_kvopt.quant.formats import INT4, Format
 
-# Tokens of a row that its centre is learned from: some, as one may be an attention sink unlike the rest.
+# Tokens of a row that its centre is learned from.
 CENTRE_TOKENS = 16
 _LOUD = 6.0  # a shift counts from so many times the head's median magnitude on
-_SPREAD = 0.5  # ... if no token strays from it by more than this share of it
+_SPREAD = 0.5  # ... if tokens stray from it by no more than this share of it
+_ODD = 8  # ... but for one in so many, such as an attention sink
 
 
 class Guard(NamedTuple):
@@ -49,11 +50,12 @@ def centre_of(
 ) -> Tensor:
     """Return the shift of each row's keys by its first tokens, [batch, num_kv_heads, head_dim] float32, mostly zero."""
     x = first.float()
-    mean = x.mean(dim=2)
-    median = x.abs().flatten(2).median(dim=-1).values[..., None]
-    is_loud = mean.abs() > _LOUD * median
-    is_steady = ((x - mean.unsqueeze(2)).abs() <= _SPREAD * mean.abs().unsqueeze(2)).all(dim=2)
-    return mean.where(is_loud & is_steady, 0.0)
+    magnitude = x.abs().flatten(2).median(dim=-1).values[..., None]
+    usual = x.median(dim=2, keepdim=True).values
+    is_odd = (x - usual).abs() > _SPREAD * usual.abs()
+    mean = x.masked_fill(is_odd, 0.0).sum(dim=2) / (~is_odd).sum(dim=2)
+    is_steady = is_odd.sum(dim=2) <= x.shape[2] // _ODD
+    return mean.where(is_steady & (mean.abs() > _LOUD * magnitude), 0.0)
 
 
 def hadamard(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
+from transformers import AttentionInterface, LlamaConfig
 
 from hf_kvopt import ATTENTION_NAME, PagedCache, QuantizedPagedCache
 
@@ -69,6 +69,109 @@ def test_rows_are_stored_less_their_own_shift(name: str, steps: list[int]) -> No
     for tokens in steps:
         both.feed(tokens)
         both.check()
+
+
+def sink_states(tokens: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Keys whose first token is loud where no other is, and the other way round."""
+    keys, values = loud_states(2, tokens, seed)
+    keys[..., 5] += SHIFT
+    keys[:, :, 0, 5] -= SHIFT
+    keys[:, :, 0, 9] = SHIFT
+    keys[1] *= -1
+    return keys, values
+
+
+CUTS = [[1, 39], [1] * 40, [1, 3, 30, 6], [15, 1, 24], [15, 25], [40]]
+
+
+@in_guarded_formats
+@pytest.mark.parametrize("steps", CUTS[:-1], ids=lambda steps: "-".join(map(str, steps[:6])))
+def test_a_text_is_stored_alike_however_it_is_cut(name: str, steps: list[int]) -> None:
+    keys, values = sink_states(40)
+    caches = []
+    for cut in (steps, [40]):
+        caches.append(QuantizedPagedCache(format=name))
+        for k, v in zip(keys.split(cut, dim=2), values.split(cut, dim=2), strict=True):
+            caches[-1].update(k, v, 0)
+    for which in ("keys", "values"):
+        assert torch.equal(*(getattr(cache.layers[0], which).clone() for cache in caches))
+    assert (caches[0].layers[0].keys.clone() - keys).abs().max() < SHIFT / 4
+    assert not caches[0].layers[0].pool.keys.centres.early
+
+
+@in_guarded_formats
+def test_rows_that_began_short_learn_after_every_operation(name: str) -> None:
+    whole_keys, whole_values = sink_states(40)
+    want = QuantizedPagedCache(format=name)
+    want.update(whole_keys, whole_values, 0)
+    stored = want.layers[0].keys.clone()
+
+    def feed(cache: PagedCache, rows: list[int], start: int, stop: int) -> None:
+        cache.update(whole_keys[rows, :, start:stop], whole_values[rows, :, start:stop], 0)
+
+    cache = QuantizedPagedCache(format=name)
+    feed(cache, [0, 1], 0, 1)
+    feed(cache, [0, 1], 1, 9)
+    cache.crop(-4)
+    feed(cache, [0, 1], 5, 6)
+    cache.reorder_cache(torch.tensor([1, 1]))
+    cache.batch_repeat_interleave(2)
+    feed(cache, [1] * 4, 6, 8)
+    twin = copy.deepcopy(cache)
+    feed(twin, [1] * 4, 8, 40)
+    assert torch.equal(twin.layers[0].keys.clone(), stored[[1] * 4])
+    cache = pickle.loads(pickle.dumps(cache))
+    cache.batch_select_indices(torch.tensor([2]))
+    cache.layers[0].offload()
+    cache.layers[0].prefetch()
+    # A draft of five, of which the second, third and fifth are taken.
+    draft = torch.tensor([0, 8, 9, 0, 10])
+    cache.update(whole_keys[1:, :, draft], whole_values[1:, :, draft], 0)
+    cache.keep_paths(5, [[1, 2, 4]])
+    feed(cache, [1], 11, 40)
+    assert torch.equal(cache.layers[0].keys.clone(), stored[1:])
+    cache.check_integrity()
+    cache.reset()
+    feed(cache, [0], 0, 40)
+    assert torch.equal(cache.layers[0].keys.clone(), stored[:1])
+
+
+@in_guarded_formats
+@pytest.mark.parametrize("steps", CUTS, ids=lambda steps: "-".join(map(str, steps[:6])))
+def test_fixed_capacity_stores_what_a_growing_cache_stores(name: str, steps: list[int]) -> None:
+    keys, values = sink_states(40)
+    growing = QuantizedPagedCache(format=name)
+    growing.update(keys, values, 0)
+    fixed = QuantizedPagedCache(format=name, max_tokens=128, compileable=True)
+    for _ in range(2):
+        for k, v in zip(keys.split(steps, dim=2), values.split(steps, dim=2), strict=True):
+            fixed.update(k, v, 0)
+            fixed.reorder_cache(torch.tensor([0, 1]))
+        assert torch.equal(fixed.layers[0].keys.clone(), growing.layers[0].keys.clone())
+        fixed.reset()
+        # Rows of an earlier text, and figures asked for in between, leave nothing behind.
+        fixed.update(keys[:, :, 1:4], values[:, :, 1:4], 0)
+        fixed.reset()
+        assert fixed.stats().num_tokens == 0
+
+
+def test_a_compiled_prefill_learns_its_centre() -> None:
+    torch._dynamo.reset()
+    config = LlamaConfig(num_hidden_layers=1)
+    eager, traced = (
+        QuantizedPagedCache(config, format="int4", max_tokens=128, compileable=True) for _ in range(2)
+    )  # fmt: skip
+    compiled = torch.compile(lambda k, v: traced.update(k, v, 0)[0].clone(), backend="eager")
+    for sign in (1, -1):
+        keys, values = (sign * x for x in sink_states(40))
+        for now in (slice(0, 20), slice(20, 40)):
+            eager.update(keys[:, :, now], values[:, :, now], 0)
+            read = compiled(keys[:, :, now], values[:, :, now])
+        assert traced.layers[0].centre.abs().max() > SHIFT / 2
+        assert torch.equal(read[:, :, :40], eager.layers[0].keys.clone())
+        eager.reset()
+        traced.reset()
+    torch._dynamo.reset()
 
 
 @in_guarded_formats
