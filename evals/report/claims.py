@@ -158,6 +158,26 @@ def _fragmentation(rows: Sequence[Found]) -> list[Claim]:
     return claims
 
 
+def _memory(rows: Sequence[Found]) -> list[Claim]:
+    claims = []
+    for row in newest(rows, "what", "model", "context", "said", "kind", "format"):
+        f = row.fields
+        if f["what"] == "textbook":
+            tokens = f"{f['context']:,} tokens" if f["context"] > 1 else "of one token"
+            goal = "-" if f["note"] else f"{f['said']:g} {f['unit']}"
+            off = f"; a source's {f['said']:g} {f['unit']} {f['note']}" if f["note"] else ""
+            said, is_met = f"{f['computed']:,.4g} {f['unit']}{off}", None if f["note"] else f["is_right"]
+            claims.append(_claim(row, f"{f['model']}, {tokens}, 16 bits", goal, said, is_met))
+    live = [row for row in newest(rows, "kind", "format") if row.fields["what"] == "live"]
+    for kind in dict.fromkeys(row.fields["kind"] for row in live):
+        own = [row for row in live if row.fields["kind"] == kind]
+        num_equal = sum(row.fields["is_equal"] for row in own)
+        said = f"{num_equal} of {len(own)} formats to the byte"
+        what = f"{kind}: predicted bytes are those of cache.stats(), used and reserved"
+        claims.append(_claim(own[-1], what, "all formats", said, num_equal == len(own)))
+    return claims
+
+
 def _why(rows: Sequence[Found]) -> list[Claim]:
     claims = []
     for row in newest(rows, "model", "what", "new_tokens", "tile"):
@@ -258,6 +278,7 @@ READERS: dict[str, Reader] = {
     "speed": _speed,
     "perplexity": _perplexity,
     "needle": _needle,
+    "memory": _memory,
     "prefix": _prefix,
     "fragmentation": _fragmentation,
     "acceptance": _acceptance,

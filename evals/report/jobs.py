@@ -32,8 +32,9 @@ JOBS = (
         "--shape tiny --contexts 128 --steps 8 --repeats 2 --new-tokens 0 --no-peak",
         "speed-cpu.json",
     ),
-    Job("perplexity", ("", "--outliers"), "--context 129 --segments 4", "perplexity.json"),
-    Job("needle", ("",), "--contexts 256 --depths 2 --samples 1 --sides int8+hf_kvopt int4+hf_kvopt", "needle.json"),
+    Job("perplexity", ("", "--outliers"), "--context 129 --segments 2", "perplexity.json"),
+    Job("needle", ("",), "--contexts 128 --depths 2 --samples 1 --sides int8+hf_kvopt int4+hf_kvopt", "needle.json"),
+    Job("memory", ("",), "--formats native int8 --steps 3", "memory.json"),
     Job("prefix", ("",), "--lengths 512 --batches 1 --hits 0 0.95 --repeats 2", "prefix-cpu.json"),
     Job("fragmentation", ("",), "--requests 60", "fragmentation.json"),
     Job(

@@ -67,6 +67,15 @@ def test_a_quick_run_is_judged_by_what_is_counted_alone() -> None:
     assert [claim.is_met for claim in claims_of(found(wrong, slow, is_quick=True))] == [False, None]
 
 
+def test_a_figure_that_a_source_has_wrong_is_told_with_what_it_forgot() -> None:
+    row = {"eval": "memory", "what": "textbook", "model": "7B", "context": 1000, "said": 5.0, "unit": "GB", **FACTS}
+    right = row | {"computed": 5.01, "is_right": True, "note": ""}
+    wrong = row | {"computed": 9.0, "is_right": False, "note": "forgets the heads", "said": 4.0}
+    first, second = claims_of(found(right, wrong))
+    assert (first.goal, first.measured, first.is_met) == ("5 GB", "5.01 GB", True)
+    assert (second.measured, second.is_met) == ("9 GB; a source's 4 GB forgets the heads", None)
+
+
 def test_claims_with_a_goal_come_first() -> None:
     plain = LOSS | {"bars": [], "side": "k8v4+hf_kvopt", "delta": 0.1}
     assert [claim.goal for claim in claims_of(found(plain, LOSS))] == ["at most +0.050%", "-"]
@@ -132,6 +141,16 @@ def test_an_eval_that_fails_or_finds_no_time_is_named(tmp_path: Path) -> None:
 
 def test_every_eval_has_one_job() -> None:
     assert len({job.name for job in JOBS}) == len(JOBS)
-    assert {"equality", "perplexity", "needle", "speed", "prefix", "fragmentation", "acceptance", "kernels", "gpu"} <= {
-        job.name for job in JOBS
-    }
+    assert {
+        "equality",
+        "perplexity",
+        "needle",
+        "speed",
+        "memory",
+        "prefix",
+        "fragmentation",
+        "acceptance",
+        "kernels",
+        "gpu",
+        "why",
+    } <= {job.name for job in JOBS}
