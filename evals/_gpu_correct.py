@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from evals._gpu_states import make_pools, worst_error
+from evals._gpu_generate import generate_jobs
+from evals._gpu_jobs import Job
+from evals._gpu_states import check_paged_rows, compare, make_pools
 from evals._gpu_time import Bench, graphed
 from hf_kvopt.kernels import dispatch
-from hf_kvopt.kernels.flash_prefill import flash_prefill_reference
 from hf_kvopt.kernels.launch import target_of
+from hf_kvopt.kernels.packed import Packed
 from hf_kvopt.kernels.pattern import Pattern
+from hf_kvopt.kernels.reference import AttentionOut, visible_pairs
 from hf_kvopt.kernels.store_kv import store_kv_reference
 from hf_kvopt.quant import FORMATS, get_format
 
 Row = dict[str, Any]
+PAGED_OPS = (("paged_decode", 1), ("paged_decode", 5), ("paged_prefill", 64))
+PATTERNS = ("full", "window", "softcap", "sinks", "starts", "tree", "everything")
 
 
 def usable_formats(bench: Bench) -> list[str]:
@@ -29,103 +35,168 @@ def usable_formats(bench: Bench) -> list[str]:
     ]
 
 
-def check_all(bench: Bench) -> Iterator[Row]:
-    """Yield one row per check."""
-    torch.manual_seed(0)
-    yield from check_store(bench)
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        yield from check_flash(bench, dtype)
-    for name in usable_formats(bench):
-        yield from check_paged(bench, name)
-    if bench.device.type == "cuda":
-        yield check_graph(bench)
+def check_jobs(bench: Bench) -> list[Job]:
+    """Return every check, the longest first; a rehearsal takes one of each kind."""
+    small = bench.rehearsal
+    formats = usable_formats(bench)
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    dims = ((40, 40),) if small else ((64, 64), (80, 80), (128, 128), (256, 256), (192, 128))
+    jobs = generate_jobs(bench)
+    jobs += [_flash_job(dtype, *d, "causal") for dtype, d in itertools.product(dtypes, dims)]
+    jobs += [
+        _flash_job(dtype, d, d, pattern)
+        for dtype, d, pattern in itertools.product(
+            dtypes[:1] if small else dtypes, (32,) if small else (64, 128), (*PATTERNS, "packed")
+        )
+    ]
+    jobs += [
+        _paged_job(name, op, q_len, dim, block_size, "causal")
+        for (op, q_len), name, dim, block_size in itertools.product(
+            PAGED_OPS[:1] if small else PAGED_OPS,
+            formats,
+            (32,) if small else (64, 128, 256),
+            (16,) if small else (16, 64),
+        )
+    ]
+    jobs += [
+        _paged_job(
+            name,
+            op,
+            5 if op == "paged_decode" else (8 if small else 64),
+            32 if small else 128,
+            16 if small else 64,
+            pattern,
+        )
+        for op, name, pattern in itertools.product(
+            ("paged_decode", "paged_prefill"),
+            ("int8",) if small else ("native", "int8", "int4"),
+            ("tree", "everything"),
+        )
+    ]
+    jobs += [Job(f"store_kv {name}", check_store, (name,), f"store_kv {name}") for name in formats]
+    return [*jobs, Job("paged_decode replayed while lengths change", check_graph, (), "paged_decode native")]
 
 
-def check_store(bench: Bench) -> Iterator[Row]:
+def _flash_job(dtype: torch.dtype, k_dim: int, v_dim: int, pattern: str) -> Job:
+    name = str(dtype).removeprefix("torch.")
+    return Job(
+        f"flash_prefill {name} {k_dim}/{v_dim} {pattern}", check_flash, (dtype, k_dim, v_dim, pattern),
+        f"flash_prefill {name}",
+    )  # fmt: skip
+
+
+def _paged_job(format_name: str, op: str, q_len: int, dim: int, block_size: int, pattern: str) -> Job:
+    return Job(
+        f"{op} {format_name} {dim} q{q_len} block {block_size} {pattern}", check_paged,
+        (format_name, op, q_len, dim, block_size, pattern), f"{op} {format_name}",
+    )  # fmt: skip
+
+
+def make_pattern(bench: Bench, name: str, batch: int, num_heads: int, q_len: int, kv_len: int, scale: float) -> Pattern:
+    """Return a pattern by name; `everything` is all of them at once but the mask."""
+    starts = torch.arange(batch, dtype=torch.int32, device=bench.device) * (kv_len // 7)
+    extras: dict[str, dict[str, Any]] = {
+        "causal": {},
+        "packed": {},
+        "full": {"is_causal": False},
+        "window": {"window": kv_len // 4},
+        "softcap": {"softcap": 20.0},
+        "sinks": {"sinks": bench.rand(num_heads)},
+        "starts": {"starts": starts},
+        "everything": {"window": kv_len // 4, "softcap": 20.0, "sinks": bench.rand(num_heads), "starts": starts},
+    }
+    if name != "tree":
+        return Pattern(scale, **extras[name])
+    # What came before, and of the new tokens each its ancestors in a binary tree.
+    mask = torch.ones(1, 1, q_len, kv_len, dtype=torch.bool, device=bench.device)
+    ancestors = torch.eye(q_len, dtype=torch.bool, device=bench.device)
+    for node in range(1, q_len):
+        ancestors[node] |= ancestors[(node - 1) // 2]
+    mask[..., kv_len - q_len :] = ancestors
+    return Pattern(scale, is_causal=False, mask=mask)
+
+
+def check_store(bench: Bench, format_name: str) -> Row:
     """Codes and scales must equal the torch reference bit for bit.
 
     Of int4 one vector in a thousand may have another scale: the best of several by an error whose sum is rounded in
     another order.
     """
+    fmt = get_format(format_name)
     tokens = 16 if bench.rehearsal else 4096
-    for name in usable_formats(bench):
-        fmt = get_format(name)
-        k = bench.rand(1, tokens, 8, 128).transpose(1, 2)
-        slots = torch.randperm(tokens, device=bench.device)
-        codes, scales = [], []
-        for op in (dispatch.store_kv, store_kv_reference):
-            shape = (tokens // 16, 16, 8)
-            pool = torch.zeros(*shape, fmt.packed_dim(128), dtype=fmt.code_dtype or k.dtype, device=bench.device)
-            scale = torch.zeros(*shape, *fmt.scale_shape, dtype=torch.float16, device=bench.device)
-            has_scale = fmt.has_scale
-            op(k, k, pool, pool.clone(), slots, scale if has_scale else None, scale.clone() if has_scale else None)
-            codes.append(pool.view(torch.uint8).flatten(0, 2))
-            scales.append(scale.reshape(len(codes[-1]), -1))
-        differs = (scales[0] != scales[1]).any(dim=1)
-        codes_differ = (codes[0] != codes[1])[~differs].float().mean().item()
-        scales_differ = differs.float().mean().item()
-        passed = codes_differ == 0 and scales_differ <= (1e-3 if name == "int4" else 0)
-        yield {
-            "check": f"store_kv {name}", "codes_that_differ": codes_differ, "scales_that_differ": scales_differ,
-            "passed": passed,
-        }  # fmt: skip
+    heads, dim = (2, 32) if bench.rehearsal else (8, 128)
+    k = bench.rand(1, tokens, heads, dim).transpose(1, 2)
+    slots = torch.randperm(tokens, device=bench.device)
+    codes, scales = [], []
+    for op in (dispatch.store_kv, store_kv_reference):
+        shape = (tokens // 16, 16, heads)
+        pool = torch.zeros(*shape, fmt.packed_dim(dim), dtype=fmt.code_dtype or k.dtype, device=bench.device)
+        scale = torch.zeros(*shape, *fmt.scale_shape, dtype=torch.float16, device=bench.device)
+        has_scale = fmt.has_scale
+        op(k, k, pool, pool.clone(), slots, scale if has_scale else None, scale.clone() if has_scale else None)
+        codes.append(pool.view(torch.uint8).flatten(0, 2))
+        scales.append(scale.reshape(len(codes[-1]), -1))
+    differs = (scales[0] != scales[1]).any(dim=1)
+    codes_differ = (codes[0] != codes[1])[~differs].float().mean().item()
+    scales_differ = differs.float().mean().item()
+    passed = codes_differ == 0 and scales_differ <= (1e-3 if format_name == "int4" else 0)
+    return {"codes_that_differ": codes_differ, "scales_that_differ": scales_differ, "passed": passed}
 
 
-def check_flash(bench: Bench, dtype: torch.dtype) -> Iterator[Row]:
-    """Dense attention over head sizes and patterns; peers' error is that of the same math in the same dtype."""
-    length = 40 if bench.rehearsal else 2048
-    window = {"window": length // 4}
-    patterns: list[tuple[int, int, dict[str, Any]]] = [(d, d, {}) for d in (64, 80, 128, 256)]
-    patterns += [(192, 128, {}), (128, 128, window), (64, 64, {"softcap": 20.0}), (128, 128, {"is_causal": False})]
-    patterns += [(128, 128, {"starts": torch.tensor([0, length // 3], dtype=torch.int32, device=bench.device)})]
-    patterns += [
-        (64, 64, {"sinks": bench.rand(4, dtype=dtype)}),
-        (64, 64, {"mask": bench.rand(2, 1, length, length) > -1}),
-    ]
-    for k_dim, v_dim, pattern in patterns:
-        q = bench.rand(2, length, 4, k_dim, dtype=dtype).transpose(1, 2)
-        k = bench.rand(2, length, 2, k_dim, dtype=dtype).transpose(1, 2)
-        v = bench.rand(2, length, 2, v_dim, dtype=dtype).transpose(1, 2)
-        out = dispatch.flash_prefill(q, k, v, Pattern(k_dim**-0.5, **pattern)).out.float()
-        exact = flash_prefill_reference(q.float(), k.float(), v.float(), Pattern(k_dim**-0.5, **pattern)).out
-        # Rounding of q k^T, of the probabilities and of the result, each one step of the dtype at most.
-        allowed = 1e-4 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps * v.float().abs().max().item()
-        error = (out - exact).abs().max().item()
-        yield {
-            "check": f"flash_prefill {k_dim}/{v_dim} {dtype} {sorted(pattern)}", "max_error": error, "allowed": allowed,
-            "passed": error <= allowed,
-        }  # fmt: skip
+def check_flash(bench: Bench, dtype: torch.dtype, k_dim: int, v_dim: int, name: str) -> Row:
+    """Dense attention of 4 over 2 heads: two rows, or three sequences of unlike lengths in one."""
+    length, batch = 40 if bench.rehearsal else 2048, 1 if name == "packed" else 2
+    q = bench.rand(batch, length, 4, k_dim, dtype=dtype).transpose(1, 2)
+    k = bench.rand(batch, length, 2, k_dim, dtype=dtype).transpose(1, 2)
+    v = bench.rand(batch, length, 2, v_dim, dtype=dtype).transpose(1, 2)
+    pattern = make_pattern(bench, name, batch, 4, length, length, k_dim**-0.5)
+    if name == "packed":
+        return _check_packed(bench, q, k, v, pattern)
+    got = dispatch.flash_prefill(q, k, v, pattern, return_lse=True)
+    lens = torch.full((batch,), length, device=bench.device)
+    seen = visible_pairs(length, lens, length, pattern.is_causal, pattern.window, pattern.starts)
+    return compare(bench, got, q, k, v, seen, pattern)
 
 
-def check_paged(bench: Bench, format_name: str) -> Iterator[Row]:
+def _check_packed(bench: Bench, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Row:
+    length = q.shape[2]
+    bounds = torch.tensor([0, 1, length // 3, length], dtype=torch.int32, device=bench.device)
+    got = dispatch.flash_prefill(q, k, v, pattern, Packed(bounds, bounds), return_lse=True)
+    sequence = torch.bucketize(torch.arange(length, device=bench.device), bounds[1:], right=True)
+    seen = (sequence[:, None] == sequence).tril()[None, None]
+    return compare(bench, got, q, k, v, seen, pattern)
+
+
+def check_paged(bench: Bench, format_name: str, op_name: str, q_len: int, dim: int, block_size: int, name: str) -> Row:
     """Paged ops over uneven rows, one empty, NaN in all slots that no row owns."""
-    lens = [0, 1, 33, 70] if bench.rehearsal else [0, 1, 4097, 16384]
-    for q_len, op in ((1, dispatch.paged_decode), (5, dispatch.paged_decode), (64, dispatch.paged_prefill)):
-        for dim in (128,) if bench.rehearsal else (64, 128, 256):
-            for block_size in (16, 64):
-                pools = make_pools(bench, lens, 2, dim, dim, format_name, block_size=block_size)
-                q = bench.rand(4, q_len, 8, dim).transpose(1, 2)
-                out = op(q, pools, Pattern(dim**-0.5)).out
-                result = worst_error(out, q, pools, dim**-0.5, slice(0, 4))
-                name = f"{op.__name__} {format_name} {dim} q{q_len} block {block_size}"
-                yield {"check": name, **result, "passed": result["passed"] and bool(out.isfinite().all())}
+    lens = [0, 1, 18] if bench.rehearsal else [0, 1, 4097, 16384]
+    if name == "tree":
+        # The mask is laid out for one length.
+        lens = lens[-1:] * 2
+    kv_heads = 1 if bench.rehearsal else 2
+    pools = make_pools(bench, lens, kv_heads, dim, dim, format_name, block_size=block_size)
+    q = bench.rand(len(lens), q_len, 4 * kv_heads, dim).transpose(1, 2)
+    pattern = make_pattern(bench, name, len(lens), 4 * kv_heads, q_len, lens[-1], dim**-0.5)
+    op = getattr(dispatch, op_name)
+    got: AttentionOut = op(q, pools, pattern, return_lse=True)
+    return check_paged_rows(bench, got, q, pools, pattern)
 
 
 def check_graph(bench: Bench) -> Row:
     """One CUDA graph must stay right when the lengths on the device change between replays."""
-    pools = make_pools(bench, [8192] * 4, 2, 128, 128, "native")
-    q = bench.rand(4, 1, 8, 128).transpose(1, 2)
-    results: list[torch.Tensor] = []
-    replay = graphed(lambda: results.append(dispatch.paged_decode(q, pools, Pattern(0.1)).out))
-    worst = 0.0
-    passed = True
-    for lens in ([8192, 1, 0, 333], [5, 8191, 4096, 64], [0, 0, 0, 1]):
+    heads, dim, longest = (1, 32, 64) if bench.rehearsal else (2, 128, 8192)
+    pools = make_pools(bench, [longest] * 4, heads, dim, dim, "native", block_size=16 if bench.rehearsal else 64)
+    q = bench.rand(4, 1, 4 * heads, dim).transpose(1, 2)
+    pattern = Pattern(0.1)
+    results: list[AttentionOut] = []
+
+    def call() -> None:
+        results.append(dispatch.paged_decode(q, pools, pattern, return_lse=True))
+
+    replay = graphed(call) if bench.device.type == "cuda" else call
+    rows = []
+    for lens in ([longest, 1, 0, 33], [5, longest - 1, longest // 2, 64], [0, 0, 0, 1]):
         pools.seq_lens.copy_(torch.tensor(lens))
         replay()
-        result = worst_error(results[-1], q, pools, 0.1, slice(0, 4))
-        worst, passed = max(worst, result["max_error"]), passed and bool(result["passed"])
-    return {
-        "check": "paged_decode in a CUDA graph, lengths changed between replays",
-        "max_error": worst,
-        "passed": passed,
-    }
+        rows.append(check_paged_rows(bench, results[-1], q, pools, pattern))
+    return {"replays": rows, "passed": all(row["passed"] for row in rows)}

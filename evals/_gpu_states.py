@@ -1,6 +1,8 @@
-"""Inputs of the GPU evals: pools filled through the kernels' own store, at permuted blocks, and dense copies."""
+"""Inputs of the GPU evals, and how far a result may be from float32: pools filled through the kernels' own store."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,8 +10,11 @@ from torch import Tensor
 from evals._gpu_time import Bench
 from hf_kvopt.kernels import dispatch
 from hf_kvopt.kernels.paged_kv import PagedKV
-from hf_kvopt.kernels.reference import attention_reference, gather_reference, visible_pairs
+from hf_kvopt.kernels.pattern import Pattern
+from hf_kvopt.kernels.reference import AttentionOut, attention_reference, gather_reference, visible_pairs
 from hf_kvopt.quant import get_format
+
+Row = dict[str, Any]
 
 
 def used_bytes(kv: PagedKV) -> int:
@@ -55,30 +60,89 @@ def make_pools(
     return PagedKV(pools[0], pools[1], table, lens, scales[0], scales[1])
 
 
-def dense_copy(pools: PagedKV, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-    """Return float32 `[rows, num_kv_heads, capacity, dim]` keys and values of some rows."""
-    table, lens = pools.block_table[rows], pools.seq_lens[rows]
-    return (
-        gather_reference(pools.k_pool, pools.k_scale, table, lens),
-        gather_reference(pools.v_pool, pools.v_scale, table, lens),
-    )
-
-
-def worst_error(
-    out: Tensor,  # [batch, q_len, num_heads, v_dim] of the kernel
+def check_paged_rows(
+    bench: Bench,
+    got: AttentionOut,
     q: Tensor,  # [batch, num_heads, q_len, k_dim]
     pools: PagedKV,
+    pattern: Pattern,
+    rows: slice = slice(None),
+) -> Row:
+    """Compare some rows of a paged op with float32 attention over what is stored."""
+    table, lens = pools.block_table[rows], pools.seq_lens[rows]
+    k = gather_reference(pools.k_pool, pools.k_scale, table, lens)
+    v = gather_reference(pools.v_pool, pools.v_scale, table, lens)
+    if pattern.mask is not None:
+        k, v = (x[:, :, : pattern.mask.shape[3]] for x in (k, v))
+    seen = visible_pairs(q.shape[2], lens, k.shape[2], pattern.is_causal, pattern.window, pattern.starts)
+    part = AttentionOut(got.out[rows], None if got.lse is None else got.lse[rows])
+    return compare(bench, part, q[rows], k, v, seen, pattern)
+
+
+def compare(
+    bench: Bench,
+    got: AttentionOut,
+    q: Tensor,  # [batch, num_heads, q_len, k_dim] as the kernel was given it
+    k: Tensor,  # [batch, num_kv_heads, kv_len, k_dim] of any dtype
+    v: Tensor,
+    seen: Tensor,  # [batch, 1, q_len, kv_len]
+    pattern: Pattern,
+) -> Row:
+    """Hold a result to float32: at most 2x the error of plain torch in q's dtype, by maximum and by mean square.
+
+    The mean square sees what the maximum, set by rows of one or two keys, hides: one key too many of 500 is 4 % of it,
+    bfloat16's own error 0.3 %.
+    """
+    extras = (pattern.scale, pattern.softcap, pattern.sinks, pattern.mask)
+    exact = attention_reference(q.float(), k.float(), v.float(), seen, *extras)
+    honest = _plain(q, k, v, seen, *extras).float() - exact.out
+    error = got.out.float() - exact.out
+    # The interpreter cuts float32 off where a card rounds it to bfloat16.
+    slack = 4 if bench.rehearsal else 2
+    row: Row = {
+        "max_error": _largest(error),
+        "max_allowed": slack * _largest(honest) + 1e-5,
+        "rms_error": _rms(error),
+        "rms_allowed": slack * _rms(honest) + 1e-6,
+    }
+    passed = row["max_error"] <= row["max_allowed"] and row["rms_error"] <= row["rms_allowed"]
+    if got.lse is not None and exact.lse is not None:
+        finite = exact.lse != -torch.inf
+        row["lse_error"] = _largest((got.lse - exact.lse)[finite])
+        # Scores of bfloat16 operands are exact products summed in float32; float16 keys are scaled by powers of two.
+        passed &= row["lse_error"] <= 1e-3 and torch.equal(got.lse == -torch.inf, ~finite)
+    return row | {"passed": bool(passed and got.out.isfinite().all())}
+
+
+def _plain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor,
     scale: float,
-    rows: slice = slice(0, 1),
-) -> dict[str, float | bool]:
-    """Compare some rows with float32 attention: error, what bf16 torch is off by, and whether 2x that holds."""
-    k, v = dense_copy(pools, rows)
-    seen = visible_pairs(q.shape[2], pools.seq_lens[rows], k.shape[2])
-    reference = attention_reference(q[rows].float(), k, v, seen, scale).out
+    softcap: float | None,
+    sinks: Tensor | None,
+    mask: Tensor | None,
+) -> Tensor:
+    """Return attention as plain torch computes it in q's dtype, [batch, q_len, num_heads, v_dim]."""
     group = q.shape[1] // k.shape[1]
-    low_k, low_v = (x.to(q.dtype).repeat_interleave(group, dim=1) for x in (k, v))
-    scores = (q[rows] @ low_k.transpose(-1, -2) * scale).float().masked_fill(~seen, -torch.inf)
-    honest = (torch.softmax(scores, dim=-1).nan_to_num(0.0).to(q.dtype) @ low_v).transpose(1, 2)
-    error = (out[rows].float() - reference).abs().max().item()
-    allowed = 2 * (honest.float() - reference).abs().max().item() + 1e-5
-    return {"max_error": error, "allowed": allowed, "passed": bool(error <= allowed)}
+    k, v = (x.to(q.dtype).repeat_interleave(group, dim=1) for x in (k, v))
+    scores = (q @ k.transpose(-1, -2) * scale).float()
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        seen = seen & mask
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if sinks is not None:
+        column = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat((scores, column), dim=-1)
+    weights = torch.softmax(scores, dim=-1).nan_to_num(0.0)[..., : k.shape[2]]
+    return (weights.to(q.dtype) @ v).transpose(1, 2)
+
+
+def _largest(error: Tensor) -> float:
+    return error.abs().max().item() if error.numel() else 0.0
+
+
+def _rms(error: Tensor) -> float:
+    return error.square().mean().sqrt().item()

@@ -83,9 +83,23 @@ def card_limits(bench: Bench) -> dict[str, float]:
     return {"copy_gb_s": 2 * num_bytes / copy_ms / 1e6, "matmul_tflop_s": 2 * side**3 / product_ms / 1e9}
 
 
-def attempt(bench: Bench, call: Callable[[], Any], graph: bool = False) -> dict[str, Any]:
-    """Return {"ms": ...}, or {"unavailable": reason} for a peer that this card or version does not have."""
+def attempt(bench: Bench, call: Callable[[], Any]) -> dict[str, Any]:
+    """Return {"ms": ...} of a CUDA graph's replay, or of plain calls where no graph can hold the call.
+
+    A call that this card or version does not have is {"unavailable": reason}.
+    """
     try:
-        return {"ms": median_ms(bench, call, graph)}
+        call()
     except Exception as error:  # a peer may fail in any way; the row says how
-        return {"unavailable": f"{type(error).__name__}: {str(error).strip()[:160]}"}
+        return {"unavailable": _reason(error)}
+    try:
+        return {"ms": median_ms(bench, call, graph=True)}
+    except Exception as error:
+        try:
+            return {"ms": median_ms(bench, call), "no_graph": _reason(error)}
+        except Exception as second:
+            return {"unavailable": _reason(second)}
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
