@@ -155,6 +155,25 @@ def test_fixed_capacity_stores_what_a_growing_cache_stores(name: str, steps: lis
         assert fixed.stats().num_tokens == 0
 
 
+@in_guarded_formats
+def test_padding_teaches_a_row_nothing(name: str) -> None:
+    keys, values = sink_states(40)
+    padded_keys, padded_values = (
+        torch.cat([x[:, :, :1].repeat(1, 1, 24, 1), x[:, :, 1:]], dim=2) for x in (keys, values)
+    )
+    alone, padded = QuantizedPagedCache(format=name), QuantizedPagedCache(format=name)
+    alone.update(keys[:, :, 1:], values[:, :, 1:], 0)
+    padded.update(padded_keys, padded_values, 0)
+    assert torch.equal(padded.layers[0].keys[:, :, 24:], alone.layers[0].keys.clone())
+    one_row = QuantizedPagedCache(format=name)
+    one_row.update(padded_keys[:1], padded_values[:1], 0)
+    assert torch.equal(padded.layers[0].keys[:1], one_row.layers[0].keys.clone())
+    # And what is all padding so far is stored as any other text is.
+    whole = QuantizedPagedCache(format=name)
+    whole.update(padded_keys[:, :, :20], padded_values[:, :, :20], 0)
+    assert (whole.layers[0].keys.clone() - padded_keys[:, :, :20]).abs().max() < 2 * BOUNDS[name]
+
+
 def test_a_compiled_prefill_learns_its_centre() -> None:
     torch._dynamo.reset()
     config = LlamaConfig(num_hidden_layers=1)
