@@ -70,14 +70,15 @@ class FixedLayer(PagedLayer):
         assert self.pool is not None
         key_states_stored = self._guarded(key_states, is_new)
         positions = torch.arange(num_tokens, device=key_states.device) + self.length
+        first_slots = torch.arange(len(key_states), device=positions.device)[:, None] * self.row_capacity
+        self.pool.store(key_states_stored, value_states, (first_slots + positions).reshape(-1))
+        # Only now: what breaks off before this was not written.
         self.length.add_(num_tokens)
         self.seq_lens.add_(num_tokens)
         # A prefill runs eagerly and knows its length; a decode step must look the same at every length.
         # The first step finds nothing before it, also where it is traced.
         seen = num_tokens if is_new else None
         kv_len = seen or (self.row_capacity if self._is_static(num_tokens) else int(self.length))
-        first_slots = torch.arange(len(key_states), device=positions.device)[:, None] * self.row_capacity
-        self.pool.store(key_states_stored, value_states, (first_slots + positions).reshape(-1))
         is_exact = is_new and self.exact_prefill and not torch.compiler.is_compiling()
         keys, values = (
             self._handle(plane, kv_len, states if is_exact else None)

@@ -93,13 +93,13 @@ class PagedLayer(CacheLayerMixin):
         first = table.visible_start(self.clock)
         replaces = table.replaces_window(num_tokens)
         past = self._past_dense(pool, first) if replaces else None
-        table.reserve(key_states.shape[0], self.clock + num_tokens)
-        if start != table.step_start or self.clock + num_tokens != table.clock:
+        table.reserve(key_states.shape[0], start + num_tokens)
+        if start != table.step_start or start + num_tokens != table.clock:
             table.unshare(start, start + num_tokens)
-        self.clock += num_tokens
         skipped = max(0, table.base - start)
         kept_keys, kept_values = (x[:, :, skipped:] if skipped else x for x in (key_states, value_states))
         pool.write(kept_keys, kept_values, table, start + skipped, start + num_tokens)
+        self.clock += num_tokens  # only now: what breaks off before this was not written
         seen: tuple[Tensor | None, ...] = (None, None)
         if replaces:
             # Only a window is kept, but this step's first queries look further back: they get the states as they came.

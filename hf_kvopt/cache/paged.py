@@ -30,7 +30,7 @@ from hf_kvopt.cache.kinds import LayerMaker
 from hf_kvopt.cache.layer import PagedLayer
 from hf_kvopt.cache.stats import CacheStats, measure
 from hf_kvopt.config import CacheConfig
-from hf_kvopt.errors import CacheStateError, KVOptError
+from hf_kvopt.errors import CacheStateError
 from hf_kvopt.pool.allocator import BlockAllocator
 from hf_kvopt.pool.block_table import BlockTable
 from hf_kvopt.quant import FormatPolicy
@@ -109,15 +109,16 @@ class PagedCache(DynamicCache):
     ) -> tuple[Tensor, Tensor]:
         """Store the new states of one layer; see `PagedLayer.update` for shapes and errors.
 
-        A refused update leaves the cache as it was before the forward that asked for it.
+        An update that is refused, or breaks off, leaves the cache as it was before the forward that asked for it.
         """
         self._require_whole(layer_idx, key_states.shape[2])
         try:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        except KVOptError:
+        except BaseException:
             layer = self.layers[layer_idx]
-            # The layer that refused has not advanced: its clock is where this forward began.
-            if isinstance(layer, PagedLayer):
+            # The layer that refused, or broke off, has not advanced: its clock is where this forward began. One that
+            # holds less than others of its kind did before tells nothing of these.
+            if isinstance(layer, PagedLayer) and layer.clock >= layer.table.step_start:
                 self._rollback(layer.clock)
             raise
 

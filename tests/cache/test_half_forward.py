@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+import hf_kvopt
 from hf_kvopt import CacheStateError, KVOptError, PagedCache, PrefixStore
-from tests.helpers import eager_tokens, generate, prompt, tiny_config, tiny_model
+from hf_kvopt.pool.storage import KVPool
+from tests.helpers import eager_tokens, generate, prompt, tiny_config, tiny_model, unpadded
 
 CACHES = {
     "growing": lambda: PagedCache(tiny_config("full")),
@@ -85,3 +87,44 @@ def test_clearing_a_store_counts_its_blocks_anew():
     store.clear()
     store.check_integrity()
     assert store.stats().used_bytes == 0
+
+
+@pytest.mark.parametrize("layer_idx", [0, 1])
+@pytest.mark.parametrize("make_cache", CACHES.values(), ids=CACHES)
+def test_what_breaks_off_while_it_is_written_is_not_held(make_cache, layer_idx, monkeypatch):
+    model, cache = tiny_model(), make_cache()
+    text = eager_tokens("full", 20)
+    with torch.no_grad():
+        model(text[:, :19], past_key_values=cache)
+    pool, name = cache.layers[layer_idx].pool, "store" if cache.cache_config.compileable else "write"
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pool, name, fail)
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, unpadded(text[:, :24]), cache)
+    monkeypatch.undo()
+    if layer_idx and cache.cache_config.compileable:
+        with pytest.raises(CacheStateError, match=r"stopped half way.*taken back and 19 are left"):
+            generate(model, unpadded(text[:, :24]), cache)
+    assert int(cache.get_seq_length()) == 19
+    cache.check_integrity()
+    assert torch.equal(generate(model, unpadded(text[:, :24]), cache, max_new_tokens=8), text)
+
+
+def test_a_prompt_that_broke_off_while_it_was_written_is_not_shared(monkeypatch):
+    model, text = hf_kvopt.enable(tiny_model(), prefix_sharing=True), prompt(40)
+    write, calls = KVPool.write, []
+
+    def fail_at_the_last_layer(pool, *args):
+        calls.append(pool)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        write(pool, *args)
+
+    monkeypatch.setattr(KVPool, "write", fail_at_the_last_layer)
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, text)
+    monkeypatch.undo()
+    assert torch.equal(generate(model, text), eager_tokens("full", 40))
