@@ -37,6 +37,7 @@ class LazyMask(LazyTensor):
         make_dense: builds the tensor.
     """
 
+    sizes: tuple[int, int, int, int]  # its shape, which a tensor takes longer to tell
     pattern: Pattern
     padding: Tensor | None
     make_dense: Callable[[], Tensor | None]
@@ -52,7 +53,7 @@ class LazyMask(LazyTensor):
     ) -> "LazyMask":
         """See the class."""
         mask = LazyMask.wrap(shape, torch.bool, device)
-        mask.pattern, mask.padding, mask.make_dense = pattern, padding, make_dense
+        mask.sizes, mask.pattern, mask.padding, mask.make_dense = shape, pattern, padding, make_dense
         return mask
 
     @cached_property
@@ -77,7 +78,7 @@ class LazyMask(LazyTensor):
         return mask.contiguous()
 
     def rewrap(self) -> "LazyMask":
-        return LazyMask(tuple(self.shape), self.device, self.pattern, self.padding, self.make_dense)  # type: ignore[arg-type]
+        return LazyMask(self.sizes, self.device, self.pattern, self.padding, self.make_dense)
 
     def before_fallback(self, op: str) -> None:
         # A boolean mask that is added to scores shifts them by one: a wrong token, not an error.

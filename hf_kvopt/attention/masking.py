@@ -30,10 +30,12 @@ def take_apart(
     if attention_mask is None:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         return _ordered(scoring, bool(causal), sliding_window if causal else None)
-    if isinstance(attention_mask, LazyMask) and tuple(attention_mask.shape[2:]) == (q_len, kv_len):
+    if isinstance(attention_mask, LazyMask) and attention_mask.sizes[2:] == (q_len, kv_len):
         causal, window = attention_mask.pattern
+        if attention_mask.padding is None:
+            return _ordered(scoring, causal, window)
         starts = key.starts if isinstance(key, KVHandle) and key.scale is None else None
-        if attention_mask.padding is None or (starts is not None and starts == attention_mask.starts):
+        if starts is not None and starts == attention_mask.starts:
             return _ordered(scoring, causal, window)  # what the table does not hold needs no mask
         # Pads are skipped row by row in a prefill; for a few queries one mask over the keys is cheaper.
         if q_len > 1 and causal and query.device.type == "cpu" and attention_mask.starts is not None:

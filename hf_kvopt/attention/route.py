@@ -115,9 +115,10 @@ def _needs_centre(key: KVHandle, pattern: Pattern) -> bool:
 def _over_storage(query: Tensor, key: KVHandle, value: KVHandle, pattern: Pattern) -> Tensor | None:
     """Attention on a CPU over what is stored, as it lies; None where dense keys and values are needed."""
     if key.states is None and value.states is None:
-        if can_attend(query, key.codes, value.codes, key.scale, value.scale):
+        if key.place is not None and value.place is not None and can_attend(query, key.place, value.place):
             key.check_valid()
-            return attend_blocks(key.for_codes(query), _blocks(key, value), pattern, skip=key.skip, lags=key.lags)
+            where = key.place, value.place, key.block_table, key.seq_lens
+            return attend_blocks(key.for_codes(query), *where, pattern, skip=key.skip, lags=key.lags)
         if _reads_codes(query, key, value, pattern):
             formats = key.format, value.format
             return decode_codes(key.for_codes(query), key.view_codes(), value.view_codes(), formats, pattern)

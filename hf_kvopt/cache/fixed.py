@@ -157,7 +157,11 @@ class FixedLayer(PagedLayer):
         shape = (self.table.batch_size, plane.num_heads, kv_len, plane.dim)
         spec = HandleSpec(shape, plane.dtype, plane.format.name, plane.rotates)
         centre = None if plane.centres is None else self.centre
-        return KVHandle(plane.codes, plane.scale, self.block_table, self.seq_lens, spec, states=states, centre=centre)
+        # An address must not be guarded on: the graph serves any cache of this shape.
+        place = None if torch.compiler.is_compiling() else plane.place
+        return KVHandle(
+            plane.codes, plane.scale, self.block_table, self.seq_lens, spec, states=states, centre=centre, place=place
+        )
 
     def _guarded(self, key_states: Tensor, is_new: bool) -> Tensor:
         """Keys as they go into the pool; rows that begin now learn their centre."""

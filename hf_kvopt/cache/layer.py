@@ -87,31 +87,27 @@ class PagedLayer(CacheLayerMixin):
         self._check(key_states, value_states)
         if self.pool is None:
             self.lazy_initialization(key_states, value_states)
-        pool, table, start = self.pool, self.table, self._num_columns()
+        pool, table, start = self.pool, self.table, self.clock
         assert pool is not None
-        num_tokens = key_states.shape[2]
-        first = table.visible_start(self.clock)
-        replaces = table.replaces_window(num_tokens)
-        past = self._past_dense(pool, first) if replaces else None
-        table.reserve(key_states.shape[0], start + num_tokens)
-        if start != table.step_start or start + num_tokens != table.clock:
-            table.unshare(start, start + num_tokens)
-        skipped = max(0, table.base - start)
-        kept_keys, kept_values = (x[:, :, skipped:] if skipped else x for x in (key_states, value_states))
-        pool.write(kept_keys, kept_values, table, start + skipped, start + num_tokens)
-        self.clock += num_tokens  # only now: what breaks off before this was not written
-        seen: tuple[Tensor | None, ...] = (None, None)
+        batch, _, num_tokens, _ = key_states.shape
+        replaces = table.window is not None and table.replaces_window(num_tokens)
+        past = self._past_dense(pool, table.visible_start(start)) if replaces else None
+        step = table.advance(batch, start, num_tokens)
+        dropped = step.start - start
+        kept = (key_states[:, :, dropped:], value_states[:, :, dropped:]) if dropped else (key_states, value_states)
+        pool.write(*kept, table, step.start, step.stop)
+        self.clock = step.stop  # only now: what breaks off before this was not written
+        keys, values = None, None
         if replaces:
             # Only a window is kept, but this step's first queries look further back: they get the states as they came.
             new = self._as_read(pool, key_states, value_states)
-            seen = _behind(past, 0, new[0]), _behind(past, 1, new[1])
+            keys, values = _behind(past, 0, new[0]), _behind(past, 1, new[1])
         elif start == 0 and (self.exact_prefill or self.format.is_native):
-            seen = key_states, value_states
-        kv_len, skip = start + num_tokens - first, first - table.base
-        keys, values = (
-            plane.handle(table, kv_len, skip, True, states) for plane, states in zip(pool.planes, seen, strict=True)
+            keys, values = key_states, value_states
+        return (
+            pool.keys.handle(table, step.kv_len, step.skip, True, keys),
+            pool.values.handle(table, step.kv_len, step.skip, True, values),
         )
-        return keys, values
 
     def fork(self, table: BlockTable, memo: dict[int, Any]) -> "PagedLayer":
         """A layer over the same pool whose rows are those of `table`, a fork of this layer's."""

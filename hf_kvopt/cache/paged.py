@@ -112,10 +112,12 @@ class PagedCache(DynamicCache):
         An update that is refused, or breaks off, leaves the cache as it was before the forward that asked for it.
         """
         self._require_whole(layer_idx, key_states.shape[2])
+        layer = self.layers[layer_idx]
         try:
-            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            if self.offloading:
+                return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            return layer.update(key_states, value_states, *args, **kwargs)  # type: ignore[union-attr]
         except BaseException:
-            layer = self.layers[layer_idx]
             # The layer that refused, or broke off, has not advanced: its clock is where this forward began. One that
             # holds less than others of its kind did before tells nothing of these.
             if isinstance(layer, PagedLayer) and layer.clock >= layer.table.step_start:
@@ -325,7 +327,7 @@ class PagedCache(DynamicCache):
         layer = self.layers[layer_idx]
         if not isinstance(layer, PagedLayer) or torch.compiler.is_compiling():
             return
-        if isinstance(layer, FixedLayer):
+        if layer.is_compileable:
             self._require_even(layer, num_tokens)
             return
         table = layer.table
@@ -341,12 +343,13 @@ class PagedCache(DynamicCache):
             self._rollback(left)
             self._refuse_half(left)
 
-    def _require_even(self, layer: FixedLayer, num_tokens: int) -> None:
+    def _require_even(self, layer: PagedLayer, num_tokens: int) -> None:
         """The same for fixed capacity, whose lengths lie on the device: read where that costs no wait for it."""
         layers = self._fixed_layers()
-        if layer is not layers[0] or layer.pool is None or (num_tokens == 1 and layer.length.device.type != "cpu"):
+        first = layers[0]
+        if layer is not first or first.pool is None or (num_tokens == 1 and first.length.device.type != "cpu"):
             return
-        length, last = int(layer.length), int(layers[-1].length) if layers[-1].pool else 0
+        length, last = int(first.length), int(layers[-1].length) if layers[-1].pool else 0
         if last < length:
             for fixed in layers:
                 fixed.set_length(last)

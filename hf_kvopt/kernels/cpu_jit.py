@@ -14,18 +14,19 @@ import importlib.util
 import logging
 import os
 import struct
+import threading
 import time
 from array import array
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_kvopt.kernels.jit.spec import BOOL_MASK, CHUNK, FLOAT_MASK, NO_MASK, Spec, part_items
-from hf_kvopt.kernels.paged_kv import PagedKV
 from hf_kvopt.kernels.pattern import LOG2E, Pattern
+from hf_kvopt.quant import format_of
 
 logger = logging.getLogger(__name__)
 
@@ -45,33 +46,44 @@ _CODES = {
     torch.float8_e5m2: "float8_e5m2",
 }
 _NO_WINDOW = 1 << 40
+_NO_MASK, _NO_SINKS = (NO_MASK, 0, 0, 0, 0), (0, 0, 0, 0)
+_KEPT_SCRATCH = 1 << 16  # float32 values: what decoding takes
+_THREAD = threading.local()
 # Products (queries x tokens x channels) below which one thread is done before a second has begun.
 _SERIAL_WORK = 1 << 18
 # In a child of a fork the team's threads are missing, and whoever waits for them waits for ever.
 _PROCESS = os.getpid()
 
 
-def can_attend(
-    q: Tensor,  # [batch, num_heads, q_len, head_dim]
-    k: Tensor,  # [num_blocks, block_size, num_kv_heads, width]
-    v: Tensor,  # [num_blocks, block_size, num_kv_heads, v_width]
-    k_scale: Tensor | None,  # [num_blocks, block_size, num_kv_heads, *scale_shape]
-    v_scale: Tensor | None,
-) -> bool:
-    """Whether `attend_blocks` takes this call."""
-    if q.device.type != "cpu" or torch.compiler.is_compiling() or not _can_compile():
-        return False
-    if type(q) is not Tensor or type(k) is not Tensor or (q.requires_grad and torch.is_grad_enabled()):
-        return False
-    block_size, num_kv_heads = k.shape[1], k.shape[2]
-    return (
-        0 < 4 * q.numel() // (q.shape[0] * num_kv_heads or 1) <= _MAX_QUERY_BYTES
-        and q.dtype in _QUERY_DTYPES
-        and block_size >= _MIN_BLOCK
-        and not block_size & (block_size - 1)
-        and _is_readable(k, k_scale)
-        and _is_readable(v, v_scale)
-    )
+class Place(NamedTuple):
+    """Where a pool lies, as the kernel takes it; holds as long as the pool's tensors stay."""
+
+    arguments: tuple[int, ...]  # address and strides in bytes: of blocks, tokens and heads, of scales' blocks and heads
+    code: str  # how it is stored, a name in codec.CODECS
+    dim: int
+    scale_bits: int
+    num_heads: int
+    block_shift: int
+
+
+def place_of(
+    codes: Tensor,  # [num_blocks, block_size, num_kv_heads, width]
+    scale: Tensor | None,  # [num_blocks, block_size, num_kv_heads, *scale_shape]
+) -> Place | None:
+    """Where this pool lies; None where the kernel cannot read it."""
+    _, block_size, num_heads, width = codes.shape
+    is_power = block_size >= _MIN_BLOCK and not block_size & (block_size - 1)
+    if codes.device.type != "cpu" or type(codes) is not Tensor or not is_power or not _is_readable(codes, scale):
+        return None
+    item = codes.element_size()
+    block, token, head, _ = codes.stride()
+    arguments = codes.data_ptr(), block * item, token * item, head * item
+    bits, dim = 16, width * format_of(codes.dtype).codes_per_byte
+    scales = 0, 0, 0
+    if scale is not None:
+        bits = 8 * scale.element_size()
+        scales = scale.data_ptr(), scale.stride(0) * bits // 8, scale.stride(2) * bits // 8
+    return Place((*arguments, *scales), _CODES[codes.dtype], dim, bits, num_heads, block_size.bit_length() - 1)
 
 
 def _is_readable(codes: Tensor, scale: Tensor | None) -> bool:
@@ -84,9 +96,27 @@ def _is_readable(codes: Tensor, scale: Tensor | None) -> bool:
     return is_packed and scale.dtype in (torch.float16, torch.float32)
 
 
+def can_attend(
+    q: Tensor,  # [batch, num_heads, q_len, head_dim]
+    k: Place,
+    v: Place,
+) -> bool:
+    """Whether `attend_blocks` takes this call."""
+    if torch.compiler.is_compiling() or not _can_compile():
+        return False
+    if type(q) is not Tensor or q.device.type != "cpu" or (q.requires_grad and torch.is_grad_enabled()):
+        return False
+    batch, num_heads, q_len, head_dim = q.shape
+    group_bytes = 4 * num_heads // k.num_heads * q_len * head_dim
+    return q.dtype in _QUERY_DTYPES and batch > 0 and 0 < group_bytes <= _MAX_QUERY_BYTES
+
+
 def attend_blocks(
     q: Tensor,  # [batch, num_heads, q_len, head_dim]
-    kv: PagedKV,
+    k: Place,
+    v: Place,
+    block_table: Tensor,  # [batch, max_blocks] int32
+    seq_lens: Tensor,  # [batch] int32
     pattern: Pattern,
     *,
     skip: int = 0,
@@ -100,73 +130,70 @@ def attend_blocks(
     Returns:
         [batch, q_len, num_heads, v_head_dim] contiguous, in q's dtype; 0 for a query that may see no token.
     """
-    k, v, block_table, seq_lens, k_scale, v_scale = kv
     scale, is_causal, window, softcap, sinks, starts, mask = pattern
     batch, num_heads, q_len, head_dim = q.shape
-    _, block_size, num_kv_heads, _ = k.shape
-    group = num_heads // num_kv_heads
-    rows, v_dim = group * q_len, kv.v_dim
-    scale_bits = 32 if torch.float32 in (getattr(k_scale, "dtype", None), getattr(v_scale, "dtype", None)) else 16
-    spec = Spec(min(rows, 4), head_dim, v_dim, _CODES[k.dtype], _CODES[v.dtype], scale_bits, _machine().lanes_here())
+    group = num_heads // k.num_heads
+    rows = group * q_len
+    together = min(rows, 4)
+    scale_bits = max(k.scale_bits, v.scale_bits)
+    program, part_size = _program(together, k.dim, v.dim, k.code, v.code, scale_bits, _machine().lanes_here())
     states = q if q.dtype == torch.float32 and q.stride(3) == 1 else q.float().contiguous()
-    splits = -(-block_table.shape[1] * block_size // CHUNK)
-    num_tasks = batch * num_kv_heads * splits
-    padded = -(-rows // spec.rows) * spec.rows
-    out = torch.empty(batch, q_len, num_heads, v_dim)
-    parts = torch.empty(num_tasks * padded * part_items(spec))
-    work = batch * num_heads * q_len * block_table.shape[1] * block_size * (head_dim + v_dim)
-    mask_kind, mask = _as_read(mask)
+    capacity = block_table.shape[1] << k.block_shift
+    splits = -(-capacity // CHUNK)
+    num_tasks = batch * k.num_heads * splits
+    out = states.new_empty((batch, q_len, num_heads, v.dim))
+    parts = _scratch(num_tasks * -(-rows // together) * together * part_size)
+    work = batch * num_heads * q_len * capacity * (head_dim + v.dim)
+    if mask is not None:
+        mask = _as_read(mask)
     if sinks is not None:
         sinks = (sinks[None, :, None, None] if sinks.dim() == 1 else sinks).float()
-    first = None if starts is None else torch.as_tensor(starts, dtype=torch.int32)
+    first = None if starts is None else torch.as_tensor(starts, dtype=torch.int32, device="cpu")
     # In the order of spec.ARGUMENTS.
     arguments = array("q", (
-        0, num_tasks, _num_threads() if work > _SERIAL_WORK else 1, splits, num_kv_heads, group, q_len,
+        0, num_tasks, _num_threads() if work > _SERIAL_WORK else 1, splits, k.num_heads, group, q_len,
         states.data_ptr(), *states.stride()[:3],
-        *_plane(k, k_scale), *_plane(v, v_scale),
-        block_table.data_ptr(), block_table.stride(0), block_size.bit_length() - 1, seq_lens.data_ptr(),
-        _address(first), _address(lags), skip,
+        *k.arguments, *v.arguments,
+        block_table.data_ptr(), block_table.stride(0), k.block_shift, seq_lens.data_ptr(),
+        0 if first is None else first.data_ptr(), 0 if lags is None else lags.data_ptr(), skip,
         is_causal, _NO_WINDOW if window is None else window,
         _bits(scale * LOG2E if softcap is None else scale / softcap), _bits((softcap or 0.0) * LOG2E),
-        mask_kind, _address(mask), *_broadcast_strides(mask, 1 if mask_kind == BOOL_MASK else 4),
-        _address(sinks), *_broadcast_strides(sinks, 1),
+        *(_NO_MASK if mask is None else _mask_arguments(mask)),
+        *(_NO_SINKS if sinks is None else (sinks.data_ptr(), *_broadcast_strides(sinks, 1))),
         out.data_ptr(), parts.data_ptr(),
     ))  # fmt: skip
-    _program(spec).run(arguments.buffer_info()[0])
+    program.run(arguments.buffer_info()[0])
     return out if q.dtype == torch.float32 else out.to(q.dtype)
 
 
-def _plane(codes: Tensor, scale: Tensor | None) -> tuple[int, ...]:
-    """Address and strides in bytes: of blocks, tokens and heads, and of the scales' blocks and heads."""
-    item = codes.element_size()
-    block, token, head, _ = codes.stride()
-    if scale is None:
-        return codes.data_ptr(), block * item, token * item, head * item, 0, 0, 0
-    scale_item = scale.element_size()
-    strides = scale.stride(0) * scale_item, scale.stride(2) * scale_item
-    return codes.data_ptr(), block * item, token * item, head * item, scale.data_ptr(), *strides
-
-
-def _as_read(mask: Tensor | None) -> tuple[int, Tensor | None]:
+def _as_read(mask: Tensor) -> Tensor:
     """A mask as bool or float32 with adjacent columns."""
-    if mask is None:
-        return NO_MASK, None
     if mask.dtype not in (torch.bool, torch.float32):
         mask = mask.float().masked_fill(mask <= torch.finfo(mask.dtype).min, float("-inf"))
-    return BOOL_MASK if mask.dtype == torch.bool else FLOAT_MASK, mask if mask.stride(3) == 1 else mask.contiguous()
+    return mask if mask.stride(3) == 1 else mask.contiguous()
 
 
-def _broadcast_strides(x: Tensor | None, item: int) -> tuple[int, ...]:
+def _mask_arguments(mask: Tensor) -> tuple[int, ...]:
+    kind = BOOL_MASK if mask.dtype == torch.bool else FLOAT_MASK
+    return kind, mask.data_ptr(), *_broadcast_strides(mask, mask.element_size())
+
+
+def _broadcast_strides(x: Tensor, item: int) -> tuple[int, ...]:
     """Strides of the first three axes, 0 along each that has one entry for all."""
-    if x is None:
-        return 0, 0, 0
     return tuple(0 if size == 1 else stride * item for size, stride in zip(x.shape[:3], x.stride(), strict=False))
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def _scratch(size: int) -> Tensor:
+    """At least `size` float32 values that this thread's next kernel may write; a few are kept from call to call."""
+    if size > _KEPT_SCRATCH:
+        return torch.empty(size, dtype=torch.float32, device="cpu")
+    kept: Tensor | None = getattr(_THREAD, "scratch", None)
+    if kept is None:
+        kept = _THREAD.scratch = torch.empty(_KEPT_SCRATCH, dtype=torch.float32, device="cpu")
+    return kept
 
 
+@cache
 def _bits(value: float) -> int:
     return int.from_bytes(struct.pack("=d", value), "little", signed=True)
 
@@ -190,11 +217,12 @@ def _machine() -> Any:
 
 
 @cache
-def _program(spec: Spec) -> Any:
-    start = time.perf_counter()
+def _program(*fields: Any) -> tuple[Any, int]:
+    """The kernel of the spec with these fields, and the float32 values of scratch that a task takes for a row."""
+    start, spec = time.perf_counter(), Spec(*fields)
     program = _machine().Program(spec, _fork_address())
     logger.debug("compiled attention for %s in %.2f s", spec, time.perf_counter() - start)
-    return program
+    return program, part_items(spec)
 
 
 @cache

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.pool.allocator import BlockAllocator
-from hf_kvopt.pool.slots import Layout, column_slots, moved_slots, picked, shared_places
+from hf_kvopt.pool.slots import Layout, Step, column_slots, moved_slots, picked, shared_places
+
+_UNKNOWN = (-1, -1)
 
 
 class BlockTable:
@@ -48,7 +50,9 @@ class BlockTable:
         self.on_refusal: weakref.WeakMethod[Callable[[int], None]] | None = None  # the cache's way back
         self.version = 0  # counts changes: a handle made before one is out of date
         self._tensors: dict[tuple, Tensor] = {}  # by what they are and the device they are on
+        self._step: tuple[tuple[int, int, int], Step] | None = None
         self._layout: Layout | None = None
+        self._span: tuple[int, int] | None = _UNKNOWN
         allocator.add_holder(self)
         self._watch()
 
@@ -73,6 +77,25 @@ class BlockTable:
         self.rows[:] = [list(row) for row in rows]
         self.lags, self.clock, self.step_start = list(lags), clock, clock
         self._rows_changed()
+
+    def advance(self, batch_size: int, clock: int, num_tokens: int) -> Step:
+        """`reserve` for a layer that has written `clock` columns and adds `num_tokens`: where these go.
+
+        Raises:
+            CacheStateError, OutOfBlocks: see `reserve`.
+        """
+        asked = (batch_size, clock, num_tokens)
+        if self._step is not None and self._step[0] == asked:
+            return self._step[1]
+        stop, first = clock + num_tokens, self.visible_start(clock)
+        self.reserve(batch_size, stop)
+        is_late = clock != self.step_start or stop != self.clock
+        if is_late:
+            self.unshare(clock, stop)
+        step = Step(max(clock, self.base), stop, stop - first, first - self.base)
+        # What a late layer writes may be shared anew before the next one comes.
+        self._step = None if is_late else (asked, step)
+        return step
 
     def reserve(self, batch_size: int, clock: int) -> None:
         """Make room for the columns up to `clock`; a no-op where another layer already did.
@@ -233,7 +256,9 @@ class BlockTable:
 
     def span(self) -> tuple[int, int] | None:
         """(first slot of row 0, slots from row to row) where rows are even and begin together, else None."""
-        return None if self.is_ragged else self.layout.pitch
+        if self._span is _UNKNOWN:
+            self._span = None if self.is_ragged else self.layout.pitch
+        return self._span
 
     @property
     def layout(self) -> Layout:
@@ -370,10 +395,11 @@ class BlockTable:
     def _rows_changed(self) -> None:
         self.version += 1
         self._tensors.clear()
-        self._layout = None
+        self._step, self._layout, self._span = None, None, _UNKNOWN
 
     def _lengths_changed(self) -> None:
         self.version += 1
+        self._step = None
         for key in [key for key in self._tensors if key[0] != "table"]:
             del self._tensors[key]
 

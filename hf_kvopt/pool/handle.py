@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_kvopt.errors import CacheStateError
+from hf_kvopt.kernels.cpu_jit import Place
 from hf_kvopt.pool.lazy import LazyTensor
 from hf_kvopt.quant import Format, Quantized, dequantize, get_format, rotate, unguarded
 
@@ -53,6 +54,7 @@ class KVHandle(LazyTensor):
             table never held all of it (a step longer than the window; `skip` is then negative). Beside quantized
             storage only where it is read instead.
         centre: [batch, num_kv_heads, head_dim] that was taken from each row's keys; a plain softmax needs it not.
+        place: where codes and scale lie, for the compiled kernel of a CPU.
     """
 
     codes: Tensor
@@ -63,6 +65,7 @@ class KVHandle(LazyTensor):
     skip: int
     states: Tensor | None
     centre: Tensor | None
+    place: Place | None
     version: int
     is_fresh: bool
     _block_table: Tensor | None
@@ -82,6 +85,7 @@ class KVHandle(LazyTensor):
         is_fresh: bool = False,
         states: Tensor | None = None,
         centre: Tensor | None = None,
+        place: Place | None = None,
     ) -> "KVHandle":
         """See the class."""
         handle = KVHandle.wrap(spec.shape, spec.dtype, codes.device)
@@ -91,7 +95,7 @@ class KVHandle(LazyTensor):
         handle.version = table.version if table is not None else 0
         # Set by `update`, cleared by the attention that follows it: the one that owns this layer of the cache.
         handle.is_fresh = is_fresh
-        handle.states, handle.centre = states, centre
+        handle.states, handle.centre, handle.place = states, centre, place
         return handle
 
     def check_valid(self) -> None:
@@ -206,6 +210,7 @@ class KVHandle(LazyTensor):
             self.is_fresh,
             self.states,
             self.centre,
+            self.place,
         )
 
     def __repr__(self, *_: Any, **__: Any) -> str:  # type: ignore[override]

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,6 +61,15 @@ def shared_places(table: "BlockTable", start: int, stop: int) -> list[tuple[int,
 def is_one_run(row: Sequence[int]) -> bool:
     """Whether the blocks of `row` follow each other in memory."""
     return row[-1] - row[0] == len(row) - 1 and row == list(range(row[0], row[-1] + 1))
+
+
+class Step(NamedTuple):
+    """What one forward adds to a table, in columns; the same for all layers that have written as many."""
+
+    start: int  # first column that is written: what a window drops at once is not
+    stop: int
+    kv_len: int  # columns that its queries are handed
+    skip: int  # columns held before the first of those
 
 
 class Layout:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_kvopt.kernels.cpu_jit import place_of
 from hf_kvopt.kernels.dispatch import require_format, require_format_somewhere, runs_kernel, store_kv
 from hf_kvopt.pool.block_table import BlockTable
 from hf_kvopt.pool.centres import Centres
@@ -65,19 +66,19 @@ class Plane:
         self.is_first = False  # the first layer that made a pool: the one at which a whole forward is checked
         self.slides: bool | None = None  # whether transformers' own cache would slide here; not known at first
         self.owner: weakref.ref[object] | None = None  # the attention module that filled it
-        self.codes, self.scale = self._blocks(num_blocks, states.device)
+        self._hold(*self._blocks(num_blocks, states.device))
         self.rotates = guard.rotates
         self.centres = Centres(self.num_heads, self.dim, num_blocks, states.device) if guard.centres else None
 
     def __getstate__(self) -> dict[str, object]:
-        state = {**self.__dict__, "owner": None}
+        state = {**self.__dict__, "owner": None, "place": None}
         if self.codes.dtype.is_floating_point and self.codes.itemsize == 1:
             state["codes"] = self.codes.view(torch.uint8)  # torch 2.13 pickles float8 tensors, but cannot read them
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.codes = self.codes.view(self.format.code_dtype or self.dtype)
+        self._hold(self.codes.view(self.format.code_dtype or self.dtype), self.scale)
 
     @property
     def num_blocks(self) -> int:
@@ -148,9 +149,10 @@ class Plane:
         """Store codes [batch, num_kv_heads, stop - start, width] and their scales at the columns `start` to `stop`."""
         span = table.span()
         if span is not None:
-            slot, rows = span[0] + start - table.base, (span[1], table.batch_size, stop - start)
-            for held, new in zip(self.tensors, encoded.parts, strict=True):
-                _strided(held, slot, *rows).copy_(new)
+            slot, rows = span[0] + start - table.base, (span[1], len(table.rows), stop - start)
+            _strided(self.codes, slot, *rows).copy_(encoded.codes)
+            if self.scale is not None:
+                _strided(self.scale, slot, *rows).copy_(encoded.scale)  # type: ignore[arg-type]
             return
         slots = table.slots(start, stop, encoded.codes.device)
         if start >= max(table.lags):
@@ -193,10 +195,12 @@ class Plane:
         self, table: BlockTable, kv_len: int, skip: int, is_fresh: bool, states: Tensor | None = None
     ) -> KVHandle:
         """`kv_len` tokens of every row, `skip` tokens in, by reference."""
-        shape = (table.batch_size, self.num_heads, kv_len, self.dim)
+        shape = (len(table.rows), self.num_heads, kv_len, self.dim)
         spec = HandleSpec(shape, self.dtype, self.format.name, self.rotates)
-        centre = self.centre_of(table)
-        return KVHandle(self.codes, self.scale, None, None, spec, self, table, skip, is_fresh, states, centre)
+        centre = None if self.centres is None else self.centres.of_rows(table)
+        return KVHandle(
+            self.codes, self.scale, None, None, spec, self, table, skip, is_fresh, states, centre, self.place
+        )
 
     def resize(self, num_blocks: int, src: list[int], dst: list[int]) -> None:
         """Move to `num_blocks` blocks, block `src[i]` becoming `dst[i]`; the rest is zero."""
@@ -208,7 +212,7 @@ class Plane:
         if self.centres is not None:
             self.centres.resize(num_blocks, src, dst)
         # Only now: another thread may be reading.
-        self.codes, self.scale = codes, scale
+        self._hold(codes, scale)
 
     def copy_blocks(self, src: list[int], dst: list[int]) -> None:
         """Copy block `src[i]` to `dst[i]`, scales included."""
@@ -228,11 +232,15 @@ class Plane:
 
     def to(self, device: torch.device) -> None:
         """Move the bytes, in place of the object."""
-        self.codes = self.codes.to(device, non_blocking=True)
-        if self.scale is not None:
-            self.scale = self.scale.to(device, non_blocking=True)
+        scale = None if self.scale is None else self.scale.to(device, non_blocking=True)
+        self._hold(self.codes.to(device, non_blocking=True), scale)
         if self.centres is not None:
             self.centres.to(device)
+
+    def _hold(self, codes: Tensor, scale: Tensor | None) -> None:
+        """Take these tensors for storage."""
+        self.codes, self.scale = codes, scale
+        self.place = place_of(codes, scale)
 
     def _blocks(self, num_blocks: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Zeros for codes and scales."""
@@ -293,12 +301,14 @@ class KVPool:
 
     def write(self, key_states: Tensor, value_states: Tensor, table: BlockTable, start: int, stop: int) -> None:
         """Store the states of the columns `start` to `stop`: one launch where kernels run."""
-        key_states = self.keys.before_write(key_states, table, start, stop)
+        if self.keys.rotates or self.keys.centres is not None:
+            key_states = self.keys.before_write(key_states, table, start, stop)
         if runs_kernel(key_states):
             self.store(key_states, value_states, table.slots(start, stop, key_states.device).reshape(-1))
         else:
-            for plane, encoded in zip(self.planes, self._encoded(key_states, value_states), strict=True):
-                plane.write(encoded, table, start, stop)
+            keys, values = self._encoded(key_states, value_states)
+            self.keys.write(keys, table, start, stop)
+            self.values.write(values, table, start, stop)
 
     def store(self, key_states: Tensor, value_states: Tensor, slots: Tensor) -> None:
         """Store states [batch, num_kv_heads, tokens, head_dim], keys guarded, at `slots` [batch * tokens]."""
@@ -356,8 +366,8 @@ def _strided(x: Tensor, first: int, pitch: int, batch: int, length: int) -> Tens
     """[batch, num_kv_heads, length, ...] view of x [num_blocks, block_size, num_kv_heads, ...]: row r from slot
     first + r * pitch on."""
     _, slot, head, *tail = x.stride()
-    shape = (batch, x.shape[2], length, *x.shape[3:])
-    return x.as_strided(shape, (pitch * slot, head, slot, *tail), first * slot)
+    _, _, num_heads, *sizes = x.shape
+    return x.as_strided((batch, num_heads, length, *sizes), (pitch * slot, head, slot, *tail), first * slot)
 
 
 def _picked(x: Tensor, slots: Tensor) -> Tensor:

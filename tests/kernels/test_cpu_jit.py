@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_kvopt.kernels import cpu_jit
-from hf_kvopt.kernels.cpu_jit import can_attend
+from hf_kvopt.kernels.cpu_jit import can_attend, place_of
 from hf_kvopt.kernels.jit.spec import CHUNK, TILE
-from hf_kvopt.kernels.paged_kv import PagedKV
 from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.kernels.reference import visible_pairs
 from hf_kvopt.quant import Quantized, dequantize, get_format, quantize
@@ -59,8 +58,8 @@ def attend_blocks(
     q, k, v, table, lens, k_scale=None, v_scale=None, skip=0, lags=None, starts=None, **pattern
 ) -> Tensor:
     starts = None if starts is None else torch.tensor(starts, dtype=torch.int32)
-    kv = PagedKV(k, v, table, lens, k_scale, v_scale)
-    return cpu_jit.attend_blocks(q, kv, Pattern(**pattern, starts=starts), skip=skip, lags=lags)
+    places = place_of(k, k_scale), place_of(v, v_scale)
+    return cpu_jit.attend_blocks(q, *places, table, lens, Pattern(**pattern, starts=starts), skip=skip, lags=lags)
 
 
 def written_out(
@@ -90,7 +89,7 @@ def written_out(
 
 def check(rows: Rows, scale=0.2, **options) -> Tensor:
     """Hold the kernel to float64 as tightly as twice what float32 does in torch."""
-    assert can_attend(rows.q, rows.k, rows.v, None, None)
+    assert can_attend(rows.q, place_of(rows.k, None), place_of(rows.v, None))
     out = attend_blocks(*rows, scale=scale, **options)
     dense = rows.q, rows.dense(rows.k), rows.dense(rows.v), rows.seq_lens, scale
     want = written_out(*dense, **options)
@@ -335,7 +334,7 @@ def test_every_format_is_read_as_its_reference_says(names, sizes, scale_dtype):
     for options in ({}, {"softcap": 2.0, "sinks": torch.zeros(4), "window": 70}):
         rows = make_rows((150, 16, 9), sizes=sizes, q_len=2, block_size=32)
         k, v = (stored(pool, name, scale_dtype) for pool, name in zip((rows.k, rows.v), names, strict=True))
-        assert can_attend(rows.q, k.codes, v.codes, k.scale, v.scale)
+        assert can_attend(rows.q, place_of(*k), place_of(*v))
         out = attend_blocks(rows.q, k.codes, v.codes, *rows[3:], scale=0.2, k_scale=k.scale, v_scale=v.scale, **options)
         as_read = [dequantize(*pool, get_format(name)) for pool, name in zip((k, v), names, strict=True)]
         dense = rows.q, *(rows.dense(pool) for pool in as_read), rows.seq_lens, 0.2
@@ -384,15 +383,29 @@ def test_avx2_agrees(dim, monkeypatch):
 
 def test_what_cannot_be_taken_is_left_to_torch():
     rows = make_rows((40,))
-    q, k, v = rows[:3]
-    assert can_attend(q, k, v, None, None)
-    assert not can_attend(q.double(), k, v, None, None)
-    assert not can_attend(q.clone().requires_grad_(), k, v, None, None)
-    assert not can_attend(q[:0], k, v, None, None)
-    assert not can_attend(q.expand(-1, -1, 5000, -1), k, v, None, None)
-    assert not can_attend(q, k.mT.contiguous().mT, v, None, None)
-    assert not can_attend(q, k[:, :8], v[:, :8], None, None)
-    assert not can_attend(q, k.double(), v, None, None)
+    q, k, v = rows.q, *(place_of(pool, None) for pool in (rows.k, rows.v))
+    assert can_attend(q, k, v)
+    assert not can_attend(q.double(), k, v)
+    assert not can_attend(q.clone().requires_grad_(), k, v)
+    assert not can_attend(q[:0], k, v)
+    assert not can_attend(q.expand(-1, -1, 5000, -1), k, v)
+    for pool in (rows.k.mT.contiguous().mT, rows.k[:, :8], rows.k.double(), rows.k.to("meta")):
+        assert place_of(pool, None) is None
     compiled = []
-    torch.compile(lambda: compiled.append(can_attend(q, k, v, None, None)), backend="eager")()
+    torch.compile(lambda: compiled.append(can_attend(q, k, v)), backend="eager")()
     assert compiled == [False]
+
+
+def test_a_default_dtype_and_device_change_nothing():
+    rows = make_rows((77, 16))
+    want = attend_blocks(*rows, scale=0.2, starts=(1, 0))
+    places, pattern = (place_of(rows.k, None), place_of(rows.v, None)), Pattern(0.2, starts=[1, 0])
+    torch.set_default_dtype(torch.float16)  # a result of half the bytes would be written past its end
+    torch.set_default_device("meta")
+    try:
+        got = cpu_jit.attend_blocks(rows.q, *places, *rows[3:], pattern)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, want)
