@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from hf_kvopt.errors import CacheStateError
+from hf_kvopt.pool import slots as arithmetic
 from hf_kvopt.pool.allocator import BlockAllocator
-from hf_kvopt.pool.slots import Layout, Step, column_slots, moved_slots, picked, shared_places
+from hf_kvopt.pool.slots import Layout, Memo, Step
 
 _UNKNOWN = (-1, -1)
 
@@ -49,7 +50,7 @@ class BlockTable:
         self.step_start = 0  # the clock before the last `reserve`
         self.on_refusal: weakref.WeakMethod[Callable[[int], None]] | None = None  # the cache's way back
         self.version = 0  # counts changes: a handle made before one is out of date
-        self._tensors: dict[tuple, Tensor] = {}  # by what they are and the device they are on
+        self._tensors = Memo()
         self._step: tuple[tuple[int, int, int], Step] | None = None
         self._layout: Layout | None = None
         self._span: tuple[int, int] | None = _UNKNOWN
@@ -93,8 +94,7 @@ class BlockTable:
         if is_late:
             self.unshare(clock, stop)
         step = Step(max(clock, self.base), stop, stop - first, first - self.base)
-        # What a late layer writes may be shared anew before the next one comes.
-        self._step = None if is_late else (asked, step)
+        self._step = None if is_late else (asked, step)  # what is written late may be shared again by then
         return step
 
     def reserve(self, batch_size: int, clock: int) -> None:
@@ -170,7 +170,7 @@ class BlockTable:
 
     def crop_rows(self, lengths: Sequence[int]) -> None:
         """Cut row i down to `lengths[i]` tokens; the clock goes back by the least number cut."""
-        self._crop_to(*self._after_cut(lengths))
+        self._crop_to(*arithmetic.after_cut(self, lengths))
 
     def keep(self, num_tokens: int, paths: Sequence[Sequence[int]]) -> None:
         """Of the last `num_tokens` tokens of row i keep those numbered in `paths[i]`, moved together, in that order.
@@ -181,7 +181,7 @@ class BlockTable:
         clock = max(lengths, default=0)
         lags = [clock - length for length in lengths]
         self._require_held(lags, clock)
-        src, dst = moved_slots(self, num_tokens, paths)
+        src, dst = arithmetic.moved_slots(self, num_tokens, paths)
         for pool in self.allocator.pools if src else ():
             pool.move_slots(src, dst)
         self._crop_to(lags, clock)
@@ -192,17 +192,7 @@ class BlockTable:
 
     def require_rows_croppable(self, lengths: Sequence[int]) -> None:
         """Raise CacheStateError unless `crop_rows(lengths)` can be done."""
-        self._require_held(*self._after_cut(lengths))
-
-    def _after_cut(self, lengths: Sequence[int]) -> tuple[list[int], int]:
-        """Lags and clock once row i has `lengths[i]` tokens."""
-        removed = [old - new for old, new in zip(self.lengths, lengths, strict=True)]
-        if min(removed, default=0) < 0:
-            raise CacheStateError(f"rows can only be cut: got {list(lengths)} tokens for rows that hold {self.lengths}")
-        if min(lengths, default=0) < 0:
-            raise CacheStateError(f"cannot crop to {min(lengths)} tokens: got a cache that holds {self.lengths}")
-        clock = self.clock - min(removed, default=0)
-        return [clock - length for length in lengths], clock
+        self._require_held(*arithmetic.after_cut(self, lengths))
 
     def _crop_to(self, lags: Sequence[int], clock: int) -> None:
         if not self.rows:
@@ -216,8 +206,7 @@ class BlockTable:
         self._rows_changed()
 
     def _require_held(self, lags: Sequence[int], clock: int) -> None:
-        needed = 0 if self.window is None else max(0, clock - max(lags) - self.window + 1)
-        if clock < 0 or self.base > needed:
+        if clock < 0 or self.base > (0 if self.window is None else max(0, clock - max(lags) - self.window + 1)):
             raise CacheStateError(
                 f"cannot crop to {clock} tokens: got a cache that holds tokens {self.base} to {self.clock}; "
                 "call cache.activate_past_recording() before the forward that is to be undone, and crop only its tokens"
@@ -269,23 +258,25 @@ class BlockTable:
 
     def block_table(self, device: torch.device) -> Tensor:
         """[batch, max_blocks] int32 on `device`, short rows filled with block 0."""
-        return self._tensor(("table", device), self._padded_rows, torch.int32)
+        return self._tensors.of(("table", device), lambda: arithmetic.padded_rows(self.rows), torch.int32)
 
     def seq_lens(self, device: torch.device) -> Tensor:
         """[batch] int32: tokens held of each row (from `base` on)."""
-        return self._tensor(("lens", device), lambda: [max(0, n - self.base) for n in self.lengths], torch.int32)
+        return self._tensors.of(("lens", device), lambda: [max(0, n - self.base) for n in self.lengths], torch.int32)
 
     def lag_tensor(self, device: torch.device) -> Tensor:
         """[batch] int32: `lags`."""
-        return self._tensor(("lags", device), lambda: self.lags, torch.int32)
+        return self._tensors.of(("lags", device), lambda: self.lags, torch.int32)
 
     def slots(self, start: int, stop: int, device: torch.device) -> Tensor:
         """[batch, stop - start] int64 slots of the columns `start` to `stop`; -1 where a row has no token."""
-        return self._tensor(("slots", device, start, stop), lambda: column_slots(self, start, stop), torch.int64)
+        key = ("slots", device, start, stop)
+        return self._tensors.of(key, lambda: arithmetic.column_slots(self, start, stop), torch.int64)
 
     def gather_slots(self, skip: int, num_columns: int, device: torch.device) -> Tensor:
         """[batch, num_columns] int64 slots from column base + `skip` on; some slot of the row where it has no token."""
-        return self._remember(("gather", device, skip, num_columns), lambda: picked(self, skip, num_columns, device))
+        key = ("gather", device, skip, num_columns)
+        return self._tensors.get(key, lambda: arithmetic.picked(self, skip, num_columns, device))
 
     def held_rows(self) -> list[list[int]]:
         """The rows."""
@@ -318,7 +309,7 @@ class BlockTable:
         wanted = [
             self._blocks_for(clock - lag - self.base) - len(row) for lag, row in zip(self.lags, self.rows, strict=True)
         ]
-        copied = [row for row, _ in shared_places(self, self.clock, self.clock + 1)]  # half full and shared
+        copied = [row for row, _ in arithmetic.shared_places(self, self.clock, self.clock + 1)]  # half full and shared
         if copied or any(wanted):
             self.allocator.ensure_free(sum(wanted) + len(copied))
             if self.keep_contiguous:
@@ -340,7 +331,7 @@ class BlockTable:
     def unshare(self, start: int, stop: int) -> None:
         """Copy the shared blocks behind the columns `start` to `stop`: `reserve` looks at the last one of a row alone,
         and a layer writes before it where others of its kind hold more (cross attention to a large image)."""
-        places = shared_places(self, start, stop)
+        places = arithmetic.shared_places(self, start, stop)
         if places:
             self.allocator.ensure_free(len(places))
             copies = self.allocator.copy([self.rows[i][j] for i, j in places])
@@ -378,30 +369,15 @@ class BlockTable:
             self.allocator.release(row)
             row.clear()
 
-    def _padded_rows(self) -> list[list[int]]:
-        width = max((len(row) for row in self.rows), default=0)
-        return [row + [0] * (width - len(row)) for row in self.rows]
-
-    def _remember(self, key: tuple, make: Callable[[], Tensor]) -> Tensor:
-        """What `make` gives, kept until rows or lengths change: the layers of one step share it."""
-        tensor = self._tensors.get(key)
-        if tensor is None:
-            tensor = self._tensors[key] = make()
-        return tensor
-
-    def _tensor(self, key: tuple, data: Callable[[], list], dtype: torch.dtype) -> Tensor:
-        return self._remember(key, lambda: torch.tensor(data(), dtype=dtype).to(key[1], non_blocking=True))
-
     def _rows_changed(self) -> None:
         self.version += 1
-        self._tensors.clear()
+        self._tensors = Memo()
         self._step, self._layout, self._span = None, None, _UNKNOWN
 
     def _lengths_changed(self) -> None:
         self.version += 1
         self._step = None
-        for key in [key for key in self._tensors if key[0] != "table"]:
-            del self._tensors[key]
+        self._tensors.forget_all_but("table")
 
     def _watch(self) -> None:
         """Give the blocks back when the table is collected."""
@@ -411,7 +387,7 @@ class BlockTable:
     def __getstate__(self) -> dict[str, object]:
         state = self.__dict__.copy()
         del state["_finalizer"]
-        state["_tensors"], state["on_refusal"] = {}, None
+        state["_tensors"], state["on_refusal"] = Memo(), None
         return state
 
     def __setstate__(self, state: dict[str, object]) -> None:

@@ -1,12 +1,14 @@
 """Arithmetic on rows of blocks: where tokens lie in the pools, and whether rows can be seen as one strided tensor."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+from hf_kvopt.errors import CacheStateError
 
 if TYPE_CHECKING:
     from hf_kvopt.pool.block_table import BlockTable
@@ -58,6 +60,23 @@ def shared_places(table: "BlockTable", start: int, stop: int) -> list[tuple[int,
     return places
 
 
+def after_cut(table: "BlockTable", lengths: Sequence[int]) -> tuple[list[int], int]:
+    """Lags and clock once row i of `table` has `lengths[i]` tokens; raises CacheStateError where it has fewer."""
+    removed = [old - new for old, new in zip(table.lengths, lengths, strict=True)]
+    if min(removed, default=0) < 0:
+        raise CacheStateError(f"rows can only be cut: got {list(lengths)} tokens for rows that hold {table.lengths}")
+    if min(lengths, default=0) < 0:
+        raise CacheStateError(f"cannot crop to {min(lengths)} tokens: got a cache that holds {table.lengths}")
+    clock = table.clock - min(removed, default=0)
+    return [clock - length for length in lengths], clock
+
+
+def padded_rows(rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The rows at one length, filled up with block 0."""
+    width = max((len(row) for row in rows), default=0)
+    return [[*row, *[0] * (width - len(row))] for row in rows]
+
+
 def is_one_run(row: Sequence[int]) -> bool:
     """Whether the blocks of `row` follow each other in memory."""
     return row[-1] - row[0] == len(row) - 1 and row == list(range(row[0], row[-1] + 1))
@@ -70,6 +89,28 @@ class Step(NamedTuple):
     stop: int
     kv_len: int  # columns that its queries are handed
     skip: int  # columns held before the first of those
+
+
+class Memo:
+    """Tensors made from the rows of a table, for all layers of a step; by what they are and the device they are on."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple, Tensor] = {}
+
+    def get(self, key: tuple, make: Callable[[], Tensor]) -> Tensor:
+        """What is known as `key`, or what `make` gives."""
+        tensor = self._known.get(key)
+        if tensor is None:
+            tensor = self._known[key] = make()
+        return tensor
+
+    def of(self, key: tuple, data: Callable[[], list], dtype: torch.dtype) -> Tensor:
+        """The same for numbers, on the device `key[1]`."""
+        return self.get(key, lambda: torch.tensor(data(), dtype=dtype, device="cpu").to(key[1], non_blocking=True))
+
+    def forget_all_but(self, name: str) -> None:
+        """Drop what does not have `name` first in its key."""
+        self._known = {key: tensor for key, tensor in self._known.items() if key[0] == name}
 
 
 class Layout:
