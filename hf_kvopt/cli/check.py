@@ -26,6 +26,7 @@ from hf_kvopt.plan.planner import plan_times
 from hf_kvopt.plan.weights import model_class
 
 _STEPS, _TURNS = 4, 5
+_LEAST_CONTEXT = 64
 # Beyond this a check would take longer than anybody waits for.
 _MOST_PAIRS_CPU, _MOST_PAIRS_GPU = 8192, 1 << 20
 
@@ -63,7 +64,7 @@ def check(model: str, made: Plan) -> Checked:
     """
     notes: list[str] = []
     here = get_device("auto")
-    context = _shortened(made, here.is_gpu, notes)
+    context = _measured_context(made, here.is_gpu, notes)
     # The question again for what is really run: this machine, this length, nothing but cache and format.
     dtype = made.dtype if here.is_gpu else "float32"
     again = plan(
@@ -80,12 +81,17 @@ def check(model: str, made: Plan) -> Checked:
     return _measure(subject, made, here, context, dtype, notes)
 
 
-def _shortened(made: Plan, is_gpu: bool, notes: list[str]) -> int:
+def _measured_context(made: Plan, is_gpu: bool, notes: list[str]) -> int:
     most = (_MOST_PAIRS_GPU if is_gpu else _MOST_PAIRS_CPU) // made.batch
-    if made.context <= most:
-        return made.context
-    notes.append(f"measured at {most:,} tokens a row, not {made.context:,}: a check should take a minute, not an hour")
-    return max(64, most)
+    chosen = max(_LEAST_CONTEXT, min(made.context, most))
+    if chosen < made.context:
+        why = "a check should take a minute, not an hour"
+    elif chosen > made.context:
+        why = "fewer leave no steps to time"
+    else:
+        return chosen
+    notes.append(f"measured at {chosen:,} tokens a row, not {made.context:,}: {why}")
+    return chosen
 
 
 def _load(model: str, dtype: str, device: str, notes: list[str]) -> PreTrainedModel:

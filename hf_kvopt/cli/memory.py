@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_kvopt.cli.memory_plot import save_plot
-from hf_kvopt.cli.screen import Parser, as_json, pairs, table
-from hf_kvopt.plan import BadInput, LayerMemory, MemoryReport, memory, parse_tokens, show_bytes
+from hf_kvopt.cli.screen import Parser, as_json, model_parser, pairs, table, whole_number
+from hf_kvopt.plan import LayerMemory, MemoryReport, memory, show_bytes
 from hf_kvopt.plan.kv_bytes import CACHES
 from hf_kvopt.quant import KV_FORMATS
 
@@ -22,26 +22,15 @@ _EXAMPLES = """examples:
 
 def make_parser() -> Parser:
     """Describe the command line."""
-    parser = Parser(
-        "python -m hf_kvopt memory",
-        description="KV memory of a model from its config alone: no weights, nothing else downloaded.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("model", metavar="MODEL", help="hub id, folder or config.json")
-    parser.add_argument("--context", default="4096", help="tokens a row in all (%(default)s)")
-    parser.add_argument("--batch", default="1", help="rows (%(default)s)")
+    about = "KV memory of a model from its config alone: no weights, nothing else downloaded."
+    parser = model_parser("memory", about, _EXAMPLES, context="4096")
     parser.add_argument("--prompt", help="tokens of the first forward; decides what sliding layers hold just then")
     parser.add_argument("--encoder-context", help="tokens of the encoder (--context, or the model's fixed number)")
     parser.add_argument("--cache", default="paged", help=f"{', '.join(CACHES)} (%(default)s)")
     parser.add_argument("--format", default="native", help=f"{', '.join(KV_FORMATS)} (%(default)s)")
-    parser.add_argument("--block-size", default="16", help="tokens a block (%(default)s)")
+    parser.add_argument("--block-size", type=whole_number, default=16, help="tokens a block (%(default)s)")
     parser.add_argument("--max-tokens", help="the paged cache's cap over all rows")
-    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (the config's, or bfloat16)")
-    parser.add_argument("--device", help="such as H200, A100-40, cpu or auto: 0.9 of its memory is the budget")
-    parser.add_argument("--budget", help="bytes for weights and cache, such as 24GiB")
     parser.add_argument("--no-weights", action="store_true", help="count the cache alone")
-    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw memory against context (needs matplotlib)")
     return parser
 
@@ -56,25 +45,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+_NOT_ASKED = ("model", "plot", "json", "no_weights")
+
+
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "context": args.context,
-        "batch": parse_tokens(args.batch, "batch") if args.batch.isdigit() else _bad_batch(args.batch),
-        "prompt": args.prompt,
-        "encoder_context": args.encoder_context,
-        "cache": args.cache,
-        "format": args.format,
-        "block_size": parse_tokens(args.block_size, "block_size"),
-        "max_tokens": args.max_tokens,
-        "dtype": args.dtype,
-        "device": args.device,
-        "budget": args.budget,
-        "weights": not args.no_weights,
-    }
-
-
-def _bad_batch(text: str) -> int:
-    raise BadInput(f"batch must be a whole number of at least 1: got {text!r}; for example --batch 8")
+    """The arguments of `memory`, which the options are named after."""
+    return {k: v for k, v in vars(args).items() if k not in _NOT_ASKED} | {"weights": not args.no_weights}
 
 
 def _text(model: str, report: MemoryReport) -> str:

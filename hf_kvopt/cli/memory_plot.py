@@ -42,6 +42,8 @@ def save_plot(path: Path, model: str, settings: dict[str, Any], report: MemoryRe
     axes.set_xticks(ticks, [f"{n / 1024:g}k" if n % 256 == 0 and n else f"{n:,.0f}" for n in ticks])
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    if path.is_dir():
+        raise BadInput(f"cannot write the plot to {str(path)!r}: it is a folder; for example --plot memory.png")
     try:
         figure.savefig(path, dpi=130)
     except (OSError, ValueError) as error:

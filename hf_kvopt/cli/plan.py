@@ -5,8 +5,8 @@ import sys
 from collections.abc import Sequence
 
 from hf_kvopt.cli.check import Checked, check
-from hf_kvopt.cli.screen import Parser, as_json, pairs, table
-from hf_kvopt.plan import WORKLOADS, BadInput, Choice, Plan, plan, show_bytes
+from hf_kvopt.cli.screen import Parser, as_json, model_parser, pairs, table
+from hf_kvopt.plan import WORKLOADS, Choice, Plan, plan, show_bytes
 
 _EXAMPLES = """examples:
   python -m hf_kvopt plan meta-llama/Llama-3.1-8B --device H200 --context 32k --batch 8 --workload agent
@@ -15,43 +15,22 @@ _EXAMPLES = """examples:
 
 def make_parser() -> Parser:
     """Describe the command line."""
-    parser = Parser(
-        "python -m hf_kvopt plan",
-        description="Choose attention, cache, format, sharing, speculation, compilation and parallelism, with reasons.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("model", metavar="MODEL", help="hub id, folder or config.json")
-    parser.add_argument("--device", default="auto", help="such as H200, A100-40, RTX4090, cpu or auto (%(default)s)")
-    parser.add_argument("--context", default="32k", help="tokens a row, prompt and new ones (%(default)s)")
-    parser.add_argument("--batch", default="1", help="rows (%(default)s)")
+    about = "Choose attention, cache, format, sharing, speculation, compilation and parallelism, with reasons."
+    parser = model_parser("plan", about, _EXAMPLES, context="32k")
+    parser.set_defaults(device="auto")
     parser.add_argument("--workload", default="chat", help=f"{', '.join(WORKLOADS)} (%(default)s)")
     goal = parser.add_mutually_exclusive_group()
     goal.add_argument("--latency", dest="goal", action="store_const", const="latency", default="latency")
     goal.add_argument("--throughput", dest="goal", action="store_const", const="throughput")
     parser.add_argument("--head", action="store_true", help="a trained draft head for this model is at hand")
-    parser.add_argument("--budget", help="bytes a device may use, such as 20GiB (0.9 of its memory)")
-    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (the config's, or bfloat16)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--check", action="store_true", help="measure the choice against the default here")
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
     """Plan, print, and measure if asked to; 1 where a check finds other tokens than the default's."""
-    if not args.batch.isdigit():
-        raise BadInput(f"batch must be a whole number of at least 1: got {args.batch!r}; for example --batch 8")
-    made = plan(
-        args.model,
-        device=args.device,
-        context=args.context,
-        batch=int(args.batch),
-        workload=args.workload,
-        goal=args.goal,
-        head=args.head,
-        budget=args.budget,
-        dtype=args.dtype,
-    )
+    question = {name: value for name, value in vars(args).items() if name not in ("model", "json", "check")}
+    made = plan(args.model, **question)
     checked = check(args.model, made) if args.check else None
     if args.json:
         print(as_json(made.to_json() | ({"check": checked.to_json()} if checked else {})))

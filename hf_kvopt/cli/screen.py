@@ -1,4 +1,4 @@
-"""What the commands share: a parser whose errors are one line and status 2, tables, JSON."""
+"""What the commands share: a parser whose errors are one line and status 2, their common arguments, tables, JSON."""
 
 import argparse
 import json
@@ -22,6 +22,27 @@ class Parser(argparse.ArgumentParser):
             return body(args)
         except (BadInput, KVOptError) as error:
             self.error(str(error))
+
+
+def whole_number(text: str) -> int:
+    """Read a number of at least 1, as an argument's type."""
+    if not (text.isascii() and text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1: got {text!r}; for example 8")
+    return int(text)
+
+
+def model_parser(command: str, description: str, examples: str, context: str) -> Parser:
+    """Describe a command that asks about a model in use: what, how long, how many, where, in what, as JSON or text."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = Parser(f"python -m hf_kvopt {command}", description=description, epilog=examples, formatter_class=form)
+    parser.add_argument("model", metavar="MODEL", help="hub id, folder or config.json")
+    parser.add_argument("--context", default=context, help="tokens a row, prompt and new ones (%(default)s)")
+    parser.add_argument("--batch", type=whole_number, default=1, help="rows (%(default)s)")
+    parser.add_argument("--device", help="such as H200, A100-40, RTX4090, cpu or auto; 0.9 of its memory is the budget")
+    parser.add_argument("--budget", help="bytes for weights and cache, a device, such as 24GiB")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (the config's, or bfloat16)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
 
 
 def table(rows: Sequence[Sequence[object]], columns: Sequence[str] = ()) -> str:

@@ -81,35 +81,42 @@ def layers_of(config: PreTrainedConfig) -> list[LayerKV]:
 def _layer(kind: str, window: int | None, part: PreTrainedConfig) -> LayerKV:
     if kind in WITHOUT_KV:
         return LayerKV(kind, None, 0, 0, 0, 0)
-    heads = _need(part, "num_attention_heads", 32)
-    rank = _field(part, "kv_lora_rank")
+    if window is not None:
+        window = _positive(part, "sliding_window", window, 4096)
+    heads = _need(part, 32, "num_attention_heads")
+    rank = _field(part, 512, "kv_lora_rank")
     if rank is not None:
-        return LayerKV(kind, window, 1, rank, 1, _need(part, "qk_rope_head_dim", 64), "MLA", heads)
-    kv_heads = 1 if _field(part, "multi_query") else _field(part, "num_key_value_heads", "num_kv_heads") or heads
-    if not isinstance(kv_heads, int) or kv_heads < 1:
+        return LayerKV(kind, window, 1, rank, 1, _need(part, 64, "qk_rope_head_dim"), "MLA", heads)
+    kv_heads = 1 if getattr(part, "multi_query", False) else _field(part, 8, "num_key_value_heads", "num_kv_heads")
+    kv_heads = heads if kv_heads is None else kv_heads
+    if heads % kv_heads:
         raise BadInput(
-            f'num_key_value_heads must be at least 1: got {kv_heads!r}; for example "num_key_value_heads": 8'
+            f"num_key_value_heads must divide num_attention_heads: got {kv_heads} and {heads}; for example 8 and 32"
         )
     if part.model_type == "mimo_v2_flash" and window is not None:
         kv_heads *= 2  # written into the model's code, not into its config
-    dim = _field(part, "head_dim", "d_kv") or _need(part, "hidden_size", 4096) // heads
+    dim = _field(part, 128, "head_dim", "d_kv") or _need(part, 4096, "hidden_size") // heads
     sharing = "MHA" if kv_heads == heads else "MQA" if kv_heads == 1 else "GQA"
-    return LayerKV(kind, window, kv_heads, dim, kv_heads, _field(part, "v_head_dim") or dim, sharing, heads)
+    return LayerKV(kind, window, kv_heads, dim, kv_heads, _field(part, 128, "v_head_dim") or dim, sharing, heads)
 
 
-def _field(part: PreTrainedConfig, *names: str) -> Any:
+def _field(part: PreTrainedConfig, example: int, *names: str) -> int | None:
     """The first of `names` that is set."""
     for name in names:
         value = getattr(part, name, None)
         if value is not None and value is not False:
-            return value
+            return _positive(part, name, value, example)
     return None
 
 
-def _need(part: PreTrainedConfig, name: str, example: int) -> int:
-    value = _field(part, name)
+def _need(part: PreTrainedConfig, example: int, name: str) -> int:
+    return _positive(part, name, getattr(part, name, None), example)
+
+
+def _positive(part: PreTrainedConfig, name: str, value: Any, example: int) -> int:
     if not isinstance(value, int) or value < 1:
         raise BadInput(
-            f'a {part.model_type} config needs {name}: got {value!r}; expected for example "{name}": {example}'
+            f'a {part.model_type} config needs {name} of at least 1: got {value!r}; expected for example "{name}": '
+            f"{example}"
         )
     return value

@@ -5,23 +5,21 @@
 Only the config is read. Predictions equal `cache.stats()` of the live cache, block slack included.
 """
 
-from collections.abc import Callable, Collection, Mapping
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from hf_kvopt.plan.devices import Device, get_device
+from hf_kvopt.plan.capacity import Capacity, capacity
+from hf_kvopt.plan.devices import Device
 from hf_kvopt.plan.geometry import LayerKV, layers_of
-from hf_kvopt.plan.inputs import BadInput, parse_bytes, parse_tokens, require_positive, show_bytes
+from hf_kvopt.plan.inputs import BadInput, parse_tokens, require_positive
 from hf_kvopt.plan.kv_bytes import CacheSpec, KVBytes, kv_bytes, scale_bytes, token_bytes
 from hf_kvopt.plan.model_config import load_config
 from hf_kvopt.plan.weights import Weights, count_weights, require_kv_cache
 from hf_kvopt.quant import FormatPolicy, KVFormat
-
-# Left to activations, the CUDA context and the allocator's own waste: the share that vLLM leaves by default.
-CARD_SHARE = 0.9
-_MOST_TOKENS, _MOST_ROWS = 1 << 30, 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,16 +32,6 @@ class LayerMemory:
     value_shape: tuple[int, int]
     format: str
     bytes_per_token: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Capacity:
-    """What fits beside the weights. None where nothing grows with the text."""
-
-    budget_bytes: int
-    kv_budget_bytes: int
-    max_context: int | None  # tokens a row, at the batch asked for
-    max_batch: int | None  # rows, at the context asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,9 +143,13 @@ def memory(
     counted = count_weights(config, spec.dtype) if weights else None
     weight_bytes = counted.num_bytes if counted else None
 
-    def needed(rows: int, tokens: int) -> int:
+    if own.used > own.reserved:
+        raise BadInput(f"max_tokens must hold {rows} x {tokens:,} tokens in blocks: got {max_tokens!r}; raise it")
+
+    def needed(rows: int, tokens: int) -> float:
         size, beside = kv_bytes(layers, stored, spec, rows, tokens, None), _cross(layers, spec, rows, encoder)
-        return size.used + size.stock + beside.used
+        is_capped = size.used > size.reserved
+        return math.inf if is_capped else size.used + size.stock + beside.used
 
     decoder = config.get_text_config(decoder=True)
     return MemoryReport(
@@ -184,7 +176,7 @@ def memory(
         weight_bytes=weight_bytes,
         total_bytes=own.used + own.stock + cross.used + (weight_bytes or 0),
         max_positions=vars(decoder).get("max_position_embeddings"),
-        capacity=_capacity(needed, rows, tokens, weight_bytes or 0, device, budget),
+        capacity=capacity(needed, rows, tokens, weight_bytes or 0, device, budget),
         notes=tuple(_notes(layers, spec, counted, weights)),
     )
 
@@ -241,46 +233,6 @@ def _layer_memory(layer: LayerKV, fmt: KVFormat, dtype: torch.dtype) -> LayerMem
 
 def _attention(layers: list[LayerKV]) -> str:
     return " + ".join(dict.fromkeys(layer.attention for layer in layers if layer.has_kv)) or "none"
-
-
-def _capacity(
-    needed: Callable[[int, int], int],
-    batch: int,
-    context: int,
-    weight_bytes: int,
-    device: str | Device | None,
-    budget: int | str | None,
-) -> Capacity | None:
-    if budget is not None:
-        size = parse_bytes(budget, "budget")
-    elif device is not None:
-        known = get_device(device) if isinstance(device, str) else device
-        size = int(known.memory_bytes * CARD_SHARE)
-    else:
-        return None
-    room = size - weight_bytes
-    if room <= 0:
-        raise BadInput(
-            f"budget of {show_bytes(size)} is impossible: the weights alone take {show_bytes(weight_bytes)}; expected "
-            f"more, for example budget='{-(-weight_bytes * 5 // 4 // 2**30)}GiB', or a quantized model"
-        )
-    return Capacity(
-        budget_bytes=size,
-        kv_budget_bytes=room,
-        max_context=_largest(lambda tokens: needed(batch, tokens) <= room, _MOST_TOKENS),
-        max_batch=_largest(lambda rows: needed(rows, context) <= room, _MOST_ROWS),
-    )
-
-
-def _largest(fits: Callable[[int], bool], limit: int) -> int | None:
-    """The largest number that fits; None where the limit itself does."""
-    if fits(limit):
-        return None
-    low, high = 0, limit
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
 
 
 def _notes(layers: list[LayerKV], spec: CacheSpec, counted: Weights | None, wanted: bool) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -14,6 +15,8 @@ from hf_kvopt.plan.inputs import BadInput
 
 # A config without one of these would quietly get its class's default: the arithmetic of another model.
 _NEEDED = {"num_hidden_layers": 32, "num_attention_heads": 32, "hidden_size": 4096}
+# Building more takes minutes, and nobody has them.
+_MOST_LAYERS = 10_000
 _EXAMPLE = 'a hub id such as "meta-llama/Llama-3.1-8B", a folder, or a config.json'
 
 
@@ -65,11 +68,13 @@ def _from_fields(fields: dict[str, Any], where: str) -> PreTrainedConfig:
     kind = fields.pop("model_type", None)
     if kind is None:
         raise BadInput(f'{where} has no field model_type: expected for example "model_type": "llama"')
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         near = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), n=3, cutoff=0.4)
         hint = f"; near it are {', '.join(near)}" if near else ""
         raise BadInput(f"{where}: model_type {kind!r} is unknown to this transformers{hint}")
     _require_fields(CONFIG_MAPPING[kind], fields, where)
+    for part in (fields, fields.get("text_config")):
+        _require_numbers(part if isinstance(part, Mapping) else {}, where)
     try:
         return AutoConfig.for_model(kind, **fields)
     except (TypeError, ValueError, AttributeError, KeyError, ZeroDivisionError) as error:
@@ -88,6 +93,19 @@ def _require_fields(config_class: type[PreTrainedConfig], fields: Mapping[str, A
         written = names.get(name, name)
         if written in known and fields.get(written) is None and fields.get(name) is None:
             raise BadInput(f'{where} has no field {written}: expected for example "{written}": {example}')
+
+
+def _require_numbers(fields: Mapping[str, Any], where: str) -> None:
+    """What transformers would stumble over without naming it."""
+    for name, example in _NEEDED.items():
+        value, most = fields.get(name), _MOST_LAYERS if name == "num_hidden_layers" else None
+        if isinstance(value, int) and not 1 <= value <= (most or value):
+            limits = f"from 1 to {most:,}" if most else "of at least 1"
+            raise BadInput(f'{where}: {name} must be a number {limits}: got {value!r}; for example "{name}": {example}')
+    for name in ("dtype", "torch_dtype"):
+        value = fields.get(name)
+        if isinstance(value, str) and not isinstance(getattr(torch, value.removeprefix("torch."), None), torch.dtype):
+            raise BadInput(f'{where}: {name} must be a dtype of torch: got {value!r}; for example "{name}": "bfloat16"')
 
 
 def _first_line(error: BaseException) -> str:

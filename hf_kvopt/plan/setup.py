@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
+from hf_kvopt.plan.capacity import CARD_SHARE
 from hf_kvopt.plan.devices import Device, get_device
 from hf_kvopt.plan.geometry import LayerKV, layers_of
 from hf_kvopt.plan.inputs import BadInput, parse_bytes, parse_tokens, require_positive, show_bytes
 from hf_kvopt.plan.kv_bytes import CacheSpec, kv_bytes
-from hf_kvopt.plan.memory import CARD_SHARE, chosen_dtype
+from hf_kvopt.plan.memory import chosen_dtype
 from hf_kvopt.plan.model_config import load_config
 from hf_kvopt.plan.steps import StepModel
 from hf_kvopt.plan.weights import Weights, count_weights, model_class, require_kv_cache

@@ -54,10 +54,15 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
 
 
 def require_kv_cache(config: PreTrainedConfig) -> None:
-    """Raise UnsupportedModel for models that generate from a past of their own kind, or from none."""
+    """Raise UnsupportedModel for models that do not generate, or from a past of their own kind, or from none."""
     model = model_class(config)
     if model is None:
-        return
+        if hasattr(config.get_text_config(decoder=True), "use_cache"):
+            return  # the decoder of a larger model
+        raise UnsupportedModel(
+            f"no class of transformers generates with a {config.model_type} config: got a model without a KV cache; "
+            "expected a language model, for example model_type llama"
+        )
     takes_cache = "past_key_values" in inspect.signature(model.forward).parameters
     if not (takes_cache and model._supports_default_dynamic_cache()):  # type: ignore[attr-defined]
         raise UnsupportedModel(

@@ -50,11 +50,16 @@ def test_a_check_shortens_what_would_take_too_long(config: str, capsys: pytest.C
     assert "measured at 128 tokens a row, not 65,536" in capsys.readouterr().out
 
 
+def test_a_check_of_a_few_tokens_measures_more(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", config, "--device", "H200", "--context", "2", "--check"]) == 0
+    assert "measured at 64 tokens a row, not 2" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--workload", "poetry"], "workload must be one of chat"),
-        (["--batch", "-1"], "batch"),
+        (["--batch", "0"], "--batch: must be a whole number of at least 1: got '0'"),
         (["--device", "abacus"], "device must be auto, cpu or one of"),
         (["--context", "32GiB"], "context must be tokens"),
         (["--budget", "1KiB", "--device", "H200"], "is impossible"),

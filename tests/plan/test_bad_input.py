@@ -58,7 +58,18 @@ def test_a_bad_number_of_bytes_is_refused(text: str) -> None:
         ({"num_attention_heads": None}, "no field num_attention_heads"),
         ({"hidden_size": None}, "no field hidden_size"),
         ({"hidden_size": "wide"}, "no valid llama config: .*hidden_size"),
-        ({"num_key_value_heads": -1}, "num_key_value_heads"),
+        ({"model_type": ["llama"]}, r"model_type \['llama'\] is unknown"),
+        ({"num_key_value_heads": -1}, "needs num_key_value_heads of at least 1: got -1"),
+        ({"num_key_value_heads": 0}, "needs num_key_value_heads of at least 1: got 0"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads must divide num_attention_heads: got 3 and 4"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be a number of at least 1: got 0"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be a number from 1 to 10,000: got 0"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers must be a number from 1 to 10,000: got 1000000"),
+        ({"head_dim": -8}, "needs head_dim of at least 1: got -8"),
+        ({"model_type": "mistral", "sliding_window": -5}, "needs sliding_window of at least 1: got -5"),
+        ({"model_type": "deepseek_v3", "kv_lora_rank": -4}, "needs kv_lora_rank of at least 1: got -4"),
+        ({"torch_dtype": "float99"}, "torch_dtype must be a dtype of torch: got 'float99'"),
+        ({"model_type": "llava", "text_config": SMALL | {"num_hidden_layers": 10**6}}, "num_hidden_layers must be"),
         ({"hidden_size": 63}, r"hidden size \(63\) is not a multiple of the number of attention heads"),
     ],
 )
@@ -82,6 +93,7 @@ def test_a_config_that_lacks_a_field_is_refused_by_its_name(change: dict[str, An
         ({"device": "H900"}, "device must be auto, cpu or one of B200"),
         ({"budget": "1KiB"}, "budget of 1.0 KiB is impossible: the weights alone take"),
         ({"compileable": True}, "compileable=True needs max_tokens"),
+        ({"max_tokens": 100}, r"max_tokens must hold 1 x 4,096 tokens in blocks: got 100"),
         ({"encoder_context": 4}, "encoder_context is for encoder-decoder models"),
     ],
 )
@@ -95,6 +107,12 @@ def test_a_head_that_cannot_be_packed_names_the_way_out() -> None:
         memory({"model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 30}, format="int4", weights=False)
 
 
+@pytest.mark.parametrize("kind", ["clip", "vit"])
+def test_a_model_that_does_not_generate_is_refused(kind: str) -> None:
+    with pytest.raises(UnsupportedModel, match=f"no class of transformers generates with a {kind} config"):
+        memory({"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64, "model_type": kind})
+
+
 def test_a_model_without_keys_and_values_is_refused() -> None:
     with pytest.raises(UnsupportedModel, match="cache of its own"):
         memory({"model_type": "mamba", "num_hidden_layers": 2, "hidden_size": 64}, weights=False)
@@ -105,7 +123,12 @@ def test_a_model_without_keys_and_values_is_refused() -> None:
     [
         (["memory", "/no/such/config.json"], "no config at"),
         (["memory", "{config}", "--context", "32q"], "context must be tokens"),
-        (["memory", "{config}", "--batch", "many"], "batch must be"),
+        (["memory", "{config}", "--batch", "many"], "--batch: must be a whole number of at least 1: got 'many'"),
+        (["memory", "{config}", "--batch", "²"], "--batch: must be a whole number"),
+        (["memory", "{config}", "--block-size", "0"], "--block-size: must be a whole number"),
+        (["memory", "{config}", "--plot", "."], "it is a folder"),
+        (["memory", "nosuch/model"], "cannot get the config of 'nosuch/model'"),
+        (["plan", "{config}", "--batch", "²"], "--batch: must be a whole number"),
         (["memory", "{config}", "--budget", "24 parsec"], "whose unit 'parsec' is unknown"),
         (["memory", "{config}", "--budget", "1KiB"], "is impossible: the weights alone"),
         (["memory", "{config}", "--device", "H900"], "device must be"),
