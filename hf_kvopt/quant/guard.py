@@ -23,6 +23,7 @@ from hf_kvopt.quant.formats import INT4, Format
 CENTRE_TOKENS = 16
 _LOUD = 6.0  # a shift counts from so many times the head's median magnitude on
 _SPREAD = 0.5  # ... if tokens stray from it by no more than this share of it
+_EXACT_DEVICES = ("cpu", "cuda")  # that multiply in float64
 _ODD = 8  # ... but for one in so many, such as an attention sink
 
 
@@ -61,10 +62,19 @@ def centre_of(
 def hadamard(
     x: Tensor,  # [..., dim] float32
 ) -> Tensor:
-    """Return x H, in sums and differences, so that a vector's result does not depend on what lies beside it.
+    """Return x H, one vector whatever lies beside it.
 
     H is symmetric and its own inverse. Where dim is no power of two, it is as many of the largest that divides dim.
     """
+    if x.device.type not in _EXACT_DEVICES or torch.compiler.is_compiling():
+        return _butterflies(x)
+    # One product instead of six operations a doubling. It may be summed in another order for another number of
+    # vectors: in float64, of which float32 keeps nothing of that.
+    return torch.matmul(x.double(), _matrix(x.shape[-1], x.device, torch.float64)).float()
+
+
+def _butterflies(x: Tensor) -> Tensor:
+    """The same in sums and differences."""
     dim = x.shape[-1]
     size = _block(dim)
     half = 1
@@ -92,13 +102,13 @@ def rotate(
     """Return x H in x's dtype, as one matrix product."""
     if torch.compiler.is_compiling():
         return hadamard(x.float()).to(x.dtype)
-    return torch.matmul(x.float(), _matrix(x.shape[-1], x.device)).to(x.dtype)
+    return torch.matmul(x.float(), _matrix(x.shape[-1], x.device, torch.float32)).to(x.dtype)
 
 
 @cache
-def _matrix(dim: int, device: torch.device) -> Tensor:
+def _matrix(dim: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):
-        return hadamard(torch.eye(dim)).to(device)
+        return _butterflies(torch.eye(dim, dtype=torch.float64)).to(device, dtype)
 
 
 def _block(dim: int) -> int:

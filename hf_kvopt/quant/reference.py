@@ -22,6 +22,7 @@ from hf_kvopt.quant.formats import INT4, Format
 FLOAT16_NUDGE = 2.0**-25
 # What the largest magnitude of an int4 plane may become, before it is cut to -8.
 INT4_DIVISORS = (-8.0, -8.5, -7.5, -9.0)
+_DIVISORS = torch.tensor(INT4_DIVISORS).view(-1, 1, 1)
 _INT4_VECTORS = 1 << 14  # that are tried with all of them at once
 
 
@@ -120,10 +121,10 @@ def _quantize_int4_part(x: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Te
     low, high = torch.aminmax(planes, dim=-1)
     # Signed: the largest magnitude lands on the end that the other sign does not have.
     extreme = torch.where(high > -low, high, low)
-    divisors = torch.tensor(INT4_DIVISORS, device=x.device).view(-1, 1, 1)
-    scales = _rounded(extreme / divisors, scale_dtype)  # [4, vectors, 2]
-    steps = (planes / _divisor(scales)).round_().clamp_(-8, 7)
-    errors = (steps * scales.float().unsqueeze(-1) - planes).square_().sum(-1)
+    scales = _rounded(extreme / _DIVISORS.to(x.device), scale_dtype)  # [4, vectors, 2]
+    divisor = scales.float().unsqueeze(-1)
+    steps = (planes / divisor).round_().clamp_(-8, 7)  # no number where all is zero: then every code will do
+    errors = (steps * divisor - planes).square_().sum(-1)
     # A scale that is no number is taken where it is the first, as for a vector with NaN, and nowhere else.
     errors[1:].nan_to_num_(nan=torch.inf, posinf=torch.inf)
     best = errors.nan_to_num_(nan=-torch.inf, posinf=torch.inf).argmin(0, keepdim=True)
@@ -135,13 +136,7 @@ def _quantize_int4_part(x: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Te
 def _rounded(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
     """The scales as they are stored, away from zero, NaN where they would not be finite."""
     if scale_dtype == torch.float16:
-        scale = torch.where(scale < 0, scale - FLOAT16_NUDGE, scale + FLOAT16_NUDGE)
+        scale = scale.add(scale.sign(), alpha=FLOAT16_NUDGE)
     scale = scale.to(scale_dtype)
     # inf - inf is NaN, and any other scale less itself is 0.
     return (scale - scale).add_(scale)
-
-
-def _divisor(scale: Tensor) -> Tensor:
-    """[..., 1]: what states are divided by; 1 for a vector of zeros."""
-    divisor = scale.float().unsqueeze(-1)
-    return divisor.where(divisor != 0, 1.0)

@@ -187,7 +187,7 @@ def test_a_compiled_prefill_learns_its_centre() -> None:
             eager.update(keys[:, :, now], values[:, :, now], 0)
             read = compiled(keys[:, :, now], values[:, :, now])
         assert traced.layers[0].centre.abs().max() > SHIFT / 2
-        assert torch.equal(read[:, :, :40], eager.layers[0].keys.clone())
+        assert (read[:, :, :40] - eager.layers[0].keys.clone()).abs().max() < BOUNDS["int4"]
         eager.reset()
         traced.reset()
     torch._dynamo.reset()
