@@ -1,16 +1,16 @@
 """How much to draft: whatever is expected to give most tokens a second, by what was measured so far.
 
-A verification of n nodes takes a + b n and a draft of depth d takes e + f d, both fitted to measured steps; depth k is
-reached with the product of the acceptance rates up to k. So a chain of gamma gives 1 + sum_k prod_{j<=k} alpha_j
-tokens for its time, and nothing drafted gives one for a plain step. A plan that was used is judged by the tokens and
-seconds that it really had. Where plain decoding wins, speculation stops, says so once, and is tried again later.
+A chain of gamma gives 1 + sum_k prod_{j<=k} alpha_j tokens for the time of its draft and its verification, nothing
+drafted gives one for a plain step. Nothing is tried out for its own sake: sizes that were not met are read off a line
+through those that were, a tree is drawn where that promises a clear gain over chains, and what was learned is carried
+from call to call. Where plain decoding wins, speculation stops, says so once, and is tried again later.
 """
 
 import logging
 from collections import defaultdict, deque
-from statistics import median
-from typing import NamedTuple
+from functools import partial
 
+from hf_kvopt.draft.costs import Line, Rates, Times
 from hf_kvopt.draft.drafter import Plan
 from hf_kvopt.draft.stats import SpeculationStats
 
@@ -19,59 +19,17 @@ logger = logging.getLogger(__name__)
 NOTHING = Plan(0, 0)
 _CHAINS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
 _TREES = ((3, 8), (4, 8), (4, 12), (5, 16), (6, 24), (6, 32), (7, 48))  # depth, nodes
-_WINDOW = 16  # measurements that are remembered of each kind
-_FORGET = 0.98  # acceptance of a step ago counts this much less
-_ENOUGH = 4  # uses after which a plan is judged by what it gave
-_STALE = 64  # steps after which what a plan gave says nothing any more
-_PROBE = 10  # every so many steps the next deeper chain is tried: text changes, and only trying tells
+_TREE_GAIN = 1.15  # a tree that was never drawn must promise this much more than the best chain
+_SIBLINGS = 1.3  # a guess until a tree was drawn: siblings at each depth are worth a third of a second chance
+_READ_GROWTH = 0.1  # a guess until it was measured: twice the tokens take a tenth longer
+_ENOUGH = 4  # drafts after which something counts as known
+_KEEP = 4  # steps for which a choice stands: to choose costs as much as several small operations
 _TRUST = 8  # speculative steps before the first judgement
 _PAUSE, _LONGEST_PAUSE = 32, 256  # plain steps until speculation is tried again
 _WARM_UP = 3  # steps that are not measured: the first ones compile and load things
 # Least, without measurements, most: see `Policy._confidence`. A head's q is spread wider than the target's first choice
 # deserves, so costs alone would end drafts too early (measured on the reference model).
 _CONFIDENCE = (0.01, 0.05, 0.1)
-
-
-class Yield(NamedTuple):
-    """What one draft and its verification gave and took."""
-
-    step: int  # when
-    tokens: float  # of a row, on average
-    seconds: float
-
-
-class _Rates:
-    """Acceptance at each depth of a plan, given that the depth before was accepted."""
-
-    def __init__(self) -> None:
-        self.tried: list[float] = []
-        self.passed: list[float] = []
-
-    def note(self, gamma: int, accepted: int) -> None:
-        """A row's draft by a plan of depth gamma; depths that the drafter left out count as not accepted."""
-        for depth in range(min(gamma, accepted + 1)):
-            if depth == len(self.tried):
-                self.tried.append(0.0)
-                self.passed.append(0.0)
-            self.tried[depth] = self.tried[depth] * _FORGET + 1
-            self.passed[depth] = self.passed[depth] * _FORGET + (depth < accepted)
-
-    def fade(self) -> None:
-        """Let what was seen so far count for little."""
-        self.tried, self.passed = ([x / 8 for x in values] for values in (self.tried, self.passed))
-
-    def expected(self, gamma: int, boost: float = 1.0) -> float:
-        """Tokens of a verification of depth gamma; `boost` > 1 where several siblings are tried at each depth."""
-        total = reach = 1.0
-        for depth in range(gamma):
-            reach *= 1 - (1 - self._rate(depth)) ** boost
-            total += reach
-        return total
-
-    def _rate(self, depth: int) -> float:
-        # Before anything is known, three in four; a depth that was never reached is like the one before.
-        known = min(depth, len(self.tried) - 1)
-        return (self.passed[known] + 0.75) / (self.tried[known] + 1.0) if known >= 0 else 0.75
 
 
 class Policy:
@@ -99,43 +57,38 @@ class Policy:
         self.tree_is_asked = bool(num_nodes) and bool(self.trees)
         self.may_stop = may_stop
         self.stats = SpeculationStats()
-        self.rates: dict[int, _Rates] = defaultdict(_Rates)  # by nodes of the tree; 0: chains
-        self.step_s: dict[tuple[int, int], deque[float]] = defaultdict(_window)  # (batch, tokens read a row)
-        self.draft_s: dict[tuple[int, bool, int], deque[float]] = defaultdict(_window)  # (batch, is chain, depth)
-        self.yields: dict[tuple[int, Plan], deque[Yield]] = defaultdict(_window)
-        self.judged = self.pause_left = self.num_steps = 0
-        self.pause = _PAUSE
+        self.rates: dict[int, Rates] = defaultdict(Rates)  # by nodes of the tree; 0: chains
+        self.read_times = Times(_READ_GROWTH)  # by tokens of all rows
+        self.draft_times: dict[tuple[int, bool], Times] = defaultdict(partial(Times, 1.0))  # (batch, is chain)
+        # (tokens of a row, seconds) of the last speculative steps, by batch size
+        self.recent: dict[int, deque[tuple[float, float]]] = defaultdict(_recent)
+        self.chosen: dict[int, tuple[int, Plan]] = {}  # batch size: (step, plan)
+        self.num_steps = self.num_plain = self.pause_left = 0
+        self.pause, self.trust = _PAUSE, _TRUST
 
     def plan(self, batch_size: int, remaining: int) -> Plan:
         """What to draft now for rows that still take `remaining` tokens each, at most."""
-        depth = remaining - 1
-        if depth < 1:
+        if remaining < 2:
             return NOTHING
         if self.pause_left > 0:
             self.pause_left -= 1
             return NOTHING
         if self.may_stop and self.num_plain < 2:
             return NOTHING  # what a plain step costs
-        candidates = self.chains if batch_size > 1 else self.trees if self.tree_is_asked else self.chains + self.trees
-        best = max((_cut(plan, depth) for plan in candidates), key=lambda plan: self.rate(plan, batch_size))
-        if self.may_stop and self.judged >= _TRUST and self.rate(best, batch_size) < self.rate(NOTHING, batch_size):
-            self._stop(best, batch_size)
+        if self.may_stop and self._loses(batch_size):
+            self._stop(batch_size)
             return NOTHING
-        self.judged += 1
-        if self.judged % _PROBE == 0 and best.is_chain:
-            best = min((_cut(p, depth) for p in self.chains if p.gamma > best.gamma), default=best)
-        return best._replace(min_confidence=self._confidence(best, batch_size))
-
-    @property
-    def num_plain(self) -> int:
-        """Plain steps that were measured and are remembered, at whatever batch size."""
-        return sum(len(times) for (_, num_read), times in self.step_s.items() if num_read == 1)
+        step, best = self.chosen.get(batch_size, (-_KEEP, NOTHING))
+        if self.num_steps >= step + _KEEP:
+            best = self._best(batch_size)
+            self.chosen[batch_size] = self.num_steps, best
+        return _cut(best, remaining - 1)
 
     def note_draft(self, plan: Plan, batch_size: int, depth: int, seconds: float, is_first: bool = False) -> None:
         """A draft by `plan` that came to `depth` took `seconds`; the first of a call takes in the prompt as well."""
         self.stats.draft_s += seconds
         if not is_first and self.num_steps >= _WARM_UP:
-            self.draft_s[batch_size, plan.is_chain, depth].append(seconds)
+            self.draft_times[batch_size, plan.is_chain].note(depth, seconds)
 
     def note_step(
         self,
@@ -151,116 +104,98 @@ class Policy:
         stats, rows = self.stats, max(1, len(depths))
         self.num_steps += 1
         if self.num_steps > _WARM_UP:
-            self.step_s[batch_size, num_read].append(step_s)
+            self.read_times.note(batch_size * num_read, step_s)
+            self.num_plain += num_read == 1
             if plan.num_nodes and draft_s is not None:
-                self.yields[batch_size, _key(plan)].append(Yield(self.num_steps, tokens / rows, draft_s + step_s))
+                self.recent[batch_size].append((tokens / rows, draft_s + step_s))
         if plan.num_nodes:
-            for _, accepted in depths:
-                self.rates[0 if plan.is_chain else plan.num_nodes].note(plan.gamma, accepted)
+            self.rates[0 if plan.is_chain else plan.num_nodes].note(plan.gamma, depths)
         if num_read > 1:
             stats.note_verification(depths, tokens, step_s)
         else:
             stats.note_plain(tokens, step_s)
         if plan.num_nodes and draft_s is not None and self.num_plain:
-            stats.time_saved_s += self._step_time(1, batch_size) * tokens / rows - draft_s - step_s
+            stats.time_saved_s += tokens / rows / self.rate(NOTHING, batch_size) - draft_s - step_s
 
     def rate(self, plan: Plan, batch_size: int) -> float:
-        """Tokens of a row a second."""
+        """Tokens of a row a second, as it is expected."""
+        read = self.read_times.line() if self.read_times else Line(1e-3, 0.0)
         if not plan.num_nodes:
-            return 1 / self._step_time(1, batch_size)
-        known = self.yields[batch_size, _key(plan)]
-        while known and known[0].step < self.num_steps - _STALE:
-            known.popleft()
-        if len(known) >= _ENOUGH:
-            return sum(x.tokens for x in known) / sum(x.seconds for x in known)
-        seconds = self._draft_time(plan, batch_size) + self._step_time(plan.num_nodes + 1, batch_size)
-        return self._expected(plan) / seconds
+            return 1 / read.at(batch_size)
+        tokens, depth = self._rates_of(plan).expected(plan.gamma, 1.0 if self._is_known(plan) else _SIBLINGS)
+        num_read = 1 + (depth if plan.is_chain else plan.num_nodes)
+        return tokens / (self._draft_line(plan.is_chain, batch_size).at(depth) + read.at(batch_size * num_read))
+
+    def _best(self, batch_size: int) -> Plan:
+        chains = [] if self.tree_is_asked and batch_size == 1 else self.chains
+        best = max(chains, key=lambda plan: self.rate(plan, batch_size), default=None)
+        if batch_size == 1 and self.trees and (best is None or self.draft_times[1, True].has_slope):
+            tree = max(self.trees, key=lambda plan: self.rate(plan, 1))
+            gain = 1.0 if self._is_known(tree) else _TREE_GAIN
+            if best is None or self.rate(tree, 1) > gain * self.rate(best, 1):
+                best = tree
+        assert best is not None
+        return best._replace(min_confidence=self._confidence(best, batch_size))
+
+    def _is_known(self, plan: Plan) -> bool:
+        return plan.is_chain or self.rates[plan.num_nodes].num_known >= _ENOUGH
+
+    def _rates_of(self, plan: Plan) -> Rates:
+        return self.rates[0 if plan.is_chain or not self._is_known(plan) else plan.num_nodes]
 
     def _confidence(self, plan: Plan, batch_size: int) -> float:
         """Where a draft should end: one token more must be likelier than the share of a token's time that it costs."""
         least, unknown, most = _CONFIDENCE
-        drafts = self._points(batch_size, plan.is_chain)
-        if len(drafts) < 2:
+        if not self.draft_times[batch_size, plan.is_chain].has_slope:
             return unknown
-        deeper = _line(drafts, 2) - _line(drafts, 1)
-        wider = self._step_time(plan.num_nodes + 1, batch_size) - self._step_time(1, batch_size)
-        cost = deeper + max(0.0, wider) / plan.num_nodes
+        deeper = self._draft_line(plan.is_chain, batch_size).slope * plan.gamma / plan.num_nodes
+        cost = deeper + self.read_times.line().slope * batch_size
         return min(most, max(least, cost * self.rate(plan, batch_size)))
 
-    def _expected(self, plan: Plan) -> float:
-        if plan.is_chain:
-            return self.rates[0].expected(plan.gamma)
-        known = self.rates.get(plan.num_nodes)
-        if known is not None and known.tried and known.tried[0] >= _ENOUGH:
-            return known.expected(plan.gamma)
-        # A guess until it was tried: siblings at each depth are worth a third of a second chance.
-        return self.rates[0].expected(plan.gamma, boost=1.3)
+    def _draft_line(self, is_chain: bool, batch_size: int) -> Line:
+        """Of the batch size that is nearest to it; a tree that was never drawn is guessed by chains."""
+        known = {batch: times for (batch, kind), times in self.draft_times.items() if kind == is_chain and times}
+        if known:
+            return known[min(known, key=lambda batch: abs(batch - batch_size))].line()
+        if is_chain or not any(kind and times for (_, kind), times in self.draft_times.items()):
+            return Line(0.0, 0.0)
+        # A level of a tree is several nodes: as if it took twice as long as one of a chain.
+        base, slope = self._draft_line(True, batch_size)
+        return Line(base, 2 * slope)
 
-    def _points(self, batch_size: int, is_chain: bool) -> list[tuple[int, float]]:
-        """(depth, seconds) of the drafts of a kind."""
-        return [
-            (depth, median(times))
-            for (batch, kind, depth), times in self.draft_s.items() if (batch, kind) == (batch_size, is_chain)
-        ]  # fmt: skip
+    def _loses(self, batch_size: int) -> bool:
+        """Whether the last speculative steps gave less than plain ones would have, counted and not estimated."""
+        known = self.recent[batch_size]
+        if len(known) < self.trust:
+            return False
+        return sum(x[0] for x in known) / sum(x[1] for x in known) < self.rate(NOTHING, batch_size)
 
-    def _draft_time(self, plan: Plan, batch_size: int) -> float:
-        points = self._points(batch_size, plan.is_chain)
-        if not points:
-            # A level of a tree is several nodes: as if it took twice as long as one of a chain.
-            factor = 0.5 if plan.is_chain else 2.0
-            points = [(depth, seconds * factor) for depth, seconds in self._points(batch_size, not plan.is_chain)]
-        if not points and self.draft_s:
-            points = self._points(min(self.draft_s, key=lambda key: abs(key[0] - batch_size))[0], plan.is_chain)
-        if len(points) == 1:
-            # As if the whole of it were the depth's.
-            return points[0][1] * plan.gamma / max(1, points[0][0])
-        return _line(points, plan.gamma) if points else 0.0
-
-    def _step_time(self, num_read: int, batch_size: int) -> float:
-        known = self.step_s.get((batch_size, num_read), ())
-        if len(known) >= _ENOUGH or (known and num_read == 1):
-            return median(known)
-        # By the tokens of all rows, as batches of any size tell what those cost.
-        points = [(batch * n, median(times)) for (batch, n), times in self.step_s.items() if times]
-        return _line(points, batch_size * num_read) if points else 1e-3
-
-    def _stop(self, best: Plan, batch_size: int) -> None:
+    def _stop(self, batch_size: int) -> None:
+        known = self.recent[batch_size]
         if not self.stats.fell_back:
             self.stats.fell_back = True
             logger.warning(
                 "speculation is slower than plain decoding here: got %.1f tokens a second and row instead of %.1f; "
                 "going on without drafts, and trying again now and then",
-                self.rate(best, batch_size),
+                sum(x[0] for x in known) / max(1e-9, sum(x[1] for x in known)),
                 self.rate(NOTHING, batch_size),
             )
         self.pause_left, self.pause = self.pause, min(2 * self.pause, _LONGEST_PAUSE)
-        self.judged = _TRUST - _ENOUGH
         # So that it is really tried again, and what it gives then counts.
-        for key in [key for key in self.yields if key[0] == batch_size]:
-            self.yields[key].clear()
+        self.trust = _ENOUGH
+        self.recent.clear()
+        self.chosen.clear()
         for rates in self.rates.values():
-            rates.fade()
+            rates.fade(1 / 8)
 
 
-def _window() -> deque:
-    return deque(maxlen=_WINDOW)
-
-
-def _key(plan: Plan) -> Plan:
-    return plan._replace(min_confidence=0.0)
+def _recent() -> deque[tuple[float, float]]:
+    return deque(maxlen=2 * _TRUST)
 
 
 def _cut(plan: Plan, depth: int) -> Plan:
     """`plan` for rows that can take `depth` drafted tokens at most."""
     if plan.gamma <= depth:
         return plan
-    return Plan(depth, depth if plan.is_chain else max(depth, plan.num_nodes), plan.top_k)
-
-
-def _line(points: list[tuple[int, float]], x: int) -> float:
-    """Least squares through `points`, never falling with x."""
-    mean_x = sum(p[0] for p in points) / len(points)
-    mean_y = sum(p[1] for p in points) / len(points)
-    spread = sum((p[0] - mean_x) ** 2 for p in points)
-    slope = max(0.0, sum((p[0] - mean_x) * (p[1] - mean_y) for p in points) / spread) if spread else 0.0
-    return max(1e-9, mean_y + slope * (x - mean_x))
+    num_nodes = depth if plan.is_chain else max(depth, plan.num_nodes)
+    return plan._replace(gamma=depth, num_nodes=num_nodes)

@@ -171,6 +171,9 @@ class Trainer:
             dtype = getattr(torch, self.args.save_dtype)
             weights = {n: w.to(dtype) if w.is_floating_point() else w for n, w in self.head.state_dict().items()}
             self.head.save_pretrained(out, state_dict=weights)
+            # save_pretrained notes the dtype of training, and from_pretrained would load that.
+            self.head.config.dtype = dtype
+            self.head.config.save_pretrained(out)
         self.accelerator.wait_for_everyone()
 
     def resume(self) -> None:

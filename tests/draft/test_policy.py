@@ -110,7 +110,7 @@ def test_generation_goes_on_equal_through_pauses() -> None:
     got = generate(tiny_model(), prompt(30), custom_generate=spec, max_new_tokens=60)
     assert torch.equal(got, wanted)
     spec = speculative(drafter("assistant"), gamma=4)
-    spec.policy._stop(Plan(4, 4), 1)
+    spec.policy._stop(1)
     assert torch.equal(generate(tiny_model(), prompt(30), custom_generate=spec, max_new_tokens=60), wanted)
     assert spec.stats.plain_steps >= 32
     assert spec.stats.tokens > 2

@@ -108,12 +108,12 @@ class EagleHead(HeadBase):
         return self.fc(features)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., draft_vocab_size] of what `forward` returned."""
+        """[..., draft_vocab_size] float32 of what `forward` returned."""
         if self.lm_head is None:
-            return self.shared.lm_logits(hidden)
+            return self.shared.lm_logits(hidden).float()
         if self.norm is not None and not self.norms_output:
             hidden = norm(self.norm, hidden)
-        return linear(self.lm_head, hidden)
+        return linear(self.lm_head, hidden).float()
 
     def rollout(self, features: Tensor, input_ids: Tensor, num_steps: int) -> list[Tensor]:
         length = input_ids.shape[1] - num_steps

@@ -1,0 +1,137 @@
+"""What drafts give and what they take, as far as it was measured: acceptance by depth, seconds by size.
+
+A verification takes a + b n for n tokens of all rows together, a draft of depth d takes e + f d; lines are fitted to
+the medians of what was measured, so that one size tells of another, and one batch size of the next as rows leave.
+"""
+
+from collections import defaultdict, deque
+from statistics import median
+from typing import NamedTuple
+
+_WINDOW = 16  # measurements that are remembered of each size
+_FORGET = 0.98  # acceptance of a step ago counts this much less
+_PRIOR = 0.75  # acceptance of a first token before anything is known, as if one had been tried
+
+
+class Expected(NamedTuple):
+    """Of a draft, on average."""
+
+    tokens: float  # of its verification, the target's own included
+    depth: float  # that the drafter makes of what it is asked for
+
+
+class Rates:
+    """By depth, given the depth before: how often a drafter goes that deep, and how often that is accepted."""
+
+    def __init__(self) -> None:
+        self.made: list[list[float]] = []  # [times, tries] of each depth
+        self.passed: list[list[float]] = []
+
+    @property
+    def num_known(self) -> float:
+        """Drafts that count, those long ago for less."""
+        return self.passed[0][1] if self.passed else 0.0
+
+    def note(self, gamma: int, depths: list[tuple[int, int]]) -> None:
+        """A draft that was asked to be `gamma` deep: (drafted, accepted) of each row."""
+        self.fade(_FORGET)
+        missing = gamma - len(self.made)
+        for counts in (self.made, self.passed):
+            counts += [[0.0, 0.0] for _ in range(missing)]
+        for drafted, accepted in depths:
+            _count(self.made, drafted, gamma)
+            # What the drafter left out counts as not accepted: it believed as much.
+            _count(self.passed, accepted, gamma)
+
+    def fade(self, factor: float) -> None:
+        """Let what was seen so far count less; a depth that is never tried is like the one before in the end."""
+        for counts in (*self.made, *self.passed):
+            counts[0] *= factor
+            counts[1] *= factor
+
+    def expected(self, gamma: int, boost: float = 1.0) -> Expected:
+        """Of a draft asked to be `gamma` deep; `boost` > 1 where several siblings are tried at each depth."""
+        tokens = passed = made = 1.0
+        depth, pass_rate, make_rate = 0.0, _PRIOR, 1.0
+        for at in range(gamma):
+            if at < len(self.passed):
+                pass_rate = _rate(self.passed[at], pass_rate)
+                make_rate = _rate(self.made[at], make_rate)
+            passed *= pass_rate if boost == 1.0 else 1 - (1 - pass_rate) ** boost
+            made *= make_rate
+            tokens += passed
+            depth += made
+        return Expected(tokens, depth)
+
+
+class Line(NamedTuple):
+    """Seconds of a size."""
+
+    base: float
+    slope: float
+
+    def at(self, x: float) -> float:
+        """Seconds for x."""
+        return max(1e-9, self.base + self.slope * x)
+
+
+class Times:
+    """Seconds by size, of one kind of work.
+
+    Args:
+        growth: while one size is all that is known, the share of its time that as much again is taken to add.
+    """
+
+    def __init__(self, growth: float) -> None:
+        self._growth = growth
+        self._seconds: dict[int, deque[float]] = defaultdict(_window)
+        self._line: Line | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self._seconds)
+
+    @property
+    def has_slope(self) -> bool:
+        """Whether unlike sizes were measured."""
+        return len(self._seconds) > 1
+
+    def note(self, size: int, seconds: float) -> None:
+        """One measurement."""
+        self._seconds[size].append(seconds)
+        self._line = None
+
+    def line(self) -> Line:
+        """Least squares, never falling."""
+        if self._line is None:
+            # A size that was met once may have been slow for being the first.
+            often = {size: times for size, times in self._seconds.items() if len(times) > 1}
+            known = often if len(often) > 1 else self._seconds
+            points = [(size, median(times), len(times)) for size, times in known.items()]
+            self._line = _fit(points) if len(points) > 1 else self._guess(*points[0][:2])
+        return self._line
+
+    def _guess(self, size: int, seconds: float) -> Line:
+        return Line(seconds * (1 - self._growth), seconds * self._growth / size) if size else Line(seconds, 0.0)
+
+
+def _fit(points: list[tuple[int, float, int]]) -> Line:
+    weight = sum(count for _, _, count in points)
+    mean_x = sum(x * count for x, _, count in points) / weight
+    mean_y = sum(y * count for _, y, count in points) / weight
+    spread = sum(count * (x - mean_x) ** 2 for x, _, count in points)
+    slope = max(0.0, sum(count * (x - mean_x) * (y - mean_y) for x, y, count in points) / spread)
+    return Line(mean_y - slope * mean_x, slope)
+
+
+def _count(counts: list[list[float]], reached: int, gamma: int) -> None:
+    for depth in range(min(gamma, reached + 1)):
+        counts[depth][0] += depth < reached
+        counts[depth][1] += 1
+
+
+def _rate(count: list[float], before: float) -> float:
+    return (count[0] + before) / (count[1] + 1.0)
+
+
+def _window() -> deque[float]:
+    return deque(maxlen=_WINDOW)
