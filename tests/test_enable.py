@@ -176,6 +176,11 @@ def test_an_enabled_model_survives_pickling() -> None:
     assert torch.equal(generate(twin, prompt(20)), generate(model, prompt(20)))
 
 
+def test_a_model_that_nothing_holds_says_so() -> None:
+    with pytest.raises(hf_kvopt.KVOptError, match="keep it, model = "):
+        hf_kvopt.enable(tiny_model(), draft="prompt_lookup").generate(**prompt(9))
+
+
 def test_an_enabled_model_is_freed_when_it_is_dropped() -> None:
     model = hf_kvopt.enable(tiny_model(), cache="paged")
     plain = tiny_model()

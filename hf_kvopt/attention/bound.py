@@ -5,6 +5,8 @@ from typing import Any, Self
 
 from torch import nn
 
+from hf_kvopt.errors import KVOptError
+
 
 class InstanceOverride:
     """A callable for `module.__dict__[name]`, in place of the method `name` of the module's class.
@@ -19,7 +21,11 @@ class InstanceOverride:
     def module(self) -> Any:
         """The module that this override belongs to."""
         module = self._module()
-        assert module is not None  # its own dict holds this override
+        if module is None:
+            raise KVOptError(
+                "the model was dropped before its method ran: got a call on enable(...) whose result nothing holds; "
+                "keep it, model = hf_kvopt.enable(...), and call model.generate(...)"
+            )
         return module
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:

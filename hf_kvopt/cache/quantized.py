@@ -62,7 +62,7 @@ class QuantizedPagedCache(PagedCache):
         formats = FormatPolicy(
             format=format,
             skip_layers=skip_layers,
-            layer_formats=layer_formats or {},
+            layer_formats={} if layer_formats is None else layer_formats,
             guard=guard,
             exact_prefill=exact_prefill,
         )

@@ -43,11 +43,18 @@ class FormatPolicy:
         get_kv_format(self.format)
         if self.guard not in GUARDS:
             raise ValueError(f"guard must be one of {', '.join(GUARDS)}: got {self.guard!r}")
-        if isinstance(self.skip_layers, str | int):
+        if isinstance(self.skip_layers, str) or not isinstance(self.skip_layers, Collection):
             raise ValueError(
                 f"skip_layers must be several layers, such as ('first', 'last') or (0, 5): got {self.skip_layers!r}; "
-                "put it in a tuple"
+                "put it in a tuple, or pass () for none"
             )
+        if not isinstance(self.layer_formats, Mapping):
+            raise ValueError(
+                "layer_formats must map layers to formats, such as {'first': 'int8', 5: 'native'}: got "
+                f"{self.layer_formats!r}"
+            )
+        if not isinstance(self.exact_prefill, bool):
+            raise ValueError(f"exact_prefill must be True or False: got {self.exact_prefill!r}")
         for name in (*self.skip_layers, *self.layer_formats):
             if name not in PLACES and (not isinstance(name, int) or isinstance(name, bool)):
                 raise ValueError(f"a layer must be a number or one of {', '.join(PLACES)}: got {name!r}")

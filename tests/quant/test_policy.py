@@ -65,10 +65,13 @@ def test_a_layer_that_does_not_exist_is_refused(layer: int) -> None:
         ({"skip_layers": ("frist",)}, "first, last, sliding: got 'frist'"),
         ({"skip_layers": (True,)}, "got True"),
         ({"skip_layers": "first"}, "put it in a tuple"),
+        ({"skip_layers": None}, r"got None; put it in a tuple, or pass \(\) for none"),
+        ({"layer_formats": ["int8"]}, r"must map layers to formats.*got \['int8'\]"),
+        ({"exact_prefill": "yes"}, "exact_prefill must be True or False: got 'yes'"),
         ({"layer_formats": {1.5: "int8"}}, "got 1.5"),
         ({"layer_formats": {1: "int9"}}, "got 'int9'"),
     ],
-    ids=["unknown place", "a bool", "a bare place", "a fraction", "unknown format"],
+    ids=["unknown place", "a bool", "a bare place", "none", "a list", "a word", "a fraction", "unknown format"],
 )
 def test_what_names_no_layer_is_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
