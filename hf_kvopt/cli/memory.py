@@ -108,7 +108,7 @@ def _totals(report: MemoryReport) -> list[tuple[str, object]]:
     if report.stock_bytes:
         rows.append(("layers kept by transformers", _both(report.stock_bytes)))
     if report.weight_bytes is not None and report.num_parameters is not None:
-        rows.append((f"weights, {report.num_parameters / 1e9:.2f} G parameters", _both(report.weight_bytes)))
+        rows.append((f"weights, {report.num_parameters / 1e6:,.1f} M parameters", _both(report.weight_bytes)))
         rows.append(("weights + KV", _both(report.total_bytes)))
     return rows
 

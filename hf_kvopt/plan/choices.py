@@ -9,7 +9,6 @@ from hf_kvopt.plan.setup import Setup
 from hf_kvopt.plan.steps import MOST_SPEEDUP
 
 Timed = Mapping[Option, Times]
-_SEE = ("the other: see the reason",)
 
 
 class Choice(NamedTuple):
@@ -41,9 +40,7 @@ def explain(
 def _attention(setup: Setup) -> Choice:
     if not setup.takes_attention:
         reason = "this model's attention is written into it, or picks single keys: ours cannot be chosen"
-        return Choice(
-            "attention", "the model's own", reason, "none: the cache is gathered", ("hf_kvopt: see the reason",)
-        )
+        return Choice("attention", "the model's own", reason, "none: the cache is gathered", ())
     reason = "reads blocks in place and builds no [q, kv] mask"
     rejected = ("sdpa over a paged cache: gathers every key and value at each step",)
     return Choice("attention", "hf_kvopt", reason, "part of the cache's gain", rejected)
@@ -127,7 +124,7 @@ def _prefix(setup: Setup, best: Option, timed: Timed) -> Choice:
         reason = "a cache of fixed addresses shares nothing, and the compiled step saves more"
     else:
         reason = "encoder-decoder prompts are not shared"
-    return Choice("prefix sharing", "off", reason, "none", _SEE)
+    return Choice("prefix sharing", "off", reason, "none", ())
 
 
 def _speculation(setup: Setup, best: Option, timed: Timed, head: bool) -> Choice:
@@ -146,10 +143,14 @@ def _speculation(setup: Setup, best: Option, timed: Timed, head: bool) -> Choice
     else:
         reason = "no head at hand, and the output does not copy from its prompt" if not head else "predicted to lose"
     tried = [option for option in timed if option.draft != "none" and option.format == best.format]
-    rejected = [f"{o.draft}: {timed[o].request_s:.3g} s a request against {timed[best].request_s:.3g} s" for o in tried]
+    rejected = [
+        f"{o.draft}{' on shared prefixes' * o.shares_prefix}: {timed[o].request_s:.3g} s a request against "
+        f"{timed[best].request_s:.3g} s"
+        for o in tried
+    ]
     if not head and setup.goal == "latency" and setup.batch <= 8:
         rejected.append("a trained head (EAGLE-3: published 3.0x at batch 1): none given; pass --head if there is one")
-    return Choice("speculation", "off", reason, "none", tuple(dict.fromkeys(rejected)))
+    return Choice("speculation", "off", reason, "none", tuple(rejected))
 
 
 def _compile(setup: Setup, best: Option, timed: Timed) -> Choice:
@@ -160,7 +161,7 @@ def _compile(setup: Setup, best: Option, timed: Timed) -> Choice:
             "compile", "off", "no launches to save on a CPU", "none", ("on: minutes of compiling for no gain",)
         )
     if graph not in timed:
-        return Choice("compile", "off", "recurrent states are not in fixed memory", "none", _SEE)
+        return Choice("compile", "off", "recurrent states are not in fixed memory", "none", ())
     said = f"step {_versus(timed[eager].step_s, timed[graph].step_s)}"
     if best.is_compiled:
         reason = "the eager step waits for launches from the host"

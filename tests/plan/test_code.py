@@ -1,6 +1,7 @@
 """The Python lines of a plan are real: they load, enable and generate, and the tokens are transformers' own."""
 
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_kvopt
+from hf_kvopt.plan import WORKLOADS, plan
 from hf_kvopt.plan.code import python_lines
 from hf_kvopt.plan.options import Option
 from hf_kvopt.plan.setup import set_up
@@ -17,7 +19,9 @@ from tests.plan.test_planner import CPU
 MODEL = Path(__file__).parents[2] / "evals/reference_model/model"
 OPTIONS = [
     Option(format, False, shares_prefix, draft)
-    for format, shares_prefix, draft in itertools.product(["native", "int8"], [False, True], ["none", "prompt_lookup"])
+    for format, shares_prefix, draft in itertools.product(
+        ["native", "int8", "k8v4", "int4"], [False, True], ["none", "prompt_lookup"]
+    )
 ]
 
 
@@ -44,6 +48,20 @@ def test_the_lines_run_and_write_transformers_own_tokens(
     assert scope["out"].shape == default_tokens.shape
     if option.format == "native":
         assert torch.equal(scope["out"], default_tokens)
+    hf_kvopt.disable(scope["model"])
+
+
+@pytest.mark.parametrize("goal", ["latency", "throughput"])
+@pytest.mark.parametrize("workload", list(WORKLOADS))
+def test_the_lines_of_whole_plans_run(
+    workload: str, goal: str, inputs: dict[str, torch.Tensor], default_tokens: torch.Tensor
+) -> None:
+    made = plan(str(MODEL), device=CPU, context="1k", workload=workload, goal=goal, dtype="float32")
+    code = re.sub(r"max_new_tokens=\d+", "max_new_tokens=12", "\n".join(made.code))
+    scope: dict[str, Any] = {"name": str(MODEL), "inputs": inputs}
+    exec(compile(code, "plan", "exec"), scope)
+    assert made.option.format == "native"
+    assert torch.equal(scope["out"], default_tokens)
     hf_kvopt.disable(scope["model"])
 
 
