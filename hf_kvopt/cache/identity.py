@@ -59,15 +59,17 @@ def require_shareable(config: PreTrainedConfig, forward_parameters: Any = None) 
 def state_of(model: PreTrainedModel) -> Hashable:
     """Changes whenever a forward of `model` may give other keys and values: dtype, adapters, weights written to."""
     adapters: list[Hashable] = []
-    versions = 0
+    versions: list[Hashable] = []
     for name, module in model.named_modules():
         if hasattr(module, "disable_adapters") and isinstance(getattr(module, "active_adapters", None), list | tuple):
             merged = getattr(module, "merged_adapters", ())
             adapters.append((name, *module.active_adapters, bool(module.disable_adapters), *merged))
         for parameter in module._parameters.values():
-            if parameter is not None and not parameter.is_inference():
-                versions += parameter._version
-    return str(model.dtype), tuple(adapters), versions, model.training
+            if parameter is not None:
+                # The place too: `parameter.data = ...` leaves the version alone. Weights of other layouts have none.
+                place = parameter.data_ptr() if type(parameter) is torch.nn.Parameter else id(parameter)
+                versions.append((place, 0 if parameter.is_inference() else parameter._version))
+    return str(model.dtype), tuple(adapters), hash(tuple(versions)), model.training
 
 
 def fingerprint(model: PreTrainedModel) -> str:

@@ -86,9 +86,12 @@ class PrefixSharedCache(PagedCache):
                 self._begin_forward(len(key_states), key_states.shape[2])
             if layer.pool is None:
                 layer.pool = self.store.pools.get(layer_idx)
-            states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-            assert layer.pool is not None
-            self.store.pools.setdefault(layer_idx, layer.pool)
+            try:
+                states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            finally:
+                # Also where it broke off behind the write: the tokens are kept, so others must find them.
+                if layer.pool is not None:
+                    self.store.pools.setdefault(layer_idx, layer.pool)
             self._is_used = True
         self._seen = max(self._seen, layer.clock)
         return states
@@ -125,7 +128,8 @@ class PrefixSharedCache(PagedCache):
     def rows_held(self) -> tuple[list[list[Row]], list[int]]:
         """For each table the rows of blocks, and how many tokens of each row all layers have written."""
         tables = list(self._tables.values())
-        if not tables or not tables[0].rows:
+        # A forward that broke off may never have come to the layers of some table.
+        if not tables or not all(table.rows for table in tables):
             return [[] for _ in tables], []
         layers = self._paged_layers()
         # The last one tells whether a forward was whole; others may sit out, or never be used.

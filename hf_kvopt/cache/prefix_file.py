@@ -89,7 +89,7 @@ def load(cls: type[Store], path: Path, model: PreTrainedModel, max_tokens: int |
     options = manifest["formats"]
     store = cls(
         model,
-        max_tokens=max_tokens or manifest["max_tokens"],
+        max_tokens=manifest["max_tokens"] if max_tokens is None else max_tokens,
         block_size=manifest["block_size"],
         format=options["format"],
         skip_layers=tuple(options["skip_layers"]),

@@ -137,9 +137,10 @@ class PrefixIndex:
             if known.tokens == tokens[: len(known.tokens)] and not known.pins:
                 self._remove(known)
         node = Node(tokens, blocks, parent)
-        parent.children.setdefault(tokens[0], {})[tokens] = node
+        # First held, then found: an interrupt between the two loses a block, and no token.
         for allocator, block in zip(self.allocators, blocks, strict=True):
             allocator.retain([block])
+        parent.children.setdefault(tokens[0], {})[tokens] = node
         self.num_nodes += 1
         return node
 

@@ -1,11 +1,15 @@
 """Forwards that break off before all layers have written: said at the next call, and never a wrong token."""
 
+import contextlib
+
 import pytest
 import torch
 
 import hf_kvopt
 from hf_kvopt import CacheStateError, KVOptError, PagedCache, PrefixStore
-from hf_kvopt.pool.storage import KVPool
+from hf_kvopt.pool.allocator import BlockAllocator
+from hf_kvopt.pool.prefix_index import PrefixIndex
+from hf_kvopt.pool.storage import KVPool, Plane
 from tests.helpers import eager_tokens, generate, prompt, tiny_config, tiny_model, unpadded
 
 CACHES = {
@@ -113,18 +117,43 @@ def test_what_breaks_off_while_it_is_written_is_not_held(make_cache, layer_idx, 
     assert torch.equal(generate(model, unpadded(text[:, :24]), cache, max_new_tokens=8), text)
 
 
-def test_a_prompt_that_broke_off_while_it_was_written_is_not_shared(monkeypatch):
-    model, text = hf_kvopt.enable(tiny_model(), prefix_sharing=True), prompt(40)
-    write, calls = KVPool.write, []
+def break_off_in_call(monkeypatch, owner, name, number):
+    """Let the call of that number (from 1) of `owner.name` fail."""
+    original, calls = getattr(owner, name), []
 
-    def fail_at_the_last_layer(pool, *args):
-        calls.append(pool)
-        if len(calls) == 2:
+    def wrapped(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == number:
             raise KeyboardInterrupt
-        write(pool, *args)
+        return original(*args, **kwargs)
 
-    monkeypatch.setattr(KVPool, "write", fail_at_the_last_layer)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(owner, name, wrapped)
+
+
+@pytest.mark.parametrize("number", range(1, 13))
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(KVPool, "write"), (Plane, "handle"), (BlockAllocator, "retain"), (PrefixIndex, "_touch")],
+    ids=["write", "handle", "retain", "touch"],
+)
+@pytest.mark.parametrize("kind", ["full", "mixed"])
+def test_what_broke_off_is_not_shared(kind, owner, name, number, monkeypatch):
+    model, text = hf_kvopt.enable(tiny_model(kind), prefix_sharing=True), prompt(40)
+    break_off_in_call(monkeypatch, owner, name, number)
+    with contextlib.suppress(KeyboardInterrupt):
         generate(model, text)
     monkeypatch.undo()
-    assert torch.equal(generate(model, text), eager_tokens("full", 40))
+    generate(model, prompt(40, seed=1))  # into blocks that may be thought to be free
+    for _ in range(2):
+        assert torch.equal(generate(model, text), eager_tokens(kind, 40))
+
+
+@pytest.mark.parametrize("layer_idx", [0, 1, 2])
+def test_the_error_of_a_first_prompt_comes_through_a_store(layer_idx):
+    model = hf_kvopt.enable(tiny_model("mixed"), prefix_sharing=True)
+    hook = break_off(model, layer_idx)
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, prompt(40))
+    hook.remove()
+    hf_kvopt.prefix_store(model).check_integrity()
+    assert torch.equal(generate(model, prompt(40)), eager_tokens("mixed", 40))

@@ -201,6 +201,20 @@ def test_weights_that_were_written_to_make_old_texts_unknown() -> None:
     assert torch.equal(turn(store, model, inputs), generate(model, inputs, PagedCache()))
 
 
+@pytest.mark.parametrize("how", ["data", "parameter"])
+def test_weights_that_are_put_in_the_place_of_others_make_other_keys(how: str) -> None:
+    model = copy.deepcopy(tiny_model())
+    before, layer = state_of(model), model.model.layers[0].mlp.up_proj
+    assert state_of(model) == before
+    if how == "data":
+        layer.weight.data = layer.weight.data * 1.1
+    else:
+        old = layer.weight
+        layer.weight = torch.nn.Parameter(torch.empty_like(old))
+        torch._C._autograd._unsafe_set_version_counter((layer.weight,), (old._version,))
+    assert state_of(model) != before
+
+
 def test_an_adapter_that_is_switched_makes_other_keys() -> None:
     class Adapted(torch.nn.Linear):
         disable_adapters, merged_adapters = False, ()

@@ -178,6 +178,11 @@ def test_a_smaller_cap_takes_what_fits_or_says_so(tmp_path: Path) -> None:
         PrefixStore.load(saved(tmp_path), tiny_model(), max_tokens=16)
 
 
+def test_a_cap_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"max_tokens must be a positive number.*got 0"):
+        PrefixStore.load(saved(tmp_path), tiny_model(), max_tokens=0)
+
+
 def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from hf_kvopt.cache import prefix_file
 
