@@ -158,6 +158,8 @@ def _full_sweep(formats: list[str]) -> list[Case]:
         Case("paged_decode", dim, dim, k_format=fmt, v_format=fmt, pattern=pattern, q_len=8)
         for dim, fmt, pattern in itertools.product((128, 256), ("native", "int8"), _HEAVIEST)
     ]
+    # What a compiled generate() replays at the 1B shape that evals.gpu times.
+    cases.append(Case("paged_decode", 64, 64, pattern="tree"))
     flash = [
         Case("flash_prefill", dim, dim, pattern=pattern, q_len=4096)
         for dim, pattern in itertools.product((64, 128, 256), ("causal", *_HEAVIEST))

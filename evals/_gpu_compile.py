@@ -56,7 +56,7 @@ CARDS = {
         "sm_80", GPUTarget("cuda", 80, 32), Target("sm80", 108, (8, 0)), 163 * KIB, 164 * KIB, 65536, 2048, ("HMMA",)
     ),
     "sm_89": Card(
-        "sm_89", GPUTarget("cuda", 89, 32), Target("sm86", 128, (8, 9)), 99 * KIB, 100 * KIB, 65536, 1536, ("HMMA",)
+        "sm_89", GPUTarget("cuda", 89, 32), Target("sm80", 128, (8, 9)), 99 * KIB, 100 * KIB, 65536, 1536, ("HMMA",)
     ),
     "sm_90": Card(
         "sm_90", GPUTarget("cuda", 90, 32), Target("sm90", 132, (9, 0)), 227 * KIB, 228 * KIB, 65536, 2048, ("HGMMA",)

@@ -22,10 +22,6 @@ _PAGED_DECODE = {
         Config(32, 64, 4, 3), Config(32, 32, 4, 3), Config(32, 64, 4, 3), Config(16, 32, 4, 3),
         Config(16, 64, 2, 3), Config(16, 32, 4, 3), Config(16, 16, 4, 2),
     ),
-    "sm86": (
-        Config(32, 64, 4, 3), Config(32, 32, 4, 3), Config(32, 64, 4, 3), Config(16, 32, 4, 3),
-        Config(16, 64, 2, 3), Config(16, 32, 4, 3), Config(16, 16, 4, 2),
-    ),
     "sm90": (
         Config(32, 64, 4, 5), Config(32, 32, 4, 5), Config(32, 64, 4, 5), Config(16, 32, 4, 5),
         Config(16, 64, 2, 5), Config(16, 32, 4, 5), Config(16, 16, 4, 2),
@@ -45,21 +41,17 @@ _PAGED_PREFILL = {
         Config(64, 32, 4, 2), Config(64, 32, 8, 2), Config(64, 16, 8, 2), Config(64, 16, 8, 2),
         Config(64, 16, 8, 2), Config(16, 32, 4, 2), Config(16, 16, 4, 1),
     ),
-    "sm86": (
-        Config(64, 32, 4, 2), Config(64, 32, 8, 2), Config(64, 16, 8, 2), Config(64, 16, 8, 2),
-        Config(64, 16, 8, 2), Config(16, 32, 4, 2), Config(16, 16, 4, 1),
-    ),
     "sm90": (
         Config(128, 64, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 4, 2), Config(64, 16, 8, 2),
         Config(64, 32, 4, 2), Config(64, 16, 8, 2), Config(16, 16, 4, 1),
     ),
     "sm100": (
-        Config(128, 64, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 4, 2), Config(64, 16, 8, 2),
+        Config(128, 64, 8, 3), Config(64, 32, 8, 3), Config(64, 32, 4, 3), Config(64, 16, 8, 2),
         Config(64, 32, 4, 2), Config(64, 16, 8, 2), Config(16, 16, 4, 1),
     ),
     "cdna3": (
-        Config(128, 32, 8, 1), Config(64, 32, 4, 1), Config(64, 32, 4, 1), Config(64, 32, 8, 1),
-        Config(64, 32, 4, 1), Config(64, 32, 8, 1), Config(16, 16, 4, 1),
+        Config(128, 32, 8, 1), Config(64, 32, 4, 1), Config(64, 32, 4, 1), Config(64, 16, 8, 1),
+        Config(64, 32, 4, 1), Config(64, 16, 8, 1), Config(16, 16, 4, 1),
     ),
 }  # fmt: skip
 # family: (head_dim up to 64, up to 128, above; the same with anything beyond causal; float32)
@@ -70,11 +62,6 @@ _FLASH_PREFILL = {
         Config(128, 32, 8, 2), Config(128, 32, 8, 2), Config(64, 32, 8, 2),
         Config(16, 16, 4, 1),
     ),
-    "sm86": (
-        Config(128, 64, 8, 2), Config(128, 32, 8, 2), Config(64, 32, 8, 2),
-        Config(128, 32, 8, 2), Config(128, 32, 8, 2), Config(64, 32, 8, 2),
-        Config(16, 16, 4, 1),
-    ),
     "sm90": (
         Config(128, 128, 8, 3, tma=True), Config(128, 128, 8, 2, tma=True), Config(128, 64, 8, 2, tma=True),
         Config(128, 64, 8, 3, tma=True), Config(128, 64, 8, 2, tma=True), Config(64, 32, 4, 2, tma=True),
@@ -82,7 +69,7 @@ _FLASH_PREFILL = {
     ),
     "sm100": (
         Config(128, 128, 8, 3, tma=True), Config(128, 128, 8, 2, tma=True), Config(128, 64, 8, 2, tma=True),
-        Config(128, 64, 8, 3, tma=True), Config(128, 64, 8, 2, tma=True), Config(64, 32, 4, 2, tma=True),
+        Config(128, 64, 8, 3, tma=True), Config(128, 64, 8, 3, tma=True), Config(64, 32, 8, 2, tma=True),
         Config(16, 16, 4, 1),
     ),
     "cdna3": (
@@ -134,11 +121,15 @@ def flash_prefill_config(
 
 
 def _fit(config: Config, num_rows: int, has_mask: bool) -> Config:
-    """Return the configuration for fewer rows than its tile has, and for half the keys where a mask is read."""
+    """Return the configuration for fewer rows than its tile has, and for half the keys where a mask is read.
+
+    Up to 16 rows are a prompt of one tile of keys: nothing to load ahead.
+    """
     block_m = min(config.block_m, max(16, next_power_of_two(num_rows)))
     block_n = max(16, config.block_n // 2) if has_mask else config.block_n
     num_warps = config.num_warps if block_m == config.block_m else 4
-    return config._replace(block_m=block_m, block_n=block_n, num_warps=num_warps)
+    num_stages = 1 if block_m == 16 else config.num_stages
+    return config._replace(block_m=block_m, block_n=block_n, num_warps=num_warps, num_stages=num_stages)
 
 
 def _paged_column(head_dim: int, dtype: torch.dtype, formats: tuple[Format, Format]) -> int:

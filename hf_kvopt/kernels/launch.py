@@ -20,7 +20,7 @@ from hf_kvopt.kernels.shim import INTERPRET, tl
 class Target(NamedTuple):
     """The properties of a device that a configuration may depend on."""
 
-    family: str  # key of the configuration lists: interpret, sm80, sm86, sm90, sm100, cdna3
+    family: str  # key of the configuration lists: interpret, sm80, sm90, sm100, cdna3
     num_sms: int
     capability: tuple[int, int]  # (0, 0) where there is none
 
@@ -65,8 +65,8 @@ def family_of(capability: tuple[int, int]) -> str:
         raise UnsupportedDevice(
             f"compute capability must be at least 8.0: got {capability[0]}.{capability[1]}; use the CPU or SDPA"
         )
-    # 8.6, 8.9 and 12.x have 99 KiB of shared memory for a block, 8.0 has 163, 9.0 and 10.x have 227.
-    return {(8, 0): "sm80", (8, 7): "sm80"}.get(capability, {9: "sm90", 10: "sm100"}.get(capability[0], "sm86"))
+    # 8.x and 12.x: the tiles fit the 99 KiB of shared memory that the least of them has for a block.
+    return {9: "sm90", 10: "sm100"}.get(capability[0], "sm80")
 
 
 @functools.lru_cache(maxsize=64)

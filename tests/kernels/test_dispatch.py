@@ -111,12 +111,12 @@ def test_e4m3_is_refused_below_8_9_and_names_the_way_out():
         check_format_runs(get_format("fp8_e4m3"), ampere)
     for name in ("native", "int8", "int4", "fp8_e5m2"):
         check_format_runs(get_format(name), ampere)
-    for target in (Target("sm86", 128, (8, 9)), Target("sm90", 132, (9, 0)), Target("cdna3", 304, (0, 0))):
+    for target in (Target("sm80", 128, (8, 9)), Target("sm90", 132, (9, 0)), Target("cdna3", 304, (0, 0))):
         check_format_runs(get_format("fp8_e4m3"), target)
 
 
 def test_every_card_has_a_family_and_old_ones_are_refused():
-    known = {(8, 0): "sm80", (8, 6): "sm86", (8, 9): "sm86", (9, 0): "sm90", (10, 0): "sm100", (12, 0): "sm86"}
+    known = {(8, 0): "sm80", (8, 6): "sm80", (8, 9): "sm80", (9, 0): "sm90", (10, 0): "sm100", (12, 0): "sm80"}
     assert {capability: family_of(capability) for capability in known} == known
     with pytest.raises(UnsupportedDevice, match=r"at least 8\.0: got 7\.5"):
         family_of((7, 5))
