@@ -57,7 +57,7 @@ def enable(
             of the cache's format with the options `max_tokens`, `block_size`, `skip_layers` and `layer_formats` (see
             `prefix_store(model)`), a store of this model is used as it is.
         draft: speculate in every `generate` call: a draft head, an assistant model, "prompt_lookup", "lookahead", or
-            what `speculative(...)` made, with its settings and `stats`. Not with prefix_sharing.
+            what `speculative(...)` made, with its settings and `stats`.
         cache_options: handed to the cache at each `generate` call, e.g. `block_size=32`, `max_tokens=100_000`.
 
     Returns:
@@ -84,7 +84,7 @@ def enable(
     if cache is not None:
         _make_cache(model, CACHES[cache], cache_options)  # refuse bad options now, not in the first generate
     sharing = _sharing(model, cache, prefix_sharing, cache_options)
-    drafting = _drafting(model, draft, sharing)
+    drafting = _drafting(model, draft)
     disable(model)
     previous = model.config._attn_implementation
     if attention:
@@ -94,11 +94,12 @@ def enable(
         # In the instance's own dict: `generate` calls the method through self (nn.Module would file it elsewhere).
         make = partial(_make_cache, factory=CACHES[cache], options=cache_options)
         model.__dict__["_prepare_cache_for_generation"] = _CacheMaker(model, make)
+    generates = None if drafting is None else DraftingGenerate(model, drafting)
     if sharing is not None:
         model.__dict__["_prepare_cache_for_generation"] = _SharedCacheMaker(model, sharing)
-        install(model, sharing)
-    if drafting is not None:
-        model.__dict__["generate"] = DraftingGenerate(model, drafting)
+        install(model, sharing, generates)
+    elif generates is not None:
+        model.__dict__["generate"] = generates
     setattr(model, _STATE, previous)
     return model
 
@@ -116,14 +117,9 @@ def disable(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _drafting(model: PreTrainedModel, draft: Any, sharing: Any) -> SpeculativeDecoding | None:
+def _drafting(model: PreTrainedModel, draft: Any) -> SpeculativeDecoding | None:
     if draft is None:
         return None
-    if sharing is not None:
-        raise ValueError(
-            "prefix_sharing and draft both go around generate(): got both; drop draft= and pass "
-            "custom_generate=hf_kvopt.speculative(...) to the calls that should speculate"
-        )
     made = draft if isinstance(draft, SpeculativeDecoding) else speculative(draft)
     made.drafter.check(model)
     return made

@@ -12,6 +12,7 @@ import copy
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -93,13 +94,23 @@ class SharingOverride(InstanceOverride):
 
 
 class _Generate(SharingOverride):
-    """Instead of `GenerationMixin.generate`: itself, and then what it computed is kept."""
+    """Instead of `GenerationMixin.generate`: itself, or another override of it, and then what it computed is kept."""
+
+    def __init__(self, model: PreTrainedModel, sharing: Sharing, inner: InstanceOverride | None) -> None:
+        super().__init__(model, sharing)
+        self.inner = inner
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        twin = super().__deepcopy__(memo)
+        twin.inner = copy.deepcopy(self.inner, memo)
+        return twin
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self.module
+        generate = partial(type(model).generate, model) if self.inner is None else self.inner
         with self.sharing.collect() as made:
             try:
-                output = type(model).generate(model, *args, **kwargs)
+                output = generate(*args, **kwargs)  # type: ignore[operator]
             except BaseException:
                 for cache in made:
                     _keep(cache, None, close=True)
@@ -133,9 +144,9 @@ class _Prefill(SharingOverride):
         return type(model)._prefill(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
 
 
-def install(model: PreTrainedModel, sharing: Sharing) -> None:
-    """Override the two methods on this instance."""
-    model.__dict__["generate"] = _Generate(model, sharing)
+def install(model: PreTrainedModel, sharing: Sharing, inner: InstanceOverride | None = None) -> None:
+    """Override the two methods on this instance; `inner` is what generates, where that is not the model's own."""
+    model.__dict__["generate"] = _Generate(model, sharing, inner)
     model.__dict__["_prefill"] = _Prefill(model, sharing)
 
 

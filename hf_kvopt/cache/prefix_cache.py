@@ -108,6 +108,12 @@ class PrefixSharedCache(PagedCache):
             super().crop_rows(lengths)
             self._seen = self.get_seq_length()
 
+    def keep_paths(self, num_tokens: int, paths: Sequence[Sequence[int]]) -> None:
+        with self.store.lock:
+            self._require_open()
+            super().keep_paths(num_tokens, paths)
+            self._seen = self.get_seq_length()
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         # What beams hold is no longer in the order of the texts that generate() returns.
         self.is_reordered = True
