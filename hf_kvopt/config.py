@@ -16,6 +16,8 @@ class CacheConfig:
 
     Raises:
         ValueError: a value cannot work; the message says what would.
+
+    Source: blocks as in PagedAttention, arXiv:2309.06180; compiling without recompiling, transformers issue #30055.
     """
 
     block_size: int = 16

@@ -37,6 +37,34 @@ def test_every_public_name_exists_and_says_what_it_is(name):
         assert not value.__doc__.startswith(f"{name}(")
 
 
+PUBLIC_CLASSES = [
+    value
+    for room in (hf_kvopt, hf_kvopt.plan)
+    for value in (getattr(room, name) for name in room.__all__)
+    if inspect.isclass(value)
+]
+
+
+@pytest.mark.parametrize("owner", PUBLIC_CLASSES, ids=lambda owner: owner.__name__)
+def test_every_public_method_says_what_it_does(owner):
+    # NamedTuples and dataclasses bring methods of their own.
+    methods = {name: value for name, value in vars(owner).items() if not name.startswith("_")}
+    ours = {name for name, value in methods.items() if inspect.isfunction(value) or isinstance(value, property)}
+    said = {name: inspect.getdoc(getattr(owner, name)) for name in ours - {"count", "index"}}
+    assert all(said.values()), [name for name, text in said.items() if not text]
+    assert owner.__doc__
+    assert not owner.__doc__.startswith(f"{owner.__name__}(")
+
+
+@pytest.mark.parametrize(
+    "name", ["PagedCache", "QuantizedPagedCache", "PrefixStore", "CacheConfig", "enable", "speculative"]
+)
+def test_the_entrances_say_their_errors_and_where_they_come_from(name):
+    text = inspect.getdoc(getattr(hf_kvopt, name)) + inspect.getmodule(getattr(hf_kvopt, name)).__doc__
+    assert "Raises:" in text
+    assert "arXiv:" in text or "issue" in text or " #" in text
+
+
 @pytest.mark.parametrize("name", hf_kvopt.__all__)
 def test_every_public_callable_is_typed(name):
     value = getattr(hf_kvopt, name)

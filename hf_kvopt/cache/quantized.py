@@ -45,6 +45,9 @@ class QuantizedPagedCache(PagedCache):
         ValueError: an unknown format, guard or layer, or, at the first update, a head_dim that int4 cannot pack.
         UnsupportedDevice: a format that no visible card can read (float8 e4m3 before compute capability 8.9).
 
+    Source: KIVI, arXiv:2402.02750 (keys and values lose differently); QuaRot, arXiv:2404.00456 (rotation); transformers
+    issues #35185 (key biases ruin 4-bit keys), #48677 (dequantizing the past at each step is slower than bfloat16).
+
     >>> model.generate(**inputs, past_key_values=QuantizedPagedCache(model.config, format="int8"))  # doctest: +SKIP
     """
 

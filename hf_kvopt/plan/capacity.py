@@ -13,7 +13,7 @@ _MOST_TOKENS, _MOST_ROWS = 1 << 30, 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Capacity:
-    """What fits beside the weights. None where nothing grows with the text."""
+    """What fits beside the weights, sizes in bytes. None where nothing grows with the text."""
 
     budget_bytes: int
     kv_budget_bytes: int

@@ -12,7 +12,7 @@ Timed = Mapping[Option, Times]
 
 
 class Choice(NamedTuple):
-    """One decision."""
+    """One decision in words: what about, what was chosen, why, what it should gain, and what was not chosen and why."""
 
     topic: str
     choice: str

@@ -17,7 +17,7 @@ GB, GIB = 1000**3, 1024**3
 
 
 class Device(NamedTuple):
-    """What planning needs to know of a device."""
+    """What planning needs to know of a device: bytes, bytes a second, operations a second, and where that stands."""
 
     name: str
     memory_bytes: int

@@ -24,11 +24,11 @@ from hf_kvopt.quant import FormatPolicy, KVFormat
 
 @dataclass(frozen=True, kw_only=True)
 class LayerMemory:
-    """One layer: what it stores of a token, and its bytes."""
+    """One layer: what it stores of a token, and its bytes; shapes are (heads, channels)."""
 
-    kind: str
+    kind: str  # "full", "sliding", "chunked", "states", "none", or a mixture of them
     window: int | None
-    key_shape: tuple[int, int]  # heads, channels
+    key_shape: tuple[int, int]
     value_shape: tuple[int, int]
     format: str
     bytes_per_token: int
@@ -36,7 +36,11 @@ class LayerMemory:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryReport:
-    """All in bytes; `used` and `reserved` are those of `cache.stats()`, cross-attention's cache added."""
+    """What `memory` found; sizes in bytes, lengths in tokens.
+
+    `used_bytes` and `reserved_bytes` are those of `cache.stats()`, `cross_*` those of an encoder-decoder's second
+    cache; `content_bytes` are the tokens' of both without block slack, `stock_bytes` those of transformers' own layers.
+    """
 
     model_type: str
     attention: str
@@ -116,6 +120,9 @@ def memory(
     Raises:
         BadInput: the config or a setting cannot be used; a `ValueError` that names the field.
         UnsupportedModel: the model has no KV cache to count.
+
+    Source: PagedAttention, arXiv:2309.06180; latents, DeepSeek-V2, arXiv:2405.04434. Held against `cache.stats()` of
+    every architecture in tests/plan, and against textbook figures by `python -m evals.memory`.
 
     >>> memory({"model_type": "gpt2", "n_layer": 12, "n_head": 12, "n_embd": 768},         # doctest: +SKIP
     ...        context=1000, dtype="float16").content_bytes / 2**20

@@ -11,7 +11,7 @@ _CAT_COPIES = 2.0
 
 
 class Option(NamedTuple):
-    """One combination."""
+    """One combination of the settings that a plan weighs; `format` is "native" or a quantized one."""
 
     format: str
     is_compiled: bool

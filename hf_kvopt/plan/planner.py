@@ -25,7 +25,10 @@ LONG_ROW = 16384
 
 
 class Predicted(NamedTuple):
-    """What the plan is expected to take, beside transformers' default (DynamicCache, sdpa, eager)."""
+    """What the plan is expected to take, beside transformers' default (DynamicCache, sdpa, eager).
+
+    Bytes over all devices; `step_ms` is one forward of the whole batch, `request_s` a prompt and all its new tokens.
+    """
 
     weight_bytes: int
     kv_bytes: int
@@ -97,6 +100,9 @@ def plan(
     Raises:
         BadInput: the question cannot be understood, or nothing fits.
         UnsupportedModel: the model has no KV cache.
+
+    Source: arithmetic over bytes and operations; published host times and accepted lengths are named in
+    `hf_kvopt.plan.steps` and `workloads`, facts of cards in `devices`.
     """
     setup = set_up(model, device, context, batch, workload, goal, budget, dtype)
     count = _fewest_devices(setup)
