@@ -197,7 +197,8 @@ def _plot(args: argparse.Namespace, subject: Subject, results: Sequence[Result])
         for s in [r.summary]
     ]
     path = args.plot or args.out.with_suffix(".png")
-    plot_trade(path, f"{subject.name}, {args.dtype}, segments of {args.context} tokens", points)
+    behind = f", behind {args.prefill} read at once" if args.prefill else ""
+    plot_trade(path, f"{subject.name}, {args.dtype}, segments of {args.context} tokens{behind}", points)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -33,11 +33,13 @@ def plot_trade(path: Path, title: str, points: Sequence[Point]) -> None:
     for point in points:
         style = {"color": f"C{names.index(point.name)}", "marker": "os^Dv<>"[chunks.index(point.chunk) % 7]}
         kib = point.bytes_per_token / 1024
-        label = point.name if len(chunks) == 1 else f"{point.name}, chunk {point.chunk}"
+        label = point.name if point.chunk == chunks[0] else None
         error = [[100 * (point.delta - point.low)], [100 * (point.high - point.delta)]]
         loss.errorbar(kib, 100 * point.delta, yerr=error, capsize=3, linestyle="", label=label, **style)
         if point.kl_mean > 0:
             divergence.plot(kib, point.kl_mean, linestyle="", label=label, **style)
+    for i, chunk in enumerate(chunks if len(chunks) > 1 else ()):
+        loss.plot([], [], linestyle="", color="grey", marker="os^Dv<>"[i % 7], label=f"chunks of {chunk}")
     loss.axhline(0, color="grey", linewidth=0.8)
     loss.set_ylabel("ΔPPL against the baseline, % (bars: 95 % bootstrap)")
     if max(abs(point.delta) for point in points) > _RUINED:

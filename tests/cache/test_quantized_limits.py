@@ -165,6 +165,15 @@ def test_what_would_overflow_float8_is_scaled_and_clamped(name: str) -> None:
         assert ((read - states_in).abs() <= 0.2 * states_in.abs().amax(-1, keepdim=True)).all()
 
 
+@pytest.mark.parametrize("size", [1e-14, 1e-30])
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_no_scale_can_resolve_reads_as_nothing(name: str, size: float) -> None:
+    cache = QuantizedPagedCache(format=name)
+    keys, values = states(1, 5)
+    for read in cache.update(size * keys, size * values, 0):
+        assert read.clone().abs().max() <= 10 * size
+
+
 def test_an_unknown_format_lists_the_known() -> None:
     with pytest.raises(ValueError, match=r"native, int8, fp8_e4m3, fp8_e5m2, int4, k8v4.*got 'int2'"):
         QuantizedPagedCache(format="int2")
