@@ -174,6 +174,20 @@ def test_padding_teaches_a_row_nothing(name: str) -> None:
     assert (whole.layers[0].keys.clone() - padded_keys[:, :, :20]).abs().max() < 2 * BOUNDS[name]
 
 
+@in_guarded_formats
+def test_rows_of_fixed_capacity_that_began_short_change_places(name: str) -> None:
+    keys, values = sink_states(40)
+    growing, fixed = (
+        QuantizedPagedCache(format=name),
+        QuantizedPagedCache(format=name, max_tokens=128, compileable=True),
+    )
+    growing.update(keys[[1, 0]], values[[1, 0]], 0)
+    fixed.update(keys[:, :, :2], values[:, :, :2], 0)
+    fixed.reorder_cache(torch.tensor([1, 0]))
+    fixed.update(keys[[1, 0], :, 2:], values[[1, 0], :, 2:], 0)
+    assert torch.equal(fixed.layers[0].keys.clone(), growing.layers[0].keys.clone())
+
+
 def test_a_compiled_prefill_learns_its_centre() -> None:
     torch._dynamo.reset()
     config = LlamaConfig(num_hidden_layers=1)
@@ -182,12 +196,18 @@ def test_a_compiled_prefill_learns_its_centre() -> None:
     )  # fmt: skip
     compiled = torch.compile(lambda k, v: traced.update(k, v, 0)[0].clone(), backend="eager")
     for sign in (1, -1):
-        keys, values = (sign * x for x in sink_states(40))
+        keys, values = (sign * x for x in sink_states(44))
+        # A short text before, whose keys wait for more.
+        traced.update(keys[:, :, 1:4], values[:, :, 1:4], 0)
+        traced.reset()
         for now in (slice(0, 20), slice(20, 40)):
             eager.update(keys[:, :, now], values[:, :, now], 0)
             read = compiled(keys[:, :, now], values[:, :, now])
         assert traced.layers[0].centre.abs().max() > SHIFT / 2
-        assert (read[:, :, :40] - eager.layers[0].keys.clone()).abs().max() < BOUNDS["int4"]
+        for cache in (eager, traced):
+            cache.update(keys[:, :, 40:], values[:, :, 40:], 0)
+        assert (traced.layers[0].keys.clone() - eager.layers[0].keys.clone()).abs().max() < BOUNDS["int4"]
+        assert (read[:, :, :40] - eager.layers[0].keys[:, :, :40]).abs().max() < BOUNDS["int4"]
         eager.reset()
         traced.reset()
     torch._dynamo.reset()
