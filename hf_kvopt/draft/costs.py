@@ -72,7 +72,7 @@ class Line(NamedTuple):
 
     def at(self, x: float) -> float:
         """Seconds for x."""
-        return max(1e-9, self.base + self.slope * x)
+        return self.base + self.slope * x
 
 
 class Times:
@@ -100,8 +100,13 @@ class Times:
         self._seconds[size].append(seconds)
         self._line = None
 
+    def at(self, size: int) -> float:
+        """Seconds of a size: its own where they were measured often, those of the line where not."""
+        times = self._seconds.get(size, ())
+        return median(times) if len(times) > 1 else self.line().at(size)
+
     def line(self) -> Line:
-        """Least squares, never falling."""
+        """Least squares, never falling, and of no size in less than no time."""
         if self._line is None:
             # A size that was met once may have been slow for being the first.
             often = {size: times for size, times in self._seconds.items() if len(times) > 1}
@@ -120,7 +125,8 @@ def _fit(points: list[tuple[int, float, int]]) -> Line:
     mean_y = sum(y * count for _, y, count in points) / weight
     spread = sum(count * (x - mean_x) ** 2 for x, _, count in points)
     slope = max(0.0, sum(count * (x - mean_x) * (y - mean_y) for x, y, count in points) / spread)
-    return Line(mean_y - slope * mean_x, slope)
+    base = mean_y - slope * mean_x
+    return Line(base, slope) if base >= 0 else Line(0.0, mean_y / mean_x)
 
 
 def _count(counts: list[list[float]], reached: int, gamma: int) -> None:

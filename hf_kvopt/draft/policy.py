@@ -119,9 +119,9 @@ class Policy:
 
     def rate(self, plan: Plan, batch_size: int) -> float:
         """Tokens of a row a second, as it is expected."""
-        read = self.read_times.line() if self.read_times else Line(1e-3, 0.0)
         if not plan.num_nodes:
-            return 1 / read.at(batch_size)
+            return 1 / self.read_times.at(batch_size) if self.read_times else 1e3
+        read = self.read_times.line() if self.read_times else Line(1e-3, 0.0)
         tokens, depth = self._rates_of(plan).expected(plan.gamma, 1.0 if self._is_known(plan) else _SIBLINGS)
         num_read = 1 + (depth if plan.is_chain else plan.num_nodes)
         return tokens / (self._draft_line(plan.is_chain, batch_size).at(depth) + read.at(batch_size * num_read))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hf_kvopt import speculative
+from hf_kvopt.draft.costs import Times
 from hf_kvopt.draft.drafter import Plan
 from hf_kvopt.draft.policy import NOTHING, Policy
 from tests.draft.drafters import Forest
@@ -114,3 +115,13 @@ def test_generation_goes_on_equal_through_pauses() -> None:
     assert torch.equal(generate(tiny_model(), prompt(30), custom_generate=spec, max_new_tokens=60), wanted)
     assert spec.stats.plain_steps >= 32
     assert spec.stats.tokens > 2
+
+
+def test_what_was_measured_is_not_extrapolated_to_nothing() -> None:
+    times = Times(growth=0.1)
+    for size, seconds in ((4, 1e-3), (4, 1e-3), (8, 9e-3), (8, 9e-3)):  # a line that would be below zero at 1
+        times.note(size, seconds)
+    assert times.at(1) > 1e-4
+    for _ in range(2):
+        times.note(1, 2e-3)
+    assert times.at(1) == 2e-3
