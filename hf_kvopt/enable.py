@@ -5,6 +5,7 @@
 """
 
 import inspect
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -149,6 +150,12 @@ class _CacheMaker(InstanceOverride):
                 "use_cache=False or past_key_values"
             )
         model = self.module
+        given = model_kwargs.get("past_key_values")
+        if isinstance(given, PagedCache) and not generation_config.is_assistant:
+            mask = model_kwargs.get("attention_mask")
+            _check_given(
+                model, given, getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
+            )
         is_ours_to_make = (
             model_kwargs.get("past_key_values") is None
             and generation_config.use_cache is not False
@@ -163,6 +170,26 @@ class _CacheMaker(InstanceOverride):
         if generation_config.is_assistant:
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache
+
+
+def _check_given(model: PreTrainedModel, cache: PagedCache, num_columns: int) -> None:
+    """Raise CacheStateError where `cache` belongs to another model, or holds all of a prompt's columns already.
+
+    Our attention sees so itself; this is for the model's own.
+    """
+    held, owner = int(cache.get_seq_length()), cache.owner() if cache.owner is not None else None
+    if held and owner is not None and owner is not model:
+        raise CacheStateError(
+            f"this cache was filled by another model: got {type(model).__name__}, and a cache that holds {held} tokens "
+            f"of another {type(owner).__name__}; use one cache a model, or cache.free() before handing it on"
+        )
+    if 0 < num_columns <= held:
+        raise CacheStateError(
+            f"the prompt has {num_columns} tokens: got a cache that holds {held}, and is not shorter than the prompt, "
+            "which transformers then feeds again; call cache.reset(), or cache.crop(-n) so that at least the last "
+            "prompt token is missing"
+        )
+    cache.owner = weakref.ref(model)
 
 
 class _SharedCacheMaker(_CacheMaker, SharingOverride):

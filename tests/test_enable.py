@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 import hf_kvopt
 from hf_kvopt import PagedCache
-from tests.helpers import KINDS, eager_tokens, generate, prompt, tiny_model
+from tests.helpers import KINDS, eager_continuation, eager_tokens, generate, prompt, tiny_model, unpadded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -212,3 +212,28 @@ def test_a_format_beside_the_name_of_a_cache_is_refused() -> None:
 def test_a_layer_that_the_model_does_not_have_is_refused_at_once() -> None:
     with pytest.raises(ValueError, match="layer 2 does not exist: got a model of 2 layers"):
         hf_kvopt.enable(tiny_model(), cache="int8", skip_layers=(2,))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_models_own_attention_is_told_of_a_cache_that_does_not_fit(kind: str, implementation: str) -> None:
+    first, second = (hf_kvopt.enable(tiny_model(kind, implementation, seed=seed), attention=False) for seed in (0, 1))
+    cache = PagedCache(first.config)
+    text = generate(first, prompt(30), cache)
+    longer = {"input_ids": torch.cat([text, text[:, :5]], dim=1), "attention_mask": torch.ones(1, 47).long()}
+    for inputs in (unpadded(text[:, :41]), unpadded(text[:, :30]), {"input_ids": text[:, :41]}):
+        with pytest.raises(hf_kvopt.CacheStateError, match=r"not shorter than the prompt.*cache\.crop\(-n\)"):
+            generate(first, inputs, cache)
+    with pytest.raises(hf_kvopt.CacheStateError, match=r"filled by another model.*cache\.free\(\)"):
+        generate(second, longer, cache)
+    for each in (pickle.loads(pickle.dumps(cache)), copy.deepcopy(cache), cache):
+        assert torch.equal(generate(first, longer, each), eager_continuation(kind, longer["input_ids"]))
+    cache.free()
+    assert torch.equal(generate(second, prompt(30), cache), generate(second, prompt(30)))
+
+
+def test_new_tokens_alone_with_a_mask_over_all_go_on_with_a_cache() -> None:
+    model, cache = hf_kvopt.enable(tiny_model("full", "sdpa"), attention=False), PagedCache()
+    text = torch.cat([generate(model, prompt(30), cache), prompt(5, seed=2)["input_ids"]], dim=1)
+    inputs = {"input_ids": text[:, 41:], "attention_mask": torch.ones_like(text)}
+    assert torch.equal(generate(model, inputs, cache)[:, 6:], eager_continuation("full", text)[:, 47:])

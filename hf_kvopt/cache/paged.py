@@ -77,6 +77,7 @@ class PagedCache(DynamicCache):
             raise TypeError(f"config must be a model's config, e.g. model.config: got {type(config).__name__}")
         self.cache_config = CacheConfig(block_size=block_size, max_tokens=max_tokens, compileable=compileable)
         self._tables: dict[int | None, BlockTable] = {}
+        self.owner: weakref.ref[object] | None = None  # the enabled model that it was handed to
         kwargs: dict[str, Any] = {
             "offloading": offloading,
             "offload_only_non_sliding": offload_only_non_sliding,
@@ -301,6 +302,9 @@ class PagedCache(DynamicCache):
     def _watch_tables(self) -> None:
         for table in self._tables.values():
             table.on_refusal = weakref.WeakMethod(self._rollback)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "owner": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
