@@ -21,12 +21,14 @@ from evals._common.models import Subject, add_model_arguments, load_subject
 from evals._common.prompts import add_text_arguments, load_texts, pad_left
 from evals._common.rows import append_rows, provenance
 from evals._common.screen import progress, show_table
+from evals.acceptance.assistant import Assistant, of_own_layers
 from evals.acceptance.measure import differing, row_of, time_sides
 from evals.acceptance.plot import draw
 from evals.acceptance.sides import Side, make_sides
 from evals.reference_model import MODEL_PATH
 
 _HEADS = ("eagle3", "medusa")
+_ASSISTANT_LAYERS = 4
 
 
 class Bar(NamedTuple):
@@ -55,7 +57,9 @@ def make_parser() -> Parser:
     add_model_arguments(parser)
     add_text_arguments(parser)
     parser.add_argument("--heads", nargs="*", help="paths or hub ids of draft heads (those of the reference model)")
-    parser.add_argument("--assistant", help="path or hub id of an assistant model (none)")
+    parser.add_argument(
+        "--assistant", help="path or hub id of an assistant model (some of the reference model's layers)"
+    )
     parser.add_argument("--batches", nargs="+", type=at_least(1), default=[1, 4, 8], help="rows (1 4 8)")
     parser.add_argument("--prompts", type=at_least(1), default=8, help="held-out prompts, in batches (%(default)s)")
     parser.add_argument("--prompt-tokens", type=at_least(1), default=128, help="%(default)s")
@@ -73,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     dense, paged = subject.model, copy.deepcopy(subject.model)
     paged.set_attn_implementation(hf_kvopt.ATTENTION_NAME)
     prompts = _prompts(args, subject)
-    assistant = _load(AutoModelForCausalLM, args.assistant) if args.assistant else None
+    assistant = _assistant(args, dense)
     sides = make_sides(dense, paged, {**_heads(args), "prompt lookup": "prompt_lookup", "lookahead": "lookahead"},
                        assistant)  # fmt: skip
     rows: list[dict[str, Any]] = []
@@ -108,7 +112,7 @@ def _measure(
         "new_tokens": args.new_tokens,
         "prompts": args.prompts,
     }
-    return [{**facts, **row_of(side, measured[side.name], baselines)} for side in sides]
+    return [{**facts, **side.facts, **row_of(side, measured[side.name], baselines)} for side in sides]
 
 
 def _sampling(temperature: float) -> dict[str, Any]:
@@ -151,6 +155,14 @@ def _heads(args: argparse.Namespace) -> dict[str, Any]:
         return {}
     here = MODEL_PATH.parent
     return {name: _load(hf_kvopt.DraftHead, str(here / name)) for name in _HEADS if (here / name).is_dir()}
+
+
+def _assistant(args: argparse.Namespace, target: Any) -> Assistant | None:
+    if args.assistant is not None:
+        return Assistant(_load(AutoModelForCausalLM, args.assistant).to(target.device), args.assistant)
+    if args.model is not None or args.shape is not None:
+        return None
+    return of_own_layers(target, _ASSISTANT_LAYERS)
 
 
 def _load(loader: Any, name: str) -> Any:

@@ -1,12 +1,15 @@
 """What is compared: plain decoding, transformers' own assisted decoding, and ours, each as one generate() call."""
 
+import copy
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor
 from transformers import DynamicCache
 
 import hf_kvopt
+from evals.acceptance.assistant import Assistant
 
 Settings = Mapping[str, Any]
 Call = Callable[[Mapping[str, Tensor], Settings], Tensor]
@@ -19,13 +22,14 @@ class Side(NamedTuple):
     call: Call
     stats: hf_kvopt.SpeculationStats | None = None
     one_row: bool = False  # whether it takes batches of one row alone
+    facts: Mapping[str, Any] = MappingProxyType({})  # for its rows
 
 
 def make_sides(
     dense: Any,  # a model with transformers' attention
     paged: Any,  # the same weights with ours
     drafts: Mapping[str, Any],
-    assistant: Any,
+    assistant: Assistant | None,
 ) -> list[Side]:
     """The baseline first: transformers' default cache and attention."""
 
@@ -42,15 +46,21 @@ def make_sides(
         return out
 
     def assisted(inputs: Mapping[str, Tensor], settings: Settings) -> Tensor:
-        out: Tensor = dense.generate(**inputs, assistant_model=assistant, **settings)
+        assert assistant is not None
+        out: Tensor = dense.generate(**inputs, assistant_model=assistant.model, **settings)
         return out
 
     sides = [Side("plain, DynamicCache", plain), Side("plain, PagedCache", ours)]
     sides.append(Side("transformers' prompt lookup", lookup, one_row=True))
+    ours_too = [_speculating(paged, name, draft) for name, draft in drafts.items()]
     if assistant is not None:
-        sides.append(Side("transformers' assistant", assisted, one_row=True))
-        drafts = {**drafts, "assistant": assistant}
-    return sides + [_speculating(paged, name, draft) for name, draft in drafts.items()]
+        facts = {"assistant": assistant.what}
+        sides.append(Side("transformers' assistant", assisted, one_row=True, facts=facts))
+        # Its cache is ours, and so is its attention.
+        model = copy.deepcopy(assistant.model)
+        model.set_attn_implementation(hf_kvopt.ATTENTION_NAME)
+        ours_too.append(_speculating(paged, "assistant", model)._replace(facts=facts))
+    return sides + ours_too
 
 
 def _speculating(model: Any, name: str, draft: Any) -> Side:
