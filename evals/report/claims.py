@@ -95,6 +95,8 @@ def _speed_bars(rows: Sequence[Found]) -> list[Claim]:
 
 def _perplexity(rows: Sequence[Found]) -> list[Claim]:
     claims = []
+    # Rows from before there was a prefill have none.
+    rows = [row._replace(fields={"prefill": 0, **row.fields}) for row in rows]
     for row in newest(rows, "model", "side", "chunk", "context", "outliers", "dataset", "dtype", "prefill"):
         f = row.fields
         what = f"{f['side']}, {f['model']}, segments of {f['context']} tokens in chunks of {f['chunk']}"

@@ -37,6 +37,14 @@ def found(*rows: dict[str, Any], is_quick: bool = False) -> list[Found]:
     return [Found(row, "rows.json", is_quick) for row in rows]
 
 
+def test_losses_behind_a_prefill_are_claims_of_their_own() -> None:
+    newer = {**LOSS, "prefill": 0, "date": "2027-01-02T03:04:05+00:00"}
+    behind = {**newer, "prefill": 512, "bars": [], "delta": 0.002}
+    claims = claims_of(found(LOSS, newer, behind))
+    assert [claim.when[:4] for claim in claims] == ["2027", "2027"]
+    assert "in chunks of 16 behind 512 at once: loss" in claims[1].claim
+
+
 def test_every_kind_of_row_becomes_a_claim_with_its_verdict() -> None:
     claims = {claim.eval: claim for claim in claims_of(found(EQUALITY, BAR, LOSS, OTHER | FACTS))}
     assert [claims[name].is_met for name in ("equality", "speed", "perplexity", "prefix")] == [True, True, True, False]
