@@ -8,7 +8,9 @@ from call to call. Where plain decoding wins, speculation stops, says so once, a
 
 import logging
 from collections import defaultdict, deque
+from collections.abc import Collection
 from functools import partial
+from statistics import median
 
 from hf_kvopt.draft.costs import Line, Rates, Times
 from hf_kvopt.draft.drafter import Plan
@@ -166,9 +168,7 @@ class Policy:
     def _loses(self, batch_size: int) -> bool:
         """Whether the last speculative steps gave less than plain ones would have, counted and not estimated."""
         known = self.recent[batch_size]
-        if len(known) < self.trust:
-            return False
-        return sum(x[0] for x in known) / sum(x[1] for x in known) < self.rate(NOTHING, batch_size)
+        return len(known) >= self.trust and _rate_of(known) < self.rate(NOTHING, batch_size)
 
     def _stop(self, batch_size: int) -> None:
         known = self.recent[batch_size]
@@ -177,7 +177,7 @@ class Policy:
             logger.warning(
                 "speculation is slower than plain decoding here: got %.1f tokens a second and row instead of %.1f; "
                 "going on without drafts, and trying again now and then",
-                sum(x[0] for x in known) / max(1e-9, sum(x[1] for x in known)),
+                _rate_of(known),
                 self.rate(NOTHING, batch_size),
             )
         self.pause_left, self.pause = self.pause, min(2 * self.pause, _LONGEST_PAUSE)
@@ -191,6 +191,13 @@ class Policy:
 
 def _recent() -> deque[tuple[float, float]]:
     return deque(maxlen=2 * _TRUST)
+
+
+def _rate_of(steps: Collection[tuple[float, float]]) -> float:
+    """Tokens a second; a step that was held up from outside does not count for more than the others."""
+    if not steps:
+        return 0.0
+    return sum(tokens for tokens, _ in steps) / len(steps) / median(seconds for _, seconds in steps)
 
 
 def _cut(plan: Plan, depth: int) -> Plan:

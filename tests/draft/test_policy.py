@@ -63,6 +63,13 @@ def test_it_comes_back_when_drafts_become_good() -> None:
     assert plans[-50:].count(NOTHING) < 5
 
 
+def test_a_step_that_was_held_up_is_no_reason_to_stop() -> None:
+    policy = make()
+    simulate(policy, 12, alpha=0.8, draft_s=0.0005, read_s=0.0002)
+    policy.note_step(Plan(3, 3), 1, 4, 0.001, 5.0, [(3, 2)], 3)
+    assert NOTHING not in simulate(policy, 40, alpha=0.8, draft_s=0.0005, read_s=0.0002)
+
+
 def test_without_fallback_every_step_drafts() -> None:
     plans = simulate(make(may_stop=False), 60, alpha=0.0, draft_s=0.01, read_s=0.01)
     assert NOTHING not in plans
