@@ -123,8 +123,9 @@ def test_a_row_shorter_than_its_queries_gives_zeros_first(op):
 
 
 @OPS
-@pytest.mark.parametrize("window", [1, 7, 16, 17, 100])
+@pytest.mark.parametrize("window", [1, 7, 16, 17, 27, 100])
 def test_window(op, window):
+    """27: a tile begins where the first query's window does, and the last query's later."""
     check(op, make_query(2, 2, 3, 32), make_paged([9, 45], num_kv_heads=1), window=window)
 
 
