@@ -50,14 +50,21 @@ def check_dense(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, packed: Packe
         raise ValueError(f"num_heads must be a multiple of num_kv_heads {k.shape[1]}: got {num_heads}")
     check_pattern(pattern, q)
     if packed is not None:
-        _check_packed(q, k, pattern, packed)
+        _check_packed(q, k, v, pattern, packed)
 
 
-def _check_packed(q: Tensor, k: Tensor, pattern: Pattern, packed: Packed) -> None:
+def _check_packed(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, packed: Packed) -> None:
     if q.shape[0] != 1:
         raise ValueError(f"packed sequences need a batch of 1: got {q.shape[0]}; concatenate them along q_len")
     if pattern.starts is not None or pattern.mask is not None:
         raise ValueError("packed sequences take neither starts nor mask: got one; drop the padding instead")
+    for name, tensor in (("k", k), ("v", v)):
+        # Where a sequence begins is computed in 32 bits.
+        if tensor.shape[2] * tensor.stride(2) >= 2**31:
+            raise ValueError(
+                f"packed {name} must span fewer than 2**31 elements: got {tensor.shape[2]} tokens of stride "
+                f"{tensor.stride(2)}; pack fewer sequences into one call"
+            )
     for name, bounds, length in (
         ("cu_seqlens_q", packed.cu_seqlens_q, q.shape[2]),
         ("cu_seqlens_k", packed.cu_seqlens_k, k.shape[2]),

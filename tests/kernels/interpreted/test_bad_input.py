@@ -10,7 +10,7 @@ from hf_kvopt.errors import KVOptError
 from hf_kvopt.kernels import dispatch
 from hf_kvopt.kernels.flash_prefill import flash_prefill, flash_prefill_reference
 from hf_kvopt.kernels.merge_state import merge_state
-from hf_kvopt.kernels.packed import Packed
+from hf_kvopt.kernels.packed import Packed, check_dense
 from hf_kvopt.kernels.paged_decode import paged_decode
 from hf_kvopt.kernels.paged_kv import PagedKV
 from hf_kvopt.kernels.paged_prefill import paged_prefill
@@ -54,6 +54,8 @@ WRONG_PAGED = {
     "table-long": ("block_table", lambda x: x.long(), "block_table must be int32: got int64"),
     "table-rows": ("block_table", lambda x: x[:1], "block_table must have shape [2, any]: got [1, 3]"),
     "lens-long": ("seq_lens", lambda x: x.long(), "seq_lens must be int32: got int64"),
+    "table-strided": ("block_table", every_second, "block_table must have a contiguous last axis"),
+    "lens-elsewhere": ("seq_lens", lambda x: x.to("meta"), "seq_lens must be on cpu: got meta; move it there once"),
     "lens-rows": ("seq_lens", lambda x: x[:1], "seq_lens must have shape [2]"),
     "scale-zero": ("scale", lambda x: 0.0, "scale must be finite and not zero"),
     "scale-nan": ("scale", lambda x: float("nan"), "scale must be finite and not zero"),
@@ -159,6 +161,15 @@ def test_dense_attention_names_the_argument(monkeypatch):
     two, starts = q.expand(2, -1, -1, -1), torch.zeros(1, dtype=torch.int32)
     with pytest.raises(ValueError, match="need a batch of 1: got 2"):
         flash_prefill(two, two, two, Pattern(1.0), Packed(bounds, bounds))
+    with pytest.raises(ValueError, match="v must have a contiguous last axis: got strides"):
+        flash_prefill(q, q, every_second(q), Pattern(1.0))
+    with pytest.raises(ValueError, match="k must be on cpu: got meta"):
+        flash_prefill(q, q.to("meta"), q, Pattern(1.0))
+    with pytest.raises(TypeError, match="cu_seqlens_q must be int32: got int64"):
+        flash_prefill(q, q, q, Pattern(1.0), Packed(bounds.long(), bounds))
+    far = torch.empty(0, device="meta").as_strided((1, 2, 3, 32), (32, 32, 2**30, 1))
+    with pytest.raises(ValueError, match="packed v must span fewer than 2"):
+        check_dense(q.to("meta"), q.to("meta"), far, Pattern(1.0), Packed(bounds.to("meta"), bounds.to("meta")))
     with pytest.raises(ValueError, match="take neither starts nor mask"):
         flash_prefill(q, q, q, Pattern(1.0, starts=starts), Packed(bounds, bounds))
     monkeypatch.setenv("HF_KVOPT_DEBUG", "1")

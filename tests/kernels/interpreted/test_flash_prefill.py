@@ -161,6 +161,16 @@ def test_tensors_of_any_stride(config):
 
 
 @PATHS
+def test_channels_beyond_a_padded_head_are_never_read(config):
+    """40 channels are padded to 64 in registers; what lies there in memory is another tensor's."""
+    q, k, v = (torch.full((1, 2, 35, 64), torch.nan) for _ in range(3))
+    for x in (q, k, v):
+        x[..., :40] = torch.randn(1, 2, 35, 40)
+    check(q[..., :40], k[..., :40], v[..., :40], config)
+    check(q[..., :40], k[..., :40], v[..., :40], config, window=20)
+
+
+@PATHS
 @pytest.mark.parametrize("tiles", [(32, 16), (16, 64), (64, 32)], ids=str)
 def test_other_tiles_give_the_same(config, tiles):
     config = config._replace(block_m=tiles[0], block_n=tiles[1])
