@@ -102,7 +102,7 @@ class Centres:
         for block, vector in zip(blocks, vectors.to(self.vectors), strict=True):
             key = vector.cpu().numpy().tobytes()
             if key not in known:
-                known[key] = self._add(vector)
+                known[key] = self._add(vector) if bool(vector.any()) else 0
             self.ids[block] = known[key]
             self.early.pop(block, None)
 
@@ -153,12 +153,13 @@ class Centres:
     def _learn(self, first: Tensor, number: int) -> int:
         """The number of the centre of one row's first tokens; `number` where it is that one."""
         centre = centre_of(first[None])[0]
-        return number if torch.equal(centre, self.vectors[number]) else self._add(centre)
+        # The one place that waits for a GPU, but for padding: once a row, when its first tokens are there.
+        is_known, is_shift = torch.stack(((centre == self.vectors[number]).all(), centre.any())).tolist()
+        if is_known:
+            return number
+        return self._add(centre) if is_shift else 0
 
     def _add(self, vector: Tensor) -> int:
-        # This and what is compared with it wait for a GPU: once a row, when its first tokens are there.
-        if not bool(vector.any()):
-            return 0
         with torch.inference_mode(False):
             self.vectors = torch.cat([self.vectors, vector[None].clone()])
         return len(self.vectors) - 1
