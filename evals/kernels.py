@@ -24,6 +24,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _write(rows: list[Row]) -> None:
     """Write the rows; those of older sources stay until a whole run has replaced them."""
-    head = {"triton": triton.__version__, "cpu_seconds": round(sum(row.get("seconds", 0) for row in rows))}
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    head = {
+        "triton": triton.__version__,
+        "date": date,
+        "cpu_seconds": round(sum(row.get("seconds", 0) for row in rows)),
+    }
     lines = ",\n".join(json.dumps(row) for row in rows)
     RESULTS.write_text(json.dumps(head)[:-1] + ', "rows": [\n' + lines + "\n]}\n", encoding="utf8")
 

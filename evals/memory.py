@@ -214,7 +214,7 @@ def _feed(config: PreTrainedConfig, caches: Sequence[hf_kvopt.PagedCache], args:
 def _show(lives: Sequence[Live]) -> None:
     columns = ["figure", "tokens", "said", "computed", ""]
     rows = [
-        [t.model, f"{t.context:,}", f"{t.said:g} {t.unit}", f"{t.computed:,.4g} {t.unit}", "" if t.is_right else t.note]
+        [t.model, f"{t.context:,}", f"{t.said:g} {t.unit}", f"{t.computed:,.2f} {t.unit}", "" if t.is_right else t.note]
         for t in TEXTBOOK
     ]
     show_table("textbook figures, 16 bits", columns, rows)

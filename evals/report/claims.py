@@ -165,11 +165,11 @@ def _memory(rows: Sequence[Found]) -> list[Claim]:
     for row in newest(rows, "what", "model", "context", "said", "kind", "format"):
         f = row.fields
         if f["what"] == "textbook":
-            tokens = f"{f['context']:,} tokens" if f["context"] > 1 else "of one token"
+            length = f", {f['context']:,} tokens" if f["context"] > 1 else ""
             goal = "-" if f["note"] else f"{f['said']:g} {f['unit']}"
             off = f"; a source's {f['said']:g} {f['unit']} {f['note']}" if f["note"] else ""
-            said, is_met = f"{f['computed']:,.4g} {f['unit']}{off}", None if f["note"] else f["is_right"]
-            claims.append(_claim(row, f"{f['model']}, {tokens}, 16 bits", goal, said, is_met))
+            said, is_met = f"{_number(f['computed'])} {f['unit']}{off}", None if f["note"] else f["is_right"]
+            claims.append(_claim(row, f"{f['model']}{length}, 16 bits", goal, said, is_met))
     live = [row for row in newest(rows, "kind", "format") if row.fields["what"] == "live"]
     for kind in dict.fromkeys(row.fields["kind"] for row in live):
         own = [row for row in live if row.fields["kind"] == kind]
@@ -178,6 +178,10 @@ def _memory(rows: Sequence[Found]) -> list[Claim]:
         what = f"{kind}: predicted bytes are those of cache.stats(), used and reserved"
         claims.append(_claim(own[-1], what, "all formats", said, num_equal == len(own)))
     return claims
+
+
+def _number(value: float) -> str:
+    return f"{round(value, 2):,.10g}"
 
 
 def _why(rows: Sequence[Found]) -> list[Claim]:
@@ -213,9 +217,10 @@ def _kernels(rows: Sequence[Found]) -> list[Claim]:
     for card, own in sorted(by_card.items()):
         good = sum(not row.fields.get("wrong") for row in own)
         said = f"{good} of {len(own)} without a complaint"
-        claims.append(
-            _claim(own[-1], f"kernels compile for {card} without a complaint", "all", said, good == len(own), "kernels")
-        )
+        what = f"kernels compile for {card}: no spill, shared memory fits, matrix units used"
+        claim = _claim(own[-1], what, "all", said, good == len(own), "kernels")
+        compiler = own[-1].fields.get("triton")
+        claims.append(claim._replace(where=f"{card}, ahead of time by Triton {compiler}" if compiler else card))
     return claims
 
 
