@@ -29,7 +29,7 @@ def save_plot(path: Path, model: str, settings: dict[str, Any], report: MemoryRe
     if weights:
         axes.axhspan(0, weights, color="0.9", label="weights")
     if report.capacity is not None:
-        axes.axhline(report.capacity.budget_bytes / 1e9, color="tab:red", linestyle="--", label="budget")
+        axes.axhline(report.capacity.budget_bytes / 1e9, color="black", linestyle="--", label="budget")
     axes.axvline(report.context, color="0.6", linewidth=0.8)
     axes.set(
         xlabel="context, tokens a row",
