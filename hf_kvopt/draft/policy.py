@@ -26,7 +26,8 @@ _SIBLINGS = 1.3  # a guess until a tree was drawn: siblings at each depth are wo
 _READ_GROWTH = 0.1  # a guess until it was measured: twice the tokens take a tenth longer
 _ENOUGH = 4  # drafts after which something counts as known
 _KEEP = 4  # steps for which a choice stands: to choose costs as much as several small operations
-_TRUST = 8  # speculative steps before the first judgement
+_TRUST, _TRIAL = 16, 8  # speculative steps before the first judgement, and after a pause; texts are uneven
+_HELD_UP = 2.0  # times the median of a step, beyond which it was not the step that took so long
 _PAUSE, _LONGEST_PAUSE = 32, 256  # plain steps until speculation is tried again
 _WARM_UP = 3  # steps that are not measured: the first ones compile and load things
 # Least, without measurements, most: see `Policy._confidence`. A head's q is spread wider than the target's first choice
@@ -168,7 +169,12 @@ class Policy:
     def _loses(self, batch_size: int) -> bool:
         """Whether the last speculative steps gave less than plain ones would have, counted and not estimated."""
         known = self.recent[batch_size]
-        return len(known) >= self.trust and _rate_of(known) < self.rate(NOTHING, batch_size)
+        if len(known) < self.trust:
+            return False
+        loses = _rate_of(known) < self.rate(NOTHING, batch_size)
+        if not loses and len(known) == _TRUST:
+            self.pause, self.trust = _PAUSE, _TRUST
+        return loses
 
     def _stop(self, batch_size: int) -> None:
         known = self.recent[batch_size]
@@ -182,7 +188,7 @@ class Policy:
             )
         self.pause_left, self.pause = self.pause, min(2 * self.pause, _LONGEST_PAUSE)
         # So that it is really tried again, and what it gives then counts.
-        self.trust = _ENOUGH
+        self.trust = _TRIAL
         self.recent.clear()
         self.chosen.clear()
         for rates in self.rates.values():
@@ -190,14 +196,13 @@ class Policy:
 
 
 def _recent() -> deque[tuple[float, float]]:
-    return deque(maxlen=2 * _TRUST)
+    return deque(maxlen=_TRUST)
 
 
 def _rate_of(steps: Collection[tuple[float, float]]) -> float:
-    """Tokens a second; a step that was held up from outside does not count for more than the others."""
-    if not steps:
-        return 0.0
-    return sum(tokens for tokens, _ in steps) / len(steps) / median(seconds for _, seconds in steps)
+    """Tokens a second; a step that was held up from outside does not count for much more than the others."""
+    longest = _HELD_UP * median([seconds for _, seconds in steps]) if steps else 0.0
+    return sum(tokens for tokens, _ in steps) / max(1e-9, sum(min(seconds, longest) for _, seconds in steps))
 
 
 def _cut(plan: Plan, depth: int) -> Plan:
