@@ -43,6 +43,22 @@ def test_each_row_holds_its_accepted_path_and_nothing_else(kind: str, length: in
     cache.check_integrity()
 
 
+def test_paths_of_rows_that_begin_apart_are_found_where_each_row_stands() -> None:
+    cache, fed_states = fed("full", 10, 7)
+    paths = [[0, 2, 5], [0, 6], [0, 1, 3, 4]], [[1, 4], [0, 2, 3], [6]]
+    cache.keep_paths(7, paths[0])
+    more = [states(3, 7, seed=20 + layer) for layer in range(2)]
+    for layer, new in enumerate(more):
+        cache.update(*new, layer)
+    cache.keep_paths(7, paths[1])
+    for layer, both, new in zip(cache.layers, fed_states, more, strict=True):
+        for held, first, second in zip((layer.keys, layer.values), both, new, strict=True):
+            for row in range(3):
+                kept = [first[row, :, :10], first[row][:, [10 + node for node in paths[0][row]]]]
+                wanted = torch.cat([*kept, second[row][:, paths[1][row]]], dim=1)
+                assert torch.equal(held.clone()[row, :, held.shape[2] - wanted.shape[1] :], wanted)
+
+
 def test_columns_that_no_row_has_any_more_go() -> None:
     cache, _ = fed("full", 10, 4)
     cache.keep_paths(4, [[0, 1, 2, 3], [0], [0]])
