@@ -32,7 +32,7 @@ _PAUSE, _LONGEST_PAUSE = 32, 256  # plain steps until speculation is tried again
 _WARM_UP = 3  # steps that are not measured: the first ones compile and load things
 # Least, without measurements, most: see `Policy._confidence`. A head's q is spread wider than the target's first choice
 # deserves, so costs alone would end drafts too early (measured on the reference model).
-_CONFIDENCE = (0.01, 0.05, 0.1)
+_CONFIDENCE = (0.01, 0.03, 0.05)
 
 
 class Policy:
