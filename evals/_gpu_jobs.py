@@ -122,4 +122,7 @@ def _work(connection: Connection, bench: Bench) -> None:
                 row = job.function(bench, *job.args)
         except Exception as error:  # whatever breaks is one red row, not the end of the run
             row = {"passed": False, "error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        # The card is shared: what this job leaves cached another may need.
+        with contextlib.suppress(RuntimeError):
+            bench.free_bytes()
         connection.send(row | {"seconds": round(time.perf_counter() - started, 1)})

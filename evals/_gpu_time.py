@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -29,8 +30,12 @@ class Bench(NamedTuple):
         return torch.randn(shape, dtype=dtype, device=self.device)
 
     def free_bytes(self) -> int:
-        """Return the bytes that can still be allocated."""
-        return torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 2**31
+        """Return the bytes that can still be allocated, after giving back what is only cached."""
+        if self.device.type != "cuda":
+            return 2**31
+        gc.collect()
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(self.device)[0]
 
 
 def graphed(call: Callable[[], Any]) -> Callable[[], Any]:

@@ -95,7 +95,9 @@ def gather_reference(
     # Entries beyond a row's length may hold anything, -1 included.
     blocks = block_table.long()[:, j // block_size].where(inside, 0).clamp(min=0)
     fmt = format_of(pool.dtype)
-    picked = pool[blocks, j % block_size]
+    # Not every device indexes float8: its bytes are picked.
+    stored = pool.view(torch.uint8) if pool.element_size() == 1 else pool
+    picked = stored[blocks, j % block_size].view(pool.dtype)
     picked_scales = None if scales is None else scales[blocks, j % block_size]
     dense = dequantize(picked, picked_scales, fmt)
     return dense.masked_fill(~inside[:, :, None, None], 0.0).transpose(1, 2)

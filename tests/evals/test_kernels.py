@@ -75,6 +75,16 @@ def test_what_is_wrong_with_a_kernel_is_said(change, complaint):
     assert found == ([] if complaint is None else [complaint])
 
 
+@pytest.mark.parametrize("name", kernels.DEFAULT_CARDS)
+def test_one_kernel_is_really_compiled_for_each_card_and_its_machine_code_read(name):
+    card, case = CARDS[name], Case("flash_prefill", 64, 64, q_len=4096)
+    row = kernels.row_of(case, launches_of(case, card.target)[0], card, "")
+    assert row["wrong"] == []
+    assert sum(row["matrix"].get(instruction, 0) for instruction in card.matrix) >= 4
+    assert 32 < row["registers"] <= 512
+    assert row["loop_instructions"] > 100
+
+
 def test_small_tiles_and_float32_ask_for_other_instructions():
     card = CARDS["sm_90"]
     wanted = {
