@@ -86,7 +86,8 @@ def _speed(rows: Sequence[Found]) -> str:
 def _loss(rows: Sequence[Found]) -> str:
     def of(model: str) -> dict[str, Fields]:
         where = {"model": model, "chunk": 16, "context": 1025}
-        return {f["side"].split("+")[0]: f for f in _fields(rows, "perplexity", "side", **where)}
+        whole = [row for row in rows if not row.fields.get("prefill")]  # the others score what follows a prompt
+        return {f["side"].split("+")[0]: f for f in _fields(whole, "perplexity", "side", **where)}
 
     ordinary, biased, lines = of("reference_model"), of("reference_model with outliers"), []
     for cache in ("int8", "fp8_e4m3", "k8v4", "int4", "transformers_fp8"):
@@ -145,7 +146,8 @@ def _speculation(rows: Sequence[Found]) -> str:
         return "" if value is None else form.format(value) + goal
 
     lines = []
-    for side, name in _DRAFTS.items():
+    others = {side: side for side, batch in found if batch == 1 and side not in _DRAFTS}
+    for side, name in (_DRAFTS | others).items():
         one, eight = found[side, 1], found.get((side, 8))
         lines.append(
             [

@@ -55,3 +55,9 @@ def test_missing_rows_and_unknown_blocks_are_said(rows: list[Found]) -> None:
         fill("<!-- figures: speed -->\n<!-- end -->", [row for row in rows if row.eval != "speed"])
     with pytest.raises(BadArgumentError, match="block of figures must be one of speed, loss"):
         fill("<!-- figures: dreams -->\n<!-- end -->", rows)
+
+
+def test_losses_behind_a_prompt_are_another_figure(rows: list[Found]) -> None:
+    text = README.read_text("utf8")
+    behind = [row._replace(fields=row.fields | {"prefill": 64, "delta": 0.5, "date": "2099"}) for row in rows]
+    assert fill(text, [*rows, *(row for row in behind if row.eval == "perplexity")]) == text
