@@ -1,58 +1,35 @@
 """Attention of a few queries over blocks on a CPU, in machine code made at first use (kernels/jit/).
 
 Keys and values are read where they lie, through the block table: rows that share blocks, end at unlike lengths or lie
-scattered cost what one contiguous row costs. The work is shared out over the threads that torch computes with, which
-are those of torch's own OpenMP team and not a second one beside it.
-
-Needs llvmlite and a processor with AVX2 or AVX-512. `can_attend` says whether a call can be taken; kernels/cpu.py takes
-the others.
+scattered cost what one contiguous row costs. `can_attend` says whether a call can be taken; kernels/cpu.py takes the
+others.
 """
 
-import ctypes
-import importlib
-import importlib.util
-import logging
-import os
 import struct
 import threading
-import time
 from array import array
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from hf_kvopt.kernels.cpu_program import MAX_DIM, NAMES, can_compile, compiled, lanes, num_threads
 from hf_kvopt.kernels.jit.spec import BOOL_MASK, CHUNK, FLOAT_MASK, NO_MASK, Spec, part_items
 from hf_kvopt.kernels.pattern import LOG2E, Pattern
 from hf_kvopt.quant import format_of
 
-logger = logging.getLogger(__name__)
-
 # Scaled queries of a KV head's group, which each thread keeps on its stack: chunks of 512 tokens with 4 heads of 64. A
 # chunk of 512 queries against 640 tokens takes 0.48x of SDPA's time (2 cores, AVX-512).
 _MAX_QUERY_BYTES = 1 << 19
-_MAX_DIM = 256
 _MIN_BLOCK = 16  # a unit of keys lies in one block
 _QUERY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_CODES = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-    torch.int8: "int8",
-    torch.uint8: "uint8",
-    torch.float8_e4m3fn: "float8_e4m3fn",
-    torch.float8_e5m2: "float8_e5m2",
-}
 _NO_WINDOW = 1 << 40
 _NO_MASK, _NO_SINKS = (NO_MASK, 0, 0, 0, 0), (0, 0, 0, 0)
 _KEPT_SCRATCH = 1 << 16  # float32 values: what decoding takes
 _THREAD = threading.local()
 # Products (queries x tokens x channels) below which one thread is done before a second has begun.
 _SERIAL_WORK = 1 << 18
-# In a child of a fork the team's threads are missing, and whoever waits for them waits for ever.
-_PROCESS = os.getpid()
 
 
 class Place(NamedTuple):
@@ -63,6 +40,7 @@ class Place(NamedTuple):
     dim: int
     scale_bits: int
     num_heads: int
+    num_blocks: int
     block_shift: int
 
 
@@ -71,7 +49,7 @@ def place_of(
     scale: Tensor | None,  # [num_blocks, block_size, num_kv_heads, *scale_shape]
 ) -> Place | None:
     """Where this pool lies; None where the kernel cannot read it."""
-    _, block_size, num_heads, width = codes.shape
+    num_blocks, block_size, num_heads, width = codes.shape
     is_power = block_size >= _MIN_BLOCK and not block_size & (block_size - 1)
     if codes.device.type != "cpu" or type(codes) is not Tensor or not is_power or not _is_readable(codes, scale):
         return None
@@ -83,12 +61,13 @@ def place_of(
     if scale is not None:
         bits = 8 * scale.element_size()
         scales = scale.data_ptr(), scale.stride(0) * bits // 8, scale.stride(2) * bits // 8
-    return Place((*arguments, *scales), _CODES[codes.dtype], dim, bits, num_heads, block_size.bit_length() - 1)
+    shift = block_size.bit_length() - 1
+    return Place((*arguments, *scales), NAMES[codes.dtype], dim, bits, num_heads, num_blocks, shift)
 
 
 def _is_readable(codes: Tensor, scale: Tensor | None) -> bool:
     """Whether a token's channels, and the scales of a block's tokens, lie beside one another."""
-    if codes.dtype not in _CODES or codes.shape[3] > _MAX_DIM or codes.stride(3) != 1:
+    if codes.dtype not in NAMES or codes.shape[3] > MAX_DIM or codes.stride(3) != 1:
         return False
     if scale is None:
         return True
@@ -102,7 +81,7 @@ def can_attend(
     v: Place,
 ) -> bool:
     """Whether `attend_blocks` takes this call."""
-    if torch.compiler.is_compiling() or not _can_compile():
+    if torch.compiler.is_compiling() or not can_compile():
         return False
     if type(q) is not Tensor or q.device.type != "cpu" or (q.requires_grad and torch.is_grad_enabled()):
         return False
@@ -136,7 +115,7 @@ def attend_blocks(
     rows = group * q_len
     together = min(rows, 4)
     scale_bits = max(k.scale_bits, v.scale_bits)
-    program, part_size = _program(together, k.dim, v.dim, k.code, v.code, scale_bits, _machine().lanes_here())
+    program, part_size = _program(together, k.dim, v.dim, k.code, v.code, scale_bits, lanes())
     states = q if q.dtype == torch.float32 and q.stride(3) == 1 else q.float().contiguous()
     capacity = block_table.shape[1] << k.block_shift
     splits = -(-capacity // CHUNK)
@@ -151,7 +130,7 @@ def attend_blocks(
     first = None if starts is None else torch.as_tensor(starts, dtype=torch.int32, device="cpu")
     # In the order of spec.ARGUMENTS.
     arguments = array("q", (
-        0, num_tasks, _num_threads() if work > _SERIAL_WORK else 1, splits, k.num_heads, group, q_len,
+        0, num_tasks, num_threads() if work > _SERIAL_WORK else 1, splits, k.num_heads, group, q_len,
         states.data_ptr(), *states.stride()[:3],
         *k.arguments, *v.arguments,
         block_table.data_ptr(), block_table.stride(0), k.block_shift, seq_lens.data_ptr(),
@@ -198,38 +177,8 @@ def _bits(value: float) -> int:
     return int.from_bytes(struct.pack("=d", value), "little", signed=True)
 
 
-def _num_threads() -> int:
-    return torch.get_num_threads() if _fork_address() is not None and os.getpid() == _PROCESS else 1
-
-
-@cache
-def _can_compile() -> bool:
-    if importlib.util.find_spec("llvmlite") is None:
-        logger.info("llvmlite is not installed: attention on the CPU takes torch's operations instead of one kernel")
-        return False
-    return _machine().lanes_here() is not None
-
-
-@cache
-def _machine() -> Any:
-    # Not at the top: it costs some 0.1 s, and a GPU has no need of it.
-    return importlib.import_module("hf_kvopt.kernels.jit.machine")
-
-
 @cache
 def _program(*fields: Any) -> tuple[Any, int]:
     """The kernel of the spec with these fields, and the float32 values of scratch that a task takes for a row."""
-    start, spec = time.perf_counter(), Spec(*fields)
-    program = _machine().Program(spec, _fork_address())
-    logger.debug("compiled attention for %s in %.2f s", spec, time.perf_counter() - start)
-    return program, part_items(spec)
-
-
-@cache
-def _fork_address() -> int | None:
-    """GOMP_parallel of the OpenMP library that torch is linked with; None where it is of another kind."""
-    try:
-        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        return ctypes.cast(library.GOMP_parallel, ctypes.c_void_p).value
-    except (OSError, AttributeError):
-        return None
+    spec = Spec(*fields)
+    return compiled("attention", spec), part_items(spec)

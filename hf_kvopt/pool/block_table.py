@@ -245,7 +245,7 @@ class BlockTable:
 
     def span(self) -> tuple[int, int] | None:
         """(first slot of row 0, slots from row to row) where rows are even and begin together, else None."""
-        if self._span is _UNKNOWN:
+        if self._span == _UNKNOWN:
             self._span = None if self.is_ragged else self.layout.pitch
         return self._span
 

@@ -77,6 +77,33 @@ def padded_rows(rows: Sequence[Sequence[int]]) -> list[list[int]]:
     return [[*row, *[0] * (width - len(row))] for row in rows]
 
 
+def strided(x: Tensor, first: int, pitch: int, batch: int, length: int) -> Tensor:
+    """[batch, num_kv_heads, length, ...] view of x [num_blocks, block_size, num_kv_heads, ...]: row r from slot
+    first + r * pitch on."""
+    _, slot, head, *tail = x.stride()
+    _, _, num_heads, *sizes = x.shape
+    return x.as_strided((batch, num_heads, length, *sizes), (pitch * slot, head, slot, *tail), first * slot)
+
+
+def gathered(x: Tensor, slots: Tensor) -> Tensor:
+    """[batch, num_kv_heads, kv_len, ...] of x [num_blocks, block_size, num_kv_heads, ...] at slots [batch, kv_len]."""
+    heads_first = x.movedim(2, 0)
+    if not heads_first.is_contiguous():
+        return x.flatten(0, 1)[slots].transpose(1, 2)
+    picked = heads_first.flatten(1, 2).index_select(1, slots.reshape(-1))
+    return picked.unflatten(1, tuple(slots.shape)).transpose(0, 1)
+
+
+def shared_runs(src: list[int], dst: list[int]) -> list[tuple[int, int]]:
+    """(first index, length) of the stretches in which both lists count up by one."""
+    if not src:
+        return []
+    pairs = list(zip(src, dst, strict=True))
+    cuts = [i + 1 for i, (p, q) in enumerate(pairwise(pairs)) if q[0] != p[0] + 1 or q[1] != p[1] + 1]
+    bounds = [0, *cuts, len(pairs)]
+    return [(a, b - a) for a, b in pairwise(bounds)]
+
+
 def is_one_run(row: Sequence[int]) -> bool:
     """Whether the blocks of `row` follow each other in memory."""
     return row[-1] - row[0] == len(row) - 1 and row == list(range(row[0], row[-1] + 1))

@@ -9,17 +9,18 @@ are stored less their row's centre and rotated (`quant.guard`).
 """
 
 import weakref
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_kvopt.kernels.cpu_jit import place_of
+from hf_kvopt.kernels.cpu_store import can_store, store_states
 from hf_kvopt.kernels.dispatch import require_format, require_format_somewhere, runs_kernel, store_kv
 from hf_kvopt.pool.block_table import BlockTable
 from hf_kvopt.pool.centres import Centres
 from hf_kvopt.pool.handle import HandleSpec, KVHandle
+from hf_kvopt.pool.slots import gathered, shared_runs, strided
 from hf_kvopt.quant import (
     NATIVE,
     NATIVE_KV,
@@ -104,9 +105,16 @@ class Plane:
         """[batch, num_kv_heads, 0, head_dim]: states such as this plane holds, but none."""
         return torch.empty(batch, self.num_heads, 0, self.dim, dtype=self.dtype, device=self.home)
 
-    def encode(self, states: Tensor) -> Quantized:
-        """States [..., head_dim] as they are stored, each vector alone."""
-        return quantize(states, self.format, SCALE_DTYPE)
+    def encode(self, states: Tensor, centre: Tensor | None = None) -> Quantized:
+        """States [batch, num_kv_heads, tokens, head_dim] as they are stored, less centre, each vector alone."""
+        if self.place is None or not can_store(states, self.place):
+            return quantize(self.guarded(states, centre), self.format, SCALE_DTYPE)
+        batch, _, tokens, _ = states.shape
+        codes, scale = self._blocks(-(-batch * tokens // self.block_size), states.device)
+        place = place_of(codes, scale)
+        assert place is not None
+        store_states(states, place, torch.arange(batch * tokens, device="cpu"), centre, self.rotates)
+        return Quantized(*(strided(x, 0, tokens, batch, tokens) for x in (codes, scale) if x is not None))
 
     def guarded(self, states: Tensor, centre: Tensor | None) -> Tensor:
         """States [batch, num_kv_heads, tokens, head_dim] as they go into a format, less centre [batch, heads, dim]."""
@@ -122,19 +130,16 @@ class Plane:
         """[batch, num_kv_heads, head_dim] that was taken from each row of `table`; None where nothing was."""
         return None if self.centres is None else self.centres.of_rows(table)
 
-    def before_write(self, states: Tensor, table: BlockTable, start: int, stop: int) -> Tensor:
-        """`guarded` for the columns `start` to `stop`: rows that begin there learn their centre."""
-        return self.guarded(states, self.learn(states, table, start, stop))
-
     def learn(self, states: Tensor, table: BlockTable, start: int, stop: int) -> Tensor | None:
-        """[batch, num_kv_heads, head_dim] that is taken from states for the columns `start` to `stop`."""
+        """[batch, num_kv_heads, head_dim] that is taken from states for the columns `start` to `stop`: rows that begin
+        there learn it."""
         if self.centres is None:
             return None
         centre, anew = self.centres.before_write(states, table, start, stop)
         for row, block, keys in anew:
-            guarded = self.guarded(keys[None], None if centre is None else centre[row : row + 1])
+            encoded = self.encode(keys[None], None if centre is None else centre[row : row + 1])
             first = block * self.block_size
-            self.store(self.encode(guarded), torch.arange(first, first + keys.shape[1], device=keys.device))
+            self.store(encoded, torch.arange(first, first + keys.shape[1], device=keys.device))
         return centre
 
     def as_stored(self, states: Tensor, table: BlockTable) -> Tensor:
@@ -142,7 +147,7 @@ class Plane:
         if not self.format.has_scale:
             return states
         centre = self.centre_of(table)
-        read = dequantize(*self.encode(self.guarded(states, centre)), self.format)
+        read = dequantize(*self.encode(states, centre), self.format)
         return self.restored(read, centre).to(self.dtype)
 
     def write(self, encoded: Quantized, table: BlockTable, start: int, stop: int) -> None:
@@ -150,9 +155,9 @@ class Plane:
         span = table.span()
         if span is not None:
             slot, rows = span[0] + start - table.base, (span[1], len(table.rows), stop - start)
-            _strided(self.codes, slot, *rows).copy_(encoded.codes)
+            strided(self.codes, slot, *rows).copy_(encoded.codes)
             if self.scale is not None:
-                _strided(self.scale, slot, *rows).copy_(encoded.scale)  # type: ignore[arg-type]
+                strided(self.scale, slot, *rows).copy_(encoded.scale)  # type: ignore[arg-type]
             return
         slots = table.slots(start, stop, encoded.codes.device)
         if start >= max(table.lags):
@@ -185,10 +190,10 @@ class Plane:
         """The same as codes [batch, num_kv_heads, kv_len, width] and scales [batch, num_kv_heads, kv_len]."""
         span = table.span()
         if span is not None:
-            parts = [_strided(x, span[0] + skip, span[1], table.batch_size, kv_len) for x in self.tensors]
+            parts = [strided(x, span[0] + skip, span[1], table.batch_size, kv_len) for x in self.tensors]
         else:
             slots = table.gather_slots(skip, kv_len, self.codes.device)
-            parts = [_picked(x, slots) for x in self.tensors]
+            parts = [gathered(x, slots) for x in self.tensors]
         return Quantized(parts[0], parts[1] if self.format.has_scale else None)
 
     def handle(
@@ -206,7 +211,7 @@ class Plane:
         """Move to `num_blocks` blocks, block `src[i]` becoming `dst[i]`; the rest is zero."""
         codes, scale = self._blocks(num_blocks, self.codes.device)
         for before, after in zip(self.tensors, [codes] if scale is None else [codes, scale], strict=True):
-            for first, length in _runs(src, dst):
+            for first, length in shared_runs(src, dst):
                 a, b = src[first], dst[first]
                 after[b : b + length].copy_(before[a : a + length])
         if self.centres is not None:
@@ -301,12 +306,19 @@ class KVPool:
 
     def write(self, key_states: Tensor, value_states: Tensor, table: BlockTable, start: int, stop: int) -> None:
         """Store the states of the columns `start` to `stop`: one launch where kernels run."""
-        if self.keys.rotates or self.keys.centres is not None:
-            key_states = self.keys.before_write(key_states, table, start, stop)
+        centre = self.keys.learn(key_states, table, start, stop)
         if runs_kernel(key_states):
-            self.store(key_states, value_states, table.slots(start, stop, key_states.device).reshape(-1))
+            slots = table.slots(start, stop, key_states.device).reshape(-1)
+            self.store(self.keys.guarded(key_states, centre), value_states, slots)
+        elif self._compiles(key_states, value_states):
+            for plane, states, taken in ((self.keys, key_states, centre), (self.values, value_states, None)):
+                if plane.place is not None and can_store(states, plane.place):
+                    slots = table.slots(start, stop, states.device)
+                    store_states(states, plane.place, slots, taken, plane.rotates)
+                else:
+                    plane.write(plane.encode(states, taken), table, start, stop)
         else:
-            keys, values = self._encoded(key_states, value_states)
+            keys, values = self._encoded(self.keys.guarded(key_states, centre), value_states)
             self.keys.write(keys, table, start, stop)
             self.values.write(values, table, start, stop)
 
@@ -316,19 +328,28 @@ class KVPool:
             key_states, value_states = (x if x.stride(-1) == 1 else x.contiguous() for x in (key_states, value_states))
             keys, values = self.planes
             store_kv(key_states, value_states, keys.codes, values.codes, slots, keys.scale, values.scale)
+        elif self._compiles(key_states, value_states):
+            for plane, states in zip(self.planes, (key_states, value_states), strict=True):
+                if plane.place is not None and can_store(states, plane.place):
+                    store_states(states, plane.place, slots)
+                else:
+                    plane.store(quantize(states, plane.format, SCALE_DTYPE), slots)
         else:
             for plane, encoded in zip(self.planes, self._encoded(key_states, value_states), strict=True):
                 plane.store(encoded, slots)
 
+    def _compiles(self, key_states: Tensor, value_states: Tensor) -> bool:
+        """Whether keys or values are quantized by a kernel that was compiled for this CPU."""
+        pairs = (key_states, self.keys.place), (value_states, self.values.place)
+        return any(place is not None and can_store(states, place) for states, place in pairs)
+
     def _encoded(self, key_states: Tensor, value_states: Tensor) -> tuple[Quantized, Quantized]:
-        """Keys and values as they are stored; in one pass where both are stored alike."""
-        keys, values = self.planes
-        if not (keys.format.has_scale or values.format.has_scale):
-            return Quantized(key_states, None), Quantized(value_states, None)
-        is_one_pass = keys.format is values.format and key_states.shape == value_states.shape
-        if not (is_one_pass and keys.format.has_scale) or key_states.numel() > _ONE_PASS:
-            return keys.encode(key_states), values.encode(value_states)
-        codes, scale = keys.encode(torch.stack((key_states, value_states.to(key_states.dtype))))
+        """Keys, guarded, and values as they are stored; in one pass where both are stored alike."""
+        keys, values = self.keys.format, self.values.format
+        is_one_pass = keys is values and keys.has_scale and key_states.shape == value_states.shape
+        if not is_one_pass or key_states.numel() > _ONE_PASS:
+            return quantize(key_states, keys, SCALE_DTYPE), quantize(value_states, values, SCALE_DTYPE)
+        codes, scale = quantize(torch.stack((key_states, value_states.to(key_states.dtype))), keys, SCALE_DTYPE)
         assert scale is not None
         return Quantized(codes[0], scale[0]), Quantized(codes[1], scale[1])
 
@@ -360,30 +381,3 @@ def require_readable(format: KVFormat) -> None:
     """Raise UnsupportedDevice where there are CUDA cards of which none can read the format."""
     for fmt in (format.k, format.v):
         require_format_somewhere(fmt)
-
-
-def _strided(x: Tensor, first: int, pitch: int, batch: int, length: int) -> Tensor:
-    """[batch, num_kv_heads, length, ...] view of x [num_blocks, block_size, num_kv_heads, ...]: row r from slot
-    first + r * pitch on."""
-    _, slot, head, *tail = x.stride()
-    _, _, num_heads, *sizes = x.shape
-    return x.as_strided((batch, num_heads, length, *sizes), (pitch * slot, head, slot, *tail), first * slot)
-
-
-def _picked(x: Tensor, slots: Tensor) -> Tensor:
-    """[batch, num_kv_heads, kv_len, ...] of x [num_blocks, block_size, num_kv_heads, ...] at slots [batch, kv_len]."""
-    heads_first = x.movedim(2, 0)
-    if not heads_first.is_contiguous():
-        return x.flatten(0, 1)[slots].transpose(1, 2)
-    picked = heads_first.flatten(1, 2).index_select(1, slots.reshape(-1))
-    return picked.unflatten(1, tuple(slots.shape)).transpose(0, 1)
-
-
-def _runs(src: list[int], dst: list[int]) -> list[tuple[int, int]]:
-    """(first index, length) of the stretches in which both lists count up by one."""
-    if not src:
-        return []
-    pairs = list(zip(src, dst, strict=True))
-    cuts = [i + 1 for i, (p, q) in enumerate(pairwise(pairs)) if q[0] != p[0] + 1 or q[1] != p[1] + 1]
-    bounds = [0, *cuts, len(pairs)]
-    return [(a, b - a) for a, b in pairwise(bounds)]

@@ -10,14 +10,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hf_kvopt.kernels import cpu_jit
+from hf_kvopt.kernels import cpu_jit, cpu_program
 from hf_kvopt.kernels.cpu_jit import can_attend, place_of
+from hf_kvopt.kernels.cpu_program import can_compile
 from hf_kvopt.kernels.jit.spec import CHUNK, TILE
 from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.kernels.reference import visible_pairs
 from hf_kvopt.quant import Quantized, dequantize, get_format, quantize
 
-pytestmark = pytest.mark.skipif(not cpu_jit._can_compile(), reason="needs llvmlite and AVX2")
+pytestmark = pytest.mark.skipif(not can_compile(), reason="needs llvmlite and AVX2")
 
 
 class Rows(NamedTuple):
@@ -257,14 +258,14 @@ def test_the_number_of_threads_changes_no_bit(monkeypatch):
     rows = make_rows((3 * CHUNK, 33, CHUNK + 9), q_len=2)
     results = []
     for threads in (1, 2, 3):
-        monkeypatch.setattr(cpu_jit, "_num_threads", lambda threads=threads: threads)
+        monkeypatch.setattr(cpu_jit, "num_threads", lambda threads=threads: threads)
         results.append(attend_blocks(*rows, scale=0.2))
     assert all(torch.equal(result, results[0]) for result in results)
 
 
 def test_two_python_threads_may_attend_at_once(monkeypatch):
     monkeypatch.setattr(cpu_jit, "_SERIAL_WORK", 0)
-    monkeypatch.setattr(cpu_jit, "_num_threads", lambda: 2)
+    monkeypatch.setattr(cpu_jit, "num_threads", lambda: 2)
     cases = [make_rows((CHUNK + 40 * i, 50), seed=i) for i in range(2)]
     wanted = [attend_blocks(*rows, scale=0.2) for rows in cases]
     wrong = []
@@ -375,7 +376,7 @@ def test_a_scale_of_nan_shows_in_its_row_and_head_alone():
 
 @pytest.mark.parametrize("dim", [40, 64], ids="head_dim {}".format)
 def test_avx2_agrees(dim, monkeypatch):
-    monkeypatch.setattr(cpu_jit._machine(), "lanes_here", lambda: 8)
+    monkeypatch.setattr(cpu_program._machine(), "lanes_here", lambda: 8)
     for heads in (8, 2), (3, 1), (4, 2), (2, 2):
         check(make_rows((77, 16, 1), sizes=(dim, dim), heads=heads), softcap=2.0)
         check(make_rows((77, 16, 1), sizes=(dim, dim), heads=heads, dtype=torch.float16))

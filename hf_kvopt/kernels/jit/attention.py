@@ -17,40 +17,31 @@ from __future__ import annotations
 from llvmlite import ir
 
 from hf_kvopt.kernels.jit.body import Body
-from hf_kvopt.kernels.jit.emitter import F32, I32, I64, NEG_INF, PTR
+from hf_kvopt.kernels.jit.emitter import F32, I64, NEG_INF, PTR
+from hf_kvopt.kernels.jit.kernel import VOID
 from hf_kvopt.kernels.jit.spec import Spec
 from hf_kvopt.kernels.jit.worker import Worker
 from hf_kvopt.kernels.pattern import LOG2E
-
-_VOID = ir.VoidType()
-# libgomp's entry: (function, its argument, threads, flags); LLVM's and Intel's OpenMP have it as well.
-FORK = "GOMP_parallel"
 
 
 def emit(spec: Spec) -> ir.Module:
     """A module with one function `run(arguments)`."""
     module = ir.Module("hf_kvopt")
     finish, work = (
-        ir.Function(module, ir.FunctionType(_VOID, [PTR, *more]), name)
+        ir.Function(module, ir.FunctionType(VOID, [PTR, *more]), name)
         for name, more in (("finish", [I64]), ("work", []))
     )
     finish.linkage = work.linkage = "internal"
     _emit_finish(finish, spec)
     Worker(work, spec, finish).emit()
-    _emit_run(ir.Function(module, ir.FunctionType(_VOID, [PTR]), "run"), work, finish, spec)
+    _emit_run(ir.Function(module, ir.FunctionType(VOID, [PTR]), "run"), work, finish, spec)
     return module
 
 
 def _emit_run(function: ir.Function, work: ir.Function, finish: ir.Function, spec: Spec) -> None:
-    """Work in the threads of torch's own OpenMP team, then merge."""
+    """Work, then merge."""
     e = Body(function, spec)
-    fork = ir.Function(function.module, ir.FunctionType(_VOID, [PTR, PTR, I32, I32]), FORK)
-    with e.b.if_else(e.b.icmp_signed(">", e.number("num_threads"), e.integer(1))) as (many, one):
-        with many:
-            threads = e.b.trunc(e.number("num_threads"), I32)
-            e.b.call(fork, [work, e.arguments, threads, ir.Constant(I32, 0)])
-        with one:
-            e.b.call(work, [e.arguments])
+    e.share_out(work)
     splits = e.number("splits")
     is_split = e.b.icmp_signed(">", splits, e.integer(1))
     with e.b.if_then(is_split), e.loop(e.integer(0), e.b.udiv(e.number("num_tasks"), splits), 1) as pair:

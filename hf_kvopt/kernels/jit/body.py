@@ -1,33 +1,21 @@
-"""What the functions of one kernel share: the arguments, and where a row's queries and partial sums lie."""
+"""What the functions of attention share: its arguments, and where a row's queries and partial sums lie."""
 
 from __future__ import annotations
 
 from llvmlite import ir
 
-from hf_kvopt.kernels.jit.emitter import F32, I64, NEG_INF, PTR, Emitter
+from hf_kvopt.kernels.jit.emitter import F32, NEG_INF
+from hf_kvopt.kernels.jit.kernel import Kernel
 from hf_kvopt.kernels.jit.spec import ARGUMENTS, Spec, part_items
 
 
-class Body(Emitter):
-    """An emitter that knows the arguments."""
+class Body(Kernel):
+    """A function of the kernel."""
 
     def __init__(self, function: ir.Function, spec: Spec) -> None:
-        super().__init__(function, spec.lanes)
+        super().__init__(function, spec.lanes, ARGUMENTS)
         self.spec = spec
-        self.arguments = function.args[0]
         self.k_vectors, self.v_vectors = (-(-dim // spec.lanes) for dim in (spec.k_dim, spec.v_dim))
-
-    def number(self, name: str) -> ir.Value:
-        """An int64 argument."""
-        return self.b.load(self.item(self.arguments, I64, self.integer(ARGUMENTS.index(name))), typ=I64)
-
-    def pointer(self, name: str) -> ir.Value:
-        """An address."""
-        return self.b.inttoptr(self.number(name), PTR)
-
-    def real(self, name: str) -> ir.Value:
-        """A float32 argument, handed over as a float64."""
-        return self.b.fptrunc(self.b.bitcast(self.number(name), ir.DoubleType()), F32)
 
     def num_rows(self) -> ir.Value:
         """Queries that share a KV head."""

@@ -7,7 +7,7 @@ mean what they mean in torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from llvmlite import ir
@@ -174,6 +174,11 @@ class Emitter:
         """max of each lane; b where either is NaN."""
         return self.b.select(self.b.fcmp_ordered(">", a, b), a, b)
 
+    def rounded(self, x: ir.Value) -> ir.Value:
+        """The nearest integer, ties to even; right below 2^22."""
+        magic = self.splat(12582912.0)  # 1.5 * 2^23: leaves no bit for the fraction
+        return self.b.fsub(self.b.fadd(x, magic), magic)
+
     def exp2(self, x: ir.Value) -> ir.Value:
         """2^x for x <= 0, to 1 ulp; 0 below the normal floats, NaN for NaN."""
         is_tiny = self.b.fcmp_ordered("<", x, self.splat(-126.0))
@@ -198,12 +203,15 @@ class Emitter:
 
     def fold(self, vector: ir.Value, op: str) -> ir.Value:
         """The sum ("add") or the greatest ("max") of all lanes, as a float."""
-        half = self.lanes // 2
-        while half:
-            other = self.shuffle(vector, vector, [i ^ half for i in range(self.lanes)])
-            vector = self.b.fadd(vector, other) if op == "add" else self.larger(vector, other)
-            half //= 2
-        return self.lane0(vector)
+        return self.lane0(self.folded(vector, self.b.fadd if op == "add" else self.larger))
+
+    def folded(self, vector: ir.Value, op: Callable[[ir.Value, ir.Value], ir.Value], period: int = 1) -> ir.Value:
+        """What `op` makes of every `period`-th lane, in each of these lanes."""
+        distance = self.lanes // 2
+        while distance >= period:
+            vector = op(vector, self.shuffle(vector, vector, [lane ^ distance for lane in range(self.lanes)]))
+            distance //= 2
+        return vector
 
     def lane0(self, vector: ir.Value) -> ir.Value:
         """Lane 0."""

@@ -49,3 +49,35 @@ NO_MASK, BOOL_MASK, FLOAT_MASK = 0, 1, 2
 def part_items(spec: Spec) -> int:
     """float32 values that a task keeps of one row: the weighted sum of values, the greatest score, the denominator."""
     return -(-spec.v_dim // spec.lanes) * spec.lanes + spec.lanes  # so that rows are aligned alike
+
+
+class StoreSpec(NamedTuple):
+    """One compiled kernel that quantizes and stores.
+
+    Args:
+        dim: channels of a vector.
+        source: how states come, a name in codec.CODECS.
+        code: how they are stored, a name in coder.CODERS.
+        rotates: whether they are rotated before.
+        is_centred: whether a centre is taken from them before.
+        lanes: see `Spec`.
+    """
+
+    dim: int
+    source: str
+    code: str
+    rotates: bool
+    is_centred: bool
+    lanes: int
+
+
+# Tokens of one task.
+STORE_CHUNK = 64
+# An int64 each; strides are in bytes. `outside` becomes a slot that the pool does not have.
+STORE_ARGUMENTS = (
+    "next_task", "num_tasks", "num_threads", "outside", "chunks", "num_heads", "tokens",
+    "states", "states_row", "states_head", "states_token",
+    "centre", "centre_row", "centre_head",
+    "slots", "num_slots", "block_shift",
+    "codes", "codes_block", "codes_token", "codes_head", "scale", "scale_block", "scale_head",
+)  # fmt: skip

@@ -84,15 +84,8 @@ class Worker(Body):
     def emit(self) -> None:
         """Write the function."""
         self.queries = self.allocate(self.b.mul(self.num_padded(), self.integer(self.k_vectors * self.lanes * 4)))
-        head, body, after = (self.function.append_basic_block(name) for name in ("next", "task", "done"))
-        self.b.branch(head)
-        self.b.position_at_end(head)
-        task = self.b.atomic_rmw("add", self.arguments, self.integer(1), "monotonic")
-        self.b.cbranch(self.b.icmp_signed("<", task, self.number("num_tasks")), body, after)
-        self.b.position_at_end(body)
-        self._task(task)
-        self.b.branch(head)
-        self.b.position_at_end(after)
+        with self.tasks() as task:
+            self._task(task)
         self.b.ret_void()
 
     def _task(self, task: ir.Value) -> None:
