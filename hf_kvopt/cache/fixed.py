@@ -79,7 +79,9 @@ class FixedLayer(PagedLayer):
         # The first step finds nothing before it, also where it is traced.
         seen = num_tokens if is_new else None
         kv_len = seen or (self.row_capacity if self._is_static(num_tokens) else int(self.length))
-        is_exact = is_new and self.exact_prefill and not torch.compiler.is_compiling()
+        # A prompt's own states are all that it reads.
+        is_prompt = num_tokens > 1 and not torch.compiler.is_compiling() and kv_len == num_tokens
+        is_exact = is_prompt and (self.exact_prefill or self.format.is_native)
         keys, values = (
             self._handle(plane, kv_len, states if is_exact else None)
             for plane, states in zip(self.pool.planes, (key_states, value_states), strict=True)
