@@ -293,6 +293,7 @@ class KVPool:
         guard = guard_for(format.k) if format.guard else NO_GUARD
         self.keys = Plane(key_states, block_size, num_blocks, format.k, guard)
         self.values = Plane(value_states, block_size, num_blocks, format.v)
+        self.is_native = format.is_native
 
     @property
     def planes(self) -> tuple[Plane, Plane]:
@@ -311,9 +312,9 @@ class KVPool:
             slots = table.slots(start, stop, key_states.device).reshape(-1)
             self.store(self.keys.guarded(key_states, centre), value_states, slots)
         elif self._compiles(key_states, value_states):
+            slots = table.slots(start, stop, key_states.device)
             for plane, states, taken in ((self.keys, key_states, centre), (self.values, value_states, None)):
                 if plane.place is not None and can_store(states, plane.place):
-                    slots = table.slots(start, stop, states.device)
                     store_states(states, plane.place, slots, taken, plane.rotates)
                 else:
                     plane.write(plane.encode(states, taken), table, start, stop)
@@ -340,8 +341,10 @@ class KVPool:
 
     def _compiles(self, key_states: Tensor, value_states: Tensor) -> bool:
         """Whether keys or values are quantized by a kernel that was compiled for this CPU."""
-        pairs = (key_states, self.keys.place), (value_states, self.values.place)
-        return any(place is not None and can_store(states, place) for states, place in pairs)
+        if self.is_native:
+            return False
+        k, v = self.keys.place, self.values.place
+        return (k is not None and can_store(key_states, k)) or (v is not None and can_store(value_states, v))
 
     def _encoded(self, key_states: Tensor, value_states: Tensor) -> tuple[Quantized, Quantized]:
         """Keys, guarded, and values as they are stored; in one pass where both are stored alike."""
