@@ -117,8 +117,8 @@ def _over_storage(query: Tensor, key: KVHandle, value: KVHandle, pattern: Patter
     if key.states is None and value.states is None:
         if key.place is not None and value.place is not None and can_attend(query, key.place, value.place):
             key.check_valid()
-            where = key.place, value.place, key.block_table, key.seq_lens
-            return attend_blocks(key.for_codes(query), *where, pattern, skip=key.skip, lags=key.lags)
+            query = key.for_codes(query) if key.spec.rotates else query
+            return attend_blocks(query, key.place, value.place, *key.rows(), pattern, skip=key.skip)
         if _reads_codes(query, key, value, pattern):
             formats = key.format, value.format
             return decode_codes(key.for_codes(query), key.view_codes(), value.view_codes(), formats, pattern)

@@ -49,7 +49,7 @@ class FixedLayer(PagedLayer):
         super().lazy_initialization(key_states, value_states)
         device = key_states.device
         self.length = self.length.to(device)
-        self.block_table = table.block_table(device)
+        self.block_table, _, _ = table.rows_on(device)
         self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=device)
         if not torch.compiler.is_compiling():
             assert self.pool is not None

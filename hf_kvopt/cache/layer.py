@@ -190,7 +190,7 @@ class PagedLayer(CacheLayerMixin):
                 "torch.no_grad() or torch.inference_mode(), or train with use_cache=False"
             )
         pool = self.pool
-        if pool is not None and not (pool.keys.matches(key_states) and pool.values.matches(value_states)):
+        if pool is not None and not pool.matches(key_states, value_states):
             raise CacheStateError(
                 f"this layer of the cache holds keys and values of [{pool.keys.num_heads}, {pool.keys.dim}] and "
                 f"[{pool.values.num_heads}, {pool.values.dim}] (heads, head_dim) in {pool.keys.dtype}: got "

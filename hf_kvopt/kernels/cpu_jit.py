@@ -96,10 +96,10 @@ def attend_blocks(
     v: Place,
     block_table: Tensor,  # [batch, max_blocks] int32
     seq_lens: Tensor,  # [batch] int32
+    lags: Tensor | None,  # [batch] int32
     pattern: Pattern,
     *,
     skip: int = 0,
-    lags: Tensor | None = None,  # [batch] int32
 ) -> Tensor:
     """Attention with queries aligned to the end of each row: query i sits at token seq_len - q_len + i.
 

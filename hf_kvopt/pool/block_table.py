@@ -20,7 +20,7 @@ from torch import Tensor
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.pool import slots as arithmetic
 from hf_kvopt.pool.allocator import BlockAllocator
-from hf_kvopt.pool.slots import Layout, Memo, Step
+from hf_kvopt.pool.slots import Layout, Memo, RowTensors, Step
 
 _UNKNOWN = (-1, -1)
 
@@ -52,6 +52,7 @@ class BlockTable:
         self.version = 0  # counts changes: a handle made before one is out of date
         self._tensors = Memo()
         self._step: tuple[tuple[int, int, int], Step] | None = None
+        self._rows_on: tuple[torch.device, RowTensors] | None = None
         self._layout: Layout | None = None
         self._span: tuple[int, int] | None = _UNKNOWN
         allocator.add_holder(self)
@@ -256,17 +257,16 @@ class BlockTable:
             self._layout = Layout(self.rows, self.block_size)
         return self._layout
 
-    def block_table(self, device: torch.device) -> Tensor:
-        """[batch, max_blocks] int32 on `device`, short rows filled with block 0."""
-        return self._tensors.of(("table", device), lambda: arithmetic.padded_rows(self.rows), torch.int32)
-
-    def seq_lens(self, device: torch.device) -> Tensor:
-        """[batch] int32: tokens held of each row (from `base` on)."""
-        return self._tensors.of(("lens", device), lambda: [max(0, n - self.base) for n in self.lengths], torch.int32)
-
-    def lag_tensor(self, device: torch.device) -> Tensor:
-        """[batch] int32: `lags`."""
-        return self._tensors.of(("lags", device), lambda: self.lags, torch.int32)
+    def rows_on(self, device: torch.device) -> RowTensors:
+        """The rows as attention reads them; short rows are filled with block 0, lengths count from `base` on."""
+        if self._rows_on is None or self._rows_on[0] != device:
+            blocks = self._tensors.of(("table", device), lambda: arithmetic.padded_rows(self.rows), torch.int32)
+            lens = self._tensors.of(
+                ("lens", device), lambda: [max(0, n - self.base) for n in self.lengths], torch.int32
+            )
+            lags = self._tensors.of(("lags", device), lambda: self.lags, torch.int32) if self.is_ragged else None
+            self._rows_on = device, (blocks, lens, lags)
+        return self._rows_on[1]
 
     def slots(self, start: int, stop: int, device: torch.device) -> Tensor:
         """[batch, stop - start] int64 slots of the columns `start` to `stop`; -1 where a row has no token."""
@@ -372,11 +372,11 @@ class BlockTable:
     def _rows_changed(self) -> None:
         self.version += 1
         self._tensors = Memo()
-        self._step, self._layout, self._span = None, None, _UNKNOWN
+        self._step, self._rows_on, self._layout, self._span = None, None, None, _UNKNOWN
 
     def _lengths_changed(self) -> None:
         self.version += 1
-        self._step = None
+        self._step, self._rows_on = None, None
         self._tensors.forget_all_but("table")
 
     def _watch(self) -> None:
@@ -387,7 +387,7 @@ class BlockTable:
     def __getstate__(self) -> dict[str, object]:
         state = self.__dict__.copy()
         del state["_finalizer"]
-        state["_tensors"], state["on_refusal"] = Memo(), None
+        state["_tensors"], state["_rows_on"], state["on_refusal"] = Memo(), None, None
         return state
 
     def __setstate__(self, state: dict[str, object]) -> None:

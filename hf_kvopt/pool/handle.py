@@ -15,6 +15,7 @@ from torch import Tensor
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.kernels.cpu_jit import Place
 from hf_kvopt.pool.lazy import LazyTensor
+from hf_kvopt.pool.slots import RowTensors
 from hf_kvopt.quant import Format, Quantized, dequantize, get_format, rotate, unguarded
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class KVHandle(LazyTensor):
         place: Place | None = None,
     ) -> "KVHandle":
         """See the class."""
-        handle = KVHandle.wrap(spec.shape, spec.dtype, codes.device)
+        handle: Any = torch.Tensor._make_wrapper_subclass(KVHandle, spec.shape, dtype=spec.dtype, device=codes.device)
         handle.codes, handle.scale, handle.spec = codes, scale, spec
         handle._block_table, handle._seq_lens = block_table, seq_lens
         handle.plane, handle.table, handle.skip = plane, table, skip
@@ -111,29 +112,32 @@ class KVHandle(LazyTensor):
         """How the codes are to be read."""
         return get_format(self.spec.format)
 
+    def rows(self) -> RowTensors:
+        """Block table, lengths and lags: how attention finds the tokens of each row."""
+        table = self.table
+        if table is None:
+            assert self._block_table is not None
+            assert self._seq_lens is not None
+            return self._block_table, self._seq_lens, None
+        rows = table.rows_on(self.codes.device)
+        # A layer may hold fewer columns than its table (it was not part of every forward).
+        late = table.clock - table.base - self.skip - self.spec.shape[2]
+        return (rows[0], (rows[1] - late).clamp(min=0), rows[2]) if late else rows
+
     @property
     def block_table(self) -> Tensor:
         """[batch, max_blocks] int32."""
-        if self.table is not None:
-            return self.table.block_table(self.codes.device)
-        assert self._block_table is not None
-        return self._block_table
+        return self.rows()[0]
 
     @property
     def seq_lens(self) -> Tensor:
         """[batch] int32: tokens of each row that are in the table."""
-        if self.table is not None:
-            lens = self.table.seq_lens(self.codes.device)
-            # A layer may hold fewer columns than its table (it was not part of every forward).
-            late = self.table.clock - self.table.base - self.skip - self.spec.shape[2]
-            return (lens - late).clamp(min=0) if late else lens
-        assert self._seq_lens is not None
-        return self._seq_lens
+        return self.rows()[1]
 
     @property
     def lags(self) -> Tensor | None:
         """[batch] int32: leading columns of each row that hold no token; None where no row has any."""
-        return None if self.table is None or not self.table.is_ragged else self.table.lag_tensor(self.codes.device)
+        return self.rows()[2]
 
     @property
     def starts(self) -> list[int] | None:

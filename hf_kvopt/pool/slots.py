@@ -26,9 +26,11 @@ def column_slots(table: "BlockTable", start: int, stop: int) -> list[list[int]]:
 
 def picked(table: "BlockTable", skip: int, num_columns: int, device: torch.device) -> Tensor:
     """[batch, num_columns] int64 slots from column base + `skip` on; some slot of the row where it has no token."""
-    columns = torch.arange(skip, skip + num_columns, device=device)
-    tokens = (columns - table.lag_tensor(device)[:, None]).clamp(min=0)
-    blocks = table.block_table(device).long().gather(1, tokens // table.block_size)
+    block_table, _, lags = table.rows_on(device)
+    tokens = torch.arange(skip, skip + num_columns, device=device).expand(len(block_table), -1)
+    if lags is not None:
+        tokens = (tokens - lags[:, None]).clamp(min=0)
+    blocks = block_table.long().gather(1, tokens // table.block_size)
     return blocks * table.block_size + tokens % table.block_size
 
 
@@ -107,6 +109,10 @@ def shared_runs(src: list[int], dst: list[int]) -> list[tuple[int, int]]:
 def is_one_run(row: Sequence[int]) -> bool:
     """Whether the blocks of `row` follow each other in memory."""
     return row[-1] - row[0] == len(row) - 1 and row == list(range(row[0], row[-1] + 1))
+
+
+# Block table [batch, max_blocks], tokens held [batch] and columns before the first one [batch], or None; all int32.
+RowTensors = tuple[Tensor, Tensor, Tensor | None]
 
 
 class Step(NamedTuple):

@@ -97,10 +97,6 @@ class Plane:
         held = self.tensors if self.centres is None else [*self.tensors, *self.centres.tensors]
         return sum(tensor.untyped_storage().nbytes() for tensor in held)
 
-    def matches(self, states: Tensor) -> bool:
-        """Whether `states` come from a layer of the same geometry."""
-        return (states.shape[1], states.shape[-1], states.dtype) == (self.num_heads, self.dim, self.dtype)
-
     def no_tokens(self, batch: int) -> Tensor:
         """[batch, num_kv_heads, 0, head_dim]: states such as this plane holds, but none."""
         return torch.empty(batch, self.num_heads, 0, self.dim, dtype=self.dtype, device=self.home)
@@ -300,6 +296,14 @@ class KVPool:
         """Keys, values."""
         return self.keys, self.values
 
+    def matches(self, key_states: Tensor, value_states: Tensor) -> bool:
+        """Whether states come from a layer of the same geometry."""
+        k, v = self.keys, self.values
+        _, k_heads, _, k_dim = key_states.shape
+        _, v_heads, _, v_dim = value_states.shape
+        shapes, dtypes = (k_heads, k_dim, v_heads, v_dim), (key_states.dtype, value_states.dtype)
+        return shapes == (k.num_heads, k.dim, v.num_heads, v.dim) and dtypes == (k.dtype, v.dtype)
+
     @property
     def num_bytes(self) -> int:
         """Bytes held, free blocks included."""
@@ -307,6 +311,12 @@ class KVPool:
 
     def write(self, key_states: Tensor, value_states: Tensor, table: BlockTable, start: int, stop: int) -> None:
         """Store the states of the columns `start` to `stop`: one launch where kernels run."""
+        span = table.span() if self.is_native else None
+        if span is not None and not runs_kernel(key_states):
+            where = span[0] + start - table.base, span[1], len(table.rows), stop - start
+            strided(self.keys.codes, *where).copy_(key_states)
+            strided(self.values.codes, *where).copy_(value_states)
+            return
         centre = self.keys.learn(key_states, table, start, stop)
         if runs_kernel(key_states):
             slots = table.slots(start, stop, key_states.device).reshape(-1)

@@ -60,7 +60,7 @@ def attend_blocks(
 ) -> Tensor:
     starts = None if starts is None else torch.tensor(starts, dtype=torch.int32)
     places = place_of(k, k_scale), place_of(v, v_scale)
-    return cpu_jit.attend_blocks(q, *places, table, lens, Pattern(**pattern, starts=starts), skip=skip, lags=lags)
+    return cpu_jit.attend_blocks(q, *places, table, lens, lags, Pattern(**pattern, starts=starts), skip=skip)
 
 
 def written_out(
@@ -404,7 +404,7 @@ def test_a_default_dtype_and_device_change_nothing():
     torch.set_default_dtype(torch.float16)  # a result of half the bytes would be written past its end
     torch.set_default_device("meta")
     try:
-        got = cpu_jit.attend_blocks(rows.q, *places, *rows[3:], pattern)
+        got = cpu_jit.attend_blocks(rows.q, *places, *rows[3:], None, pattern)
     finally:
         torch.set_default_device(None)
         torch.set_default_dtype(torch.float32)

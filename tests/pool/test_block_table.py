@@ -106,7 +106,7 @@ def test_rows_of_unlike_length_grow_each_behind_its_own_end() -> None:
         [*count(20, 24), 200, 201],
         [*count(40, 47), 300, 301],
     ]
-    assert store.table.seq_lens(torch.device("cpu")).tolist() == [11, 6, 9]
+    assert store.table.rows_on(torch.device("cpu"))[1].tolist() == [11, 6, 9]
     assert store.table.span() is None
     store.allocator.check_integrity()
 
@@ -248,8 +248,9 @@ def test_slots_and_block_table_name_the_same_places() -> None:
     table, device = store.table, torch.device("cpu")
     slots = table.slots(0, 9, device)
     positions = torch.arange(9)
-    assert torch.equal(slots, table.block_table(device).long()[:, positions // BLOCK] * BLOCK + positions % BLOCK)
-    assert table.block_table(device).dtype == table.seq_lens(device).dtype == torch.int32
+    block_table, lens, _ = table.rows_on(device)
+    assert torch.equal(slots, block_table.long()[:, positions // BLOCK] * BLOCK + positions % BLOCK)
+    assert block_table.dtype == lens.dtype == torch.int32
 
 
 def test_a_table_that_is_collected_gives_back_also_the_rows_of_its_forks() -> None:
