@@ -76,7 +76,6 @@ class PagedLayer(CacheLayerMixin):
         self.pool.keys.is_first = not allocator.pools
         allocator.pools.append(self.pool)
 
-    @torch.compiler.disable(reason="a growing cache: use PagedCache(max_tokens=..., compileable=True)")
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write [batch, num_kv_heads, q_len, head_dim] behind what is held, and hand back all that a query may see.
 
@@ -84,6 +83,11 @@ class PagedLayer(CacheLayerMixin):
             CacheStateError: another batch size, another model's geometry, or gradients are on.
             OutOfBlocks: the cap is reached; nothing was written.
         """
+        # Asked here and not by a decorator, which costs a decode step more than the question.
+        append = _append_outside_a_graph if torch.compiler.is_compiling() else PagedLayer._append
+        return append(self, key_states, value_states)
+
+    def _append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         self._check(key_states, value_states)
         if self.pool is None:
             self.lazy_initialization(key_states, value_states)
@@ -207,3 +211,8 @@ class PagedLayer(CacheLayerMixin):
 
 def _behind(past: tuple[Tensor, ...] | None, idx: int, states: Tensor) -> Tensor:
     return states if past is None else torch.cat([past[idx], states], dim=2)
+
+
+_append_outside_a_graph = torch.compiler.disable(
+    PagedLayer._append, reason="a growing cache: use PagedCache(max_tokens=..., compileable=True)"
+)
