@@ -39,7 +39,7 @@ JOBS = (
     Job("fragmentation", ("",), "--requests 60", "fragmentation.json"),
     Job(
         "acceptance",
-        ("--batches 1 8 --prompts 8 --new-tokens 96 --repeats 2",),
+        ("--batches 1 4 8 --prompts 8 --new-tokens 96 --repeats 2",),
         "--batches 1 --prompts 1 --new-tokens 24 --repeats 1 --temperatures 0",
         "acceptance.json",
     ),
