@@ -74,8 +74,8 @@ def after_cut(table: "BlockTable", lengths: Sequence[int]) -> tuple[list[int], i
 
 
 def padded_rows(rows: Sequence[Sequence[int]]) -> list[list[int]]:
-    """The rows at one length, filled up with block 0."""
-    width = max((len(row) for row in rows), default=0)
+    """The rows at one length of a block at least, filled up with block 0: columns may be left that no row fills."""
+    width = max([1, *map(len, rows)])
     return [[*row, *[0] * (width - len(row))] for row in rows]
 
 

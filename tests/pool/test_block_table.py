@@ -278,3 +278,14 @@ def test_a_row_cut_to_nothing_beside_others_leaves_no_even_rows() -> None:
     table.crop_rows([0, 0, 0])
     assert table.span() is None
     assert (table.clock, table.lengths) == (8, [0, 0, 0])
+
+
+def test_columns_that_no_row_fills_any_more_can_be_read() -> None:
+    store = make_store()
+    append(store, [count(0, 3), count(20, 23)])
+    store.table.crop_rows([1, 0])
+    store.table.crop_rows([0, 0])  # the second row lost nothing, so that the column stays
+    assert (store.table.clock, store.table.lengths, store.num_used) == (1, [0, 0], 0)
+    assert read(store) == [[], []]
+    append(store, [[7], [8]])
+    assert read(store) == [[7], [8]]
