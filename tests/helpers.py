@@ -6,6 +6,9 @@
 Weights are drawn wide, so that the next token is decided by margins far above float32 noise.
 """
 
+import os
+import threading
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -108,3 +111,20 @@ def assert_usable(cache: PagedCache, kind: str = "full", seed: int = 0) -> None:
     assert cache.stats().used_blocks == 0
     assert torch.equal(generate(tiny_model(kind, seed=seed), prompt(9, 6), cache), eager_tokens(kind, 9, 6))
     cache.check_integrity()
+
+
+def assert_in_a_forked_child(check: Callable[[], bool]) -> None:
+    """Run `check` in a child of a fork, which is ended after 30 s: it may wait for threads that it lacks."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            torch.set_num_threads(1)  # torch's own operations would wait for ever
+            code = 0 if check() else 2
+        finally:
+            os._exit(code)
+    stuck = threading.Timer(30, os.kill, (child, 9))
+    stuck.start()
+    _, status = os.waitpid(child, 0)
+    stuck.cancel()
+    assert status == 0

@@ -56,7 +56,8 @@ def run(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, dropout: fl
 
 
 def _blocks(key: KVHandle, value: KVHandle) -> PagedKV:
-    return PagedKV(key.codes, value.codes, key.block_table, key.seq_lens, key.scale, value.scale)
+    block_table, seq_lens, _ = key.rows()
+    return PagedKV(key.codes, value.codes, block_table, seq_lens, key.scale, value.scale)
 
 
 def _over_blocks(query: Tensor, key: KVHandle, value: KVHandle, pattern: Pattern, starts: Tensor | None) -> Tensor:

@@ -125,16 +125,6 @@ class KVHandle(LazyTensor):
         return (rows[0], (rows[1] - late).clamp(min=0), rows[2]) if late else rows
 
     @property
-    def block_table(self) -> Tensor:
-        """[batch, max_blocks] int32."""
-        return self.rows()[0]
-
-    @property
-    def seq_lens(self) -> Tensor:
-        """[batch] int32: tokens of each row that are in the table."""
-        return self.rows()[1]
-
-    @property
     def lags(self) -> Tensor | None:
         """[batch] int32: leading columns of each row that hold no token; None where no row has any."""
         return self.rows()[2]

@@ -311,14 +311,15 @@ class KVPool:
 
     def write(self, key_states: Tensor, value_states: Tensor, table: BlockTable, start: int, stop: int) -> None:
         """Store the states of the columns `start` to `stop`: one launch where kernels run."""
-        span = table.span() if self.is_native else None
-        if span is not None and not runs_kernel(key_states):
+        is_kernel = runs_kernel(key_states)
+        span = table.span() if self.is_native and not is_kernel else None
+        if span is not None:
             where = span[0] + start - table.base, span[1], len(table.rows), stop - start
             strided(self.keys.codes, *where).copy_(key_states)
             strided(self.values.codes, *where).copy_(value_states)
             return
         centre = self.keys.learn(key_states, table, start, stop)
-        if runs_kernel(key_states):
+        if is_kernel:
             slots = table.slots(start, stop, key_states.device).reshape(-1)
             self.store(self.keys.guarded(key_states, centre), value_states, slots)
         elif self._compiles(key_states, value_states):

@@ -17,6 +17,7 @@ from hf_kvopt.kernels.jit.spec import CHUNK, TILE
 from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.kernels.reference import visible_pairs
 from hf_kvopt.quant import Quantized, dequantize, get_format, quantize
+from tests.helpers import assert_in_a_forked_child
 
 pytestmark = pytest.mark.skipif(not can_compile(), reason="needs llvmlite and AVX2")
 
@@ -288,18 +289,7 @@ def test_a_forked_child_attends_without_waiting_for_threads_that_it_lacks(monkey
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     rows = make_rows((CHUNK + 40,))
     want = attend_blocks(*rows, scale=0.2)
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            code = 0 if torch.equal(attend_blocks(*rows, scale=0.2), want) else 2
-        finally:
-            os._exit(code)
-    stuck = threading.Timer(30, os.kill, (child, 9))
-    stuck.start()
-    _, status = os.waitpid(child, 0)
-    stuck.cancel()
-    assert status == 0
+    assert_in_a_forked_child(lambda: torch.equal(attend_blocks(*rows, scale=0.2), want))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -1,7 +1,6 @@
 """Compiled quantizing and storing on a CPU against quant.reference, byte by byte, in pools full of NaN elsewhere."""
 
 import os
-import threading
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from hf_kvopt.kernels.cpu_program import can_compile
 from hf_kvopt.kernels.cpu_store import can_store, store_states
 from hf_kvopt.pool import storage
 from hf_kvopt.quant import SCALE_DTYPE, Format, Quantized, dequantize, get_format, hadamard, quantize
+from tests.helpers import assert_in_a_forked_child
 
 pytestmark = pytest.mark.skipif(not can_compile(), reason="needs llvmlite and AVX2")
 
@@ -206,19 +206,9 @@ def test_a_forked_child_stores_without_waiting_for_threads_that_it_lacks(monkeyp
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     x = make_states(1, 2, 200, 64)
     want = stored_alone(x, "int8", False)
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            same = [torch.equal(a, b) for a, b in zip(stored_alone(x, "int8", False), want, strict=True)]
-            code = 0 if all(same) else 2
-        finally:
-            os._exit(code)
-    stuck = threading.Timer(30, os.kill, (child, 9))
-    stuck.start()
-    _, status = os.waitpid(child, 0)
-    stuck.cancel()
-    assert status == 0
+    assert_in_a_forked_child(
+        lambda: all(torch.equal(a, b) for a, b in zip(stored_alone(x, "int8", False), want, strict=True))
+    )
 
 
 def test_a_slot_that_the_pool_lacks_is_refused_and_nothing_is_written_there():
