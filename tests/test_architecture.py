@@ -2,7 +2,7 @@
 
 cache     -> pool, quant, config, errors       attention -> pool.handle, pool.lazy, kernels, errors
 pool      -> kernels, quant, errors            kernels   -> quant, errors
-draft     -> attention, cache, config          plan      -> quant, config
+draft     -> attention, cache, kernels.cpu_draft, config          plan      -> quant, config
 cli       -> everything: a front door, as enable and __main__ are
 """
 
@@ -24,7 +24,7 @@ ALLOWED = {
     "pool": ("pool", "kernels", "quant"),
     "kernels": ("kernels", "quant"),
     "quant": ("quant",),
-    "draft": ("draft", "attention", "cache", "config"),
+    "draft": ("draft", "attention", "cache", "kernels.cpu_draft", "config"),
     "plan": ("plan", "quant", "config"),
     "config": (),
     "errors": (),

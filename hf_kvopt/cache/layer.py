@@ -113,6 +113,14 @@ class PagedLayer(CacheLayerMixin):
             pool.values.handle(table, step.kv_len, step.skip, True, values),
         )
 
+    def claim(self, batch_size: int, num_tokens: int) -> None:
+        """Make room for tokens whose keys and values a kernel writes itself, where `table.slots` says.
+
+        Raises:
+            CacheStateError, OutOfBlocks: see `BlockTable.reserve`.
+        """
+        self.clock = self.table.advance(batch_size, self.clock, num_tokens).stop
+
     def fork(self, table: BlockTable, memo: dict[int, Any]) -> "PagedLayer":
         """A layer over the same pool whose rows are those of `table`, a fork of this layer's."""
         twin = PagedLayer(table, self.format, self.exact_prefill)

@@ -5,7 +5,6 @@ scattered cost what one contiguous row costs. `can_attend` says whether a call c
 others.
 """
 
-import struct
 import threading
 from array import array
 from functools import cache
@@ -14,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_kvopt.kernels.cpu_program import MAX_DIM, NAMES, can_compile, compiled, lanes, num_threads
-from hf_kvopt.kernels.jit.spec import BOOL_MASK, CHUNK, FLOAT_MASK, NO_MASK, Spec, part_items
+from hf_kvopt.kernels.cpu_program import MAX_DIM, NAMES, bits_of, can_compile, compiled, lanes, num_threads
+from hf_kvopt.kernels.jit.spec import BOOL_MASK, CHUNK, FLOAT_MASK, NO_MASK, NO_WINDOW, Spec, part_items
 from hf_kvopt.kernels.pattern import LOG2E, Pattern
 from hf_kvopt.quant import format_of
 
@@ -24,7 +23,6 @@ from hf_kvopt.quant import format_of
 _MAX_QUERY_BYTES = 1 << 19
 _MIN_BLOCK = 16  # a unit of keys lies in one block
 _QUERY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_NO_WINDOW = 1 << 40
 _NO_MASK, _NO_SINKS = (NO_MASK, 0, 0, 0, 0), (0, 0, 0, 0)
 _KEPT_SCRATCH = 1 << 16  # float32 values: what decoding takes
 _THREAD = threading.local()
@@ -135,8 +133,8 @@ def attend_blocks(
         *k.arguments, *v.arguments,
         block_table.data_ptr(), block_table.stride(0), k.block_shift, seq_lens.data_ptr(),
         0 if first is None else first.data_ptr(), 0 if lags is None else lags.data_ptr(), skip,
-        is_causal, _NO_WINDOW if window is None else window,
-        _bits(scale * LOG2E if softcap is None else scale / softcap), _bits((softcap or 0.0) * LOG2E),
+        is_causal, NO_WINDOW if window is None else window,
+        bits_of(scale * LOG2E if softcap is None else scale / softcap), bits_of((softcap or 0.0) * LOG2E),
         *(_NO_MASK if mask is None else _mask_arguments(mask)),
         *(_NO_SINKS if sinks is None else (sinks.data_ptr(), *_broadcast_strides(sinks, 1))),
         out.data_ptr(), parts.data_ptr(),
@@ -170,11 +168,6 @@ def _scratch(size: int) -> Tensor:
     if kept is None:
         kept = _THREAD.scratch = torch.empty(_KEPT_SCRATCH, dtype=torch.float32, device="cpu")
     return kept
-
-
-@cache
-def _bits(value: float) -> int:
-    return int.from_bytes(struct.pack("=d", value), "little", signed=True)
 
 
 @cache

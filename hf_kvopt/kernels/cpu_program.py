@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import struct
 import time
 from functools import cache
 from pathlib import Path
@@ -29,6 +30,8 @@ NAMES = {
     torch.float8_e4m3fn: "float8_e4m3fn",
     torch.float8_e5m2: "float8_e5m2",
 }
+# What kernels call of OpenMP, by the names of libgomp; LLVM's and Intel's have these as well.
+_OPENMP = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
 # In a child of a fork the team's threads are missing, and whoever waits for them waits for ever.
 _PROCESS = os.getpid()
 
@@ -51,14 +54,20 @@ def compiled(kernel: str, spec: Any) -> Any:
     """The module jit/<kernel>.py compiled for `spec`: its `run` takes the address of the arguments."""
     start = time.perf_counter()
     module = importlib.import_module(f"hf_kvopt.kernels.jit.{kernel}").emit(spec)
-    program = _machine().Program(module, spec.lanes, _fork_address())
+    program = _machine().Program(module, spec.lanes, _openmp())
     logger.debug("compiled %s for %s in %.2f s", kernel, spec, time.perf_counter() - start)
     return program
 
 
 def num_threads() -> int:
     """Threads that share the work of a call."""
-    return torch.get_num_threads() if _fork_address() is not None and os.getpid() == _PROCESS else 1
+    return torch.get_num_threads() if _openmp() and os.getpid() == _PROCESS else 1
+
+
+@cache
+def bits_of(value: float) -> int:
+    """A float as a kernel's argument."""
+    return int.from_bytes(struct.pack("=d", value), "little", signed=True)
 
 
 @cache
@@ -68,10 +77,10 @@ def _machine() -> Any:
 
 
 @cache
-def _fork_address() -> int | None:
-    """GOMP_parallel of the OpenMP library that torch is linked with; None where it is of another kind."""
+def _openmp() -> dict[str, int]:
+    """Addresses of the functions of the OpenMP library that torch is linked with; none where it is of another kind."""
     try:
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        return ctypes.cast(library.GOMP_parallel, ctypes.c_void_p).value
+        return {name: ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0 for name in _OPENMP}
     except (OSError, AttributeError):
-        return None
+        return {}

@@ -1,8 +1,9 @@
-"""New keys or values into a quantized pool on a CPU, in machine code made at first use (kernels/jit/store.py).
+"""New keys or values into scattered slots of a pool on a CPU, in machine code made at first use (kernels/jit/store.py).
 
     pool[slot, head] = quantize(guard(states[row, head, token]))        slot -1: skipped
 
-`can_store` says whether states can be taken; quant/reference.py and torch's indexing take the others.
+An unquantized pool takes states of its own dtype as they are. `can_store` says whether states can be taken;
+quant/reference.py and torch's indexing take the others.
 """
 
 from array import array
@@ -29,7 +30,7 @@ def can_store(
 ) -> bool:
     """Whether `store_states` takes this call."""
     return (
-        place.code in _CODES
+        (place.code in _CODES or place.code == NAMES.get(states.dtype))
         and states.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and can_compile()

@@ -351,9 +351,7 @@ class KVPool:
                 plane.store(encoded, slots)
 
     def _compiles(self, key_states: Tensor, value_states: Tensor) -> bool:
-        """Whether keys or values are quantized by a kernel that was compiled for this CPU."""
-        if self.is_native:
-            return False
+        """Whether keys or values are stored by a kernel that was compiled for this CPU."""
         k, v = self.keys.place, self.values.place
         return (k is not None and can_store(key_states, k)) or (v is not None and can_store(value_states, v))
 

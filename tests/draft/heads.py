@@ -21,7 +21,10 @@ _EAGLE = {
     "head_dim": 8,
     "initializer_range": 0.25,
 }
-KINDS = ("eagle3", "eagle3 of two layers", "eagle3 with norms", "eagle1", "medusa", "medusa with the target's lm head")
+# Of sizes that the compiled kernel of a CPU takes.
+_EVEN = {"intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+EAGLES = ("eagle3", "eagle3 compiled", "eagle3 of two layers", "eagle3 with norms", "eagle1")
+KINDS = (*EAGLES, "medusa", "medusa with the target's lm head")
 
 
 def tiny_head(kind: str = "eagle3", seed: int = 1) -> HeadBase:
@@ -32,7 +35,8 @@ def tiny_head(kind: str = "eagle3", seed: int = 1) -> HeadBase:
         if isinstance(head, MedusaHead):
             torch.nn.init.normal_(head.block_weight, std=0.2)
     if head.d2t is not None:
-        head.set_draft_vocab(torch.randperm(VOCAB, generator=torch.Generator().manual_seed(0))[:DRAFT_VOCAB].sort()[0])
+        order = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(0))
+        head.set_draft_vocab(order[: head.config.draft_vocab_size].sort()[0])
     return head.eval()
 
 
@@ -40,6 +44,8 @@ def _make(kind: str) -> HeadBase:
     reduced = {**_EAGLE, "draft_vocab_size": DRAFT_VOCAB, "target_layer_ids": (0, 1, -1)}
     if kind == "eagle3":
         return EagleHead(EagleConfig(**reduced))
+    if kind == "eagle3 compiled":
+        return EagleHead(EagleConfig(**{**reduced, **_EVEN, "draft_vocab_size": 64}))
     if kind == "eagle3 of two layers":
         return EagleHead(EagleConfig(**reduced, num_hidden_layers=2, attention_bias=True, own_embeddings=True))
     if kind == "eagle3 with norms":

@@ -9,10 +9,9 @@ from torch import Tensor
 from hf_kvopt.draft.drafter import Draft, Plan
 from hf_kvopt.draft.heads.eagle import EagleHead
 from hf_kvopt.draft.heads.growth import TreeGrowth
-from tests.draft.heads import KINDS, Greedy, Stochastic, features_of, read_of, tiny_head
+from tests.draft.heads import EAGLES, KINDS, Greedy, Stochastic, features_of, read_of, tiny_head
 from tests.helpers import VOCAB, tiny_model
 
-EAGLES = [kind for kind in KINDS if kind.startswith("eagle")]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 

@@ -232,7 +232,7 @@ def test_a_slot_that_the_pool_lacks_is_refused_and_nothing_is_written_there():
 def test_what_cannot_be_taken_is_left_to_torch():
     x = make_states(1, 2, 3, 32)
     place = place_of(*make_pool(get_format("int8"), 16, 2, 32))
-    native = place_of(torch.zeros(1, 16, 2, 32), None)
+    native = place_of(torch.zeros(1, 16, 2, 32, dtype=torch.bfloat16), None)
     assert place is not None
     assert native is not None
     assert can_store(x, place)
@@ -242,6 +242,20 @@ def test_what_cannot_be_taken_is_left_to_torch():
     compiled = []
     torch.compile(lambda: compiled.append(can_store(x, place)), backend="eager")()
     assert compiled == [False]
+
+
+@pytest.mark.parametrize("dim", [8, 36, 64, 256], ids="head_dim {}".format)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_unquantized_pools_hold_the_very_bits(dtype, dim):
+    x, slots = make_states(2, 3, 40, dim, dtype), make_slots(80)
+    x[0, 0, :4, 0] = torch.tensor([torch.inf, -torch.inf, torch.nan, -0.0], dtype=dtype)
+    pool = torch.full((3, 10, BLOCK, dim), 7.0, dtype=dtype).movedim(0, 2)
+    want, place, kept = pool.clone(), place_of(pool, None), slots >= 0
+    assert place is not None
+    assert can_store(x, place)
+    store_states(x, place, slots)
+    want[slots[kept] // BLOCK, slots[kept] % BLOCK] = x.transpose(1, 2).flatten(0, 1)[kept]
+    assert torch.equal(pool.contiguous().view(torch.uint8), want.contiguous().view(torch.uint8))
 
 
 def cache_bytes(name: str, steps: list[int], loud: bool = False) -> list[Tensor]:

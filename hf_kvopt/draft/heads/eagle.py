@@ -120,7 +120,7 @@ class EagleHead(HeadBase):
         attend = RolloutAttention()
         hidden = self.combine(features[:, :length])
         positions = torch.arange(length, device=input_ids.device)[None]
-        self.rotary.reserve(max(4096, input_ids.shape[1]), input_ids.device, hidden.dtype)
+        self.rotary.reserve(input_ids.shape[1], input_ids.device, hidden.dtype)
         logits = []
         for step in range(num_steps):
             rotation = self.rotary(positions + step, hidden.dtype)

@@ -13,8 +13,10 @@ from torch import Tensor
 from hf_kvopt.attention.forward import attention_forward
 from hf_kvopt.cache.paged import PagedCache
 from hf_kvopt.draft.drafter import Draft, DraftSession, Plan, Read, Sampler
+from hf_kvopt.draft.heads.compiled import CompiledSteps, weights_of
 from hf_kvopt.draft.heads.growth import ChainGrowth, TreeGrowth
 from hf_kvopt.draft.heads.layer import EagleLayer
+from hf_kvopt.kernels.cpu_draft import MAX_FIRST
 
 if TYPE_CHECKING:
     from hf_kvopt.draft.heads.eagle import EagleHead
@@ -42,36 +44,56 @@ class CachedAttention:
 
 
 class EagleSession(DraftSession):
-    """Owns the head's cache; between calls it holds `lengths[i]` true entries of row i and `_drafted` drafted ones."""
+    """Owns the head's cache; between calls it holds `lengths[i]` true entries of row i and some drafted ones."""
 
     def __init__(self, head: "EagleHead", batch_size: int) -> None:
         self._head = head
         self._cache = PagedCache()
         self._attend = CachedAttention(self._cache)
         self._lengths = [0] * batch_size
-        self._drafted = 0
-        self._hidden: Tensor | None = None  # [batch, 1, hidden_size]: what the root's guess is read from
+        self._drafted = 0  # columns to forget
+        # [batch, 1, hidden_size]: what the root's guess is read from; None where `_steps` has it.
+        self._hidden: Tensor | None = None
         self._position: Tensor | None = None  # [batch, 1]
+        self._weights = weights_of(head)
+        self._steps: CompiledSteps | None = None  # from the first tokens behind the prompt on
 
     def extend(self, read: Read) -> None:
         assert read.features is not None  # the loop brings what `feature_layers` asks for
-        head, attend = self._head, self._attend
+        head, attend, width = self._head, self._attend, read.tokens.shape[1]
         self._forget_drafts()
+        if self._steps is not None and self._steps.has_read:
+            self._settle()
         self._lengths = [length + count for length, count in zip(self._lengths, read.counts, strict=True)]
-        attend.mask, attend.lengths = None, None if min(read.counts) == read.tokens.shape[1] else self._lengths
         last = torch.tensor(read.counts, device=read.tokens.device)[:, None] - 1
+        self._position = read.positions.gather(1, last)
+        if self._steps is not None and read.tokens.numel() <= MAX_FIRST:
+            self._steps.note(read)
+            self._hidden = None
+            return
+        attend.mask, attend.lengths = None, None if min(read.counts) == width else self._lengths
         hidden = head.combine(read.features)
         rotation = head.rotary(read.positions, hidden.dtype)
         self._hidden = head.forward(read.following, hidden, rotation, attend, last)
-        self._position = read.positions.gather(1, last)
         attend.lengths = None
 
     def propose(self, plan: Plan, sample: Sampler) -> Draft:
+        if not plan.is_chain:
+            self._settle()
+            return self._tree(plan)
         self._forget_drafts()
-        return self._chain(plan, sample) if plan.is_chain else self._tree(plan)
+        if self._steps is None and self._weights is not None:
+            self._steps = CompiledSteps(self._head, self._weights, self._cache, len(self._lengths))
+        if self._steps is None:
+            return self._chain(plan, sample)
+        assert self._position is not None  # extend comes first
+        draft, self._drafted = self._steps.chain(self._hidden, self._position, plan, sample)
+        self._hidden = None
+        return draft
 
     def select(self, rows: Sequence[int]) -> None:
-        self._forget_drafts()
+        self._settle()
+        self._steps = None
         index = torch.tensor(rows, dtype=torch.long)
         self._cache.batch_select_indices(index)
         self._lengths = [self._lengths[row] for row in rows]
@@ -118,7 +140,15 @@ class EagleSession(DraftSession):
             self._drafted += nodes
         return growth.draft(head.to_target)
 
+    def _settle(self) -> None:
+        """Forget what was drafted, and have `_hidden` of what was read."""
+        self._forget_drafts()
+        if self._steps is not None and self._hidden is None:
+            self._hidden, self._drafted = self._steps.settle()
+            self._forget_drafts()
+
     def _forget_drafts(self) -> None:
+        """Cut the cache down to what was read."""
         if self._drafted:
-            self._cache.crop(-self._drafted)
+            self._cache.crop_rows(self._lengths)
             self._drafted = 0

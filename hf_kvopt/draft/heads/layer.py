@@ -106,25 +106,26 @@ class RotaryTable:
     def __init__(self, config: EagleConfig) -> None:
         # The embedding itself is made at first use: heads are built without memory first, by from_pretrained.
         self._config = config
-        self._table: Tensor | None = None
+        self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
         """[..., 2, head_dim] of `positions` [...] int64."""
-        table = self.reserve(4096, positions.device, dtype)
+        length = 1
         # Reading the largest position would wait for a GPU; there the table covers the model's positions at once.
-        if positions.device.type == "cpu" and not torch.compiler.is_compiling() and int(positions.max()) >= len(table):
-            table = self._grow(2 * int(positions.max()), positions.device, dtype)
-        return table[positions]
+        if positions.device.type == "cpu" and not torch.compiler.is_compiling():
+            length = int(positions.max()) + 1
+        return self.reserve(length, positions.device, dtype)[positions]
 
     def reserve(self, length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The table, of at least `length` positions."""
-        table = self._table
-        if table is None or table.device != device or table.dtype != dtype or len(table) < length:
-            table = self._grow(length, device, dtype)
+        """[positions, 2, head_dim], of at least `length` positions."""
+        table = self._tables.get((device, dtype))
+        if table is None or len(table) < length:
+            table = self._tables[device, dtype] = self._make(length, device, dtype)
         return table
 
     @torch.no_grad()
-    def _grow(self, length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    def _make(self, length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        length = 1 << (max(length, 4096) - 1).bit_length()
         length = max(length, self._config.max_position_embeddings) if device.type != "cpu" else length
         with torch.inference_mode(False):
             rotary = LlamaRotaryEmbedding(self._config).to(device)  # type: ignore[arg-type]
@@ -132,8 +133,7 @@ class RotaryTable:
             cos, sin = rotary(torch.empty(0, device=device, dtype=torch.float32), positions)
             half = sin.shape[-1] // 2
             sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
-            self._table = torch.stack([cos[0], sin[0]], dim=1).to(dtype)
-        return self._table
+            return torch.stack([cos[0], sin[0]], dim=1).to(dtype)
 
 
 def rotate(

@@ -27,6 +27,13 @@ from hf_kvopt.kernels.pattern import LOG2E
 def emit(spec: Spec) -> ir.Module:
     """A module with one function `run(arguments)`."""
     module = ir.Module("hf_kvopt")
+    work, finish = define(module, spec)
+    _emit_run(ir.Function(module, ir.FunctionType(VOID, [PTR]), "run"), work, finish, spec)
+    return module
+
+
+def define(module: ir.Module, spec: Spec) -> tuple[ir.Function, ir.Function]:
+    """Functions of the module: work(arguments), for all threads, and finish(arguments, row and KV head) after it."""
     finish, work = (
         ir.Function(module, ir.FunctionType(VOID, [PTR, *more]), name)
         for name, more in (("finish", [I64]), ("work", []))
@@ -34,8 +41,7 @@ def emit(spec: Spec) -> ir.Module:
     finish.linkage = work.linkage = "internal"
     _emit_finish(finish, spec)
     Worker(work, spec, finish).emit()
-    _emit_run(ir.Function(module, ir.FunctionType(VOID, [PTR]), "run"), work, finish, spec)
-    return module
+    return work, finish
 
 
 def _emit_run(function: ir.Function, work: ir.Function, finish: ir.Function, spec: Spec) -> None:

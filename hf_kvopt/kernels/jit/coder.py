@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
-from hf_kvopt.kernels.jit.emitter import I8, I32, Emitter
+from hf_kvopt.kernels.jit.emitter import F16, I8, I16, I32, Emitter
 from hf_kvopt.quant.formats import FP8_E4M3, FP8_E5M2, INT4, INT8, Format
 from hf_kvopt.quant.reference import INT4_DIVISORS
 
@@ -93,3 +93,19 @@ CODERS = {
     "float8_e5m2": _bytes(FP8_E5M2, partial(_floats, fmt=FP8_E5M2)),
     "uint8": Coder(_nibbles, INT4_DIVISORS, -8.0, 7.0, bits=INT4.bits or 0, num_scales=2),
 }
+
+
+def stored(e: Emitter, channels: ir.Value, code: str) -> ir.Value:
+    """Channels as an unquantized pool has them: float32, bfloat16 or float16, rounded to nearest."""
+    if code == "float32":
+        return channels
+    if code == "float16":
+        return e.b.fptrunc(channels, ir.VectorType(F16, e.lanes))
+    ints = ir.VectorType(I32, e.lanes)
+    bits = e.b.bitcast(channels, ints)
+    sixteen, one, half = (ir.Constant(ints, [value] * e.lanes) for value in (16, 1, 0x7FFF))
+    is_odd = e.b.and_(e.b.lshr(bits, sixteen), one)
+    rounded = e.b.lshr(e.b.add(e.b.add(bits, half), is_odd), sixteen)
+    # The sum would carry a NaN over into the sign.
+    is_nan = e.b.fcmp_unordered("uno", channels, channels)
+    return e.b.trunc(e.b.select(is_nan, e.b.lshr(bits, sixteen), rounded), ir.VectorType(I16, e.lanes))

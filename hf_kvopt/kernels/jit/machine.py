@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 import llvmlite.binding as llvm
 from llvmlite import ir
-
-from hf_kvopt.kernels.jit.kernel import FORK
 
 # Lanes by what the processor must have, best first. F16C is for float16 and the float8 codes.
 _LEVELS = {16: ("avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c"), 8: ("avx2", "fma", "f16c")}
@@ -21,18 +20,20 @@ class Program:
     Args:
         module: with one function `run(arguments)`.
         lanes: float32 values in the vectors that it was written for.
-        fork: address of OpenMP's GOMP_parallel; without it the kernel must be called for one thread.
+        openmp: addresses of OpenMP's functions; without them the kernel must be called for one thread.
     """
 
-    def __init__(self, module: ir.Module, lanes: int, fork: int | None) -> None:
+    def __init__(self, module: ir.Module, lanes: int, openmp: Mapping[str, int]) -> None:
         machine = _target_machine(lanes)
         parsed = llvm.parse_assembly(str(module))
         parsed.verify()
         passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
         passes.getModulePassManager().run(parsed, passes)
         self._engine: Any = llvm.create_mcjit_compiler(parsed, machine)
-        # Without one, any address will do: it is not called.
-        self._engine.add_global_mapping(parsed.get_function(FORK), fork or 1)
+        for function in parsed.functions:
+            if function.is_declaration and not function.name.startswith("llvm."):
+                # Without one, any address will do: it is not called.
+                self._engine.add_global_mapping(function, openmp.get(function.name, 1))
         self._engine.finalize_object()
         # A ctypes call does not hold the interpreter's lock.
         self.run = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._engine.get_function_address("run"))

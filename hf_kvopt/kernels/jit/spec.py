@@ -42,6 +42,7 @@ ARGUMENTS = (
     "sinks", "sinks_batch", "sinks_head", "sinks_token",
     "out", "parts",
 )  # fmt: skip
+NO_WINDOW = 1 << 40
 # Kinds of masks.
 NO_MASK, BOOL_MASK, FLOAT_MASK = 0, 1, 2
 
@@ -81,3 +82,59 @@ STORE_ARGUMENTS = (
     "slots", "num_slots", "block_shift",
     "codes", "codes_block", "codes_token", "codes_head", "scale", "scale_block", "scale_head",
 )  # fmt: skip
+
+
+class DraftSpec(NamedTuple):
+    """One compiled drafting layer: EAGLE-3's, see draft/heads/layer.py.
+
+    Args:
+        features: of the target, as they come.
+        hidden: width.
+        inner: width of the MLP.
+        num_heads: of queries.
+        num_kv_heads: of keys and values.
+        head_dim: channels of a head.
+        vocab: tokens that can be proposed.
+        weights: how they are stored, a name in codec.CODECS.
+        embeds: how the embeddings are.
+        store: how keys and values are: float32, bfloat16 or float16.
+        is_normed_residual: whether the residual is the normed feature.
+        eps: of the norms.
+        lanes: see `Spec`.
+    """
+
+    features: int
+    hidden: int
+    inner: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab: int
+    weights: str
+    embeds: str
+    store: str
+    is_normed_residual: bool
+    eps: float
+    lanes: int
+
+    @property
+    def attention(self) -> Spec:
+        """Of one query a row."""
+        rows = min(self.num_heads // self.num_kv_heads, 4)
+        return Spec(rows, self.head_dim, self.head_dim, self.store, self.store, 16, self.lanes)
+
+
+# An int64 each; strides are in bytes. `first_` belongs to the tokens that are read before anything is drafted.
+DRAFT_ARGUMENTS = (
+    "num_threads", "num_rows", "num_first", "steps", "made", "is_over", "limit",
+    "features", "fc", "combined", "first_tokens", "first_positions", "first_slots", "last",
+    "tokens", "positions", "slots", "identity",
+    "input_norm", "hidden_norm", "qkv", "o", "post_norm", "gate_up", "down", "norm", "lm_head",
+    "embeds", "embeds_row", "rotations", "d2t",
+    "k", "k_block", "k_token", "k_head", "v", "v_block", "v_token", "v_head", "block_shift",
+    "attention", "seq_lens",
+    "queries", "attended", "middle", "activated", "states", "drafted", "logits", "partials", "joint",
+    "scratch", "scratch_thread",
+)  # fmt: skip
+# float32 values that a thread leaves of its share of a row's logits: the greatest, its token, and the sum of exp.
+PARTIAL = 4

@@ -10,10 +10,12 @@ order of the sum of squares decides, which is another than torch's.
 
 from __future__ import annotations
 
+from typing import Any
+
 from llvmlite import ir
 
 from hf_kvopt.kernels.jit.codec import CODECS
-from hf_kvopt.kernels.jit.coder import CODERS
+from hf_kvopt.kernels.jit.coder import CODERS, stored
 from hf_kvopt.kernels.jit.emitter import F16, I32, I64, PTR
 from hf_kvopt.kernels.jit.kernel import VOID, Kernel
 from hf_kvopt.kernels.jit.spec import STORE_ARGUMENTS, STORE_CHUNK, StoreSpec
@@ -37,8 +39,9 @@ class Store(Kernel):
 
     def __init__(self, function: ir.Function, spec: StoreSpec) -> None:
         super().__init__(function, spec.lanes, STORE_ARGUMENTS)
-        self.spec, self.coder = spec, CODERS[spec.code]
-        self.scales = ir.ArrayType(F16, self.coder.num_scales)  # of one token and head
+        self.spec = spec
+        self.coder: Any = CODERS.get(spec.code)  # None: stored as they come
+        self.scales = ir.ArrayType(F16, self.coder.num_scales if self.coder else 0)  # of one token and head
         self.ints = ir.VectorType(I32, spec.lanes)
         self.doubles = ir.VectorType(ir.DoubleType(), spec.lanes)
 
@@ -118,7 +121,13 @@ class Store(Kernel):
         return [self.b.fsub(a, b) if i & half else self.b.fadd(a, b) for i, (a, b) in enumerate(pairs)]
 
     def _write(self, channels: list[ir.Value], codes: ir.Value, scales: ir.Value) -> None:
-        """Quantize a vector, and store its codes and its scales."""
+        """Quantize a vector where it is to be, and store its codes and its scales."""
+        if self.coder is None:
+            size = CODECS[self.spec.code].bits // 8
+            for first, x in zip(range(0, self.spec.dim, self.lanes), channels, strict=True):
+                part = self.narrow(stored(self, x, self.spec.code), 0, min(self.lanes, self.spec.dim - first))
+                self.store(part, self.at(codes, self.integer(first * size)))
+            return
         extreme = self._extreme(channels)
         scale = self._nearest(channels, [self._rounded(extreme, divisor) for divisor in self.coder.divisors])
         halves = self.b.fptrunc(scale, ir.VectorType(F16, self.lanes))
