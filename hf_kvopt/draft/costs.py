@@ -9,6 +9,7 @@ from statistics import median
 from typing import NamedTuple
 
 _WINDOW = 16  # measurements that are remembered of each size
+_HORIZON = 128  # measurements of other sizes after which one no longer counts
 _FORGET = 0.98  # acceptance of a step ago counts this much less
 _PRIOR = 0.75  # acceptance of a first token before anything is known, as if one had been tried
 
@@ -78,6 +79,9 @@ class Line(NamedTuple):
 class Times:
     """Seconds by size, of one kind of work.
 
+    What lies long ago says nothing of sizes that were never met again: it may have been measured while something else
+    ran, and would keep its size from being tried for ever.
+
     Args:
         growth: while one size is all that is known, the share of its time that as much again is taken to add.
     """
@@ -85,6 +89,8 @@ class Times:
     def __init__(self, growth: float) -> None:
         self._growth = growth
         self._seconds: dict[int, deque[float]] = defaultdict(_window)
+        self._last: dict[int, int] = {}  # number of the last measurement of each size
+        self._count = 0
         self._line: Line | None = None
 
     def __bool__(self) -> bool:
@@ -92,12 +98,16 @@ class Times:
 
     @property
     def has_slope(self) -> bool:
-        """Whether unlike sizes were measured."""
-        return len(self._seconds) > 1
+        """Whether unlike sizes were measured of late."""
+        return len(self._recent()) > 1
 
     def note(self, size: int, seconds: float) -> None:
         """One measurement."""
+        if size in self._last and not self._is_recent(size):
+            self._seconds[size].clear()
         self._seconds[size].append(seconds)
+        self._count += 1
+        self._last[size] = self._count
         self._line = None
 
     def at(self, size: int) -> float:
@@ -109,11 +119,18 @@ class Times:
         """Least squares, never falling, and of no size in less than no time."""
         if self._line is None:
             # A size that was met once may have been slow for being the first.
-            often = {size: times for size, times in self._seconds.items() if len(times) > 1}
-            known = often if len(often) > 1 else self._seconds
+            recent = self._recent()
+            often = {size: times for size, times in recent.items() if len(times) > 1}
+            known = often if len(often) > 1 else recent
             points = [(size, median(times), len(times)) for size, times in known.items()]
             self._line = _fit(points) if len(points) > 1 else self._guess(*points[0][:2])
         return self._line
+
+    def _recent(self) -> dict[int, deque[float]]:
+        return {size: times for size, times in self._seconds.items() if self._is_recent(size)}
+
+    def _is_recent(self, size: int) -> bool:
+        return self._last[size] > self._count - _HORIZON
 
     def _guess(self, size: int, seconds: float) -> Line:
         return Line(seconds * (1 - self._growth), seconds * self._growth / size) if size else Line(seconds, 0.0)

@@ -29,7 +29,7 @@ _KEEP = 4  # steps for which a choice stands: to choose costs as much as several
 _TRUST, _TRIAL = 16, 8  # speculative steps before the first judgement, and after a pause; texts are uneven
 _HELD_UP = 2.0  # times the median of a step, beyond which it was not the step that took so long
 _PAUSE, _LONGEST_PAUSE = 32, 256  # plain steps until speculation is tried again
-_WARM_UP = 3  # steps that are not measured: the first ones compile and load things
+_WARM_UP = 3  # steps that are not measured, with drafts and without: the first ones compile and load things
 # Least, without measurements, most: see `Policy._confidence`. A head's q is spread wider than the target's first choice
 # deserves, so costs alone would end drafts too early (measured on the reference model).
 _CONFIDENCE = (0.01, 0.03, 0.05)
@@ -66,7 +66,7 @@ class Policy:
         # (tokens of a row, seconds) of the last speculative steps, by batch size
         self.recent: dict[int, deque[tuple[float, float]]] = defaultdict(_recent)
         self.chosen: dict[int, tuple[int, Plan]] = {}  # batch size: (step, plan)
-        self.num_steps = self.num_plain = self.pause_left = 0
+        self.num_steps = self.num_drafted = self.num_plain = self.pause_left = 0
         self.pause, self.trust = _PAUSE, _TRUST
 
     def plan(self, batch_size: int, remaining: int) -> Plan:
@@ -90,7 +90,7 @@ class Policy:
     def note_draft(self, plan: Plan, batch_size: int, depth: int, seconds: float, is_first: bool = False) -> None:
         """A draft by `plan` that came to `depth` took `seconds`; the first of a call takes in the prompt as well."""
         self.stats.draft_s += seconds
-        if not is_first and self.num_steps >= _WARM_UP:
+        if not is_first and self.num_drafted >= _WARM_UP:
             self.draft_times[batch_size, plan.is_chain].note(depth, seconds)
 
     def note_step(
@@ -106,7 +106,8 @@ class Policy:
         """Note what a draft and its verification took and gave; a plain step where nothing was asked for."""
         stats, rows = self.stats, max(1, len(depths))
         self.num_steps += 1
-        if self.num_steps > _WARM_UP:
+        self.num_drafted += bool(plan.num_nodes)
+        if (self.num_drafted if plan.num_nodes else self.num_steps) > _WARM_UP:
             self.read_times.note(batch_size * num_read, step_s)
             self.num_plain += num_read == 1
             if plan.num_nodes and draft_s is not None:

@@ -70,6 +70,25 @@ def test_a_step_that_was_held_up_is_no_reason_to_stop() -> None:
     assert NOTHING not in simulate(policy, 40, alpha=0.8, draft_s=0.0005, read_s=0.0002)
 
 
+def test_depths_that_were_slow_once_are_tried_again() -> None:
+    policy = make()
+    # While something else runs, many tokens take long.
+    simulate(policy, 14, alpha=0.9, draft_s=0.0005, read_s=0.03)
+    plans = simulate(policy, 400, alpha=0.9, draft_s=0.0005, read_s=0.0001)
+    assert sum(plan.gamma for plan in plans[-40:]) / 40 > 5
+
+
+def test_first_drafts_are_not_measured() -> None:
+    policy = make()
+    for _ in range(6):
+        policy.note_step(NOTHING, 1, 1, None, 0.01, [(0, 0)], 1)
+    for seconds in (2.0, 1.0, 0.5, 0.012, 0.012):
+        policy.note_draft(Plan(4, 4), 1, 4, seconds)
+        policy.note_step(Plan(4, 4), 1, 5, seconds, seconds, [(4, 3)], 4)
+    assert policy.read_times.at(5) == pytest.approx(0.012)
+    assert policy.draft_times[1, True].at(4) == pytest.approx(0.012)
+
+
 def test_without_fallback_every_step_drafts() -> None:
     plans = simulate(make(may_stop=False), 60, alpha=0.0, draft_s=0.01, read_s=0.01)
     assert NOTHING not in plans
