@@ -1,11 +1,7 @@
-"""python -m hf_kvopt train-draft: train an EAGLE or Medusa head for a frozen target.
+"""Trains an EAGLE or Medusa head for a frozen target; `python -m hf_kvopt train-draft` (cli/train_draft.py).
 
-    python -m hf_kvopt train-draft --model NAME --data FILES --out DIR
-    accelerate launch -m hf_kvopt train-draft ...                                   several GPUs
-    torchrun --nproc-per-node 2 -m hf_kvopt train-draft --cpu ...                   several processes on a CPU
-
-Features are made by the target as training goes; nothing is stored. DIR holds the head as of the last save (load it
-with `hf_kvopt.DraftHead.from_pretrained(DIR)`), log.jsonl, and state/ to go on from: the same command resumes.
+Features are made by the target as training goes; nothing is stored. The output folder holds the head as of the last
+save (load it with `hf_kvopt.DraftHead.from_pretrained`), log.jsonl, and state/ to go on from: the same command resumes.
 """
 
 import argparse
@@ -15,7 +11,6 @@ import shutil
 import time
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,48 +28,15 @@ from hf_kvopt.draft.train_setup import make_head, make_optimizers
 logger = logging.getLogger(__name__)
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m hf_kvopt train-draft", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    add = parser.add_argument
-    add("--model", required=True, help="the target: path or hub id")
-    add("--data", required=True, nargs="+", help="files, folders, or data sets on the hub (name or name:config)")
-    add("--out", type=Path, required=True, help="where the head is written, and resumed from")
-    add("--heldout", nargs="*", default=[], help="like --data: never trained on, looked at to report")
-    add("--text-column", default="text")
-    add("--split", default="train", help="of data sets on the hub")
-    add("--head", choices=["eagle3", "eagle1", "medusa"], default="eagle3")
-    add("--steps", type=int, default=5, help="tokens a draft is rolled out in training; for medusa: heads")
-    add("--layers", type=int, nargs="+", help="hidden states of the target that EAGLE-3 reads (2, n/2, n-3)")
-    add("--draft-vocab", type=int, help="propose only the most frequent tokens of the data (default: all, up to 32000)")
-    add("--intermediate-size", type=int, help="of the head's MLP (default: the target's)")
-    add("--medusa-layers", type=int, default=1, help="residual blocks of each Medusa head")
-    add("--shared-lm-head", action="store_true", help="Medusa: read out by the target's LM head, not by one a head")
-    add("--row-len", type=int, default=512, help="tokens a row")
-    add("--batch-size", type=int, default=8, help="rows a step and process")
-    add("--accumulate", type=int, default=1, help="batches a step")
-    add("--max-steps", type=int, default=2000)
-    add("--lr", type=float, default=1e-3)
-    add("--optimizer", choices=["adamw", "muon"], default="adamw", help="muon: for the matrices between embeddings")
-    add("--warmup", type=float, default=0.03, help="share of the steps")
-    add("--clip", type=float, default=1.0, help="norm of the gradient")
-    add("--mixed-precision", choices=["no", "bf16", "fp16"], default="no")
-    add("--dtype", default="float32", help="of the target")
-    add("--save-dtype", default="float32", help="of the head on disk")
-    add("--compile", action="store_true", help="torch.compile the loss")
-    add("--save-every", type=int, default=200, help="steps")
-    add("--eval-every", type=int, default=200, help="steps")
-    add("--eval-rows", type=int, default=32)
-    add("--eval-from", type=int, help="column of a held-out row from which decoding is simulated (default: half way)")
-    add("--seed", type=int, default=0)
-    add("--cpu", action="store_true", help="stay on the CPU where there is something faster")
-    return parser.parse_args(argv)
-
-
 class Trainer:
-    """Owns a run: head, optimizers, data and what is on disk; between steps all of it can be saved."""
+    """Owns a run: head, optimizers, data and what is on disk; between steps all of it can be saved.
+
+    Args:
+        args: of the command line.
+
+    Raises:
+        ValueError, OSError: a target or data that cannot be read, or do not go with the settings.
+    """
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -231,10 +193,3 @@ class Trainer:
         tqdm.write(json.dumps(row))
         with (self.args.out / "log.jsonl").open("a", encoding="utf-8") as log:
             log.write(json.dumps(row) + "\n")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Train; returns the exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    Trainer(parse_args(argv)).run()
-    return 0

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_kvopt.kernels.cpu_jit import place_of
+from hf_kvopt.kernels.cpu_jit import Place, place_of
 from hf_kvopt.kernels.cpu_store import can_store, store_states
 from hf_kvopt.kernels.dispatch import require_format, require_format_somewhere, runs_kernel, store_kv
 from hf_kvopt.pool.block_table import BlockTable
@@ -101,9 +101,13 @@ class Plane:
         """[batch, num_kv_heads, 0, head_dim]: states such as this plane holds, but none."""
         return torch.empty(batch, self.num_heads, 0, self.dim, dtype=self.dtype, device=self.home)
 
+    def place_for(self, states: Tensor) -> Place | None:
+        """Where states are stored by a kernel that was compiled for this CPU; None where torch does it."""
+        return self.place if self.place is not None and can_store(states, self.place) else None
+
     def encode(self, states: Tensor, centre: Tensor | None = None) -> Quantized:
         """States [batch, num_kv_heads, tokens, head_dim] as they are stored, less centre, each vector alone."""
-        if self.place is None or not can_store(states, self.place):
+        if self.place_for(states) is None:
             return quantize(self.guarded(states, centre), self.format, SCALE_DTYPE)
         batch, _, tokens, _ = states.shape
         codes, scale = self._blocks(-(-batch * tokens // self.block_size), states.device)
@@ -322,11 +326,14 @@ class KVPool:
         if is_kernel:
             slots = table.slots(start, stop, key_states.device).reshape(-1)
             self.store(self.keys.guarded(key_states, centre), value_states, slots)
-        elif self._compiles(key_states, value_states):
+            return
+        places = self.keys.place_for(key_states), self.values.place_for(value_states)
+        if any(places):
             slots = table.slots(start, stop, key_states.device)
-            for plane, states, taken in ((self.keys, key_states, centre), (self.values, value_states, None)):
-                if plane.place is not None and can_store(states, plane.place):
-                    store_states(states, plane.place, slots, taken, plane.rotates)
+            given = (self.keys, key_states, centre), (self.values, value_states, None)
+            for place, (plane, states, taken) in zip(places, given, strict=True):
+                if place is not None:
+                    store_states(states, place, slots, taken, plane.rotates)
                 else:
                     plane.write(plane.encode(states, taken), table, start, stop)
         else:
@@ -340,20 +347,17 @@ class KVPool:
             key_states, value_states = (x if x.stride(-1) == 1 else x.contiguous() for x in (key_states, value_states))
             keys, values = self.planes
             store_kv(key_states, value_states, keys.codes, values.codes, slots, keys.scale, values.scale)
-        elif self._compiles(key_states, value_states):
-            for plane, states in zip(self.planes, (key_states, value_states), strict=True):
-                if plane.place is not None and can_store(states, plane.place):
-                    store_states(states, plane.place, slots)
+            return
+        places = self.keys.place_for(key_states), self.values.place_for(value_states)
+        if any(places):
+            for place, plane, states in zip(places, self.planes, (key_states, value_states), strict=True):
+                if place is not None:
+                    store_states(states, place, slots)
                 else:
                     plane.store(quantize(states, plane.format, SCALE_DTYPE), slots)
         else:
             for plane, encoded in zip(self.planes, self._encoded(key_states, value_states), strict=True):
                 plane.store(encoded, slots)
-
-    def _compiles(self, key_states: Tensor, value_states: Tensor) -> bool:
-        """Whether keys or values are stored by a kernel that was compiled for this CPU."""
-        k, v = self.keys.place, self.values.place
-        return (k is not None and can_store(key_states, k)) or (v is not None and can_store(value_states, v))
 
     def _encoded(self, key_states: Tensor, value_states: Tensor) -> tuple[Quantized, Quantized]:
         """Keys, guarded, and values as they are stored; in one pass where both are stored alike."""

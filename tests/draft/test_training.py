@@ -156,15 +156,33 @@ def test_data_that_cannot_be_read_is_refused(tmp_path, target, data):
     (tmp_path / "a.jsonl").write_text('{"body": "w1"}')
     with pytest.raises(ValueError, match=r"got \['body'\]; name the text with --text-column"):
         rows_of([tmp_path / "a.jsonl"])
-    with pytest.raises(ValueError, match="must fill one batch of 400 rows"):
-        train(target, data, tmp_path / "out", "--layers", 0, 1, -1, "--batch-size", 400)
 
 
-def test_layers_that_the_target_does_not_have_are_refused_before_training(target, data, tmp_path):
-    with pytest.raises(ValueError, match="target_layer_ids"):
-        train(target, data, tmp_path, "--layers", 0, 1, 2)
-    with pytest.raises(ValueError, match="at least 4 layers"):
-        train(target, data, tmp_path)
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--layers", 0, 1, -1, "--batch-size", 400], "must fill one batch of 400 rows"),
+        (["--layers", 0, 1, 2], "target_layer_ids"),
+        ([], "at least 4 layers"),
+        (["--data", "nowhere.txt"], "nowhere.txt' is not there"),
+        (["--model", "no/such/model"], "no/such/model"),
+        (["--batch-size", 0], "whole number of at least 1: got '0'"),
+        (["--lr", "-1"], "above 0: got '-1'"),
+        (["--lr", "fast"], "above 0: got 'fast'"),
+        (["--warmup", 2], "from 0 to 1: got '2'"),
+        (["--dtype", "float33"], "float33"),
+        (["--steps", 32], "--steps must be below --row-len: got 32 and 32"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_trained_is_refused_in_one_line(options, said, target, data, tmp_path, capfd):
+    with pytest.raises(SystemExit) as stopped:
+        train(target, data, tmp_path / "out", *options)
+    assert stopped.value.code == 2
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith("python -m hf_kvopt train-draft: error: ")
+    assert said in last
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
