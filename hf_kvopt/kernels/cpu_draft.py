@@ -10,10 +10,10 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_kvopt.kernels.cpu_jit import Place
-from hf_kvopt.kernels.cpu_program import NAMES, bits_of, can_compile, compiled, lanes, num_threads
+from hf_kvopt.kernels.cpu_program import MAX_DIM, NAMES, bits_of, can_compile, compiled, lanes, num_threads
 from hf_kvopt.kernels.jit.spec import ARGUMENTS, CHUNK, DRAFT_ARGUMENTS, NO_WINDOW, PARTIAL, DraftSpec, part_items
 from hf_kvopt.kernels.pattern import LOG2E
 
@@ -75,8 +75,28 @@ def can_draft(weights: DraftWeights) -> bool:
     sizes = (*(size for matrix in matrices for size in matrix.shape), weights.head_dim)
     if not can_compile() or any(size % _MULTIPLE for size in sizes) or len({x.dtype for x in matrices}) > 1:
         return False
+    if weights.head_dim > MAX_DIM or not _is_within(weights):
+        return False
     tensors = (*matrices, weights.embeds)
-    return all(x.dtype in _DTYPES and x.device.type == "cpu" and x.is_contiguous() for x in tensors)
+    return all(x.dtype in _DTYPES and _is_readable(x) for x in tensors)
+
+
+def _is_within(weights: DraftWeights) -> bool:
+    """Whether all that is looked up is there: torch would raise where a kernel reads what lies behind a tensor."""
+    hidden, vocab, d2t = weights.embeds.shape[1], len(weights.lm_head), weights.d2t
+    if weights.lm_head.shape[1] != hidden or len(weights.norm) != hidden:
+        return False
+    if d2t is None:
+        return vocab <= len(weights.embeds)
+    if d2t.dtype != torch.int64 or d2t.shape != (vocab,) or not _is_readable(d2t):
+        return False
+    least, most = (d2t + torch.arange(vocab, device="cpu")).aminmax()
+    return int(least) >= 0 and int(most) < len(weights.embeds)
+
+
+def _is_readable(x: Tensor) -> bool:
+    """Whether its numbers lie where it says: those of another class, as of quantized weights, need not."""
+    return type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.is_contiguous()
 
 
 class Drafting:
@@ -91,7 +111,7 @@ class Drafting:
         self._queries, self._attended = _floats(num_rows, width), _floats(num_rows, width)
         self._middle, self._activated = _floats(num_rows, hidden), _floats(num_rows, inner)
         self._joint = _floats(num_rows)
-        self._identity = torch.arange(num_rows)
+        self._identity = torch.arange(num_rows, device="cpu")
         self._threads = num_threads()
         self._partials = _floats(self._threads, num_rows, PARTIAL)
         self._grown: dict[str, Tensor] = {}  # by what they are for
@@ -116,7 +136,8 @@ class Drafting:
             [tokens made, rows] int64 likeliest tokens, in the target's ids.
         """
         num_rows = len(self.states)
-        seq_lens, tokens = held.seq_lens.clone(), torch.empty((max(1, steps), num_rows), dtype=torch.int64)
+        seq_lens = held.seq_lens.clone()
+        tokens = torch.empty((max(1, steps), num_rows), dtype=torch.int64, device="cpu")
         count = num_rows if first is None else first.tokens.numel()
         # Of each thread: inputs, and one head of them.
         mine = max(count, num_rows) * (2 * self.states.shape[1] + self._weights.head_dim)

@@ -1,5 +1,7 @@
 """An EAGLE-3 session with the compiled kernel of a CPU against the same session in torch."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import nn
@@ -27,9 +29,9 @@ def make_read(counts: list[int], firsts: list[int], seed: int, features: int = 3
 class Pair:
     """One head's session as it is, and one that torch computes."""
 
-    def __init__(self, rows: int, kind: str = "eagle3 compiled") -> None:
-        head = tiny_head(kind)
-        self.compiled, self.plain = (head.begin(tiny_model(), rows) for _ in range(2))
+    def __init__(self, rows: int, head: EagleHead | None = None) -> None:
+        self.head = head or tiny_head("eagle3 compiled")
+        self.compiled, self.plain = (each.begin(tiny_model(), rows) for each in (self.head, deepcopy(self.head)))
         assert self.compiled._weights is not None
         self.plain._weights = None
         self.firsts, self.seed = [0] * rows, 0
@@ -150,6 +152,50 @@ def bound(**changes: object) -> EagleHead:
     return head
 
 
+@pytest.mark.parametrize("heads", [(2, 2), (3, 1), (6, 1), (8, 1), (9, 3)], ids=str)
+def test_groups_of_every_size_over_rows_read_in_pieces(heads):
+    pair = Pair(2, bound(num_attention_heads=heads[0], num_key_value_heads=heads[1]))
+    pair.extend(700, 5)
+    for counts in ((1, 3), (4, 1)):
+        pair.check(CHAIN)
+        pair.extend(*counts)
+    pair.check(CHAIN)
+
+
+def test_a_head_that_is_cast_while_it_drafts_goes_on_as_it_was():
+    pair = Pair(2)
+    pair.extend(9, 7)
+    pair.check(CHAIN)
+    pair.extend(2, 1)
+    pair.head.half()
+    pair.check(CHAIN)
+
+
+def test_the_default_device_does_not_matter():
+    pair = Pair(2)
+    pair.extend(9, 7)
+    drawn = [session.propose(CHAIN, Drawn()).tokens for session in (pair.compiled, pair.plain)]
+    read = make_read([2, 1], pair.firsts, 1)
+    pair.plain.extend(read)
+    wanted = pair.plain.propose(CHAIN, Greedy()).tokens
+    with torch.device("meta"):
+        pair.compiled.extend(read)
+        assert torch.equal(pair.compiled.propose(CHAIN, Greedy()).tokens, wanted)
+        pair.head.rotary.reserve(5000, torch.device("cpu"), torch.float32)
+    assert torch.equal(*drawn)
+
+
+def test_there_are_rotations_for_padding_too():
+    pair = Pair(2)
+    pair.firsts = [4094 - 9, 0]
+    pair.extend(9, 9)
+    pair.check(Plan(1, 1))
+    pair.extend(1, 9)
+    pair.check(Plan(1, 1))
+    # The first row's last token is at 4094, its padding goes on to 4102.
+    assert len(pair.head.rotary.reserve(0, torch.device("cpu"), torch.float32)) > 4102
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -174,6 +220,9 @@ def test_changed_modules_are_left_to_torch():
         assert weights_of(head) is None
     head = bound()
     head.shared.embeddings.__class__ = Scaled
+    assert weights_of(head) is None
+    head = bound()
+    head.shared.embeddings.max_norm = 1.0
     assert weights_of(head) is None
 
 

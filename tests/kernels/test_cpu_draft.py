@@ -210,6 +210,14 @@ def test_a_chain_ends_where_it_is_not_believed_in():
     assert torch.equal(case.run(min_confidence=means[-1] * 0.99)[1], made)
 
 
+def test_a_chain_goes_on_where_it_is_believed_in_as_much_as_asked():
+    weights = make_weights()
+    case = Case([5, 33], [2, 3], 6, weights._replace(lm_head=torch.zeros_like(weights.lm_head)))
+    likely = float(torch.tensor(1.0) / VOCAB)  # of each token, rounded as the kernel does
+    assert len(case.run(min_confidence=likely)[1]) == 1
+    assert len(case.run(min_confidence=likely * 1.001)[1]) == 0
+
+
 def test_a_second_draft_begins_where_the_first_did():
     case = Case([5, 33], [2, 3], 5, make_weights(has_fc=True))
     drafting = Drafting(case.weights, 2)
@@ -218,11 +226,14 @@ def test_a_second_draft_begins_where_the_first_did():
     assert torch.equal(case.run(drafting=drafting)[1], made)
 
 
-def test_of_equal_logits_the_first_is_taken():
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("equal", [8, 48], ids=["in a vector", "in many vectors"])
+def test_of_equal_logits_the_first_is_taken(equal, threads, monkeypatch):
+    monkeypatch.setattr(cpu_draft, "num_threads", lambda: threads)
     weights = make_weights()
-    rows = torch.arange(VOCAB) // 8 * 8  # eight equal rows each
+    rows = torch.arange(VOCAB) // equal * equal
     weights = weights._replace(lm_head=weights.lm_head[rows].contiguous(), d2t=None)
-    assert not (Case([5, 33], [2, 3], 5, weights).run()[1] % 8).any()
+    assert not (Case([5, 33], [2, 3], 5, weights).run()[1] % equal).any()
 
 
 def test_what_is_no_number_ends_the_chain():
@@ -240,6 +251,29 @@ def test_what_cannot_be_taken_is_left_to_torch():
     assert not can_draft(weights._replace(lm_head=weights.lm_head.T.contiguous().T))
     assert not can_draft(weights._replace(head_dim=24))
     assert not can_draft(weights._replace(embeds=weights.embeds.double()))
+    assert not can_draft(weights._replace(head_dim=288))
+
+
+class Packed(torch.Tensor):
+    """Says that it is a tensor like any other, as quantized weights do, and lies elsewhere."""
+
+
+def test_what_torch_would_refuse_is_not_read_past_its_end():
+    weights = make_weights()
+    assert can_draft(weights._replace(d2t=None))
+    places = weights.d2t + torch.arange(VOCAB)
+    for changes in (
+        {"lm_head": draw(VOCAB, 2 * HIDDEN, seed=0)},
+        {"norm": draw(HIDDEN // 2, seed=0)},
+        {"lm_head": weights.lm_head.as_subclass(Packed)},
+        {"d2t": weights.d2t.int()},
+        {"d2t": weights.d2t[: VOCAB - 32]},
+        {"d2t": weights.d2t.repeat_interleave(2)[::2]},
+        {"d2t": weights.d2t + TARGET_VOCAB - int(places.max())},
+        {"d2t": weights.d2t - int(places.min()) - 1},
+        {"d2t": None, "embeds": weights.embeds[: VOCAB - 1]},
+    ):
+        assert not can_draft(weights._replace(**changes)), changes
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

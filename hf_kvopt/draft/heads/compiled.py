@@ -27,7 +27,7 @@ def weights_of(head: "EagleHead") -> DraftWeights | None:
         return None
     linears = (layer.qkv_proj, layer.o_proj, layer.gate_up_proj, layer.down_proj, head.lm_head)
     # A subclass, a bias or a hook computes something else.
-    if not all(_is_plain(linear) for linear in linears) or type(embedding) is not nn.Embedding:
+    if not all(_is_plain(linear) for linear in linears) or not _is_lookup(embedding):
         return None
     if any(_has_hooks(module) for module in (head, layer, embedding)):
         return None
@@ -51,11 +51,17 @@ def weights_of(head: "EagleHead") -> DraftWeights | None:
         layer.norm_before_residual,
         head.config.rms_norm_eps,
     )
+    # As they are now: a head that is cast or moved while it drafts gets other memory, and frees this.
+    weights = DraftWeights._make(x.detach() if isinstance(x, Tensor) else x for x in weights)
     return weights if can_draft(weights) else None
 
 
 def _is_plain(linear: nn.Module) -> bool:
     return type(linear) is nn.Linear and linear.bias is None and not _has_hooks(linear)
+
+
+def _is_lookup(embedding: nn.Module) -> bool:
+    return type(embedding) is nn.Embedding and embedding.max_norm is None
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -78,7 +84,7 @@ class CompiledSteps:
         self._head, self._weights, self._num_rows = head, weights, num_rows
         self._layer: Any = cache.layers[0]
         self._drafting = Drafting(weights, num_rows)
-        self._identity = torch.arange(num_rows)
+        self._identity = torch.arange(num_rows, device="cpu")
         self._read: Read | None = None
 
     def note(self, read: Read) -> None:
@@ -96,7 +102,7 @@ class CompiledSteps:
         width = 0 if read is None else read.tokens.shape[1]
         if read is not None:
             held, slots = self._room_for(width, read)
-            self._drafting.run(held, self._rotations(read.positions, 0), self._entries(read, slots))
+            self._drafting.run(held, self._rotations(read.positions, 1), self._entries(read, slots))
         return self._drafting.states[:, None].to(self._head.dtype, copy=True), width
 
     def chain(self, hidden: Tensor | None, position: Tensor, plan: Plan, sample: Sampler) -> tuple[Draft, int]:
@@ -108,14 +114,16 @@ class CompiledSteps:
         read, self._read = self._read, None
         width = 0 if read is None else read.tokens.shape[1]
         held, slots = self._room_for(width + gamma - 1, read)
-        rotations = self._rotations(position, gamma)
-        positions = (position + torch.arange(1, gamma)).T.contiguous()
+        # Padding has positions too, past those of the last token.
+        rotations = self._rotations(position, gamma + width)
+        positions = (position + torch.arange(1, gamma, device="cpu")).T.contiguous()
         entries = None
         if hidden is not None:
             self._drafting.states.copy_(hidden[:, 0])
         if read is not None:
             entries = self._entries(read, slots)
-            slots = slots.gather(1, torch.tensor(read.counts)[:, None] + torch.arange(gamma - 1))
+            firsts = torch.tensor(read.counts, device="cpu")[:, None]
+            slots = slots.gather(1, firsts + torch.arange(gamma - 1, device="cpu"))
         drafted = slots.T.contiguous()
         if sample.is_greedy:
             tokens = self._drafting.run(held, rotations, entries, gamma, positions, drafted, plan.min_confidence)
@@ -139,7 +147,7 @@ class CompiledSteps:
         layer, device = self._layer, self._identity.device
         layer.claim(self._num_rows, num_tokens)
         blocks, lens, _ = layer.table.rows_on(device)
-        counts = 0 if read is None else torch.tensor(read.counts, dtype=torch.int32)
+        counts = 0 if read is None else torch.tensor(read.counts, dtype=torch.int32, device="cpu")
         held = Held(layer.pool.keys.place, layer.pool.values.place, blocks, lens - num_tokens + counts)
         return held, layer.table.slots(layer.clock - num_tokens, layer.clock, device)
 
@@ -148,7 +156,7 @@ class CompiledSteps:
         assert read.features is not None  # as in EagleSession.extend
         width = read.tokens.shape[1]
         features = read.features if self._weights.fc is not None else self._head.combine(read.features)
-        last = self._identity * width + torch.tensor(read.counts) - 1
+        last = self._identity * width + torch.tensor(read.counts, device="cpu") - 1
         return Entries(
             features.float().contiguous(),
             read.following.contiguous(),
@@ -157,7 +165,7 @@ class CompiledSteps:
             last,
         )
 
-    def _rotations(self, positions: Tensor, num_drafted: int) -> Tensor:
-        """[positions, 2, head_dim] float32 for `positions` and as many more as are drafted."""
-        length = int(positions.max()) + 1 + num_drafted
+    def _rotations(self, positions: Tensor, more: int) -> Tensor:
+        """[positions, 2, head_dim] float32 for `positions` and as many behind them."""
+        length = int(positions.max()) + more
         return self._head.rotary.reserve(length, self._identity.device, torch.float32)

@@ -127,8 +127,9 @@ class RotaryTable:
     def _make(self, length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         length = 1 << (max(length, 4096) - 1).bit_length()
         length = max(length, self._config.max_position_embeddings) if device.type != "cpu" else length
-        with torch.inference_mode(False):
-            rotary = LlamaRotaryEmbedding(self._config).to(device)  # type: ignore[arg-type]
+        # Made where it is used: the default device may be another, even one without memory.
+        with torch.inference_mode(False), device:
+            rotary = LlamaRotaryEmbedding(self._config)  # type: ignore[arg-type]
             positions = torch.arange(length, device=device)[None]
             cos, sin = rotary(torch.empty(0, device=device, dtype=torch.float32), positions)
             half = sin.shape[-1] // 2
