@@ -128,6 +128,7 @@ class Case:
         held = Held(*places, self.table, torch.tensor(ends, dtype=torch.int32))
         first = Entries(self.features, self.tokens, self.positions, slots, last)
         made = drafting.run(held, rotations(), first, steps, positions, chain.contiguous(), min_confidence)
+        assert held.seq_lens.tolist() == ends, "the caller's lengths were changed"
         return drafting.states.clone(), made, drafting.logits.clone()
 
     def written(self, drafted: Tensor) -> tuple[Tensor, list[list[int]], Tensor]:
@@ -175,6 +176,12 @@ def test_states_tokens_and_logits_are_those_of_the_layer(lengths, has_fc, is_nor
 @pytest.mark.parametrize("counts", [[1], [7], [3, 1, 2, 4, 4]], ids=str)
 def test_weights_and_pools_of_every_type(counts, dtype):
     Case([20 + i for i in range(len(counts))], counts, 4, make_weights(dtype, has_fc=True)).check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_embeddings_of_another_type_than_the_weights(dtype):
+    weights = make_weights()
+    Case([20, 7, 3], [1, 4, 2], 4, weights._replace(embeds=weights.embeds.to(dtype))).check()
 
 
 def test_long_rows_are_read_in_pieces():

@@ -35,7 +35,7 @@ class Dense(Kernel):
         super().__init__(function, lanes, names)
         self.thread, self.threads = function.args[1:3]
         self.codec, self.eps = CODECS[weights], eps
-        self._products = [self.alloca(F32, _TOGETHER * lanes) for _ in range(2)]
+        self._products = self.alloca(F32, _TOGETHER * lanes)
 
     def barrier(self) -> None:
         """Wait for all threads of the team."""
@@ -83,12 +83,9 @@ class Dense(Kernel):
         with self.loop(whole, count, 1) as token:
             body([token])
 
-    def products(self, weight: ir.Value, size: int, xs: Sequence[ir.Value], place: int = 0) -> list[ir.Value]:
-        """A vector for each of one or four tokens: products of its `size` values with as many rows from `weight` on.
-
-        `place` tells results apart that are needed at the same time.
-        """
-        count, memory = len(xs), self._products[place]
+    def products(self, weight: ir.Value, size: int, xs: Sequence[ir.Value]) -> list[ir.Value]:
+        """A vector for each of one or four tokens: products of its `size` values with as many rows from `weight` on."""
+        count, memory = len(xs), self._products
         rows, row_bytes = self.lanes // count, size * self.codec.bits // 8
         with self.loop(self.integer(0), self.integer(self.lanes), rows) as first:
             sums = [[self.var(self.splat(0.0)) for _ in range(rows)] for _ in xs]

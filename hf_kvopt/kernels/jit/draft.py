@@ -276,7 +276,7 @@ class Layer(Phase):
             xs = [self.row(normed, row, hidden) for row in rows]
             weight = self.weight_row(self.pointer("gate_up"), output, hidden)
             gates = self.products(weight, hidden, xs)
-            ups = self.products(self.weight_row(weight, self.integer(inner), hidden), hidden, xs, place=1)
+            ups = self.products(self.weight_row(weight, self.integer(inner), hidden), hidden, xs)
             for row, gate, up in zip(rows, gates, ups, strict=True):
                 target = self.row(self.pointer("activated"), row, inner)
                 self.store(self.b.fmul(self.silu(gate), up), self.item(target, F32, output))
