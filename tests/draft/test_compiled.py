@@ -214,10 +214,12 @@ def test_changed_modules_are_left_to_torch():
     class Scaled(nn.Embedding):
         pass
 
-    for name in ("lm_head", "layers.0.o_proj"):
+    for name in ("lm_head", "layers.0.o_proj", "layers.0", "", "embeddings"):
         head = bound()
-        head.get_submodule(name).register_forward_pre_hook(lambda *_: None)
-        assert weights_of(head) is None
+        module = head.shared.embeddings if name == "embeddings" else head.get_submodule(name)
+        assert weights_of(head) is not None
+        module.register_forward_pre_hook(lambda *_: None)
+        assert weights_of(head) is None, name
     head = bound()
     head.shared.embeddings.__class__ = Scaled
     assert weights_of(head) is None

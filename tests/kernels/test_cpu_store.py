@@ -258,6 +258,20 @@ def test_unquantized_pools_hold_the_very_bits(dtype, dim):
     assert torch.equal(pool.contiguous().view(torch.uint8), want.contiguous().view(torch.uint8))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_wider_states_are_rounded_to_the_nearest_and_ties_to_even(dtype):
+    x = make_states(1, 2, 40, 64, torch.float32).contiguous()
+    # Halves between two neighbours, upwards and downwards, and what has no neighbour.
+    x[:, :, ::2] = (x[:, :, ::2].view(torch.int32) & -0x10000 | 0x8000).view(torch.float32)
+    x[:, :, 1::4] = (x[:, :, 1::4].view(torch.int32) & -0x2000 | 0x1000).view(torch.float32)
+    x[0, 0, 0, :6] = torch.tensor([torch.inf, -torch.inf, torch.nan, -0.0, 3.4e38, -3.4e38])
+    pool = torch.zeros(2, 4, BLOCK, 64, dtype=dtype).movedim(0, 2)
+    store_states(x, place_of(pool, None), torch.arange(40))
+    got = pool.flatten(0, 1)[:40].transpose(0, 1)
+    assert torch.equal(got.nan_to_num(7.0), x[0].to(dtype).nan_to_num(7.0))
+    assert torch.equal(got.isnan(), x[0].isnan())
+
+
 def cache_bytes(name: str, steps: list[int], loud: bool = False) -> list[Tensor]:
     """Codes and scales that two layers hold of two rows that came in such steps."""
     cache = QuantizedPagedCache(format=name)
