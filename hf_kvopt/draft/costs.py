@@ -5,12 +5,14 @@ the medians of what was measured, so that one size tells of another, and one bat
 """
 
 from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import NamedTuple
 
 _WINDOW = 16  # measurements that are remembered of each size
 _HORIZON = 128  # measurements of other sizes after which one no longer counts
 _FORGET = 0.98  # acceptance of a step ago counts this much less
+_ALIKE = 16.0  # accepted tokens, as if every row had begun with as many: paces of a text change
 _PRIOR = 0.75  # acceptance of a first token before anything is known, as if one had been tried
 
 
@@ -63,6 +65,43 @@ class Rates:
             tokens += passed
             depth += made
         return Expected(tokens, depth)
+
+
+class Paces:
+    """How much more or less than the mean each row of a call accepts: a batch is done when its slowest row is.
+
+    A row that takes e_i tokens a step is done after 1/e_i of the steps that plain decoding takes, and a step's time is
+    a + b * rows. Tokens that count are those of a batch of equal rows that would take as long.
+    """
+
+    def __init__(self) -> None:
+        self._accepted: dict[int, list[float]] = {}  # of each row, and of the mean of the rows beside it
+        self.rows_leave = True
+
+    def begin(self, rows_leave: bool) -> None:
+        """Forget the rows; whether those of the next call make steps cheaper when they are done."""
+        self._accepted.clear()
+        self.rows_leave = rows_leave
+
+    def note(self, accepted: Mapping[int, int]) -> None:
+        """Drafted tokens that were accepted in one step, by row."""
+        mean = sum(accepted.values()) / max(1, len(accepted))
+        for row, count in accepted.items():
+            own = self._accepted.setdefault(row, [0.0, 0.0])
+            own[0] += count
+            own[1] += mean
+
+    def counting(self, rows: Sequence[int], tokens: float, fixed: float) -> float:
+        """Of `tokens` a step, taken by the mean row, those that count; `fixed` is the share a of a step's time."""
+        if len(rows) == 1:
+            return tokens
+        steps = [1 / (1 + (tokens - 1) * self._share(row)) for row in rows]
+        fixed = fixed if self.rows_leave else 1.0
+        return 1 / (fixed * max(steps) + (1 - fixed) * sum(steps) / len(steps))
+
+    def _share(self, row: int) -> float:
+        own, mean = self._accepted.get(row, (0.0, 0.0))
+        return (own + _ALIKE) / (mean + _ALIKE)
 
 
 class Line(NamedTuple):

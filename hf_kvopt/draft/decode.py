@@ -76,6 +76,8 @@ class Speculation:
         self.rows = list(range(len(output.lens)))  # row of the output of each row of the reader
         self.pending = Pending()
         self.is_first_draft = True
+        sampling = (config.temperature, config.top_k, config.top_p, config.min_p) if self.do_sample else None
+        policy.begin(sampling, rows_may_leave)
         self.extra = {"output_hidden_states": True} if drafter.feature_layers else {}
 
     def run(self, prefill: Any, prompt: Read, session: DraftSession) -> None:
@@ -97,7 +99,7 @@ class Speculation:
 
     def _step(self, session: DraftSession) -> None:
         batch, started = len(self.rows), time.perf_counter()
-        plan = self.policy.plan(batch, self.output.remaining)
+        plan = self.policy.plan(self.rows, self.output.remaining)
         draft, shape = self._draft(session, plan)
         fed, drafted = torch.cat([self._roots(), draft.tokens], dim=1), time.perf_counter()
         try:
@@ -117,11 +119,11 @@ class Speculation:
         proposed = [draft.tokens.shape[1] if shape is None else max(shape.depths)] * batch
         if shape is None and draft.lengths is not None:
             proposed = list(draft.lengths)
-        depths = [(proposed[row], len(verdict.paths[row])) for row, tokens in enumerate(kept) if tokens]
+        accepted = {self.rows[i]: (proposed[i], len(verdict.paths[i])) for i, tokens in enumerate(kept) if tokens}
         num_tokens, ended = sum(len(tokens) for tokens in kept), time.perf_counter()
         draft_s = None if self.is_first_draft else drafted - started
         self.is_first_draft = self.is_first_draft and not plan.num_nodes
-        self.policy.note_step(plan, batch, fed.shape[1], draft_s, ended - drafted, depths, num_tokens)
+        self.policy.note_step(plan, batch, fed.shape[1], draft_s, ended - drafted, accepted, num_tokens)
         self._let_go(session)
 
     def _draft(self, session: DraftSession, plan: Plan) -> tuple[Draft, TreeShape | None]:

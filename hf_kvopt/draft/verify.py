@@ -46,6 +46,8 @@ def sampled_chain(tokens: Tensor, p: Tensor, q: Tensor | None, lengths: Sequence
     Without q each token is a point mass. `lengths`: how many tokens of each row count.
     """
     batch, gamma = tokens.shape
+    if not gamma:
+        return Verdict([[]] * batch, torch.multinomial(p[:, 0], 1).tolist())
     ratio = p[:, :gamma].gather(2, tokens[..., None])[..., 0]
     if q is not None:
         ratio = ratio / q.gather(2, tokens[..., None])[..., 0]
@@ -57,10 +59,9 @@ def sampled_chain(tokens: Tensor, p: Tensor, q: Tensor | None, lengths: Sequence
     rows = torch.arange(batch, device=tokens.device)
     rest = p[rows, accepted]  # [batch, vocab]
     is_rejected = accepted < limits
-    if gamma:
-        at = accepted.clamp(max=gamma - 1)
-        taken = q[rows, at] if q is not None else F.one_hot(tokens[rows, at], p.shape[-1])
-        rest = torch.where(is_rejected[:, None], (rest - taken).clamp(min=0), rest)
+    at = accepted.clamp(max=gamma - 1)
+    taken = q[rows, at] if q is not None else F.one_hot(tokens[rows, at], p.shape[-1])
+    rest = torch.where(is_rejected[:, None], (rest - taken).clamp(min=0), rest)
     last = _draw(rest, p[rows, accepted])
     listed = torch.cat([accepted[:, None], last[:, None], tokens], dim=1).tolist()
     kept = [[*row[2 : 2 + row[0]], row[1]] for row in listed]
