@@ -65,8 +65,13 @@ def measure(subject: Subject, cell: Cell, stream: Tensor, repeats: int) -> Timin
         for is_shared in order:
             _share(model, store if is_shared else None)
             clock.settle()
-            elapsed = clock.time_ms(partial(_generate, model, inputs, 1))
+            with _counted(model) as positions:
+                elapsed = clock.time_ms(partial(_generate, model, inputs, 1))
             (timings.shared_ms if is_shared else timings.plain_ms).append(elapsed)
+            # A prompt that the store knows more of than the cell says is another measurement.
+            expected = timings.shared_tokens if is_shared else timings.plain_tokens
+            if sum(positions) != expected:
+                raise RuntimeError(f"{cell}: expected {expected} positions to be computed, got {sum(positions)}")
     hf_kvopt.disable(model)
     store.free()
     return timings
@@ -90,12 +95,14 @@ def _check(model: PreTrainedModel, store: hf_kvopt.PrefixStore, inputs: dict[str
 
 
 def _prompts(subject: Subject, cell: Cell, known: Tensor, stream: Tensor, number: int) -> dict[str, Tensor]:
-    """A batch whose rows begin with `known` and go on with text that no other row has."""
-    rows = []
+    """A batch whose rows begin with `known` and go on as no other row does, of this batch or of another number."""
+    rows, vocab = [], int(stream.max()) + 1
     for row in range(cell.batch):
         length = max(2, cell.length - _RAGGED * row)
         start = len(stream) // 3 + (number * cell.batch + row) * cell.length
         own = stream.roll(-start)[: max(1, length - len(known))]
+        # The stream comes round: rows part at their first token of their own.
+        own[0] = (number * cell.batch + row) % vocab
         rows.append(torch.cat([known[: length - len(own)], own]))
     ids, mask = pad_left(rows, 0)
     return {"input_ids": ids.to(subject.model.device), "attention_mask": mask.to(subject.model.device)}

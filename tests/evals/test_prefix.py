@@ -47,3 +47,23 @@ def test_rows_of_a_batch_begin_alike_and_go_on_unlike() -> None:
     assert [len(row) for row in rows] == [40, 35, 30]
     assert all(row[:20] == list(range(20)) for row in rows)
     assert len({row[20] for row in rows}) == 3
+
+
+def test_a_stream_that_comes_round_repeats_no_prompt() -> None:
+    subject = type("Subject", (), {"model": type("Model", (), {"device": torch.device("cpu")})})
+    stream = torch.arange(100).repeat(3)
+    cell = measuring.Cell(50, 4, 0.5)
+    firsts = [
+        int(row[mask.bool()][25])
+        for number in range(8)
+        for row, mask in zip(*measuring._prompts(subject, cell, stream[:25], stream, number).values(), strict=True)
+    ]
+    assert len(set(firsts)) == len(firsts) == 32
+    assert torch.equal(stream, torch.arange(100).repeat(3))
+
+
+def test_a_prompt_of_which_more_is_known_than_the_cell_says_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = measuring._prompts
+    monkeypatch.setattr(measuring, "_prompts", lambda *args: prompts(*args[:4], number=1))
+    with pytest.raises(RuntimeError, match="positions to be computed"):
+        main([*SHORT, "--out", "/dev/null"])
