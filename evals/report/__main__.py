@@ -51,19 +51,19 @@ def run(args: argparse.Namespace) -> int:
     outcomes += [Outcome("results", "", fault, 0.0) for fault in (*faults, *quick_faults)]
     claims = claims_of([*quick_rows, *rows])
     facts = provenance(torch.device("cpu"))
-    title = f"made {facts['date']} at {facts['revision']}; torch {facts['torch']}, transformers {facts['transformers']}"
+    made = f"made {facts['date']} at {facts['revision']}; torch {facts['torch']}, transformers {facts['transformers']}"
     args.out.mkdir(parents=True, exist_ok=True)
     plots = plots_of([*quick_rows, *rows], [args.results / "quick", args.results])
-    (args.out / "report.html").write_text(to_html(title, claims, plots, outcomes), encoding="utf8")
-    (args.out / "report.md").write_text(to_markdown(title, claims, outcomes), encoding="utf8")
+    (args.out / "report.html").write_text(to_html(made, claims, plots, outcomes), encoding="utf8")
+    (args.out / "report.md").write_text(to_markdown(made, claims, outcomes), encoding="utf8")
     if args.readme:
         README.write_text(fill(README.read_text("utf8"), rows), encoding="utf8")
     missed = [claim for claim in claims if claim.is_met is False]
-    show_table(
-        f"{len(claims)} claims, {sum(c.is_met is True for c in claims)} met, {len(missed)} missed",
-        ["missed", "goal", "measured"],
-        [[claim.claim, claim.goal, claim.measured] for claim in missed],
-    )
+    title = f"{len(claims)} claims, {sum(c.is_met is True for c in claims)} met, {len(missed)} missed"
+    if missed:
+        show_table(title, ["missed", "goal", "measured"], [[c.claim, c.goal, c.measured] for c in missed])
+    else:
+        print(title)
     print(f"{args.out / 'report.html'}\n{args.out / 'report.md'}")
     return int(bool(missed))
 

@@ -202,7 +202,7 @@ class PagedCache(DynamicCache):
         for layer in self._stock_layers():
             layer.batch_select_indices(indices)
         if self.num_rows:
-            self._select(torch.arange(self.num_rows)[indices.cpu()].tolist())
+            self._select(torch.arange(self.num_rows, device="cpu")[indices.cpu()].tolist())
 
     def activate_past_recording(self) -> None:
         """Keep what lies behind sliding windows until the next `crop`, so that it can be undone."""
