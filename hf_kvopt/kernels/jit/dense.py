@@ -85,22 +85,33 @@ class Dense(Kernel):
 
     def products(self, weight: ir.Value, size: int, xs: Sequence[ir.Value]) -> list[ir.Value]:
         """A vector for each of one or four tokens: products of its `size` values with as many rows from `weight` on."""
-        count, memory = len(xs), self._products
-        rows, row_bytes = self.lanes // count, size * self.codec.bits // 8
+        count, row_bytes = len(xs), size * self.codec.bits // 8
+        # Few rows at a time, each for several vectors: memory is read in long stretches.
+        rows = self.lanes // count if count > 1 else _TOGETHER
+        steps = self.lanes // (rows * count)
+        while size % (steps * self.lanes):
+            steps //= 2
         with self.loop(self.integer(0), self.integer(self.lanes), rows) as first:
-            sums = [[self.var(self.splat(0.0)) for _ in range(rows)] for _ in xs]
+            sums = [[self.var(self.splat(0.0)) for _ in range(rows)] for _ in range(steps) for _ in xs]
             base = self.at(weight, self.b.mul(first, self.integer(row_bytes)))
-            with self.loop(self.integer(0), self.integer(size), self.lanes) as i:
-                values = [self.load(self.item(x, F32, i)) for x in xs]
-                for row in range(rows):
-                    column = self._load(self.codec, self.at(base, self.integer(row * row_bytes)), i)
-                    for value, of_token in zip(values, sums, strict=True):
-                        of_token[row].set(self.fma(value, column, of_token[row].get()))
-            folded = self.sums([var.get() for of_token in sums for var in of_token])
+            with self.loop(self.integer(0), self.integer(size), steps * self.lanes) as start:
+                for step in range(steps):
+                    i = self.b.add(start, self.integer(step * self.lanes))
+                    values = [self.load(self.item(x, F32, i)) for x in xs]
+                    for row in range(rows):
+                        column = self._load(self.codec, self.at(base, self.integer(row * row_bytes)), i)
+                        for token, value in enumerate(values):
+                            total = sums[step * count + token][row]
+                            total.set(self.fma(value, column, total.get()))
+            flat = [var.get() for of_token in sums for var in of_token]
+            flat += [self.splat(0.0)] * (self.lanes - len(flat))
+            folded = self.sums(flat)
+            if count == 1:
+                folded = self.folded(folded, self.b.fadd, rows)
             for token in range(count):
-                address = self.item(memory, F32, self.b.add(first, self.integer(token * self.lanes)))
+                address = self.item(self._products, F32, self.b.add(first, self.integer(token * self.lanes)))
                 self.store(self.narrow(folded, token * rows, rows), address)
-        return [self.load(self.item(memory, F32, self.integer(token * self.lanes))) for token in range(count)]
+        return [self.load(self.item(self._products, F32, self.integer(token * self.lanes))) for token in range(count)]
 
     def exp(self, x: ir.Value) -> ir.Value:
         """e^x for x <= 0."""
