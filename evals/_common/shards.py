@@ -1,6 +1,7 @@
 """Work shared out over the processes of `accelerate launch`; one process alone does all of it."""
 
 import argparse
+import atexit
 from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
@@ -54,5 +55,7 @@ def join_shards(args: argparse.Namespace) -> Shard:
                 f"--device-map {args.device_map} lays one model over all devices: got {state.num_processes} "
                 "processes; drop it, or start one process"
             )
+        # While it stands its threads run on into the end of the process, which then now and then aborts.
+        atexit.register(state.destroy_process_group)
         args.device = args.device or str(state.device)
     return Shard(state.process_index, state.num_processes)

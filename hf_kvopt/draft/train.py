@@ -94,6 +94,7 @@ class Trainer:
             if is_last:
                 break
         bar.close()
+        self.accelerator.end_training()
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, object]:

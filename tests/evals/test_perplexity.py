@@ -207,11 +207,12 @@ def test_a_model_placed_by_accelerate_gives_the_same_figures(tmp_path: Path, mod
 
 
 def test_several_processes_and_a_device_map_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "evals._common.shards.PartialState",
-        lambda cpu: Namespace(num_processes=2, process_index=1, device=torch.device("cpu")),
-    )
+    state = Namespace(num_processes=2, process_index=1, device=torch.device("cpu"), destroy_process_group=object())
+    at_exit: list[object] = []
+    monkeypatch.setattr("evals._common.shards.PartialState", lambda cpu: state)
+    monkeypatch.setattr("evals._common.shards.atexit.register", at_exit.append)
     assert join_shards(Namespace(device=None, device_map=None)) == Shard(1, 2)
+    assert at_exit == [state.destroy_process_group]
     with pytest.raises(BadArgumentError, match="got 2 processes"):
         join_shards(Namespace(device=None, device_map="auto"))
 
