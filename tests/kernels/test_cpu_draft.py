@@ -225,6 +225,12 @@ def test_a_chain_goes_on_where_it_is_believed_in_as_much_as_asked():
     assert len(case.run(min_confidence=likely * 1.001)[1]) == 0
 
 
+def test_norms_of_tiny_states_add_their_eps():
+    case = Case([5, 33], [2, 3], 3, make_weights())
+    case.features *= 1e-3  # mean squares as small as eps
+    case.check()
+
+
 def test_a_second_draft_begins_where_the_first_did():
     case = Case([5, 33], [2, 3], 5, make_weights(has_fc=True))
     drafting = Drafting(case.weights, 2)
