@@ -82,9 +82,10 @@ class Policy:
 
     def begin(self, sampling: Hashable, rows_leave: bool) -> None:
         """A call that samples so, and whether rows that are done make its steps cheaper."""
-        if sampling not in self._known and len(self._known) >= _MOST_SAMPLINGS:
+        self.known = self._known.pop(sampling) if sampling in self._known else Known()
+        self._known[sampling] = self.known  # behind all that were used before it
+        if len(self._known) > _MOST_SAMPLINGS:
             del self._known[next(iter(self._known))]
-        self.known = self._known.setdefault(sampling, Known())
         self.paces.begin(rows_leave)
 
     def plan(self, rows: Sequence[int], remaining: int) -> Plan:
@@ -142,10 +143,8 @@ class Policy:
             stats.time_saved_s += tokens / rows / self._plain_rate(batch_size) - draft_s - step_s
 
     def rate(self, plan: Plan, rows: Sequence[int]) -> float:
-        """Tokens of a row a second, as it is expected."""
+        """Tokens of a row a second, as it is expected of a plan that drafts."""
         batch_size = len(rows)
-        if not plan.num_nodes:
-            return self._plain_rate(batch_size)
         read = self.read_times.line() if self.read_times else Line(1e-3, 0.0)
         tokens, depth = self._rates_of(plan).expected(plan.gamma, 1.0 if self._is_known(plan) else _SIBLINGS)
         num_read = 1 + (depth if plan.is_chain else plan.num_nodes)
@@ -195,22 +194,22 @@ class Policy:
 
     def _loses(self, rows: Sequence[int]) -> bool:
         """Whether the last speculative steps gave less than plain ones would have, counted and not estimated."""
-        known = self.known.recent[len(rows)]
-        if len(known) < self.known.trust:
+        num_steps = len(self.known.recent[len(rows)])
+        if num_steps < self.known.trust:
             return False
         loses = self._counted_rate(rows) < self._plain_rate(len(rows))
-        if not loses and len(known) == _TRUST:
+        if not loses and num_steps == _TRUST:
             self.known.pause, self.known.trust = _PAUSE, _TRUST
         return loses
 
     def _counted_rate(self, rows: Sequence[int]) -> float:
         """Tokens of a row a second in the last speculative steps, those that count."""
-        known = self.known.recent[len(rows)]
-        if not known:
+        steps = self.known.recent[len(rows)]
+        if not steps:
             return 0.0
-        tokens, seconds = sum(tokens for tokens, _ in known) / len(known), median([seconds for _, seconds in known])
+        tokens, seconds = sum(tokens for tokens, _ in steps) / len(steps), median([seconds for _, seconds in steps])
         counting = self.paces.counting(rows, tokens, min(1.0, self.read_times.line().base / seconds))
-        return _rate_of(known) * counting / tokens
+        return _rate_of(steps) * counting / tokens
 
     def _stop(self, rows: Sequence[int]) -> None:
         if not self.stats.fell_back:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hf_kvopt.kernels.cpu_jit import Place
 from hf_kvopt.kernels.cpu_program import MAX_DIM, NAMES, bits_of, can_compile, compiled, lanes, num_threads
-from hf_kvopt.kernels.jit.spec import ARGUMENTS, CHUNK, DRAFT_ARGUMENTS, NO_WINDOW, PARTIAL, DraftSpec, part_items
+from hf_kvopt.kernels.jit.spec import ARGUMENTS, CHUNK, DRAFT_ARGUMENTS, NO_WINDOW, PARTIAL, DraftSpec, Spec, part_items
 from hf_kvopt.kernels.pattern import LOG2E
 
 # Tokens of a first read at most: inputs are kept for each thread. 256 tokens of 8 rows still take 0.4x of torch's time.
@@ -143,7 +143,8 @@ class Drafting:
         mine = max(count, num_rows) * (2 * self.states.shape[1] + self._weights.head_dim)
         scratch = self._reserve("scratch", self._threads * mine)
         self._joint.fill_(1.0)
-        attention = self._attend_with(held, seq_lens)
+        spec = self._spec(held.k.code)
+        attention = self._attend_with(held, seq_lens, spec.attention)
         changing: dict[str, Any] = {
             "num_threads": self._threads if num_threads() > 1 else 1,
             "num_first": 0 if first is None else count,
@@ -168,7 +169,6 @@ class Drafting:
             names = ("features", "first_tokens", "first_positions", "first_slots", "last")
             changing |= {name: x.data_ptr() for name, x in zip(names, first, strict=True)}
         arguments = array("q", (self._arguments | changing).values())
-        spec = self._spec(held.k.code)
         _program(spec).run(arguments.buffer_info()[0])
         return tokens[: arguments[DRAFT_ARGUMENTS.index("made")]]
 
@@ -216,12 +216,11 @@ class Drafting:
             known = self._grown[name] = _floats(size)
         return known
 
-    def _attend_with(self, held: Held, seq_lens: Tensor) -> array:
+    def _attend_with(self, held: Held, seq_lens: Tensor, spec: Spec) -> array:
         """The arguments of attention."""
         w, table = self._weights, held.block_table
         splits = -(-(table.shape[1] << held.k.block_shift) // CHUNK)
         num_tasks = len(table) * w.num_kv_heads * splits
-        spec = self._spec(held.k.code).attention
         group = w.num_heads // w.num_kv_heads
         parts = self._reserve("parts", num_tasks * -(-group // spec.rows) * spec.rows * part_items(spec))
         for plane, place in (("k", held.k), ("v", held.v)):

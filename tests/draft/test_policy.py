@@ -131,9 +131,12 @@ def test_a_pause_of_sampled_calls_is_none_of_greedy_ones() -> None:
         assert policy.known.pause_left
         policy.begin(None, True)
         assert simulate(policy, 80, alpha=0.9, draft_s=0.0005, read_s=0.0002).count(NOTHING) < 10
+    greedy = policy.known
     for temperature in range(1000):
         policy.begin((temperature, 50, 1.0, None), True)
+        policy.begin(None, True)
     assert len(policy._known) < 50
+    assert policy.known is greedy
 
 
 def test_without_fallback_every_step_drafts() -> None:

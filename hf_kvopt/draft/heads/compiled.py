@@ -101,8 +101,9 @@ class CompiledSteps:
         read, self._read = self._read, None
         width = 0 if read is None else read.tokens.shape[1]
         if read is not None:
-            held, slots = self._room_for(width, read)
-            self._drafting.run(held, self._rotations(read.positions, 1), self._entries(read, slots))
+            counts = _counts_of(read)
+            held, slots = self._room_for(width, counts)
+            self._drafting.run(held, self._rotations(read.positions, 1), self._entries(read, slots, counts))
         return self._drafting.states[:, None].to(self._head.dtype, copy=True), width
 
     def chain(self, hidden: Tensor | None, position: Tensor, plan: Plan, sample: Sampler) -> tuple[Draft, int]:
@@ -113,17 +114,17 @@ class CompiledSteps:
         gamma = min(plan.gamma, plan.num_nodes)
         read, self._read = self._read, None
         width = 0 if read is None else read.tokens.shape[1]
-        held, slots = self._room_for(width + gamma - 1, read)
+        counts = None if read is None else _counts_of(read)
+        held, slots = self._room_for(width + gamma - 1, counts)
         # Padding has positions too, past those of the last token.
         rotations = self._rotations(position, gamma + width)
         positions = (position + torch.arange(1, gamma, device="cpu")).T.contiguous()
         entries = None
         if hidden is not None:
             self._drafting.states.copy_(hidden[:, 0])
-        if read is not None:
-            entries = self._entries(read, slots)
-            firsts = torch.tensor(read.counts, device="cpu")[:, None]
-            slots = slots.gather(1, firsts + torch.arange(gamma - 1, device="cpu"))
+        if read is not None and counts is not None:
+            entries = self._entries(read, slots, counts)
+            slots = slots.gather(1, counts[:, None] + torch.arange(gamma - 1, device="cpu"))
         drafted = slots.T.contiguous()
         if sample.is_greedy:
             tokens = self._drafting.run(held, rotations, entries, gamma, positions, drafted, plan.min_confidence)
@@ -142,21 +143,23 @@ class CompiledSteps:
         draft = chain.draft(position.device)
         return draft, width + gamma - 1
 
-    def _room_for(self, num_tokens: int, read: Read | None) -> tuple[Held, Tensor]:
-        """The cache with room for so many tokens of each row, and their slots [batch, num_tokens]."""
+    def _room_for(self, num_tokens: int, counts: Tensor | None) -> tuple[Held, Tensor]:
+        """The cache with room for so many tokens of each row, of which `counts` are read first, and their slots."""
         layer, device = self._layer, self._identity.device
         layer.claim(self._num_rows, num_tokens)
         blocks, lens, _ = layer.table.rows_on(device)
-        counts = 0 if read is None else torch.tensor(read.counts, dtype=torch.int32, device="cpu")
-        held = Held(layer.pool.keys.place, layer.pool.values.place, blocks, lens - num_tokens + counts)
+        lens = lens - num_tokens
+        if counts is not None:
+            lens += counts
+        held = Held(layer.pool.keys.place, layer.pool.values.place, blocks, lens)
         return held, layer.table.slots(layer.clock - num_tokens, layer.clock, device)
 
-    def _entries(self, read: Read, slots: Tensor) -> Entries:
+    def _entries(self, read: Read, slots: Tensor, counts: Tensor) -> Entries:
         """All of `read`, the padding too: what it writes is written over, or taken out, before anything reads it."""
         assert read.features is not None  # as in EagleSession.extend
         width = read.tokens.shape[1]
         features = read.features if self._weights.fc is not None else self._head.combine(read.features)
-        last = self._identity * width + torch.tensor(read.counts, device="cpu") - 1
+        last = self._identity * width + counts - 1
         return Entries(
             features.float().contiguous(),
             read.following.contiguous(),
@@ -169,3 +172,8 @@ class CompiledSteps:
         """[positions, 2, head_dim] float32 for `positions` and as many behind them."""
         length = int(positions.max()) + more
         return self._head.rotary.reserve(length, self._identity.device, torch.float32)
+
+
+def _counts_of(read: Read) -> Tensor:
+    """[batch] int64."""
+    return torch.tensor(read.counts, device="cpu")

@@ -20,7 +20,7 @@ class Kernel(Emitter):
     Args:
         function: an empty function whose first argument is the address of the arguments.
         lanes: float32 values in a vector register.
-        names: of the arguments: "next_task" first, "num_tasks" and "num_threads" among the others.
+        names: of the arguments: "num_threads" among them, and for `tasks` "next_task" first and "num_tasks".
     """
 
     def __init__(self, function: ir.Function, lanes: int, names: Sequence[str]) -> None:
