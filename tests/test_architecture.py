@@ -19,18 +19,19 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "hf_kvopt"
 # What each room may import of the others; errors are everybody's.
 ALLOWED = {
-    "cache": ("cache", "pool", "quant", "config"),
-    "attention": ("attention", "pool.handle", "pool.lazy", "kernels"),
+    "cache": ("cache", "pool", "quant", "config", "compat"),
+    "attention": ("attention", "pool.handle", "pool.lazy", "kernels", "compat"),
     "pool": ("pool", "kernels", "quant"),
     "kernels": ("kernels", "quant"),
     "quant": ("quant",),
-    "draft": ("draft", "attention", "cache", "kernels.cpu_draft", "config"),
-    "plan": ("plan", "quant", "config"),
+    "draft": ("draft", "attention", "cache", "kernels.cpu_draft", "config", "compat"),
+    "plan": ("plan", "quant", "config", "compat"),
+    "compat": (),
     "config": (),
     "errors": (),
 }
 # Only these speak to transformers; the rest is torch alone.
-WITH_TRANSFORMERS = ("cache", "attention", "draft", "enable", "sharing", "plan", "cli", "__main__")
+WITH_TRANSFORMERS = ("cache", "attention", "draft", "enable", "sharing", "plan", "cli", "compat", "__main__")
 # Rungs 2 and 3 of the proof compile and time the kernels, which are no public names.
 KERNEL_PROOFS = ("evals/_gpu", "evals/gpu.py", "evals/kernels.py")
 PROVEN = ("hf_kvopt.kernels", "hf_kvopt.quant", "triton")

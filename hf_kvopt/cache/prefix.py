@@ -73,7 +73,7 @@ class PrefixStore:
 
     >>> store = PrefixStore(model)                                                       # doctest: +SKIP
     >>> cache = store.cache(inputs.input_ids, inputs.attention_mask)
-    >>> output_ids = model.generate(**inputs, past_key_values=cache)
+    >>> output_ids = model.generate(**inputs, cache=cache)
     >>> store.commit(cache, output_ids)
     """
 
@@ -116,7 +116,7 @@ class PrefixStore:
     def cache(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, *, namespace: Hashable = None
     ) -> PrefixSharedCache:
-        """A cache for one `generate(input_ids, attention_mask, past_key_values=cache)`, filled as far as it can be.
+        """A cache for one `generate(input_ids, attention_mask, cache=cache)`, filled as far as it can be.
 
         Args:
             input_ids: [batch, length]; expanded for beams and returned sequences by itself.
