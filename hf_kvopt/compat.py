@@ -107,13 +107,18 @@ def check() -> None:
     getattr(GenerationMixin, MAKE_CACHE)(None, GenerationConfig(), {CACHE_KEYWORD: probe}, None, 1, 1)
     if not is_user_defined(probe):
         missing("Cache._is_user_defined")
-    if (VERSION.major, VERSION.minor) > (NEWEST_TESTED.major, NEWEST_TESTED.minor):
+    if is_untested():
         logger.warning(
             "transformers %s is newer than %s, the newest that this hf_kvopt was tested with: what it needs was found, "
             "but compare outputs once with the plain model",
             VERSION,
             NEWEST_TESTED,
         )
+
+
+def is_untested() -> bool:
+    """Whether this transformers is of a newer minor version than the newest tested one."""
+    return (VERSION.major, VERSION.minor) > (NEWEST_TESTED.major, NEWEST_TESTED.minor)
 
 
 def original(owner: Any, name: str) -> Callable[..., Any]:

@@ -152,6 +152,25 @@ def test_transformers_is_imported_by_the_rooms_that_border_on_it_alone():
     assert here <= set(WITH_TRANSFORMERS)
 
 
+# Private or renamed between versions.
+TRANSFORMERS_NAMES = (
+    "_prepare_cache_for_generation", "_prefill", "expand_kv", "_mask_length", "_pad_token_tensor", "_is_user_defined",
+    "_supports_default_dynamic_cache", "_can_set_attn_implementation", "past_key_values", "cache_params",
+    "get_layer_types_and_kwargs", "DYNAMIC_LAYER_TYPE_MAPPING", "masking_utils",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS_NAMES)
+def test_names_that_depend_on_the_version_stand_in_compat_alone(name):
+    wrong = []
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            said = {getattr(node, field, None) for field in ("attr", "id", "arg", "value", "name")}
+            if module != f"{PACKAGE}.compat" and name in said:
+                wrong.append(f"{module}:{node.lineno}")
+    assert not wrong
+
+
 def test_imports_are_absolute_and_stand_at_the_top():
     wrong = [found for found in IMPORTS if found.imported.startswith(".") or found.in_function]
     assert not wrong

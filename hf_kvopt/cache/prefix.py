@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from hf_kvopt import compat
 from hf_kvopt.cache import prefix_file
 from hf_kvopt.cache.identity import require_shareable, state_of
 from hf_kvopt.cache.prefix_cache import PrefixSharedCache, texts_of
@@ -89,6 +90,7 @@ class PrefixStore:
     ) -> None:
         if not isinstance(model_or_config, PreTrainedModel | PreTrainedConfig):
             raise TypeError(f"a store takes a transformers model or config: got {type(model_or_config).__name__}")
+        compat.check()
         self._model: weakref.ref[PreTrainedModel] | None = None
         parameters: Collection[str] | None = None
         if isinstance(model_or_config, PreTrainedModel):
