@@ -35,17 +35,6 @@ ALLOWED = {
 WITH_TRANSFORMERS = (
     "cache", "attention", "draft", "enable", "sharing", "plan", "cli", "compat", "packaged", "__main__",
 )  # fmt: skip
-    "cache",
-    "attention",
-    "draft",
-    "enable",
-    "sharing",
-    "plan",
-    "cli",
-    "compat",
-    "packaged",
-    "__main__",
-)
 # Rungs 2 and 3 of the proof compile and time the kernels, which are no public names.
 KERNEL_PROOFS = ("evals/_gpu", "evals/gpu.py", "evals/kernels.py")
 PROVEN = ("hf_kvopt.kernels", "hf_kvopt.quant", "triton")
