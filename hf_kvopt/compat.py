@@ -15,12 +15,14 @@ from dataclasses import fields
 from types import ModuleType
 from typing import Any, NoReturn
 
+import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, cache_utils, masking_utils
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationConfig, GenerationMixin
+from transformers.generation import utils as generation_utils
 
 from hf_kvopt.errors import UnsupportedModel
 
@@ -39,7 +41,11 @@ CACHE_KEYWORD = next(
 
 MAKE_CACHE = "_prepare_cache_for_generation"  # (generation_config, model_kwargs, ...): puts a cache into model_kwargs
 PREFILL = "_prefill"  # (input_ids, generation_config, model_kwargs, ...): the forwards over the prompt
+_NEXT_KWARGS = "_update_model_kwargs_for_generation"  # (outputs, model_kwargs): those of one token more
+_NEXT_INPUTS = "prepare_inputs_for_generation"  # (input_ids, next_sequence_length, ...): what the forward is fed
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")  # inputs of which generate() makes up those of new tokens
 EXPAND_KV = "expand_kv"  # of an MLA attention module: (latents, rotary keys) to keys and values
+_LONGROPES = ("longrope", "su")  # one scaling; "su" in older configs
 PREFILL_CHUNKS_GO_ON = Version("5.21") <= VERSION
 """Whether a prefill in chunks begins where the cache ends; before, it began at the first token."""
 
@@ -73,7 +79,11 @@ and_masks = _find(masking_utils, "and_masks")
 sliding_window_overlay = _find(masking_utils, "sliding_window_overlay")
 prepare_padding_mask = _find(masking_utils, "prepare_padding_mask")
 _layer_types_and_kwargs = _find(cache_utils, "get_layer_types_and_kwargs")
+_is_zero3 = _find(generation_utils, "is_deepspeed_zero3_enabled")
+_is_fsdp = _find(generation_utils, "is_fsdp_managed_module")
 _GENERATION = {
+    _NEXT_INPUTS: ("input_ids", "next_sequence_length"),
+    _NEXT_KWARGS: ("outputs", "model_kwargs"),
     MAKE_CACHE: ("generation_config", "model_kwargs"),
     PREFILL: ("input_ids", "generation_config", "model_kwargs"),
     "_supports_default_dynamic_cache": (),
@@ -99,7 +109,9 @@ def check() -> None:
             missing(f"PreTrainedModel.{name}")
     if not hasattr(cache_utils, "DYNAMIC_LAYER_TYPE_MAPPING"):
         missing("cache_utils.DYNAMIC_LAYER_TYPE_MAPPING")
-    for found in (_layer_types_and_kwargs, sdpa_mask, eager_mask, causal_mask_function, prepare_padding_mask):
+    for found in (
+        _layer_types_and_kwargs, sdpa_mask, eager_mask, causal_mask_function, prepare_padding_mask, _is_zero3, _is_fsdp,
+    ):  # fmt: skip
         if getattr(found, "is_missing", False):
             found()
     # A cache that a user hands over must be told from one that generate() made: by asking transformers to mark one.
@@ -173,6 +185,24 @@ def is_default_cache(cache: object) -> bool:
     return type(cache) is DynamicCache and not is_user_defined(cache)
 
 
+def next_inputs(
+    model: PreTrainedModel, input_ids: Tensor, outputs: Any, model_kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Return what plain decoding would feed `model` for the token behind `input_ids`, which was read with `outputs`."""
+    updated = getattr(model, _NEXT_KWARGS)(outputs, dict(model_kwargs))
+    longer = torch.cat([input_ids, input_ids[:, -1:]], dim=1)
+    inputs: dict[str, Any] = getattr(model, _NEXT_INPUTS)(longer, next_sequence_length=1, **updated)
+    return inputs
+
+
+def is_synced(model: PreTrainedModel) -> bool:
+    """Whether the ranks of a sharded model must run equally many forwards."""
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return False
+    return bool(_is_zero3() or _is_fsdp(model))
+
+
 def prompt_columns(config: GenerationConfig, attention_mask: Tensor | None) -> int:
     """Return the columns that the prompt's mask covers, also where generate() dropped an all-ones mask; -1: unknown."""
     return int(getattr(config, "_mask_length", None) or -1) if attention_mask is None else attention_mask.shape[1]
@@ -205,3 +235,26 @@ def slides(config: PreTrainedConfig, layer_idx: int) -> bool:
         return False  # without reading the types of all layers, which takes longer than a short attention
     kinds, _ = layer_types(config)
     return layer_idx < len(kinds) and kinds[layer_idx] == "sliding_attention"
+
+
+def length_dependent_rope(config: PreTrainedConfig) -> dict[str, int]:
+    """Return the rotary scalings of a decoder by which a token's keys depend on the length of the whole text.
+
+    Each with the length up to which they do not: `dynamic` leaves texts within `max_position_embeddings` alone,
+    `longrope` rotates by another set of factors from one token beyond the original length on. 0 where none is named.
+    """
+    longest = getattr(config, "max_position_embeddings", None) or 0
+    # Models that compute their past anew where they pass it (Phi-3) ask for this one.
+    original = getattr(config, "original_max_position_embeddings", None)
+    found: dict[str, int] = {}
+    for name in ("rope_parameters", "rope_scaling"):
+        parameters = getattr(config, name, None) or {}
+        # One set of parameters, or one for each kind of layer.
+        for part in (parameters, *(p for p in parameters.values() if isinstance(p, dict))):
+            for kind in {part[key] for key in ("rope_type", "type") if isinstance(part.get(key), str)}:
+                if "dynamic" in kind:
+                    found[kind] = longest
+                elif kind in _LONGROPES:
+                    named = [n for n in (part.get("original_max_position_embeddings"), original) if n]
+                    found[kind] = min(named, default=0)
+    return found

@@ -7,6 +7,7 @@
 import weakref
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -44,7 +45,7 @@ def enable(
     *,
     attention: bool = True,
     prefix_sharing: bool | PrefixStore = False,
-    draft: "str | Drafter | PreTrainedModel | SpeculativeDecoding | None" = None,
+    draft: "str | Path | Drafter | PreTrainedModel | SpeculativeDecoding | None" = None,
     **cache_options: Any,
 ) -> PreTrainedModel:
     """Make plain `model.generate(...)` use hf_kvopt's attention and cache.
@@ -57,8 +58,8 @@ def enable(
         prefix_sharing: compute a prompt once, across `generate` calls and inside a batch; True makes a `PrefixStore`
             of the cache's format with the options `max_tokens`, `block_size`, `skip_layers` and `layer_formats` (see
             `prefix_store(model)`), a store of this model is used as it is.
-        draft: speculate in every `generate` call: a draft head, an assistant model, "prompt_lookup", "lookahead", or
-            what `speculative(...)` made, with its settings and `stats`.
+        draft: speculate in every `generate` call: a draft head, its folder, an assistant model, "prompt_lookup",
+            "lookahead", or what `speculative(...)` made, with its settings and `stats`.
         cache_options: handed to the cache at each `generate` call, e.g. `block_size=32`, `max_tokens=100_000`.
 
     Returns:

@@ -117,7 +117,7 @@ class FixedLayer(PagedLayer):
         """Tokens that a row can hold; -1 before the batch is known."""
         return self.row_capacity or -1
 
-    def set_length(self, length: int) -> None:
+    def set_length(self, length: int | Tensor) -> None:
         """Forget everything behind the first `length` tokens of each row."""
         self.length.fill_(length)
         if self.pool is not None:

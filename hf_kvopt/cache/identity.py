@@ -16,7 +16,6 @@ from hf_kvopt import compat
 from hf_kvopt.errors import UnsupportedModel
 
 _SHARED_KINDS = ("full_attention", "sliding_attention", "chunked_attention", "dummy")
-_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 _SAMPLES = 1024
 # Parts of a config that change nothing that is computed.
 _WITHOUT_MEANING = ("_name_or_path", "transformers_version", "architectures", "use_cache", "_attn_implementation")
@@ -43,7 +42,7 @@ def require_shareable(config: PreTrainedConfig, forward_parameters: Any = None) 
             f"prefixes cannot be shared for {name}: got layers of kind {', '.join(kinds)}, whose states sum up a text "
             f"and cannot be cut at a prefix; {advice}"
         )
-    scaled = sorted(_rope_types(decoder) & set(_LENGTH_DEPENDENT_ROPE))
+    scaled = sorted(compat.length_dependent_rope(decoder))
     if scaled:
         raise UnsupportedModel(
             f"prefixes cannot be shared for {name}: got rotary scaling of type {', '.join(scaled)}, by which a token's "
@@ -82,13 +81,3 @@ def fingerprint(model: PreTrainedModel) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(picked.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _rope_types(config: PreTrainedConfig) -> set[str]:
-    found: set[str] = set()
-    for name in ("rope_parameters", "rope_scaling"):
-        parameters = getattr(config, name, None) or {}
-        # One set of parameters, or one for each kind of layer.
-        for part in (parameters, *(p for p in parameters.values() if isinstance(p, dict))):
-            found |= {part[key] for key in ("rope_type", "type") if isinstance(part.get(key), str)}
-    return found

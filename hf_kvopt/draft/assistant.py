@@ -61,7 +61,7 @@ class _AssistantSession(DraftSession):
     def __init__(self, model: PreTrainedModel, vocab_size: int, batch_size: int) -> None:
         cache = PagedCache(config=model.config.get_text_config(decoder=True))
         cache.activate_past_recording()
-        self.reader = Reader(model, cache, [0] * batch_size, None, [0] * batch_size)
+        self.reader = Reader(model, cache, [0] * batch_size, None, [0] * batch_size, torch.device("cpu"))
         self.vocab_size = vocab_size
         self.unread: list[list[int]] = [[] for _ in range(batch_size)]  # ends with the root
         self.drafted: list[Tensor] = []  # [batch] tokens behind the root that the cache holds, until the next `extend`

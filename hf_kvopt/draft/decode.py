@@ -6,40 +6,37 @@
              accept ──► alpha tokens and one more from p   (Leviathan et al., arXiv:2211.17192)
              cache.keep_paths            rows keep unlike numbers of tokens
 
-Every row has its own length; a finished row leaves the batch, unless its cache is handed back to the caller.
+Every row has its own length; a finished row leaves the batch, unless its cache is handed back to the caller. Where
+something may depend on rows that go on together, they do (see `lockstep`).
 """
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.generation import GenerationConfig
 
-from hf_kvopt.cache.paged import PagedCache
 from hf_kvopt.draft.drafter import Draft, Drafter, DraftSession, Plan, Read
+from hf_kvopt.draft.lockstep import walk
 from hf_kvopt.draft.output import Output
 from hf_kvopt.draft.policy import Policy
 from hf_kvopt.draft.reader import Reader
 from hf_kvopt.draft.reads import Pending, features_of, packed
-from hf_kvopt.draft.scores import NodeScores
+from hf_kvopt.draft.scores import DraftSampler, NodeScores
 from hf_kvopt.draft.tree import TreeShape, shape_of
 from hf_kvopt.draft.verify import Verdict, greedy_chain, greedy_tree, sampled_chain, sampled_tree, typical_tree
 from hf_kvopt.errors import OutOfBlocks
 
 
-class DraftSampler:
-    """Turns a drafter's logits into tokens as the target samples: warped alike, so that q is close to p."""
+class Accepted(NamedTuple):
+    """What one verification gave to each row."""
 
-    def __init__(self, scores: NodeScores, do_sample: bool) -> None:
-        self.scores, self.is_greedy = scores, not do_sample
-
-    def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        if self.is_greedy:
-            return logits.argmax(dim=-1), None
-        q = torch.softmax(self.scores.warp(logits.float()), dim=-1)
-        return torch.multinomial(q, 1)[:, 0], q
+    paths: list[list[int]]  # nodes that stay in the cache, the root first; none where the row was done
+    following: list[list[int]]  # tokens behind them
+    taken: list[list[int]]  # what the output took
+    num_drafted: list[int]  # accepted tokens of the draft
 
 
 class Speculation:
@@ -70,14 +67,17 @@ class Speculation:
         self.reader, self.drafter, self.policy, self.output, self.scores = reader, drafter, policy, output, scores
         self.do_sample = bool(config.do_sample)
         self.is_typical = is_typical
-        self.rows_may_leave = rows_may_leave
-        self.is_even = bool(reader.cache.cache_config.compileable)  # rows must keep equally many tokens
-        self.sampler = DraftSampler(scores, self.do_sample)
+        self.in_lockstep = self._needs_lockstep()
+        self.rows_may_leave = rows_may_leave and not self.in_lockstep
+        self.num_skipped = reader.read_lens[0] - output.prompt_len  # columns of a text that only the cache knows
+        reader.last_column = output.max_length - 2 + self.num_skipped
+        # A token that is drawn from the target's scores alone meets the likeliest draft best.
+        self.sampler = DraftSampler(scores, self.do_sample and not self.in_lockstep)
         self.rows = list(range(len(output.lens)))  # row of the output of each row of the reader
         self.pending = Pending()
         self.is_first_draft = True
         sampling = (config.temperature, config.top_k, config.top_p, config.min_p) if self.do_sample else None
-        policy.begin(sampling, rows_may_leave)
+        policy.begin(sampling, self.rows_may_leave)
         self.extra = {"output_hidden_states": True} if drafter.feature_layers else {}
 
     def run(self, prefill: Any, prompt: Read, session: DraftSession) -> None:
@@ -85,12 +85,10 @@ class Speculation:
 
         `prompt.following` lacks its last column, which is sampled here.
         """
-        logits = prefill.logits[:, -1:].float()
-        verdict = self._verify(Draft(prompt.tokens[:, :0]), None, logits, self._prefixes(None, None))
-        first = self._commit(verdict, logits)
+        accepted = self._accept(Draft(self._roots()[:, :0]), None, self._roots(), self._logits(prefill)[:, -1:])
         columns = torch.tensor(prompt.counts, device=prompt.tokens.device) - 1
         prompt.following[torch.arange(len(columns)), columns] = torch.tensor(
-            [row[-1] for row in first], device=columns.device
+            [row[-1] for row in accepted.following], device=columns.device
         )
         self.pending.add(prompt)
         self._let_go(session)
@@ -101,7 +99,7 @@ class Speculation:
         batch, started = len(self.rows), time.perf_counter()
         plan = self.policy.plan(self.rows, self.output.remaining)
         draft, shape = self._draft(session, plan)
-        fed, drafted = torch.cat([self._roots(), draft.tokens], dim=1), time.perf_counter()
+        fed, drafted = self._fed(draft), time.perf_counter()
         try:
             outputs = self.reader.forward(fed, shape, **self.extra)
         except OutOfBlocks:
@@ -110,20 +108,19 @@ class Speculation:
             # A capped pool has room for the tokens that will stay, not for those that are only tried.
             draft, shape, fed = Draft(fed[:, :0]), None, fed[:, :1]
             outputs = self.reader.forward(fed, None, **self.extra)
-        logits = outputs.logits.float()
-        verdict = self._verify(draft, shape, logits, self._prefixes(fed, shape))
-        kept = self._commit(verdict, logits)
-        paths = self._paths(verdict, kept)
-        self.reader.keep(fed.shape[1], paths)
-        self.pending.add(self._read(fed, kept, paths, outputs))
+        accepted = self._accept(draft, shape, fed, self._logits(outputs))
+        self.reader.keep(fed.shape[1], accepted.paths)
+        self.pending.add(self._read(fed, accepted, outputs))
         proposed = [draft.tokens.shape[1] if shape is None else max(shape.depths)] * batch
         if shape is None and draft.lengths is not None:
             proposed = list(draft.lengths)
-        accepted = {self.rows[i]: (proposed[i], len(verdict.paths[i])) for i, tokens in enumerate(kept) if tokens}
-        num_tokens, ended = sum(len(tokens) for tokens in kept), time.perf_counter()
+        depths = {
+            self.rows[i]: (proposed[i], accepted.num_drafted[i]) for i, taken in enumerate(accepted.taken) if taken
+        }
+        num_tokens, ended = sum(len(taken) for taken in accepted.taken), time.perf_counter()
         draft_s = None if self.is_first_draft else drafted - started
         self.is_first_draft = self.is_first_draft and not plan.num_nodes
-        self.policy.note_step(plan, batch, fed.shape[1], draft_s, ended - drafted, accepted, num_tokens)
+        self.policy.note_step(plan, batch, fed.shape[1], draft_s, ended - drafted, depths, num_tokens)
         self._let_go(session)
 
     def _draft(self, session: DraftSession, plan: Plan) -> tuple[Draft, TreeShape | None]:
@@ -140,6 +137,7 @@ class Speculation:
         if draft.parents is not None and num_nodes:
             shape = shape_of(draft.parents[0].tolist(), num_nodes)
         depth = num_nodes if shape is None else max(shape.depths)
+        draft = _on(draft, self.output.ids.device)
         seconds = time.perf_counter() - started
         self.policy.note_draft(plan, len(self.rows), depth, seconds, is_first=self.is_first_draft)
         return draft, shape
@@ -166,56 +164,59 @@ class Speculation:
             return typical_tree(draft.tokens[0].tolist(), shape, p[0], _draw_one)
         return sampled_tree(draft.tokens[0].tolist(), shape, p[0])
 
-    def _paths(self, verdict: Verdict, kept: list[list[int]]) -> list[list[int]]:
-        """Nodes of each row whose tokens stay in the cache: the root, and all that was accepted but the last token."""
-        if self.is_even and len(kept) > 1:
-            return [list(range(max(len(tokens) for tokens in kept)))] * len(kept)
-        return [[0, *verdict.paths[row][: len(tokens) - 1]] if tokens else [] for row, tokens in enumerate(kept)]
-
-    def _commit(self, verdict: Verdict, logits: Tensor) -> list[list[int]]:
-        """Hand the tokens to the output; those of each row that it took, none for a row that was done before."""
+    def _accept(self, draft: Draft, shape: TreeShape | None, fed: Tensor, logits: Tensor) -> Accepted:
+        """Hand to the output what the target accepts of `fed`, roots and draft, and what it gives behind."""
         output = self.output
-        kept: list[list[int]] = []
-        tokens = verdict.tokens
-        if self.is_even:
-            # Any beginning of what was accepted is a valid sample, so the shortest row sets the pace.
-            alive = [len(tokens[i]) for i, row in enumerate(self.rows) if not output.is_done[row]]
-            tokens = [row[: min(alive)] for row in tokens]
-        records = output.scores is not None or output.logits is not None
+        if self.in_lockstep:
+            self.choices = logits.argmax(dim=-1)
+            path, following, taken = walk(fed, logits, shape, output, self.scores, self.do_sample)
+            batch = len(fed)
+            return Accepted([path] * batch, following, taken, [len(path) - 1] * batch)
+        verdict = self._verify(draft, shape, logits, self._prefixes(fed, shape))
+        tokens: list[list[int]] = [[] for _ in output.lens]
         for i, row in enumerate(self.rows):
-            if output.is_done[row]:
-                kept.append([])
-                continue
-            scores = raw = None
-            if records:
-                nodes = [0, *verdict.paths[i]][: len(tokens[i])]
-                scores, raw = self.last_scores[i, nodes].clone(), logits[i, nodes].clone()
-            kept.append(output.commit(row, tokens[i], scores, raw))
-        return kept
+            if not output.is_done[row]:
+                tokens[row] = verdict.tokens[i]
+                nodes = [0, *verdict.paths[i]]
+                output.record(row, self.last_scores[i, nodes], logits[i, nodes])
+        all_taken = output.commit(tokens)
+        taken = [all_taken[row] for row in self.rows]
+        paths = [[0, *verdict.paths[i]][: len(row)] for i, row in enumerate(taken)]
+        return Accepted(paths, taken, taken, [len(path) for path in verdict.paths])
 
-    def _read(self, fed: Tensor, kept: list[list[int]], paths: list[list[int]], outputs: Any) -> Read:
+    def _read(self, fed: Tensor, accepted: Accepted, outputs: Any) -> Read:
         """What the drafter is told; a row that is done and cannot leave is told something or other."""
         features = features_of(outputs, self.drafter.feature_layers)
-        nodes = [path or [0] for path in paths]
-        following = [(tokens + [0] * len(path))[: len(path)] for tokens, path in zip(kept, nodes, strict=True)]
-        firsts = [n - len(path) for n, path in zip(self.reader.read_lens, paths, strict=True)]
+        nodes = [path or [0] for path in accepted.paths]
+        following = [
+            (tokens + [0] * len(path))[: len(path)] for tokens, path in zip(accepted.following, nodes, strict=True)
+        ]
+        firsts = [n - len(path) for n, path in zip(self.reader.read_lens, accepted.paths, strict=True)]
         positions = [first + offset for first, offset in zip(firsts, self.reader.offsets, strict=True)]
-        return packed(fed, following, nodes, positions, features, self.choices)
+        device = self.reader.device
+        return packed(fed.to(device), following, nodes, positions, features, self.choices.to(device))
+
+    def _fed(self, draft: Draft) -> Tensor:
+        """[batch, 1 + num_nodes]: the roots, and the draft behind them; in lockstep padding where rows are done."""
+        fed = torch.cat([self._roots(), draft.tokens], dim=1)
+        if self.in_lockstep and any(self.output.is_done):
+            fed[torch.tensor(self.output.is_done, device=fed.device), 1:] = self.output.pad
+        return fed
 
     def _roots(self) -> Tensor:
-        """[batch, 1]: the last token of each row."""
+        """[batch, 1]: the last token of each row, in lockstep of the last column."""
         output = self.output
+        if self.in_lockstep:
+            return output.ids[:, output.width - 1, None]
         return output.ids[self.rows, [output.lens[row] - 1 for row in self.rows]][:, None]
 
-    def _prefixes(self, fed: Tensor | None, shape: TreeShape | None) -> list[list[Tensor]] | None:
+    def _prefixes(self, fed: Tensor, shape: TreeShape | None) -> list[list[Tensor]] | None:
         """What plain decoding would have before each node's next token, where a processor looks at it."""
         if not self.scores.needs_prefix:
             return None
-        texts = [self.output.ids[row, : self.output.lens[row]] for row in self.rows]
-        if fed is None:
-            return [[text] for text in texts]
         prefixes = []
-        for text, tokens in zip(texts, fed, strict=True):
+        for row, tokens in zip(self.rows, fed, strict=True):
+            text = self.output.ids[row, : self.output.lens[row]]
             if shape is None:
                 whole = torch.cat([text, tokens[1:]])
                 prefixes.append([whole[: len(text) + node] for node in range(len(tokens))])
@@ -223,10 +224,49 @@ class Speculation:
                 prefixes.append([torch.cat([text, tokens[shape.path_to(n)]]) for n in range(len(tokens))])
         return prefixes
 
+    def _logits(self, outputs: Any) -> Tensor:
+        """[batch, q_len, vocab] float32, where the tokens are."""
+        return outputs.logits.to(self.output.ids.device, torch.float32)
+
+    def _needs_lockstep(self) -> bool:
+        """Whether something may tell rows that go on by themselves from those of plain decoding."""
+        output, is_fixed = self.output, self.reader.cache.cache_config.compileable
+        sees_scores = bool(output.others) and output.scores is not None
+        return not self.is_typical and (
+            self.scores.needs_lockstep or (len(output.lens) > 1 and (is_fixed or sees_scores))
+        )
+
+    def align(self) -> None:
+        """Leave every row of the cache with all tokens but the last, as plain decoding does: padding behind ended rows.
+
+        Their scores and logits are those behind the padding.
+        """
+        output, reader, width = self.output, self.reader, self.output.width - 1
+        if self.in_lockstep:
+            return
+        held = [length - self.num_skipped for length in reader.read_lens]
+        # A row that a criterion ended late may hold what was taken back.
+        right = [min(n, length - 1) for n, length in zip(held, output.lens, strict=True)]
+        reader.drop([n - kept for n, kept in zip(held, right, strict=True)])
+        most = width - min(right)
+        if not most:
+            return
+        ids = torch.nn.functional.pad(output.ids, (0, most), value=output.pad)
+        fed = torch.stack([row[n : n + most] for row, n in zip(ids, right, strict=True)])
+        logits = self._logits(reader.forward(fed))
+        reader.keep(most, [list(range(width - n)) for n in right])
+        if output.scores is None and output.logits is None:
+            return
+        prefixes = [[row[: n + 1 + node] for node in range(most)] for row, n in zip(ids, right, strict=True)]
+        scores = self.scores(logits, prefixes, self.rows)
+        for row, (n, length) in enumerate(zip(right, list(output.lens), strict=True)):
+            behind = slice(length - 1 - n, width - n)
+            output.record(row, scores[row, behind], logits[row, behind])
+
     def _let_go(self, session: DraftSession) -> None:
         """Drop finished rows from the batch."""
         done = self.output.is_done
-        if not self.rows_may_leave or self.is_even or not any(done[row] for row in self.rows):
+        if not self.rows_may_leave or not any(done[row] for row in self.rows):
             return
         left = [i for i, row in enumerate(self.rows) if not done[row]]
         if not left:
@@ -244,20 +284,6 @@ def _draw_one(p: Tensor) -> Tensor:
     return torch.multinomial(p, 1)[:, 0]
 
 
-def align_rows(reader: Reader, output: Output) -> None:
-    """Leave every row of the cache with all tokens but the last, as plain decoding does: padding behind ended rows."""
-    width = max(output.lens) - 1
-    missing = [width - length for length in reader.read_lens]
-    if max(missing) == 0 or reader.cache.cache_config.compileable:
-        return
-    ids = [output.ids[row, n : n + max(missing)] for row, n in enumerate(reader.read_lens)]
-    padded = [torch.nn.functional.pad(row, (0, max(missing) - len(row))) for row in ids]
-    reader.forward(torch.stack(padded))
-    reader.keep(max(missing), [list(range(n)) for n in missing])
-
-
-def restore(cache: PagedCache, columns: int) -> None:
-    """Take a failed call's tokens back out of `cache`, which had `columns` before."""
-    surplus = int(cache.get_seq_length()) - columns
-    if surplus > 0:
-        cache.crop(-surplus)
+def _on(draft: Draft, device: torch.device) -> Draft:
+    """`draft` where the target's scores are."""
+    return draft._replace(tokens=draft.tokens.to(device), q=None if draft.q is None else draft.q.to(device))

@@ -1,7 +1,11 @@
 """Output: the tokens of every row as they are committed, and when a row is done.
 
-Rows grow by different numbers of tokens, so each keeps its own length; stopping criteria see every new token with the
-very ids that plain decoding would show them.
+    row 0   prompt | a b c d e f g         rows grow by different numbers of tokens
+    row 1   prompt | p q r                 criteria were shown the columns that all rows have, `num_shown` of them:
+                       ^                   the whole batch, one length after the other, as plain decoding shows it
+
+What a criterion says of a length is therefore known late for a row that is ahead: it is cut back to where it ended.
+Without an end-of-text token plain decoding lets rows that are done go on until all are, and so does this.
 """
 
 from collections.abc import Sequence
@@ -39,16 +43,23 @@ class Output:
         streamer: BaseStreamer | None,
     ) -> None:
         batch, prompt_len = input_ids.shape
-        lengths = [criterion.max_length for criterion in criteria if isinstance(criterion, MaxLengthCriteria)]
-        self.max_length = max(prompt_len, min([*lengths, config.max_length]))
+        lengths = [criterion.max_length for criterion in criteria if type(criterion) is MaxLengthCriteria]
+        # One token is always generated, and looked at then.
+        self.max_length = max(prompt_len + 1, min(lengths, default=config.max_length))
         self.eos = {
-            int(token) for one in criteria if isinstance(one, EosTokenCriteria) for token in one.eos_token_id.flatten()
+            int(token) for one in criteria if type(one) is EosTokenCriteria for token in one.eos_token_id.flatten()
         }
-        self.others = [c for c in criteria if not isinstance(c, MaxLengthCriteria | EosTokenCriteria)]
+        # Those that are told by the last token and the length are judged here; others may look at anything.
+        own = (MaxLengthCriteria, EosTokenCriteria)
+        self.others = StoppingCriteriaList([criterion for criterion in criteria if type(criterion) not in own])
+        self.rows_end = any(hasattr(criterion, "eos_token_id") for criterion in criteria)  # transformers' own question
+        self.is_met = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)  # by the others, if rows go on
         self.pad = compat.pad_token(config)
         self.ids = input_ids.new_full((batch, self.max_length), self.pad)
         self.ids[:, :prompt_len] = input_ids
         self.prompt_len, self.lens, self.is_done = prompt_len, [prompt_len] * batch, [False] * batch
+        self.num_shown = prompt_len
+        self.scores_shown: tuple[Tensor, ...] = ()
         self.streamer = streamer
         self.config = config
         records = config.return_dict_in_generate
@@ -58,8 +69,11 @@ class Output:
         self.logits: list[list[Tensor]] | None = (
             [[] for _ in range(batch)] if records and config.output_logits else None
         )
-        if streamer is not None:
-            streamer.put(input_ids.cpu())
+
+    def begin(self) -> None:
+        """Show the prompt to the streamer."""
+        if self.streamer is not None:
+            self.streamer.put(self.ids[:, : self.prompt_len].cpu())
 
     @property
     def active(self) -> list[int]:
@@ -71,53 +85,86 @@ class Output:
         """Tokens that the row with the most room may still get."""
         return max((self.max_length - self.lens[row] for row in self.active), default=0)
 
-    def commit(self, row: int, tokens: Sequence[int], scores: Tensor | None, logits: Tensor | None) -> list[int]:
-        """Append `tokens` up to the first that ends the row, with scores [tokens, vocab]; hand back those taken."""
-        start = self.lens[row]
-        tokens = list(tokens[: self.max_length - start])
-        self.ids[row, start : start + len(tokens)] = torch.tensor(tokens, device=self.ids.device)
-        for count, token in enumerate(tokens, start=1):
-            for kept, new in ((self.scores, scores), (self.logits, logits)):
-                if kept is not None and new is not None:
-                    kept[row].append(new[count - 1])
-            if self._ends(row, token, start + count):
-                self.is_done[row] = True
-                self.ids[row, start + count : start + len(tokens)] = self.ids.new_tensor(self.pad)
-                tokens = tokens[:count]
-                break
-        self.lens[row] = start + len(tokens)
+    @property
+    def width(self) -> int:
+        """Columns of the longest row."""
+        return max(self.lens)
+
+    def commit(self, tokens: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Append `tokens[row]` to each row that is not done, up to the first that ends it; return those taken."""
+        starts, is_new = list(self.lens), [not done for done in self.is_done]
+        for row in self.active:
+            self._append(row, tokens[row])
+            self._trim(row)
+        self._show()
         if self.streamer is not None:
-            self.streamer.put(self.ids[row, start : self.lens[row]].cpu())
-        return tokens
+            self.streamer.put(self.ids[0, starts[0] : self.lens[0]].cpu())
+        return [
+            list(row[: max(0, end - start)]) if new else []
+            for row, start, end, new in zip(tokens, starts, self.lens, is_new, strict=True)
+        ]
+
+    def record(self, row: int, scores: Tensor, logits: Tensor) -> None:
+        """Keep scores and logits [tokens, vocab] of what is committed to a row next, where they are asked for."""
+        for kept, new in ((self.scores, scores), (self.logits, logits)):
+            if kept is not None:
+                kept[row].extend(new.clone())
 
     def result(self, cache: Any) -> Tensor | GenerateDecoderOnlyOutput:
-        """What generate() returns; rows that ended earlier are padded, and have zeros for scores."""
+        """What generate() returns; rows that ended earlier are padded."""
         if self.streamer is not None:
             self.streamer.end()
-        sequences = self.ids[:, : max(self.lens)]
+        sequences = self.ids[:, : self.width]
         if not self.config.return_dict_in_generate:
             return sequences
         return GenerateDecoderOnlyOutput(
             sequences=sequences,  # type: ignore[arg-type]
-            scores=_by_step(self.scores),  # type: ignore[arg-type]
-            logits=_by_step(self.logits),  # type: ignore[arg-type]
+            scores=self._by_step(self.scores),  # type: ignore[arg-type]
+            logits=self._by_step(self.logits),  # type: ignore[arg-type]
             **{compat.CACHE_KEYWORD: cache},
         )
 
-    def _ends(self, row: int, token: int, length: int) -> bool:
-        if token in self.eos or length >= self.max_length:
-            return True
-        if not self.others:
-            return False
-        ids = self.ids[row : row + 1, :length]
-        scores = None if self.scores is None else tuple(step[None] for step in self.scores[row])
-        return any(bool(torch.as_tensor(criterion(ids, scores)).all()) for criterion in self.others)
+    def _append(self, row: int, tokens: Sequence[int]) -> None:
+        start = self.lens[row]
+        taken = list(tokens[: self.max_length - start])
+        end = next((i for i, token in enumerate(taken, start=1) if token in self.eos), None)
+        taken = taken[:end]
+        self.ids[row, start : start + len(taken)] = torch.tensor(taken, device=self.ids.device)
+        self.lens[row] = start + len(taken)
+        self.is_done[row] = end is not None or self.lens[row] == self.max_length
 
+    def _show(self) -> None:
+        """Show the other criteria every length that all rows have reached."""
+        while self.others and self.num_shown < min((self.lens[row] for row in self.active), default=self.width):
+            self.num_shown += 1
+            if self.scores is not None:
+                self.scores_shown += (self._step(self.scores, self.num_shown - self.prompt_len - 1),)
+            scores = None if self.scores is None else self.scores_shown
+            says = self.others(self.ids[:, : self.num_shown].clone(), scores)
+            self.is_met = says if self.rows_end else self.is_met | says
+            if not self.rows_end and not bool(self.is_met.all()):
+                continue
+            for row, is_met in enumerate(self.is_met.tolist()):
+                if is_met and self.lens[row] >= self.num_shown:
+                    self._cut(row, self.num_shown)
 
-def _by_step(rows: list[list[Tensor]] | None) -> tuple[Tensor, ...] | None:
-    """One [batch, vocab] a generated position."""
-    if rows is None:
-        return None
-    nothing = next(torch.zeros_like(row[0]) for row in rows if row)
-    steps = range(max(len(row) for row in rows))
-    return tuple(torch.stack([row[step] if step < len(row) else nothing for row in rows]) for step in steps)
+    def _cut(self, row: int, length: int) -> None:
+        """End a row at `length`."""
+        self.ids[row, length:] = self.pad
+        self.lens[row], self.is_done[row] = length, True
+        self._trim(row)
+
+    def _trim(self, row: int) -> None:
+        """Forget the scores and logits of tokens that were not taken."""
+        for kept in (self.scores, self.logits):
+            if kept is not None:
+                del kept[row][self.lens[row] - self.prompt_len :]
+
+    def _step(self, rows: list[list[Tensor]], step: int) -> Tensor:
+        """[batch, vocab] of one generated position."""
+        return torch.stack([row[step] for row in rows])
+
+    def _by_step(self, rows: list[list[Tensor]] | None) -> tuple[Tensor, ...] | None:
+        if rows is None:
+            return None
+        return tuple(self._step(rows, step) for step in range(self.width - self.prompt_len))

@@ -10,8 +10,15 @@ from transformers.generation import GenerationConfig
 from hf_kvopt import compat
 from hf_kvopt.cache.paged import PagedCache
 from hf_kvopt.draft.drafter import Read
-from hf_kvopt.draft.reader import Reader
+from hf_kvopt.draft.reader import Reader, require_grown
 from hf_kvopt.draft.reads import features_of, packed
+from hf_kvopt.errors import UnsupportedModel
+
+# What the reader itself feeds, or says nothing of the tokens.
+_OWN_INPUTS = (
+    *compat.CACHE_NAMES, "input_ids", "attention_mask", "position_ids", "cache_position", "use_cache",
+    "logits_to_keep", "num_logits_to_keep", "output_attentions", "output_hidden_states", "return_dict",
+)  # fmt: skip
 
 
 class Prefilled(NamedTuple):
@@ -35,27 +42,70 @@ def prefill(
 
     Raises:
         ValueError: the drafter needs hidden states, and the target returns none.
+        UnsupportedModel: the target did not write the prompt to `cache`, or takes inputs that change by token.
     """
     if feature_layers:
         model_kwargs = {**model_kwargs, "output_hidden_states": True}
+    columns = prompt_columns(input_ids, config, model_kwargs, int(cache.get_seq_length()))
     outputs = getattr(model, compat.PREFILL)(input_ids, config, model_kwargs)
+    require_grown(model, cache, columns)
     features = features_of(outputs, feature_layers)
-    columns = int(cache.get_seq_length())
     mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
     if mask is None:
         mask = input_ids.new_ones(len(input_ids), columns)
     if positions is None or positions.shape[-1] < input_ids.shape[1]:
         positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
-    padding = mask.bool()
+    padding, positions = mask.bool(), positions.expand(len(input_ids), -1)
     offsets = (positions[:, -1] + 1 - columns).tolist()
     reader = Reader(
-        model, cache, [columns] * len(input_ids), None if bool(padding.all()) else padding, offsets, takes_positions
+        model,
+        cache,
+        [columns] * len(input_ids),
+        None if bool(padding.all()) else padding,
+        offsets,
+        input_ids.device,
+        takes_positions,
+        steady_inputs(model, input_ids, outputs, {**model_kwargs, compat.cache_keyword(model): cache}),
     )
     # Features were computed for what the cache lacked; other drafters are told all the text that there is.
-    width = input_ids.shape[1] if features is None else features.shape[1]
-    return Prefilled(
-        reader, outputs, _told(input_ids[:, -width:], padding[:, -width:], positions[:, -width:], features)
-    )
+    width = input_ids.shape[1] if features is None else min(features.shape[1], input_ids.shape[1])
+    features = None if features is None else features[:, -width:]
+    ids = input_ids.to(reader.device)
+    told = _told(ids[:, -width:], padding[:, -width:], positions[:, -width:].to(reader.device), features)
+    return Prefilled(reader, outputs, told)
+
+
+def prompt_columns(input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any], held: int) -> int:
+    """Return the columns that a cache with `held` of them will have once the prompt is read into it."""
+    embeds = model_kwargs.get("inputs_embeds")
+    if embeds is not None:
+        return int(embeds.shape[1])
+    # The whole text, of which what is held is left out; or what comes behind that, with a mask over all.
+    is_whole = compat.prompt_columns(config, model_kwargs.get("attention_mask")) == input_ids.shape[1]
+    return input_ids.shape[1] if is_whole else held + input_ids.shape[1]
+
+
+def steady_inputs(
+    model: PreTrainedModel, input_ids: Tensor, outputs: Any, model_kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Return what plain decoding would feed at every step beside tokens, mask and positions, as transformers says.
+
+    Raises:
+        UnsupportedModel: an input of which nobody knows what it is for the tokens that are drafted.
+    """
+    inputs = compat.next_inputs(model, input_ids, outputs, model_kwargs)
+    steady: dict[str, Any] = {}
+    for name, value in inputs.items():
+        if name in _OWN_INPUTS or value is None:
+            continue
+        is_of_token = name in compat.TOKEN_TYPES and isinstance(value, Tensor) and value.shape == (len(input_ids), 1)
+        if not is_of_token and not isinstance(value, bool | int | float | str):
+            raise UnsupportedModel(
+                f"speculation feeds several tokens at once: got {name}, of which plain decoding makes another for each "
+                f"step of {type(model).__name__}; drop {name}, or generate without custom_generate"
+            )
+        steady[name] = value
+    return steady
 
 
 def _told(ids: Tensor, is_real: Tensor, positions: Tensor, features: Tensor | None) -> Read:

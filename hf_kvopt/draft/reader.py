@@ -4,10 +4,12 @@
     row 0                  a b c d e f g h i        like that of left padding hides what lies before
     row 1                  - - p q r s t u v
 
-The target is read this way, and so is an assistant model.
+The target is read this way, and so is an assistant model. A model that writes its past elsewhere is noticed at once:
+the cache must grow by what was fed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from transformers import PreTrainedModel
 from hf_kvopt import compat
 from hf_kvopt.cache.paged import PagedCache
 from hf_kvopt.draft.tree import TreeShape, ancestor_mask
+from hf_kvopt.errors import UnsupportedModel
 
 
 class Reader:
@@ -28,7 +31,9 @@ class Reader:
         read_lens: [batch].
         padding: [batch, prompt length] bool, False at the padding of the prompt; None where there is none.
         offsets: [batch] position id of a row's first token; negative where padding comes before it.
+        device: where the tokens come from; offloaded models, which lie nowhere, take them there.
         takes_positions: whether the model's forward takes `position_ids`.
+        steady: further inputs of the forward, for each token [batch, 1] the same, or no tensors.
     """
 
     def __init__(
@@ -38,36 +43,55 @@ class Reader:
         read_lens: Sequence[int],
         padding: Tensor | None,
         offsets: Sequence[int],
+        device: torch.device,
         takes_positions: bool = True,
+        steady: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.model, self.cache = model, cache
         self.read_lens, self.padding, self.offsets = list(read_lens), padding, list(offsets)
-        self.takes_positions = takes_positions
-        self.device = model.device
+        self.takes_positions, self.steady = takes_positions, dict(steady)
+        self.device = device if model.device.type == "meta" else model.device
+        # No token is kept behind this column: those that are tried there get the position of the last one.
+        self.last_column: int | None = None
 
     def forward(self, tokens: Tensor, shape: TreeShape | None = None, **kwargs: Any) -> Any:
-        """Outputs for tokens [batch, q_len], each row behind its end; `shape` where they are a tree (batch 1)."""
-        q_len = tokens.shape[1]
+        """Outputs for tokens [batch, q_len], each row behind its end; `shape` where they are a tree (batch 1).
+
+        Raises:
+            UnsupportedModel: the model did not write them to the cache.
+        """
+        q_len, held = tokens.shape[1], int(self.cache.get_seq_length())
         if self.takes_positions:
             kwargs["position_ids"] = self.positions(q_len, shape)
         if shape is None or len(shape.parents) == max(shape.depths):
             mask: Any = self._mask(q_len)
         else:
             mask = self._tree_mask(shape)
-        return self.model(
-            input_ids=tokens,
+        for name, value in self.steady.items():
+            kwargs[name] = value.expand(-1, q_len) if isinstance(value, Tensor) else value
+        outputs = self.model(
+            input_ids=tokens.to(self.device),
             attention_mask=mask,
             use_cache=True,
             return_dict=True,
             **{compat.cache_keyword(self.model): self.cache},
             **kwargs,
         )
+        require_grown(self.model, self.cache, held + q_len)
+        return outputs
 
     def keep(self, q_len: int, paths: Sequence[Sequence[int]]) -> None:
         """Of the last `q_len` tokens of each row, keep those numbered in `paths`, in that order."""
         kept = [len(path) for path in paths]
         self.cache.keep_paths(q_len, paths)
         self.read_lens = [length + n for length, n in zip(self.read_lens, kept, strict=True)]
+
+    def drop(self, counts: Sequence[int]) -> None:
+        """Take back the last `counts[i]` tokens of row i."""
+        most = max(counts)
+        if most:
+            self.read_lens = [length - most for length in self.read_lens]
+            self.keep(most, [list(range(most - n)) for n in counts])
 
     def select(self, rows: Sequence[int]) -> None:
         """Let row i be what row `rows[i]` was."""
@@ -77,12 +101,19 @@ class Reader:
         self.offsets = [self.offsets[row] for row in rows]
         if self.padding is not None:
             self.padding = self.padding[index.to(self.padding.device)]
+        for name, value in self.steady.items():
+            if isinstance(value, Tensor):
+                self.steady[name] = value[index.to(value.device)]
 
     def positions(self, q_len: int, shape: TreeShape | None = None) -> Tensor:
         """[batch, q_len] position ids of the next tokens."""
         firsts = [length + offset for length, offset in zip(self.read_lens, self.offsets, strict=True)]
         steps = range(q_len) if shape is None else shape.depths
-        return torch.tensor([[first + step for step in steps] for first in firsts], device=self.device)
+        positions = torch.tensor([[first + step for step in steps] for first in firsts], device=self.device)
+        if self.last_column is None:
+            return positions
+        lasts = torch.tensor([max(0, self.last_column + offset) for offset in self.offsets], device=self.device)
+        return positions.minimum(lasts[:, None])
 
     def _mask(self, q_len: int) -> Tensor | None:
         """[batch, columns + q_len]: False before the first token of a row and at its padding; None: nothing to hide."""
@@ -130,3 +161,14 @@ class Reader:
             return mask
         dtype = self.model.dtype
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def require_grown(model: PreTrainedModel, cache: PagedCache, expected: int) -> None:
+    """Raise UnsupportedModel unless a forward of `model` left `cache` with `expected` columns."""
+    held = int(cache.get_seq_length())
+    if held != expected:
+        raise UnsupportedModel(
+            f"speculation reads the past from the cache that it hands to {type(model).__name__}: got one of {held} "
+            f"columns where {expected} were expected, so the model drops tokens or keeps its past elsewhere; generate "
+            "without drafts"
+        )

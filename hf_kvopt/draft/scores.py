@@ -1,7 +1,9 @@
 """Logits processors along drafted paths: each position is processed with the very prefix that plain decoding has there.
 
-Processors that look at scores alone (temperature, top-k, ...) take all positions at once. The others (repetition
-penalty, bad words, minimum length, ...) get every position with its own prefix, those of equal length together.
+Processors that look at scores alone (temperature, top-k, ...) take all positions at once. Those that look at the
+prefix (repetition penalty, bad words, minimum length, ...) get every position with its own, those of equal length
+together. All others, those of the caller above all, may count their calls, keep state or compare rows: they are called
+as plain decoding calls them, whole batches in the order of the text (`lockstep`).
 """
 
 from collections.abc import Sequence
@@ -10,23 +12,27 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.generation import (
-    EncoderNoRepeatNGramLogitsProcessor,
-    EncoderRepetitionPenaltyLogitsProcessor,
     EpsilonLogitsWarper,
     EtaLogitsWarper,
+    ExponentialDecayLengthPenalty,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
     InfNanRemoveLogitsProcessor,
     LogitNormalization,
     LogitsProcessorList,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
-    PrefixConstrainedLogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
     SuppressTokensLogitsProcessor,
-    SynthIDTextWatermarkLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
     TypicalLogitsWarper,
-    UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
 _SCORES_ALONE = (
@@ -41,32 +47,29 @@ _SCORES_ALONE = (
     LogitNormalization,
     SuppressTokensLogitsProcessor,
 )
-# They keep state from step to step, run the model themselves, or hold one text a row of the batch.
-_REFUSED = (
-    SynthIDTextWatermarkLogitsProcessor,
-    UnbatchedClassifierFreeGuidanceLogitsProcessor,
-    EncoderNoRepeatNGramLogitsProcessor,
-    EncoderRepetitionPenaltyLogitsProcessor,
+_BY_PREFIX = (
+    RepetitionPenaltyLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    ExponentialDecayLengthPenalty,
+    SuppressTokensAtBeginLogitsProcessor,
 )
 
 
 class NodeScores:
-    """Applies a `LogitsProcessorList` to the logits of all nodes of a draft.
-
-    Raises:
-        ValueError: a processor that cannot be applied along several paths at once; before the first token.
-    """
+    """Applies a `LogitsProcessorList` to the logits of all nodes of a draft."""
 
     def __init__(self, processors: LogitsProcessorList, batch_size: int) -> None:
-        for processor in processors:
-            if isinstance(processor, _REFUSED):
-                raise ValueError(
-                    f"{type(processor).__name__} counts on one token a row and step: got speculation, which looks at "
-                    "several at once; generate without custom_generate, or drop the processor"
-                )
         self.processors = processors
         self.warpers = LogitsProcessorList([p for p in processors if type(p) in _SCORES_ALONE])
         self.needs_prefix = len(self.warpers) < len(processors)
+        # By exact type: what is derived from one may do anything.
+        self.needs_lockstep = any(type(p) not in (*_SCORES_ALONE, *_BY_PREFIX) for p in processors)
         # What knows a row by its number in the batch is told it once, as rows come in other groups here.
         rows = [LogitsProcessorList([_of_row(p, row) for p in processors]) for row in range(batch_size)]
         is_alike = all(p is q for p, q in zip(rows[0], processors, strict=True))
@@ -76,6 +79,10 @@ class NodeScores:
         """What needs no prefix, on logits [batch, vocab]: for a drafter's own distribution."""
         # Warpers are given ids by their signature and do not read them.
         return self.warpers(logits.new_zeros(len(logits), 1, dtype=torch.long), logits)  # type: ignore[arg-type]
+
+    def lockstep(self, ids: Tensor, logits: Tensor) -> Tensor:
+        """Scores [batch, vocab] of the logits behind `ids` [batch, length], by one call as plain decoding makes it."""
+        return self.processors(ids.clone(), logits)  # type: ignore[arg-type]
 
     def __call__(self, logits: Tensor, prefixes: Sequence[Sequence[Tensor]] | None, rows: Sequence[int]) -> Tensor:
         """Scores [batch, nodes, vocab] of logits of that shape.
@@ -102,12 +109,22 @@ class NodeScores:
         return scores.view(batch, nodes, vocab)
 
 
+class DraftSampler:
+    """Turns a drafter's logits into tokens as the target samples: warped alike, so that q is close to p."""
+
+    def __init__(self, scores: NodeScores, do_sample: bool) -> None:
+        self.scores, self.is_greedy = scores, not do_sample
+
+    def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.is_greedy:
+            return logits.argmax(dim=-1), None
+        q = torch.softmax(self.scores.warp(logits.float()), dim=-1)
+        return torch.multinomial(q, 1)[:, 0], q
+
+
 def _of_row(processor: Any, row: int) -> Any:
     """`processor` for row `row` alone, where it has something for each row."""
-    if isinstance(processor, PrefixConstrainedLogitsProcessor):
-        allowed = processor._prefix_allowed_tokens_fn
-        return PrefixConstrainedLogitsProcessor(lambda _, text: allowed(row, text), processor._num_beams)
     ignored = getattr(processor, "prompt_ignore_length", None)
-    if isinstance(processor, RepetitionPenaltyLogitsProcessor) and isinstance(ignored, Tensor):
+    if type(processor) is RepetitionPenaltyLogitsProcessor and isinstance(ignored, Tensor):
         return RepetitionPenaltyLogitsProcessor(processor.penalty, prompt_ignore_length=int(ignored[row]))
     return processor

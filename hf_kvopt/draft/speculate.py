@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,26 +18,29 @@ from transformers.generation import (
 from transformers.generation.streamers import BaseStreamer
 
 from hf_kvopt import compat
-from hf_kvopt.cache.paged import PagedCache
-from hf_kvopt.cache.quantized import QuantizedPagedCache
+from hf_kvopt.cache.mark import Mark
 from hf_kvopt.draft.assistant import AssistantDrafter
-from hf_kvopt.draft.decode import Speculation, align_rows, restore
+from hf_kvopt.draft.decode import Speculation
 from hf_kvopt.draft.drafter import Drafter
+from hf_kvopt.draft.heads.auto import DraftHead
 from hf_kvopt.draft.lookahead import Lookahead
 from hf_kvopt.draft.lookup import PromptLookup
 from hf_kvopt.draft.output import Output
 from hf_kvopt.draft.policy import Policy
 from hf_kvopt.draft.prefill import prefill
+from hf_kvopt.draft.requirements import cache_for, require_steady_rope, require_supported
 from hf_kvopt.draft.scores import NodeScores
 from hf_kvopt.draft.stats import SpeculationStats
-from hf_kvopt.errors import CacheStateError, UnsupportedModel
 
 logger = logging.getLogger(__name__)
 
 _BY_NAME = {"prompt_lookup": PromptLookup, "lookahead": Lookahead}
 _ACCEPTANCE = ("lossless", "typical")
 _MAX_GAMMA = 8
-_PLAIN_CACHES = (PagedCache, QuantizedPagedCache)
+_EMPTIED = (
+    "hf_kvopt: the cache that was passed in could not be brought back to what it held before this call, and is empty "
+    "now; pass it with the whole text again"
+)
 
 
 class SpeculativeDecoding:
@@ -91,65 +95,65 @@ class SpeculativeDecoding:
             CacheStateError: a cache of another kind.
         """
         compat.check()
-        names = inspect.signature(model.forward).parameters
-        self._check(model, input_ids, generation_config, model_kwargs)
-        scores = NodeScores(logits_processor, len(input_ids))
-        cache, is_own = _cache_for(model, model_kwargs)
-        rows_may_leave = is_own and not generation_config.return_dict_in_generate
-        if self.stop_strings is not None:
-            assert self.tokenizer is not None
-            strings = StopStringCriteria(self.tokenizer, self.stop_strings)
-            stopping_criteria = StoppingCriteriaList([*stopping_criteria, strings])
-        kwargs = {**model_kwargs, compat.CACHE_KEYWORD: cache}
+        require_supported(model, input_ids, generation_config, model_kwargs)
+        self._check(model, input_ids, generation_config)
+        cache, is_own = cache_for(model, model_kwargs)
+        mark = None if is_own else Mark(cache)
+        try:
+            if self.stop_strings is not None:
+                assert self.tokenizer is not None
+                strings = StopStringCriteria(self.tokenizer, self.stop_strings)
+                stopping_criteria = StoppingCriteriaList([*stopping_criteria, strings])
+            output = Output(input_ids, stopping_criteria, generation_config, self.streamer)
+            kwargs = {**model_kwargs, compat.CACHE_KEYWORD: cache}
+            held, longest = int(cache.get_seq_length()), output.max_length
+            require_steady_rope(model, input_ids, generation_config, kwargs, held, longest)
+            output.begin()
+            self._run(model, input_ids, output, logits_processor, generation_config, kwargs, is_own)
+            return output.result(cache)
+        except BaseException as error:
+            if mark is None:
+                cache.free()
+            elif not mark.restore():
+                error.add_note(_EMPTIED)
+            raise
+        finally:
+            if mark is not None:
+                mark.release()
+
+    def _run(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        output: Output,
+        processors: LogitsProcessorList,
+        config: GenerationConfig,
+        kwargs: dict[str, Any],
+        is_own: bool,
+    ) -> None:
+        """Generate into `output`, the cache being one of `kwargs`."""
+        cache, names = kwargs[compat.CACHE_KEYWORD], inspect.signature(model.forward).parameters
         for name in ("logits_to_keep", "num_logits_to_keep"):
             if name in names:
                 kwargs[name] = 1
-        columns = int(cache.get_seq_length())
-        session = None
+        scores = NodeScores(processors, len(input_ids))
+        rows_may_leave = is_own and not config.return_dict_in_generate
+        session = self.drafter.begin(model, len(input_ids))
         try:
-            session = self.drafter.begin(model, len(input_ids))
             layers = self.drafter.feature_layers
-            ready = prefill(model, input_ids, generation_config, kwargs, cache, layers, "position_ids" in names)
+            ready = prefill(model, input_ids, config, kwargs, cache, layers, "position_ids" in names)
             cache.activate_past_recording()
-            output = Output(input_ids, stopping_criteria, generation_config, self.streamer)
             self.stats.calls += 1
             run = Speculation(
-                ready.reader, self.drafter, self.policy, output, scores, generation_config, self.is_typical,
-                rows_may_leave,
-            )  # fmt: skip
+                ready.reader, self.drafter, self.policy, output, scores, config, self.is_typical, rows_may_leave
+            )
             run.run(ready.outputs, ready.prompt, session)
             if not rows_may_leave:
-                align_rows(ready.reader, output)
-        except BaseException:
-            if is_own:
-                cache.free()
-            elif len(input_ids) == cache.num_rows:
-                restore(cache, columns)
-            raise
+                run.align()
         finally:
-            if session is not None:
-                session.close()
-        return output.result(cache)
+            session.close()
 
-    def _check(self, model: PreTrainedModel, input_ids: Tensor, config: GenerationConfig, kwargs: dict) -> None:
-        if config.num_beams and config.num_beams > 1:
-            raise ValueError(
-                f"speculation decodes each row by itself: got num_beams={config.num_beams}; use num_beams=1, or "
-                "generate without custom_generate"
-            )
-        if model.config.is_encoder_decoder:
-            raise UnsupportedModel(
-                f"speculation is for decoders: got the encoder-decoder {type(model).__name__}; generate without "
-                "custom_generate"
-            )
-        if config.use_cache is False:
-            raise ValueError("speculation needs the cache: got use_cache=False; drop it")
-        if config.output_attentions or config.output_hidden_states:
-            raise ValueError(
-                "speculation records scores and logits alone: got output_attentions or output_hidden_states; drop them"
-            )
-        if input_ids.shape[1] == 0:
-            raise ValueError("speculation drafts behind a text: got prompts without a token; pass input_ids")
+    def _check(self, model: PreTrainedModel, input_ids: Tensor, config: GenerationConfig) -> None:
         if self.is_typical and (not config.do_sample or len(input_ids) > 1):
             raise ValueError(
                 f"acceptance='typical' is for sampling one row: got do_sample={config.do_sample} and {len(input_ids)} "
@@ -157,17 +161,11 @@ class SpeculativeDecoding:
             )
         if self.streamer is not None and len(input_ids) > 1:
             raise ValueError(f"a streamer takes one row: got {len(input_ids)}; drop the streamer")
-        positions = kwargs.get("position_ids")
-        if positions is not None and positions.dim() != 2:
-            raise UnsupportedModel(
-                f"speculation counts positions along one axis: got position_ids of shape {list(positions.shape)}; "
-                "generate without custom_generate"
-            )
         self.drafter.check(model)
 
 
 def speculative(
-    draft: "str | Drafter | PreTrainedModel",
+    draft: "str | Path | Drafter | PreTrainedModel",
     *,
     gamma: int | None = None,
     num_nodes: int | None = None,
@@ -184,7 +182,8 @@ def speculative(
     The output is the target's own: greedy tokens are equal, samples have its distribution (arXiv:2211.17192).
 
     Args:
-        draft: a draft head, an assistant model of the same tokenizer, "prompt_lookup" or "lookahead".
+        draft: a draft head, its folder or repository, an assistant model of the same tokenizer, "prompt_lookup" or
+            "lookahead".
         gamma: tokens drafted in depth; None chooses by what was measured.
         num_nodes: tokens of a draft tree (batch 1, heads that can); None chooses, 0 never makes one.
         top_k: children of a node that a tree considers.
@@ -200,6 +199,7 @@ def speculative(
 
     Raises:
         ValueError, TypeError: a setting that cannot work.
+        FileNotFoundError: no draft head where one was named.
     """
     drafter = _drafter_of(draft, tokenizer, assistant_tokenizer)
     for name, value, least in (("gamma", gamma, 1), ("num_nodes", num_nodes, 0), ("top_k", top_k, 1)):
@@ -219,11 +219,18 @@ def speculative(
 def _drafter_of(
     draft: Any, tokenizer: PreTrainedTokenizerBase | None, assistant_tokenizer: PreTrainedTokenizerBase | None
 ) -> Drafter:
-    if isinstance(draft, str):
-        if draft not in _BY_NAME:
-            raise ValueError(f"unknown drafter {draft!r}: expected one of {sorted(_BY_NAME)}, a head or a model")
+    if isinstance(draft, str) and draft in _BY_NAME:
         drafter: Drafter = _BY_NAME[draft]()
         return drafter
+    if isinstance(draft, str | Path):
+        if isinstance(draft, str) and "/" not in draft and not Path(draft).expanduser().is_dir():
+            raise ValueError(
+                f"unknown drafter {draft!r}: expected one of {sorted(_BY_NAME)}, the folder of a draft head, a head or "
+                "a model"
+            )
+        head = DraftHead.from_pretrained(draft)
+        head.follows_target = True  # whoever names a folder cannot move what is in it
+        return head
     if isinstance(draft, Drafter):
         return draft
     if hasattr(draft, "drafter"):
@@ -232,24 +239,3 @@ def _drafter_of(
     if isinstance(draft, PreTrainedModel):
         return AssistantDrafter(draft, tokenizer, assistant_tokenizer)
     raise TypeError(f"draft must be a head, a model or one of {sorted(_BY_NAME)}: got {type(draft).__name__}")
-
-
-def _cache_for(model: PreTrainedModel, kwargs: dict[str, Any]) -> tuple[PagedCache, bool]:
-    """The cache of this call, and whether it is nobody else's."""
-    cache = kwargs.get(compat.CACHE_KEYWORD)
-    if isinstance(cache, PagedCache):
-        # A cache of a derived kind belongs to whoever made it: it outlives the call.
-        is_own = type(cache) in _PLAIN_CACHES and not compat.is_user_defined(cache)
-    elif cache is None or compat.is_default_cache(cache):
-        cache, is_own = PagedCache(config=model.config.get_text_config(decoder=True)), True
-    else:
-        raise CacheStateError(
-            f"speculation needs rows that can be cut one by one: got a {type(cache).__name__}; pass "
-            f"{compat.CACHE_KEYWORD}=hf_kvopt.PagedCache(config=model.config), or none"
-        )
-    if cache._stock_layers():
-        raise UnsupportedModel(
-            f"{type(model).__name__} keeps states beside keys and values, which cannot be taken back token by token: "
-            "got speculation; generate without custom_generate"
-        )
-    return cache, is_own

@@ -173,6 +173,36 @@ class BlockTable:
         """Cut row i down to `lengths[i]` tokens; the clock goes back by the least number cut."""
         self._crop_to(*arithmetic.after_cut(self, lengths))
 
+    def restore(self, lags: Sequence[int], clock: int) -> None:
+        """Go back to rows that reached up to column `clock`, those repeated since then once more alone.
+
+        Raises:
+            CacheStateError: blocks of these rows are gone.
+        """
+        if not lags:
+            self.clear()
+            return
+        if self.retired is not None:
+            self.rollback(self.step_start)
+        if len(self.rows) != len(lags):
+            self.select(range(0, len(self.rows), max(1, len(self.rows) // len(lags))))
+        self._require_held(lags, clock)
+        wanted = [self._blocks_for(clock - lag - self.base) for lag in lags]
+        if len(self.rows) != len(lags) or any(len(row) < n for row, n in zip(self.rows, wanted, strict=True)):
+            raise CacheStateError(f"cannot go back to {clock} tokens: got rows whose blocks were given away")
+        self._cut(lags, clock)
+        self.lags, self.clock = list(lags), clock
+        self._rows_changed()
+
+    def take_over(self, other: "BlockTable") -> None:
+        """Become what `other` is, a fork of this table made earlier, and leave it empty."""
+        self.clear()
+        self.rows[:] = [list(row) for row in other.rows]
+        self.lags, self.clock, self.base = list(other.lags), other.clock, other.base
+        other.rows.clear()
+        other.clear()
+        self._rows_changed()
+
     def keep(self, num_tokens: int, paths: Sequence[Sequence[int]]) -> None:
         """Of the last `num_tokens` tokens of row i keep those numbered in `paths[i]`, moved together, in that order.
 

@@ -1,11 +1,13 @@
 """DraftHead: loads a draft head without being told which kind it is."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -20,6 +22,7 @@ _OWN: dict[str, type[EagleHead] | type[MedusaHead]] = {
     MedusaConfig.model_type: MedusaHead,
 }
 _FILES = ("model.safetensors", "medusa_lm_head.safetensors", "pytorch_model.bin", "medusa_lm_head.pt")
+_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
@@ -54,12 +57,11 @@ class DraftHead:
 
         Raises:
             ValueError: no head of a known layout, or weights that do not fit their configuration.
-            FileNotFoundError: no config.json, or no weights.
+            FileNotFoundError: no such folder or repository, no config.json, or no weights.
         """
-        folder = Path(path_or_id)
+        folder = Path(path_or_id).expanduser()
         if not folder.is_dir():
-            patterns = ["*.json", *_FILES, "*.safetensors", "pytorch_model*.bin"]
-            folder = Path(snapshot_download(str(path_or_id), allow_patterns=patterns, **hub_options))
+            folder = _downloaded(path_or_id, hub_options)
         if not (folder / "config.json").exists():
             raise FileNotFoundError(f"a draft head needs a config.json: got {folder}, which has none")
         config = json.loads((folder / "config.json").read_text())
@@ -74,6 +76,22 @@ class DraftHead:
             config.pop("eagle_config", None)
         head = build(config, read_weights(folder))
         return head if dtype is None else nn.Module.to(head, dtype)
+
+
+def _downloaded(path_or_id: str | Path, hub_options: dict[str, Any]) -> Path:
+    """The folder of a repository's files."""
+    expected = "expected the folder of a draft head, or the id of a repository on the hub, as in owner/name"
+    if isinstance(path_or_id, Path) or not _REPOSITORY.fullmatch(path_or_id):
+        raise FileNotFoundError(f"no draft head was found: got {str(path_or_id)!r}, which is no folder; {expected}")
+    patterns = ["*.json", *_FILES, "*.safetensors", "pytorch_model*.bin"]
+    try:
+        return Path(snapshot_download(path_or_id, allow_patterns=patterns, **hub_options))
+    # A repository that the hub does not know, and a hub that cannot be reached and of which nothing is at hand.
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"no draft head was found: got {path_or_id!r}, which is no folder, and of which the hub gave nothing "
+            f"({error}); {expected}"
+        ) from error
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

@@ -33,6 +33,7 @@ class HeadBase(PreTrainedModel, Drafter):
     main_input_name = "features"
     _no_split_modules: list[str] = []  # noqa: RUF012
     can_tree = True
+    follows_target = False  # whether `bind` moves it to the target's device
 
     d2t: Tensor | None  # [draft_vocab_size] int64: target token less draft token
     t2d: Tensor | None  # [vocab_size] bool: whether the head can propose a token
@@ -61,12 +62,14 @@ class HeadBase(PreTrainedModel, Drafter):
         self._require("hidden_size", self.target_hidden_size, config.hidden_size)
         # Medusa's first layout says nothing of the vocabulary.
         self._require("vocab_size", self.config.vocab_size or config.vocab_size, config.vocab_size)
-        head_device, target_device = self.device, target.get_input_embeddings().weight.device
-        if head_device != target_device:
-            raise ValueError(
-                f"the draft head must be where the target's embeddings are: got the head on {head_device} and the "
-                f"target on {target_device}; call head.to({str(target_device)!r})"
-            )
+        head_device, target_device = self.device, _device_of(target.get_input_embeddings())
+        if target_device is not None and not _is_same(head_device, target_device):
+            if not self.follows_target:
+                raise ValueError(
+                    f"the draft head must be where the target's embeddings are: got the head on {head_device} and the "
+                    f"target on {target_device}; call head.to({str(target_device)!r})"
+                )
+            nn.Module.to(self, target_device)
         # Past nn.Module's registration: the target's weights are not the head's to save or to train.
         self.__dict__["_shared"] = Shared(target.get_input_embeddings(), target.get_output_embeddings())
 
@@ -146,3 +149,17 @@ class HeadBase(PreTrainedModel, Drafter):
             f"this {type(self).__name__} was made for a target with {own}: got one with {given}; load the head that "
             "was trained for this model"
         )
+
+
+def _device_of(embeddings: nn.Module) -> torch.device | None:
+    """Where embeddings are computed; None where they are offloaded and nobody says."""
+    device: torch.device = embeddings.weight.device  # type: ignore[assignment]
+    if device.type != "meta":
+        return device
+    # accelerate's hook brings the weights there for the time of a forward.
+    computes_on = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
+    return None if computes_on is None else torch.device(computes_on)
+
+
+def _is_same(a: torch.device, b: torch.device) -> bool:
+    return a.type == b.type and (a.index == b.index or None in (a.index, b.index))
