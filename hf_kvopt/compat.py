@@ -39,6 +39,8 @@ CACHE_KEYWORD = next(
 
 MAKE_CACHE = "_prepare_cache_for_generation"  # (generation_config, model_kwargs, ...): puts a cache into model_kwargs
 PREFILL = "_prefill"  # (input_ids, generation_config, model_kwargs, ...): the forwards over the prompt
+PREPARE_INPUTS = "prepare_inputs_for_generation"  # (input_ids, ...): the arguments of one forward, by name
+NEXT_LENGTH = "next_sequence_length"  # its argument: the last tokens that are fed; None: all
 EXPAND_KV = "expand_kv"  # of an MLA attention module: (latents, rotary keys) to keys and values
 PREFILL_CHUNKS_GO_ON = Version("5.21") <= VERSION
 """Whether a prefill in chunks begins where the cache ends; before, it began at the first token."""
@@ -76,6 +78,7 @@ _layer_types_and_kwargs = _find(cache_utils, "get_layer_types_and_kwargs")
 _GENERATION = {
     MAKE_CACHE: ("generation_config", "model_kwargs"),
     PREFILL: ("input_ids", "generation_config", "model_kwargs"),
+    PREPARE_INPUTS: ("input_ids", NEXT_LENGTH),
     "_supports_default_dynamic_cache": (),
 }
 
