@@ -41,8 +41,9 @@ CACHE_KEYWORD = next(
 
 MAKE_CACHE = "_prepare_cache_for_generation"  # (generation_config, model_kwargs, ...): puts a cache into model_kwargs
 PREFILL = "_prefill"  # (input_ids, generation_config, model_kwargs, ...): the forwards over the prompt
+PREPARE_INPUTS = "prepare_inputs_for_generation"  # (input_ids, ...): the arguments of one forward, by name
+NEXT_LENGTH = "next_sequence_length"  # its argument: the last tokens that are fed; None: all
 _NEXT_KWARGS = "_update_model_kwargs_for_generation"  # (outputs, model_kwargs): those of one token more
-_NEXT_INPUTS = "prepare_inputs_for_generation"  # (input_ids, next_sequence_length, ...): what the forward is fed
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")  # inputs of which generate() makes up those of new tokens
 EXPAND_KV = "expand_kv"  # of an MLA attention module: (latents, rotary keys) to keys and values
 _LONGROPES = ("longrope", "su")  # one scaling; "su" in older configs
@@ -82,10 +83,10 @@ _layer_types_and_kwargs = _find(cache_utils, "get_layer_types_and_kwargs")
 _is_zero3 = _find(generation_utils, "is_deepspeed_zero3_enabled")
 _is_fsdp = _find(generation_utils, "is_fsdp_managed_module")
 _GENERATION = {
-    _NEXT_INPUTS: ("input_ids", "next_sequence_length"),
     _NEXT_KWARGS: ("outputs", "model_kwargs"),
     MAKE_CACHE: ("generation_config", "model_kwargs"),
     PREFILL: ("input_ids", "generation_config", "model_kwargs"),
+    PREPARE_INPUTS: ("input_ids", NEXT_LENGTH),
     "_supports_default_dynamic_cache": (),
 }
 
@@ -191,7 +192,7 @@ def next_inputs(
     """Return what plain decoding would feed `model` for the token behind `input_ids`, which was read with `outputs`."""
     updated = getattr(model, _NEXT_KWARGS)(outputs, dict(model_kwargs))
     longer = torch.cat([input_ids, input_ids[:, -1:]], dim=1)
-    inputs: dict[str, Any] = getattr(model, _NEXT_INPUTS)(longer, next_sequence_length=1, **updated)
+    inputs: dict[str, Any] = getattr(model, PREPARE_INPUTS)(longer, next_sequence_length=1, **updated)
     return inputs
 
 

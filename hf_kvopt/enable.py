@@ -26,6 +26,7 @@ from hf_kvopt.draft.drafter import Drafter
 from hf_kvopt.draft.generate import DraftingGenerate
 from hf_kvopt.draft.speculate import SpeculativeDecoding, speculative
 from hf_kvopt.errors import CacheStateError, UnsupportedModel
+from hf_kvopt.overrides import CheckedPrefill, PreparedInputs
 from hf_kvopt.quant import KV_FORMATS
 from hf_kvopt.sharing import Sharing, SharingOverride, install, uninstall
 
@@ -96,8 +97,10 @@ def enable(
     if attention:
         model.set_attn_implementation(ATTENTION_NAME)
         mla.install(model)
+    # In the instance's own dict: `generate` calls the methods through self (nn.Module would file them elsewhere).
+    model.__dict__[compat.PREPARE_INPUTS] = PreparedInputs(model)
+    model.__dict__[compat.PREFILL] = CheckedPrefill(model)
     if cache is not None:
-        # In the instance's own dict: `generate` calls the method through self (nn.Module would file it elsewhere).
         make = partial(_make_cache, factory=CACHES[cache], options=cache_options)
         model.__dict__[compat.MAKE_CACHE] = _CacheMaker(model, make)
     generates = None if drafting is None else DraftingGenerate(model, drafting)
@@ -115,7 +118,8 @@ def disable(model: PreTrainedModel) -> PreTrainedModel:
     if hasattr(model, _STATE):
         previous = getattr(model, _STATE)
         delattr(model, _STATE)
-        model.__dict__.pop(compat.MAKE_CACHE, None)
+        for name in (compat.MAKE_CACHE, compat.PREPARE_INPUTS, compat.PREFILL):
+            model.__dict__.pop(name, None)
         mla.uninstall(model)
         uninstall(model)
         if model.config._attn_implementation != previous:

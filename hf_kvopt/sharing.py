@@ -25,6 +25,7 @@ from hf_kvopt.attention.bound import InstanceOverride
 from hf_kvopt.cache.prefix import PrefixStore
 from hf_kvopt.cache.prefix_cache import PrefixSharedCache
 from hf_kvopt.errors import CacheStateError
+from hf_kvopt.overrides import prefill
 
 OVERRIDES = ("generate", compat.PREFILL)
 # What does not change a token's keys and values; anything else that generate() hands the model may.
@@ -143,7 +144,7 @@ class _Prefill(SharingOverride):
         ):
             assert isinstance(cache, PrefixSharedCache)
             cache.store.begin(cache, input_ids, model_kwargs.get("attention_mask"), chunk_size=chunk_size)
-        return compat.original(model, compat.PREFILL)(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        return prefill(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
 
 
 def install(model: PreTrainedModel, sharing: Sharing, inner: InstanceOverride | None = None) -> None:

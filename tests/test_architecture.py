@@ -33,7 +33,7 @@ ALLOWED = {
 }
 # Only these speak to transformers; the rest is torch alone.
 WITH_TRANSFORMERS = (
-    "cache", "attention", "draft", "enable", "sharing", "plan", "cli", "compat", "packaged", "__main__",
+    "cache", "attention", "draft", "enable", "overrides", "sharing", "plan", "cli", "compat", "packaged", "__main__",
 )  # fmt: skip
 # Rungs 2 and 3 of the proof compile and time the kernels, which are no public names.
 KERNEL_PROOFS = ("evals/_gpu", "evals/gpu.py", "evals/kernels.py")
@@ -114,7 +114,7 @@ def test_a_room_imports_only_what_lies_below_it(name):
 
 
 def test_every_room_has_its_rule():
-    free = {"", "enable", "sharing", "cli", "__main__"}  # the front doors see everything
+    free = {"", "enable", "overrides", "sharing", "cli", "__main__"}  # the front doors see everything
     assert {room(module) for module in MODULES} <= set(ALLOWED) | free
 
 

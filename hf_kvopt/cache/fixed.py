@@ -104,6 +104,10 @@ class FixedLayer(PagedLayer):
             twin.set_length(int(self.length))
         return twin
 
+    @property
+    def is_empty(self) -> bool:
+        return self.pool is None or int(self.length) == 0
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         if self.pool is None:
             return query_length, 0

@@ -52,7 +52,7 @@ class HybridLayer(PagedLayer):
 
     def fork(self, table: BlockTable, memo: dict[int, Any]) -> "HybridLayer":
         twin = HybridLayer(table, copy.deepcopy(self.states, memo), self.format, self.exact_prefill)
-        twin.pool, twin.clock = self.pool, self.clock
+        twin.follow(self)
         return twin
 
     def offload(self) -> None:

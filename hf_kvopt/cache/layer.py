@@ -20,7 +20,9 @@ from hf_kvopt.quant import NATIVE_KV, KVFormat
 class PagedLayer(CacheLayerMixin):
     """Keys and values of one layer in blocks.
 
-    Between calls: the layer has written the columns up to `clock` of the table that it shares.
+    Between calls: the layer has written the columns up to `clock` of the table that it shares, `num_new` of them in its
+    last update. `in_step` says whether that update ended in the same column as that of the cache's first layer: a layer
+    that was never written, reads an image instead of the text, or sat out a forward, does not keep step.
 
     Args:
         table: the rows of all layers of this kind; its window makes the layer a sliding one.
@@ -34,7 +36,9 @@ class PagedLayer(CacheLayerMixin):
     def __init__(self, table: BlockTable, format: KVFormat = NATIVE_KV, exact_prefill: bool = False) -> None:
         self.table, self.format, self.exact_prefill = table, format, exact_prefill
         self.pool: KVPool | None = None
-        self.clock = 0
+        self.clock = self.num_new = 0
+        self.in_step = False
+        self.is_first = False  # of its table to make a pool: a whole forward is checked at it
         self.is_sliding = table.window is not None
         if table.window is not None:
             self.sliding_window = table.window
@@ -73,7 +77,8 @@ class PagedLayer(CacheLayerMixin):
         allocator = self.table.allocator
         self.table.keep_contiguous = key_states.device.type == "cpu"
         self.pool = KVPool(key_states, value_states, self.table.block_size, allocator.num_blocks, self.format)
-        self.pool.keys.is_first = not allocator.pools
+        self.is_first = self.is_first or not allocator.pools
+        self.pool.keys.is_first = self.is_first
         allocator.pools.append(self.pool)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -124,8 +129,22 @@ class PagedLayer(CacheLayerMixin):
     def fork(self, table: BlockTable, memo: dict[int, Any]) -> "PagedLayer":
         """A layer over the same pool whose rows are those of `table`, a fork of this layer's."""
         twin = PagedLayer(table, self.format, self.exact_prefill)
-        twin.pool, twin.clock = self.pool, self.clock
+        twin.follow(self)
         return twin
+
+    def follow(self, other: "PagedLayer") -> None:
+        """Hold what `other` holds, in the same pool."""
+        self.pool, self.clock, self.num_new, self.in_step = other.pool, other.clock, other.num_new, other.in_step
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the layer holds no token of any row."""
+        return self.clock <= min(self.table.lags, default=0)
+
+    def forget(self) -> None:
+        """Hold nothing, and know nothing of what a forward writes; the pool stays."""
+        self.clock = self.num_new = 0
+        self.in_step = False
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         if query_length == 0 and self._num_columns():
@@ -202,13 +221,21 @@ class PagedLayer(CacheLayerMixin):
                 "torch.no_grad() or torch.inference_mode(), or train with use_cache=False"
             )
         pool = self.pool
-        if pool is not None and not pool.matches(key_states, value_states):
+        if pool is None or pool.matches(key_states, value_states):
+            return
+        if torch.compiler.is_compiling() or not self.is_empty:
             raise CacheStateError(
                 f"this layer of the cache holds keys and values of [{pool.keys.num_heads}, {pool.keys.dim}] and "
-                f"[{pool.values.num_heads}, {pool.values.dim}] (heads, head_dim) in {pool.keys.dtype}: got "
-                f"{list(key_states.shape)} and {list(value_states.shape)} in {key_states.dtype}; use one cache a "
-                "model, and free() it before giving it to another"
+                f"[{pool.values.num_heads}, {pool.values.dim}] (heads, head_dim) in {pool.keys.dtype} on "
+                f"{pool.keys.home}: got {list(key_states.shape)} and {list(value_states.shape)} in {key_states.dtype} "
+                f"on {key_states.device}; use one cache a model, and call cache.reset() when it changes (store.clear() "
+                "for a PrefixStore that was made without its model)"
             )
+        # Forks may read the old pool; without any its memory is free before the new one takes its own.
+        self.is_first = self.is_first or pool.keys.is_first
+        del pool
+        self.pool = None
+        self.lazy_initialization(key_states, value_states)
 
     def _refuse(self, name: str) -> NoReturn:
         raise CacheStateError(

@@ -12,7 +12,7 @@ import copy
 import weakref
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from hf_kvopt.cache.hybrid import HybridLayer
 from hf_kvopt.cache.kinds import LayerMaker
 from hf_kvopt.cache.layer import PagedLayer
 from hf_kvopt.cache.stats import CacheStats, measure
+from hf_kvopt.cache.whole import columns_left, note_step, refusal, text_columns
 from hf_kvopt.config import CacheConfig
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.pool.allocator import BlockAllocator
@@ -79,6 +80,7 @@ class PagedCache(DynamicCache):
         self.cache_config = CacheConfig(block_size=block_size, max_tokens=max_tokens, compileable=compileable)
         self._tables: dict[int | None, BlockTable] = {}
         self.owner: weakref.ref[object] | None = None  # the enabled model that it was handed to
+        self.epoch = 0  # counts how often it was emptied
         kwargs: dict[str, Any] = {
             "offloading": offloading,
             "offload_only_non_sliding": offload_only_non_sliding,
@@ -113,12 +115,19 @@ class PagedCache(DynamicCache):
 
         An update that is refused, or breaks off, leaves the cache as it was before the forward that asked for it.
         """
-        self._require_whole(layer_idx, key_states.shape[2])
-        layer = self.layers[layer_idx]
+        layer, num_tokens = self._layer_for(layer_idx), key_states.shape[2]
+        is_watched = isinstance(layer, PagedLayer) and not torch.compiler.is_compiling()
+        if is_watched:
+            self._require_whole(layer, num_tokens)
         try:
+            states: tuple[Tensor, Tensor]
             if self.offloading:
-                return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-            return layer.update(key_states, value_states, *args, **kwargs)  # type: ignore[union-attr]
+                states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            else:
+                states = layer.update(key_states, value_states, *args, **kwargs)
+            if is_watched:
+                note_step(self.layers, layer, num_tokens)
+            return states
         except BaseException:
             # The layer that refused, or broke off, has not advanced: its clock is where this forward began. One that
             # holds less than others of its kind did before tells nothing of these.
@@ -214,11 +223,17 @@ class PagedCache(DynamicCache):
             table.record_past = table.window is not None
 
     def reset(self) -> None:
-        """Forget all tokens and the batch size; memory stays reserved for the next batch."""
+        """Forget all tokens and the batch size; memory stays reserved for the next batch.
+
+        The next batch may come from a model in another dtype, on another device, or of another geometry; then memory is
+        reserved anew.
+        """
+        self.epoch += 1
         for layer in self._stock_layers():
             layer.reset()
         for fixed in self._fixed_layers():
             fixed.set_length(0)
+            fixed.forget()
         if not self.cache_config.compileable:
             for table in self._tables.values():
                 table.allocator.recount()
@@ -232,15 +247,11 @@ class PagedCache(DynamicCache):
         self._tables = {}
         for layer in self._paged_layers():
             layer.pool, layer.table = None, self._table_for(layer.table.window)
+            layer.forget()
 
     def stats(self) -> CacheStats:
         """Blocks, tokens and bytes held now."""
-        for layer in self._fixed_layers():
-            layer.table.lags = [layer.table.clock - int(layer.length)] * layer.table.batch_size
-        stats = measure(list(self._tables.values()), [layer.pool for layer in self._paged_layers() if layer.pool])
-        for layer in self._fixed_layers():
-            layer.table.lags = [0] * layer.table.batch_size
-        return stats
+        return measure(list(self._tables.values()), self._paged_layers())
 
     def check_integrity(self) -> None:
         """Raise KVOptError unless every block is either free or held exactly as often as it is counted."""
@@ -260,6 +271,16 @@ class PagedCache(DynamicCache):
     def num_rows(self) -> int:
         """Rows of the batch; 0 while nothing is held."""
         return max((table.batch_size for table in self._tables.values()), default=0)
+
+    @property
+    def num_columns(self) -> int:
+        """Columns of the text that are held; not those of an image that some layers read instead."""
+        return text_columns(self.layers)
+
+    @property
+    def has_columns(self) -> bool:
+        """Whether any layer holds a token each of keys and values, and not states alone."""
+        return bool(self._paged_layers()) or self._makes_layers
 
     def __enter__(self) -> Self:
         return self
@@ -325,51 +346,28 @@ class PagedCache(DynamicCache):
             for table in self._live_tables():
                 table.select(indices)
 
-    def _require_whole(self, layer_idx: int, num_tokens: int) -> None:
-        """Raise where the forward before this one never reached its last layers (an interrupt, an error in a model)."""
+    def _layer_for(self, layer_idx: int) -> Any:
+        """The layer of that number, made where the config is not known."""
         while self._makes_layers and len(self.layers) <= layer_idx:
             self.layers.append(self._make_layer())
-        layer = self.layers[layer_idx]
-        if not isinstance(layer, PagedLayer) or torch.compiler.is_compiling():
-            return
-        if layer.is_compileable:
-            self._require_even(layer, num_tokens)
-            return
-        table = layer.table
-        if layer.clock == table.clock:
-            # By the last layer: those in the middle may sit out whole forwards (cross attention to an image).
-            left = self._paged_layers()[-1].clock
-            is_half = left < layer.clock
-        else:
-            # A layer that was never written, in the middle of a step, behind columns that others hold.
-            left = 0
-            is_half = layer.pool is None and table.clock > num_tokens == table.clock - table.step_start
-        if is_half:
-            self._rollback(left)
-            self._refuse_half(left)
+        return self.layers[layer_idx]
 
-    def _require_even(self, layer: PagedLayer, num_tokens: int) -> None:
-        """The same for fixed capacity, whose lengths lie on the device: read where that costs no wait for it."""
-        layers = self._fixed_layers()
-        first = layers[0]
-        if layer is not first or first.pool is None or (num_tokens == 1 and first.length.device.type != "cpu"):
+    def _require_whole(self, layer: PagedLayer, num_tokens: int) -> None:
+        """Raise where the forward before this one never reached its last layers (an interrupt, an error in a model)."""
+        left = columns_left(self.layers, layer, num_tokens)
+        if left is None:
             return
-        length, last = int(first.length), int(layers[-1].length) if layers[-1].pool else 0
-        if last < length:
-            for fixed in layers:
-                fixed.set_length(last)
-            self._refuse_half(last)
-
-    def _refuse_half(self, length: int) -> NoReturn:
-        raise CacheStateError(
-            "the last forward stopped half way: got a cache of which only some layers held its tokens; these were "
-            f"taken back and {length} are left, so call the model again" + ("" if length else ", with the whole text")
-        )
+        self._rollback(left)
+        for fixed in self._fixed_layers():
+            fixed.set_length(left)
+        raise refusal(left)
 
     def _sync_clocks(self) -> None:
         for layer in self._paged_layers():
             # A layer that sat out some forwards stays behind by as much.
             layer.clock = min(layer.clock, layer.table.clock)
+            if not layer.clock:
+                layer.forget()
 
     def _rollback(self, clock: int) -> None:
         """Undo a forward of which only some layers were written, back to column `clock`."""

@@ -183,11 +183,13 @@ class PrefixStore:
     def keep(self, cache: PrefixSharedCache, output_ids: Tensor | None, *, close: bool) -> int:
         """`commit`, where `close` is False leaving the cache usable; without ids the prompts alone are kept."""
         with self.lock:
-            rows, lengths = cache.rows_held()
+            # A token was generated behind the prompts: their forward has ended.
+            is_prompt_whole = output_ids is not None and output_ids.shape[1] > cache.prompt_columns
+            rows, lengths = cache.rows_held(is_prompt_whole=is_prompt_whole)
             texts = cache.texts or []
             if output_ids is not None and not cache.is_reordered:
                 texts = self._extended(cache, output_ids) or texts
-            if cache.key != self.key_of(cache.namespace):
+            if cache.key != self.key_of(cache.namespace) or not cache.is_current:
                 raise CacheStateError(
                     "the model changed since this cache was made: got other weights, adapters or dtype, so that what "
                     "was computed cannot be told apart; drop the cache"
@@ -238,6 +240,12 @@ class PrefixStore:
             for allocator in self._allocators.values():
                 allocator.recount()
             self.index.clear()
+
+    def forget_pool(self, layer_idx: int) -> None:
+        """Forget all texts, and let the next write to a layer make its pool anew; caches in use keep the old one."""
+        with self.lock:
+            self.index.clear()
+            self.pools.pop(layer_idx, None)
 
     def free(self) -> None:
         """Forget all texts and give the memory back; caches of this store are refused from then on."""

@@ -42,6 +42,10 @@ class PrefixSharedCache(PagedCache):
         self.is_committed = self.is_reordered = self._is_used = False
         self._filled = self._chunk = self._seen = 0
         super().__init__(store.config, block_size=store.block_size, max_tokens=store.max_tokens, formats=store.formats)
+        for idx, layer in enumerate(self.layers):
+            # Caches before this one know which layers a forward writes.
+            if isinstance(layer, PagedLayer) and idx in store.pools:
+                layer.pool, layer.in_step = store.pools[idx], True
 
     @property
     def num_shared(self) -> int:
@@ -52,6 +56,11 @@ class PrefixSharedCache(PagedCache):
     def is_blank(self) -> bool:
         """Whether it belongs to no prompt yet and holds nothing."""
         return self.texts is None and not self.get_seq_length()
+
+    @property
+    def is_only_filled(self) -> bool:
+        """Whether it holds a part of its prompt, and no forward has written to it."""
+        return self._filled > 0 and not self._is_used
 
     def begin(self, key: Hashable, namespace: Hashable, texts: list[list[int]], pads: list[int]) -> None:
         """Make this cache one for the prompts `texts`, of which nothing is held yet."""
@@ -84,8 +93,8 @@ class PrefixSharedCache(PagedCache):
             self._require_open()
             if self.texts is not None and layer.clock == self._seen:
                 self._begin_forward(len(key_states), key_states.shape[2])
-            if layer.pool is None:
-                layer.pool = self.store.pools.get(layer_idx)
+            if layer.is_empty:
+                self._choose_pool(layer, layer_idx, key_states, value_states)
             try:
                 states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
             finally:
@@ -131,15 +140,26 @@ class PrefixSharedCache(PagedCache):
         """Like `reset`: the memory is the store's."""
         self.reset()
 
-    def rows_held(self) -> tuple[list[list[Row]], list[int]]:
-        """For each table the rows of blocks, and how many tokens of each row all layers have written."""
+    @property
+    def is_current(self) -> bool:
+        """Whether what this cache wrote lies where the store's other caches would look for it."""
+        return all(layer.pool is self.store.pools.get(idx) for idx, layer in self._written())
+
+    def rows_held(self, *, is_prompt_whole: bool) -> tuple[list[list[Row]], list[int]]:
+        """Return for each table the rows of blocks, and how many tokens of each row all layers have written.
+
+        Args:
+            is_prompt_whole: the forward over the prompt is known to have ended, so that the model never writes those
+                layers that were not written.
+        """
         tables = list(self._tables.values())
         # A forward that broke off may never have come to the layers of some table.
         if not tables or not all(table.rows for table in tables):
             return [[] for _ in tables], []
-        layers = self._paged_layers()
-        # The last one tells whether a forward was whole; others may sit out, or never be used.
-        columns = min(layer.clock for layer in layers if layer.pool is not None or layer is layers[-1])
+        clocks = [layer.clock for _, layer in self._written()]
+        if not is_prompt_whole:
+            clocks.append(self._paged_layers()[-1].clock)
+        columns = min(clocks, default=0)
         lengths = [max(0, columns - lag) for lag in tables[0].lags]
         return [table.rows for table in tables], lengths
 
@@ -155,6 +175,24 @@ class PrefixSharedCache(PagedCache):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         with self.store.lock:
             return super().__deepcopy__(memo)
+
+    def _written(self) -> list[tuple[int, PagedLayer]]:
+        """The layers that were ever written, with their numbers."""
+        numbered = [(idx, layer) for idx, layer in enumerate(self.layers) if isinstance(layer, PagedLayer)]
+        return [(idx, layer) for idx, layer in numbered if layer.pool is not None]
+
+    def _choose_pool(self, layer: PagedLayer, layer_idx: int, key_states: Tensor, value_states: Tensor) -> None:
+        """Let a layer that holds nothing write where the store's other caches do.
+
+        Where the model computes in another dtype or on another device than it did, all texts are forgotten: no later
+        cache can go on with them.
+        """
+        pool = self.store.pools.get(layer_idx)
+        if pool is not None and not pool.matches(key_states, value_states):
+            layer.is_first = pool.keys.is_first
+            self.store.forget_pool(layer_idx)
+            pool = None
+        layer.pool = pool
 
     def _table_for(self, window: int | None) -> BlockTable:
         if window not in self._tables:

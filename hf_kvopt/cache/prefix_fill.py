@@ -97,8 +97,8 @@ def _compute(
         held = [n + len(part) for n, part in zip(held, parts, strict=True)]
         cache.crop_rows(held)
     with store.lock:
-        tables, _ = cache.rows_held()
-        for i, text in enumerate(texts):
+        tables, _ = cache.rows_held(is_prompt_whole=True)
+        for i, text in enumerate(texts if cache.is_current else ()):
             store.index.insert(key, text, [table_rows[i] for table_rows in tables])
     return cache
 

@@ -4,8 +4,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from hf_kvopt.cache.fixed import FixedLayer
+from hf_kvopt.cache.layer import PagedLayer
 from hf_kvopt.pool.block_table import BlockTable
-from hf_kvopt.pool.storage import KVPool
 
 
 class CacheStats(NamedTuple):
@@ -28,8 +29,12 @@ class CacheStats(NamedTuple):
     dense_fallbacks: int
 
 
-def measure(tables: Sequence[BlockTable], pools: Sequence[KVPool]) -> CacheStats:
-    """Count `tables` and `pools`."""
+def measure(tables: Sequence[BlockTable], layers: Sequence[PagedLayer]) -> CacheStats:
+    """Count what `tables` and the pools of `layers` hold."""
+    fixed = [layer for layer in layers if isinstance(layer, FixedLayer)]
+    for layer in fixed:
+        layer.table.lags = [layer.table.clock - int(layer.length)] * layer.table.batch_size
+    pools = [layer.pool for layer in layers if layer.pool is not None]
     num_blocks = used = shared = tokens = waste = used_bytes = 0
     for table in tables:
         alloc = table.allocator
@@ -43,6 +48,8 @@ def measure(tables: Sequence[BlockTable], pools: Sequence[KVPool]) -> CacheStats
         block_bytes = sum(pool.num_bytes for pool in alloc.pools) // max(1, alloc.num_blocks)
         used_bytes += (alloc.num_blocks - alloc.num_free) * block_bytes
     planes = [plane for pool in pools for plane in pool.planes]
+    for layer in fixed:
+        layer.table.lags = [0] * layer.table.batch_size
     return CacheStats(
         num_blocks=num_blocks,
         used_blocks=used,

@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from hf_kvopt.errors import KVOptError, OutOfBlocks
+from hf_kvopt.pool.live import LivePools
 from hf_kvopt.pool.slots import is_one_run
 
 
@@ -76,7 +77,7 @@ class BlockAllocator:
         self.max_blocks = max_blocks
         self.extent = extent
         self.refcounts: list[int] = []
-        self.pools: list[BlockPool] = []
+        self.pools = LivePools()
         self.holders: weakref.WeakSet[BlockHolder] = weakref.WeakSet()
         self.stays_put, self.on_shortage = stays_put, on_shortage
         self.lock = lock if lock is not None else threading.RLock()

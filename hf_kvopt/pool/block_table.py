@@ -146,16 +146,16 @@ class BlockTable:
             undo(self.step_start)
 
     def rollback(self, clock: int) -> None:
-        """Undo the last `reserve`, back to `clock`, after a forward that failed before all layers had written."""
+        """Undo the last `reserve`, back to `clock`, or go back to 0, after a forward that failed half way."""
         if clock >= self.clock:
             return
-        if self.retired is not None:
+        if clock == 0 and not self.is_ragged:
+            self.clear()
+        elif self.retired is not None:
             self._release_rows(self.rows)
             self.rows[:], self.base = self.retired.rows, self.retired.base
             self.retired.rows.clear()
             self.retired = None
-        elif clock == 0 and not self.is_ragged:
-            self.clear()
         else:
             self._cut(self.lags, clock)
         self.clock = clock

@@ -301,12 +301,13 @@ class KVPool:
         return self.keys, self.values
 
     def matches(self, key_states: Tensor, value_states: Tensor) -> bool:
-        """Whether states come from a layer of the same geometry."""
+        """Whether states come from a layer of the same geometry and dtype, on the device where this one computes."""
         k, v = self.keys, self.values
         _, k_heads, _, k_dim = key_states.shape
         _, v_heads, _, v_dim = value_states.shape
         shapes, dtypes = (k_heads, k_dim, v_heads, v_dim), (key_states.dtype, value_states.dtype)
-        return shapes == (k.num_heads, k.dim, v.num_heads, v.dim) and dtypes == (k.dtype, v.dtype)
+        is_alike = shapes == (k.num_heads, k.dim, v.num_heads, v.dim) and dtypes == (k.dtype, v.dtype)
+        return is_alike and (key_states.device, value_states.device) == (k.home, v.home)
 
     @property
     def num_bytes(self) -> int:
