@@ -9,6 +9,8 @@ more than its tokens (images, embeddings, positions of its own) gets a cache tha
 """
 
 import copy
+import functools
+import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +29,7 @@ from hf_kvopt.cache.prefix import PrefixStore
 from hf_kvopt.cache.prefix_cache import PrefixSharedCache
 from hf_kvopt.errors import CacheStateError
 
+logger = logging.getLogger(__name__)
 # Before, a prefill in chunks began at the first token, whatever the cache held.
 _CHUNKS_GO_ON = Version(transformers.__version__) >= Version("5.21")
 OVERRIDES = ("generate", "_prefill")
@@ -140,7 +143,8 @@ class _Prefill(SharingOverride):
         is_whole = isinstance(cache, PrefixSharedCache) and len(cache.layers) == cache.store.num_layers
         if is_blank and is_whole and _says_all(input_ids, model_kwargs) and (chunk_size is None or _CHUNKS_GO_ON):
             assert isinstance(cache, PrefixSharedCache)
-            cache.store.begin(cache, input_ids, model_kwargs.get("attention_mask"), chunk_size=chunk_size)
+            if not cache.store.begin(cache, input_ids, model_kwargs.get("attention_mask"), chunk_size=chunk_size):
+                _say_once("rows go through adapters of their own, or something is put before the prompt")
         return type(model)._prefill(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
 
 
@@ -174,8 +178,14 @@ def _keep(cache: PrefixSharedCache, sequences: Tensor | None, *, close: bool) ->
         return
     try:
         cache.store.keep(cache, sequences, close=close)
-    except CacheStateError:
+    except CacheStateError as error:
+        _say_once(str(error))
         cache.close()
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    logger.warning("prefixes are not shared: %s", reason)
 
 
 def _says_all(input_ids: Tensor, model_kwargs: dict[str, Any]) -> bool:
