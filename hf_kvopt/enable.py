@@ -56,8 +56,8 @@ def enable(
         attention: also set `attn_implementation="hf_kvopt"`.
         prefix_sharing: compute a prompt once, across `generate` calls and inside a batch; True makes a `PrefixStore`
             of the cache's format with the options `max_tokens`, `block_size`, `skip_layers` and `layer_formats` (see
-            `prefix_store(model)`), a store of this model is used as it is. Weights, adapters and hooks may change at any
-            time; what changes unseen (see `PrefixStore`) needs `prefix_store(model).clear()`.
+            `prefix_store(model)`), a store of this model is used as it is. Weights, adapters and hooks may change
+            between calls; what changes unseen (see `PrefixStore`) needs `prefix_store(model).clear()`.
         draft: speculate in every `generate` call: a draft head, an assistant model, "prompt_lookup", "lookahead", or
             what `speculative(...)` made, with its settings and `stats`.
         cache_options: handed to the cache at each `generate` call, e.g. `block_size=32`, `max_tokens=100_000`.
