@@ -1,7 +1,7 @@
 """The one-call front door: `enable(model, cache="paged")` and plain `model.generate(**inputs)` is cheap.
 
 `enable` sets the attention and overrides, on this one instance, the method by which `generate` makes its cache;
-`disable` puts both back. Nothing global changes.
+`disable` puts both back. Nothing global changes, but that torch's optimizers tell prefix stores of their steps.
 """
 
 import weakref
@@ -58,7 +58,8 @@ def enable(
         attention: also set `attn_implementation="hf_kvopt"`.
         prefix_sharing: compute a prompt once, across `generate` calls and inside a batch; True makes a `PrefixStore`
             of the cache's format with the options `max_tokens`, `block_size`, `skip_layers` and `layer_formats` (see
-            `prefix_store(model)`), a store of this model is used as it is.
+            `prefix_store(model)`), a store of this model is used as it is. Weights, adapters and hooks may change
+            between calls; what changes unseen (see `PrefixStore`) needs `prefix_store(model).clear()`.
         draft: speculate in every `generate` call: a draft head, its folder, an assistant model, "prompt_lookup",
             "lookahead", or what `speculative(...)` made, with its settings and `stats`.
         cache_options: handed to the cache at each `generate` call, e.g. `block_size=32`, `max_tokens=100_000`.

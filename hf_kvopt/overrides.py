@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 class PreparedInputs(InstanceOverride):
     """The model's own inputs of a forward, with our cache in them; replaces `compat.PREPARE_INPUTS` on one model."""
 
+    adds_nothing = True  # to what a prompt's keys and values depend on
+
     @property
     def __signature__(self) -> inspect.Signature:
         # generate() reads from it which arguments a model takes.

@@ -9,6 +9,8 @@ more than its tokens (images, embeddings, positions of its own) gets a cache tha
 """
 
 import copy
+import functools
+import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +29,7 @@ from hf_kvopt.cache.prefix_cache import PrefixSharedCache
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.overrides import prefill
 
+logger = logging.getLogger(__name__)
 OVERRIDES = ("generate", compat.PREFILL)
 # What does not change a token's keys and values; anything else that generate() hands the model may.
 _HARMLESS = (
@@ -143,7 +146,8 @@ class _Prefill(SharingOverride):
             and (chunk_size is None or compat.PREFILL_CHUNKS_GO_ON)
         ):
             assert isinstance(cache, PrefixSharedCache)
-            cache.store.begin(cache, input_ids, model_kwargs.get("attention_mask"), chunk_size=chunk_size)
+            if not cache.store.begin(cache, input_ids, model_kwargs.get("attention_mask"), chunk_size=chunk_size):
+                _say_once("rows go through adapters of their own, or something is put before the prompt")
         return prefill(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
 
 
@@ -177,8 +181,14 @@ def _keep(cache: PrefixSharedCache, sequences: Tensor | None, *, close: bool) ->
         return
     try:
         cache.store.keep(cache, sequences, close=close)
-    except CacheStateError:
+    except CacheStateError as error:
+        _say_once(str(error))
         cache.close()
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    logger.warning("prefixes are not shared: %s", reason)
 
 
 def _says_all(input_ids: Tensor, model_kwargs: dict[str, Any]) -> bool:

@@ -35,7 +35,7 @@ def test_the_second_call_computes_one_token_of_the_prompt(kind: str, attention: 
     model = sharing_model(kind, attention=attention)
     inputs = batch(SYSTEM, SYSTEM[:41])
     for is_known in (False, True):
-        with counted(model) as forwards:
+        with counted() as forwards:
             assert torch.equal(generate(model, inputs), eager(kind, inputs))
         assert (forwards[0] == 2) == is_known
     hf_kvopt.prefix_store(model).check_integrity()
@@ -46,7 +46,7 @@ def test_a_chat_computes_what_is_new(kind: str) -> None:
     model, history = sharing_model(kind), SYSTEM
     for seed in range(4):
         history = history + text(9, seed=seed)
-        with counted(model) as forwards:
+        with counted() as forwards:
             output = generate(model, batch(history))
         assert torch.equal(output, eager(kind, batch(history)))
         assert forwards[0] <= (10 if seed else len(history))
@@ -78,7 +78,7 @@ def test_every_mode_gives_the_tokens_of_fresh_caches(kind: str, options: dict[st
 
 def test_beams_compute_a_cold_prompt_once() -> None:
     model = sharing_model()
-    with counted(model) as forwards:
+    with counted() as forwards:
         generate(model, batch(SYSTEM), num_beams=4)
     assert sum(forwards[:2]) < 2 * len(SYSTEM)
 
@@ -86,7 +86,7 @@ def test_beams_compute_a_cold_prompt_once() -> None:
 def test_a_cold_batch_computes_its_common_prompt_once() -> None:
     model = sharing_model()
     rows = batch(*(SYSTEM + text(n, seed=n) for n in (4, 7, 5, 6)))
-    with counted(model) as forwards:
+    with counted() as forwards:
         assert torch.equal(generate(model, rows), eager("full", rows))
     assert sum(forwards[: -(NEW_TOKENS - 1)]) < 2 * len(SYSTEM)
 

@@ -49,8 +49,25 @@ class Timings:
 
 def measure(subject: Subject, cell: Cell, stream: Tensor, repeats: int) -> Timings:
     """Time `repeats` prompts that begin alike and go on unlike, each sent through both sides."""
-    model, clock, timings = subject.model, Clock(subject.model.device), Timings()
-    store = hf_kvopt.PrefixStore(model)
+    timings, store = Timings(), hf_kvopt.PrefixStore(subject.model)
+    # On throughout: a store takes a model with a hook put on for another one, of which it knows nothing.
+    with _counted(subject.model) as positions:
+        _measure(subject, cell, stream, repeats, store, positions, timings)
+    hf_kvopt.disable(subject.model)
+    store.free()
+    return timings
+
+
+def _measure(
+    subject: Subject,
+    cell: Cell,
+    stream: Tensor,
+    repeats: int,
+    store: hf_kvopt.PrefixStore,
+    positions: list[int],
+    timings: Timings,
+) -> None:
+    model, clock = subject.model, Clock(subject.model.device)
     known = stream[: int(cell.length * cell.hit)]
     for repeat in range(-1, repeats):
         inputs = _prompts(subject, cell, known, stream, repeat + 1)
@@ -59,31 +76,34 @@ def measure(subject: Subject, cell: Cell, stream: Tensor, repeats: int) -> Timin
             _share(model, store)
             if len(known) > 1:
                 _generate(model, {"input_ids": known[None].to(model.device)}, 1)
-            _check(model, store, inputs, timings)
+            _check(model, store, inputs, positions, timings)
             continue
         order = (False, True) if repeat % 2 else (True, False)
         for is_shared in order:
             _share(model, store if is_shared else None)
             clock.settle()
-            with _counted(model) as positions:
-                elapsed = clock.time_ms(partial(_generate, model, inputs, 1))
+            positions.clear()
+            elapsed = clock.time_ms(partial(_generate, model, inputs, 1))
             (timings.shared_ms if is_shared else timings.plain_ms).append(elapsed)
             # A prompt that the store knows more of than the cell says is another measurement.
             expected = timings.shared_tokens if is_shared else timings.plain_tokens
             if sum(positions) != expected:
                 raise RuntimeError(f"{cell}: expected {expected} positions to be computed, got {sum(positions)}")
-    hf_kvopt.disable(model)
-    store.free()
-    return timings
 
 
-def _check(model: PreTrainedModel, store: hf_kvopt.PrefixStore, inputs: dict[str, Tensor], timings: Timings) -> None:
+def _check(
+    model: PreTrainedModel,
+    store: hf_kvopt.PrefixStore,
+    inputs: dict[str, Tensor],
+    positions: list[int],
+    timings: Timings,
+) -> None:
     """Generate on both sides: tokens must be equal; forwards and memory are counted."""
     results = []
     for is_shared in (False, True):
         _share(model, store if is_shared else None)
-        with _counted(model) as positions:
-            output = _generate(model, inputs, NEW_TOKENS, return_dict_in_generate=True)
+        positions.clear()
+        output = _generate(model, inputs, NEW_TOKENS, return_dict_in_generate=True)
         prefill = sum(positions) - len(inputs["input_ids"]) * (NEW_TOKENS - 1)
         size = store.stats().used_bytes if is_shared else kv_bytes(output[hf_kvopt.CACHE_KEYWORD]).used
         if is_shared:

@@ -1,24 +1,30 @@
 """What the keys and values of a text depend on beside the text: the model, its adapters, its very weights.
 
-`state_of` is for one process and cheap, asked at every prompt; `fingerprint` is for files and reads samples of the
+`ModelIdentity` is for one process and cheap, asked at every prompt; `fingerprint` is for files and reads more of the
 weights.
 """
 
 import hashlib
 import json
-from collections.abc import Hashable
+import threading
+import weakref
+from collections.abc import Iterable, Set
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_kvopt import compat
-from hf_kvopt.errors import UnsupportedModel
+from hf_kvopt.cache import steps
+from hf_kvopt.cache.attributes import WITHOUT_MEANING, Attributes, hooks_of, settings_of
+from hf_kvopt.cache.samples import Samples
+from hf_kvopt.errors import CacheStateError, UnsupportedModel
 
 _SHARED_KINDS = ("full_attention", "sliding_attention", "chunked_attention", "dummy")
 _SAMPLES = 1024
-# Parts of a config that change nothing that is computed.
-_WITHOUT_MEANING = ("_name_or_path", "transformers_version", "architectures", "use_cache", "_attn_implementation")
+# Ids of parameters that a model may have had, beyond those it has.
+_MOST_IDS = 100_000
 
 
 def require_shareable(config: PreTrainedConfig, forward_parameters: Any = None) -> None:
@@ -55,29 +61,122 @@ def require_shareable(config: PreTrainedConfig, forward_parameters: Any = None) 
         )
 
 
-def state_of(model: PreTrainedModel) -> Hashable:
-    """Changes whenever a forward of `model` may give other keys and values: dtype, adapters, weights written to."""
-    adapters: list[Hashable] = []
-    versions: list[Hashable] = []
-    for name, module in model.named_modules():
-        if hasattr(module, "disable_adapters") and isinstance(getattr(module, "active_adapters", None), list | tuple):
-            merged = getattr(module, "merged_adapters", ())
-            adapters.append((name, *module.active_adapters, bool(module.disable_adapters), *merged))
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                # The place too: `parameter.data = ...` leaves the version alone. Weights of other layouts have none.
-                place = parameter.data_ptr() if type(parameter) is torch.nn.Parameter else id(parameter)
-                versions.append((place, 0 if parameter.is_inference() else parameter._version))
-    return str(model.dtype), tuple(adapters), hash(tuple(versions)), model.training
+class ModelIdentity:
+    """Tells whether a model still computes what it computed: one for each prefix store, cheap, for one process.
+
+    Equal states mean that a forward gives equal keys and values. Seen are
+
+    * steps of any torch optimizer over the model's parameters, fused ones too, and every write that torch counts;
+    * tensors that were replaced, and writes around torch (`.data`, numpy) to all of a parameter, buffer or other tensor
+      in an attribute of a module;
+    * modules, `forward` methods, forward hooks, adapters and their scales, and every number, string or function in an
+      attribute of a module or a value of a config, the attention implementation and `training` included;
+    * autocast, and the precision of matrix products.
+
+    Not seen are a write around torch to a few elements, what hooks and closures hold, and code replaced from outside of
+    the model, like a function of the module that defines it. Of offloaded weights those in memory are seen, not those
+    on a disk.
+
+    Holds no part of the model.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = weakref.ref(model)
+        self._attributes, self._samples = Attributes(), Samples()
+        self._lock = threading.Lock()
+        self._ids: set[int] = set()
+        self._steps = 0
+        # Whether a look in the middle of a forward finds what a look before it does; as of the last `state`.
+        self.is_in_place = True
+        steps.watch(self)
+
+    def state(self) -> bytes | None:
+        """Return a digest of all that is seen; None where tokens alone do not decide what is computed.
+
+        That is so where the rows of a batch go through adapters of their own (PEFT's `adapter_names`), and where
+        something is put before the prompt (PEFT's soft prompts).
+
+        Raises:
+            CacheStateError: the model is gone.
+        """
+        model = self._model()
+        if model is None:
+            raise CacheStateError("the model of this prefix store is gone: got a further use of it; make a new store")
+        with self._lock:
+            walk = self._attributes.walk(model)
+            self.is_in_place = not walk.is_elsewhere
+            self._note_ids(walk.tensors)
+            walk.texts.append(f"{self._steps} {_modes(model.device)}")
+            digest = hashlib.blake2b("\n".join(walk.texts).encode(), digest_size=16)
+            for part in self._samples.read(walk.tensors):
+                digest.update(part)
+        return None if walk.is_rowwise or _is_fed_more(model) else digest.digest()
+
+    def note_step(self, ids: Set[int]) -> None:
+        """Take note of a step of an optimizer that holds the parameters of these ids."""
+        if not self._ids.isdisjoint(ids):
+            self._steps += 1
+
+    def _note_ids(self, tensors: Iterable[Tensor]) -> None:
+        """Remember what this model is, or was, made of: what is put aside may be stepped on and put back."""
+        current = [*map(id, tensors)]
+        self._ids.update(current)
+        if len(self._ids) > len(current) + _MOST_IDS:
+            self._ids, self._steps = set(current), self._steps + 1
+
+
+def _is_fed_more(model: PreTrainedModel) -> bool:
+    """Whether another method than the model's own makes the inputs of a forward from a prompt."""
+    override = model.__dict__.get("prepare_inputs_for_generation")
+    own = getattr(type(model), "prepare_inputs_for_generation", None)
+    return override is not None and getattr(override, "__func__", None) is not own
+
+
+def _modes(device: torch.device) -> list[Any]:
+    """What torch is set to do in every operation."""
+    kinds = sorted({"cpu", "cuda", device.type} - {"meta"})
+    casts = [torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in kinds]
+    return [torch.get_float32_matmul_precision(), *casts]
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """A digest of config, dtype and evenly spread samples of every parameter: the same in another process."""
-    config = {key: value for key, value in model.config.to_dict().items() if key not in _WITHOUT_MEANING}
+    """A digest of config, settings and evenly spread samples of every tensor: the same in another process.
+
+    Raises:
+        CacheStateError: forward hooks or replaced `forward` methods, which nobody can tell from others there; weights
+            that are offloaded.
+    """
+    meaningless = {*WITHOUT_MEANING, "_attn_implementation"}
+    config = {key: value for key, value in model.config.to_dict().items() if key not in meaningless}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    tensors: dict[str, Tensor] = dict(model.state_dict())
+    for name, module in model.named_modules():
+        _require_plain_forward(name, module)
+        # Tensors that are not saved with the weights change what is computed no less.
+        tensors |= {f"{name}.{key}": buffer for key, buffer in module._buffers.items() if buffer is not None}
+        text, unnamed = settings_of(module)
+        digest.update(f"{name} {text}".encode())
+        tensors |= {f"{name} {i}": tensor for i, tensor in enumerate(unnamed)}
+    for name, tensor in sorted(tensors.items()):
+        if tensor.is_meta:
+            raise CacheStateError(
+                f"a file is told from those of other models by samples of all weights: got {name}, which is offloaded; "
+                "save and load stores with the whole model in memory"
+            )
         flat = tensor.detach().flatten()
         picked = flat[:: max(1, len(flat) // _SAMPLES)].to("cpu").contiguous()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(picked.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _require_plain_forward(name: str, module: nn.Module) -> None:
+    hooks = [hook for _, hook in (*hooks_of(module), *hooks_of(None))]
+    # Those of accelerate place tensors and change nothing.
+    is_replaced = "forward" in module.__dict__ and "_hf_hook" not in module.__dict__
+    if hooks or is_replaced:
+        what = f"the forward hook {hooks[0]!r}" if hooks else "another forward method"
+        raise CacheStateError(
+            f"a file cannot say what hooks and replaced forward methods compute: got {what} on "
+            f"{name or type(module).__name__!r}; take it off before saving or loading a store"
+        )

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_kvopt import compat
 from hf_kvopt.cache import prefix_file
-from hf_kvopt.cache.identity import require_shareable, state_of
+from hf_kvopt.cache.identity import ModelIdentity, require_shareable
 from hf_kvopt.cache.prefix_cache import PrefixSharedCache, texts_of
 from hf_kvopt.cache.prefix_fill import fill_from
 from hf_kvopt.config import CacheConfig
@@ -33,6 +33,10 @@ from hf_kvopt.quant.policy import LayerName
 
 # Kept at most where the caller names no cap; what is being generated may take more.
 DEFAULT_TOKENS = 65_536
+_NOT_BY_TOKENS = (
+    "prefixes cannot be shared where tokens alone do not decide what is computed: got rows that go through adapters of "
+    "their own, or something put before the prompt; use PagedCache for such a call"
+)
 
 
 class PrefixStats(NamedTuple):
@@ -72,6 +76,13 @@ class PrefixStore:
 
     Threads may share a store; a cache belongs to one thread.
 
+    Texts are known to the model as it was when they were computed: not after a step of an optimizer, a write to its
+    weights, or a change of adapters, hooks, settings or modules, and again where such a change is undone (see
+    `ModelIdentity`). Call `clear()` after a change that nobody can see: a write through `.data` or numpy to a few
+    elements of a tensor, or to weights offloaded to a disk; another state in a hook or closure that stays; a function
+    replaced in the module that defines the model. A hook is called for what is computed, not for what is found: one
+    that goes by the length or the rows of what it gets needs a plain `PagedCache`.
+
     >>> store = PrefixStore(model)                                                       # doctest: +SKIP
     >>> cache = store.cache(inputs.input_ids, inputs.attention_mask)
     >>> output_ids = model.generate(**inputs, cache=cache)
@@ -92,9 +103,10 @@ class PrefixStore:
             raise TypeError(f"a store takes a transformers model or config: got {type(model_or_config).__name__}")
         compat.check()
         self._model: weakref.ref[PreTrainedModel] | None = None
+        self._identity: ModelIdentity | None = None
         parameters: Collection[str] | None = None
         if isinstance(model_or_config, PreTrainedModel):
-            self._model = weakref.ref(model_or_config)
+            self._model, self._identity = weakref.ref(model_or_config), ModelIdentity(model_or_config)
             parameters = inspect.signature(model_or_config.forward).parameters.keys()
             model_or_config = model_or_config.config
         self.config: PreTrainedConfig = model_or_config
@@ -127,13 +139,16 @@ class PrefixStore:
 
         Raises:
             ValueError: input that cannot be a left-padded batch of prompts.
-            CacheStateError: the store was freed.
+            CacheStateError: the store was freed, or tokens alone do not decide what is computed: rows of a batch go
+                through adapters of their own, or PEFT puts a soft prompt before the text.
             OutOfBlocks: the store is smaller than the prompts.
         """
         self.require_alive()
         self._require_mask(input_ids, attention_mask)
         cache = self.new_cache()
-        self.begin(cache, input_ids, attention_mask, namespace=namespace)
+        if not self.begin(cache, input_ids, attention_mask, namespace=namespace):
+            raise CacheStateError(_NOT_BY_TOKENS)
+        cache.is_to_check = self._identity is not None and self._identity.is_in_place
         return cache
 
     def begin(
@@ -144,10 +159,16 @@ class PrefixStore:
         *,
         namespace: Hashable = None,
         chunk_size: int | None = None,
-    ) -> None:
-        """Fill an empty cache of this store for the prompts `input_ids`; see `cache`."""
+    ) -> bool:
+        """Fill an empty cache of this store for the prompts `input_ids`; see `cache`.
+
+        Returns:
+            Whether that can be; where not, the cache is as it was.
+        """
         texts, pads = texts_of(input_ids, attention_mask)
         key = self.key_of(namespace)
+        if key is None:
+            return False
         cache.begin(key, namespace, texts, pads)
         with self.lock:
             known = [self.index.match(key, text[:-1]).length for text in texts]
@@ -156,6 +177,7 @@ class PrefixStore:
         self._hits += sum(length > 0 for length in known)
         self._prompt_tokens += sum(map(len, texts))
         self._hit_tokens += sum(known)
+        return True
 
     def commit(self, cache: PrefixSharedCache, output_ids: Tensor) -> int:
         """Keep what `generate` computed with `cache`, and close it.
@@ -189,10 +211,11 @@ class PrefixStore:
             texts = cache.texts or []
             if output_ids is not None and not cache.is_reordered:
                 texts = self._extended(cache, output_ids) or texts
-            if cache.key != self.key_of(cache.namespace) or not cache.is_current:
+            self.require_unchanged(cache)
+            if not cache.is_current:
                 raise CacheStateError(
-                    "the model changed since this cache was made: got other weights, adapters or dtype, so that what "
-                    "was computed cannot be told apart; drop the cache"
+                    "the store took other pools since this cache was made, for another dtype or device: got a cache "
+                    "whose states nobody can go on from; drop it"
                 )
             num_new = 0
             for i, (text, length) in enumerate(zip(texts, lengths, strict=False)):
@@ -317,12 +340,29 @@ class PrefixStore:
         if excess > 0:
             self.index.evict(excess)
 
-    def key_of(self, namespace: Hashable) -> tuple[Hashable, Hashable]:
-        """What texts are filed under: equal tokens give equal keys and values under equal keys alone."""
-        model = self.model
-        if self._model is not None and model is None:
-            raise CacheStateError("the model of this prefix store is gone: got a further use of it; make a new store")
-        return (None if model is None else state_of(model)), namespace
+    def key_of(self, namespace: Hashable) -> tuple[Hashable, Hashable] | None:
+        """What texts are filed under: equal tokens give equal keys and values under equal keys alone.
+
+        None where tokens alone do not decide what is computed: nothing is found then, and nothing kept.
+        """
+        state = None if self._identity is None else self._identity.state()
+        return None if self._identity is not None and state is None else (state, namespace)
+
+    def require_key(self, namespace: Hashable) -> tuple[Hashable, Hashable]:
+        """`key_of`; raise CacheStateError where there is none."""
+        key = self.key_of(namespace)
+        if key is None:
+            raise CacheStateError(_NOT_BY_TOKENS)
+        return key
+
+    def require_unchanged(self, cache: PrefixSharedCache) -> None:
+        """Raise CacheStateError where the model changed since `cache` was made for its prompts."""
+        if cache.key != self.key_of(cache.namespace):
+            raise CacheStateError(
+                "the model changed since this cache was made: got other weights, adapters, hooks, settings or dtype, "
+                "so that what is cached is no longer what the model computes; drop the cache, and make another for "
+                "the model as it is now"
+            )
 
     def _pin(self, input_ids: Tensor | Sequence[int], namespace: Hashable, count: int) -> int:
         with self.lock:

@@ -39,6 +39,8 @@ class PrefixSharedCache(PagedCache):
         self.texts: list[list[int]] | None = None  # the prompt of each row, without padding; None while blank
         self.pads: list[int] = []
         self.prompt_columns = 0
+        # Handed to a caller, who may change the model before it is used.
+        self.is_to_check = False
         self.is_committed = self.is_reordered = self._is_used = False
         self._filled = self._chunk = self._seen = 0
         super().__init__(store.config, block_size=store.block_size, max_tokens=store.max_tokens, formats=store.formats)
@@ -84,7 +86,8 @@ class PrefixSharedCache(PagedCache):
         """See `PagedCache.update`.
 
         Raises:
-            CacheStateError: also where the cache was committed, or is fed other columns than it lacks.
+            CacheStateError: also where the cache was committed, is fed other columns than it lacks, or was made before
+                the model changed.
         """
         layer = self.layers[layer_idx]
         assert isinstance(layer, PagedLayer)  # the store takes no model with other layers that hold anything
@@ -134,7 +137,7 @@ class PrefixSharedCache(PagedCache):
             super().reset()
         self.texts, self.pads, self.key = None, [], None
         self.prompt_columns = self._filled = self._chunk = self._seen = 0
-        self.is_reordered = self.is_committed = self._is_used = False
+        self.is_to_check = self.is_reordered = self.is_committed = self._is_used = False
 
     def free(self) -> None:
         """Like `reset`: the memory is the store's."""
@@ -224,6 +227,8 @@ class PrefixSharedCache(PagedCache):
     def _begin_forward(self, batch: int, num_tokens: int) -> None:
         """Check what the first forwards bring, and give each beam or returned sequence a row of its own."""
         assert self.texts is not None
+        if self.is_to_check and not self._is_used and self._filled:
+            self.store.require_unchanged(self)
         if not self._is_used and batch != len(self.texts) and batch % len(self.texts) == 0:
             repeats = batch // len(self.texts)
             self._select([row for row in range(len(self.texts)) for _ in range(repeats)])

@@ -40,7 +40,7 @@ def save(store: "PrefixStore", path: Path) -> None:
         raise CacheStateError(
             "a store is saved with the identity of its model: got one made from a config; make it from the model"
         )
-    current = store.key_of(None)[0]
+    current, model = store.require_key(None)[0], fingerprint(store.model)
     nodes = [
         node
         for key, root in store.index.roots.items()
@@ -59,7 +59,7 @@ def save(store: "PrefixStore", path: Path) -> None:
                 tensors[f"layer {layer_idx} {name} centre"] = plane.centres.of_blocks(blocks.tolist()).cpu()
     manifest = {
         "version": VERSION,
-        "model": fingerprint(store.model),
+        "model": model,
         "block_size": store.block_size,
         "max_tokens": store.max_tokens,
         "formats": {
@@ -158,10 +158,10 @@ def _fill_pools(store: Any, manifest: dict[str, Any], tensors: dict[str, Tensor]
 def _plant(store: Any, entries: list[dict[str, Any]], rows: list[list[int]]) -> None:
     """Insert every text of the tree; parents come before children."""
     paths: list[tuple[Hashable, list[int], list[int]]] = []
-    key = store.key_of(None)
+    state, _ = store.require_key(None)
     for i, entry in enumerate(entries):
         if entry["parent"] is None:
-            owner = (key[0], entry["namespace"])
+            owner = (state, entry["namespace"])
             path = (owner, entry["tokens"], [i])
         else:
             owner, tokens, indices = paths[entry["parent"]]

@@ -109,6 +109,8 @@ class PrefixIndex:
             count += 1
             if parent is not None and self._is_free(parent):
                 heapq.heappush(heap, (parent.stamp, id(parent), parent))
+        # Keys of models that have changed since would pile up.
+        self.roots = {key: root for key, root in self.roots.items() if root.children}
         self.num_evicted += count
         return count
 

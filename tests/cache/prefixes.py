@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from hf_kvopt import PrefixStore
+from hf_kvopt import PagedCache, PrefixStore
 from tests.helpers import VOCAB, generate, tiny_model
 
 
@@ -48,15 +48,21 @@ def turn(store: PrefixStore, model: PreTrainedModel, inputs: dict[str, Tensor], 
 
 
 @contextmanager
-def counted(model: PreTrainedModel) -> Iterator[list[int]]:
-    """Collect the number of token positions of every forward, padding included."""
+def counted() -> Iterator[list[int]]:
+    """Collect the number of token positions of every forward into a paged cache, padding included.
+
+    A hook on the model would not do: what the model is made to compute with a hook is another text's worth.
+    """
     seen: list[int] = []
+    original = PagedCache.update
 
-    def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        seen.append(kwargs["input_ids"].numel())
+    def note(cache: PagedCache, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any) -> Any:
+        if layer_idx == 0:
+            seen.append(key_states.shape[0] * key_states.shape[2])
+        return original(cache, key_states, value_states, layer_idx, *args)
 
-    hook = model.register_forward_pre_hook(note, with_kwargs=True)
+    PagedCache.update = note
     try:
         yield seen
     finally:
-        hook.remove()
+        PagedCache.update = original

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from hf_kvopt import CacheStateError, OutOfBlocks, PagedCache, PrefixStore, UnsupportedModel
-from hf_kvopt.cache.identity import state_of
+from hf_kvopt.cache.identity import ModelIdentity
 from hf_kvopt.pool.block_table import BlockTable
 from tests.cache.prefixes import batch, counted, eager, shared_model, text, turn
 from tests.helpers import KINDS, NEW_TOKENS, generate, tiny_config, tiny_model
@@ -24,7 +24,7 @@ def test_a_prompt_that_is_known_whole_leaves_one_token_to_compute(kind: str, len
     model, inputs = tiny_model(kind), batch(text(length))
     store = PrefixStore(model)
     for known in (0, length - 1 if length > 2 else 0, length - 1 if length > 2 else 0):
-        with counted(model) as forwards:
+        with counted() as forwards:
             assert torch.equal(turn(store, model, inputs), eager(kind, inputs))
         assert forwards[0] == length - known
 
@@ -52,7 +52,7 @@ def test_rows_of_unlike_matches_and_padding_give_the_tokens_of_fresh_caches(kind
     turn(store, model, batch(known))
     inputs = batch(known + text(4, seed=4), half, new, known[:75], columns=90)
     assert torch.equal(turn(store, model, inputs), eager(kind, inputs))
-    with counted(model) as forwards:
+    with counted() as forwards:
         assert torch.equal(turn(store, model, inputs), eager(kind, inputs))
     assert forwards[0] == 4
 
@@ -62,7 +62,7 @@ def test_a_cold_batch_computes_what_its_rows_have_in_common_once(kind: str) -> N
     model = tiny_model(kind)
     store = PrefixStore(model)
     rows = [SYSTEM + text(n, seed=n) for n in (5, 11, 3, 8)]
-    with counted(model) as forwards:
+    with counted() as forwards:
         assert torch.equal(turn(store, model, batch(*rows)), eager(kind, batch(*rows)))
     prefill = sum(forwards[: -(NEW_TOKENS - 1)])
     assert len(SYSTEM) <= prefill < 2 * len(SYSTEM)
@@ -72,7 +72,7 @@ def test_branches_of_branches_are_computed_once_each() -> None:
     model, store = shared_model()
     left, right = SYSTEM + text(40, seed=1), SYSTEM + text(40, seed=2)
     rows = [branch + text(6, seed=seed) for branch in (left, right) for seed in (3, 4)]
-    with counted(model) as forwards:
+    with counted() as forwards:
         output = turn(PrefixStore(model), model, batch(*rows))
     assert torch.equal(output, eager("full", batch(*rows)))
     assert sum(forwards[: -(NEW_TOKENS - 1)]) < len(SYSTEM) + 2 * 40 + 90
@@ -204,15 +204,16 @@ def test_weights_that_were_written_to_make_old_texts_unknown() -> None:
 @pytest.mark.parametrize("how", ["data", "parameter"])
 def test_weights_that_are_put_in_the_place_of_others_make_other_keys(how: str) -> None:
     model = copy.deepcopy(tiny_model())
-    before, layer = state_of(model), model.model.layers[0].mlp.up_proj
-    assert state_of(model) == before
+    identity, layer = ModelIdentity(model), model.model.layers[0].mlp.up_proj
+    before = identity.state()
+    assert identity.state() == before
     if how == "data":
         layer.weight.data = layer.weight.data * 1.1
     else:
         old = layer.weight
         layer.weight = torch.nn.Parameter(torch.empty_like(old))
         torch._C._autograd._unsafe_set_version_counter((layer.weight,), (old._version,))
-    assert state_of(model) != before
+    assert identity.state() != before
 
 
 def test_an_adapter_that_is_switched_makes_other_keys() -> None:
@@ -221,23 +222,24 @@ def test_an_adapter_that_is_switched_makes_other_keys() -> None:
         active_adapters = ("first",)
 
     model = copy.deepcopy(tiny_model())
-    states = {state_of(model)}
+    identity = ModelIdentity(model)
+    states = {identity.state()}
     layer = Adapted(4, 4)
     model.model.layers[0].mlp.extra = layer
-    states.add(state_of(model))
+    states.add(identity.state())
     layer.active_adapters = ["second"]
-    states.add(state_of(model))
+    states.add(identity.state())
     layer.disable_adapters = True
-    states.add(state_of(model))
+    states.add(identity.state())
     assert len(states) == 4
-    assert state_of(model) in states
+    assert identity.state() in states
 
 
 def test_a_store_without_the_model_shares_what_all_rows_know() -> None:
     model, store = tiny_model(), PrefixStore(tiny_config("full"))
     turn(store, model, batch(SYSTEM))
     inputs = batch(SYSTEM + text(5), SYSTEM[:40] + text(20, seed=2))
-    with counted(model) as forwards:
+    with counted() as forwards:
         assert torch.equal(turn(store, model, inputs), eager("full", inputs))
     assert forwards[0] == 2 * (75 - 55)
 

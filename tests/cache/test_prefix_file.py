@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from evals._common.outliers import SMALLEST, add_outliers
 from hf_kvopt import CACHE_KEYWORD, CacheStateError, PrefixStore
+from tests.cache.lora import adapt, adapters_of
 from tests.cache.prefixes import batch, counted, eager, shared_model, text, turn
 from tests.helpers import KINDS, tiny_config, tiny_model
 
@@ -31,7 +33,7 @@ def test_what_was_saved_is_found_and_gives_the_same_tokens(kind: str, tmp_path: 
     store = PrefixStore.load(path, model)
     store.check_integrity()
     for inputs in (batch(SYSTEM), batch(SYSTEM[:40] + text(9, seed=1))):
-        with counted(model) as forwards:
+        with counted() as forwards:
             assert torch.equal(turn(store, model, inputs), eager(kind, inputs))
         assert forwards[0] == 1
 
@@ -197,3 +199,70 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         PrefixStore.load(path, model).save(path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def changed(model: torch.nn.Module, change: str) -> torch.nn.Module:
+    layer = model.model.layers[0]
+    if change == "frequencies":
+        model.model.rotary_emb.inv_freq.mul_(0.5)
+    if change == "rotary scale":
+        model.model.rotary_emb.attention_scaling = 0.5
+    if change == "adapters' scale":
+        for adapter in adapters_of(model):
+            adapter.scaling["first"] = 3.0
+    if change == "active adapter":
+        for adapter in adapters_of(model):
+            adapter._active_adapter = ["second"]
+    if change == "epsilon":
+        layer.input_layernorm.variance_epsilon = 0.5
+    if change == "activation":
+        layer.mlp.act_fn = torch.nn.ReLU()
+    if change == "tensor in a list":
+        layer.listed[0].mul_(2)
+    return model
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "nothing", "frequencies", "rotary scale", "adapters' scale", "active adapter", "epsilon", "activation",
+        "tensor in a list",
+    ],
+)  # fmt: skip
+def test_a_model_with_other_settings_is_refused(change: str, tmp_path: Path) -> None:
+    def build() -> torch.nn.Module:
+        model = adapt(tiny_model(), "first", "second").eval()
+        model.model.layers[0].listed = [torch.ones(3)]
+        return model
+
+    model, path = build(), tmp_path / "s"
+    store = PrefixStore(model)
+    turn(store, model, batch(SYSTEM))
+    store.save(path)
+    if change == "nothing":
+        assert PrefixStore.load(path, build()).match_length(SYSTEM) == len(SYSTEM)
+        return
+    with pytest.raises(CacheStateError, match="another model"):
+        PrefixStore.load(path, changed(build(), change))
+
+
+@pytest.mark.parametrize("what", ["hook", "hook on all modules", "forward", "offloaded"])
+def test_what_a_file_cannot_say_is_refused(what: str, tmp_path: Path) -> None:
+    path, model = saved(tmp_path), tiny_model()
+    store, module, hook = PrefixStore(model), model.model.layers[0].mlp, None
+    if what == "hook":
+        hook = module.register_forward_hook(lambda *_: None)
+    if what == "hook on all modules":
+        hook = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    if what == "forward":
+        module.forward = lambda x: x
+    if what == "offloaded":
+        cpu_offload(model, torch.device("cpu"))
+    try:
+        for use in (lambda: store.save(tmp_path / "new"), lambda: PrefixStore.load(path, model)):
+            with pytest.raises(CacheStateError, match="offloaded" if what == "offloaded" else "take it off"):
+                use()
+    finally:
+        if hook is not None:
+            hook.remove()
+    assert not (tmp_path / "new").exists()
