@@ -18,7 +18,7 @@ from evals._common.screen import progress, show_table
 from evals.report.claims import claims_of
 from evals.report.jobs import JOBS, Outcome, run_jobs
 from evals.report.page import plots_of, to_html, to_markdown
-from evals.report.readme import fill
+from evals.report.figures import fill
 from evals.report.rows import read_results
 
 README = Path(__file__).parents[2] / "README.md"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from evals._common.cli import RESULTS, BadArgumentError
-from evals.report.readme import BLOCKS, fill
+from evals.report.figures import BLOCKS, fill
 from evals.report.rows import Found, read_results
 
 README = Path(__file__).parents[2] / "README.md"
