@@ -72,10 +72,13 @@ class PrefixStore:
 
     Threads may share a store; a cache belongs to one thread.
 
-    >>> store = PrefixStore(model)                                                       # doctest: +SKIP
-    >>> cache = store.cache(inputs.input_ids, inputs.attention_mask)
-    >>> output_ids = model.generate(**inputs, cache=cache)
-    >>> store.commit(cache, output_ids)
+    Examples:
+        >>> store = PrefixStore(model)
+        >>> cache = store.cache(inputs.input_ids, inputs.attention_mask)
+        >>> output_ids = model.generate(**inputs, cache=cache)
+        >>> num_new_blocks = store.commit(cache, output_ids)
+        >>> store.match_length(output_ids) == output_ids.shape[1] - 1
+        True
     """
 
     def __init__(
