@@ -17,10 +17,9 @@ COMMAND = re.compile(r"python -m ([\w.]+)([^\n`#]*)")
 HAS_ROOMS = (ROOT / "hf_kvopt/kernels/triton").is_dir()
 FOLDERS = ("evals", "examples", "tests", "docs", *(["hf_kvopt"] if HAS_ROOMS else []))
 
-pages = pytest.mark.parametrize("page", PAGES)
-texts = {page: path.read_text("utf8") for page, path in PAGES.items()}
-texts_and_readme = texts | {"README.md": (ROOT / "README.md").read_text("utf8")}
-everywhere = pytest.mark.parametrize("page", texts_and_readme)
+PROJECT = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+texts = {page: (ROOT / page).read_text("utf8") for page in (*PAGES, *PROJECT)}
+everywhere = pytest.mark.parametrize("page", texts)
 
 
 def python_of(page: str) -> list[Any]:
@@ -50,7 +49,7 @@ def test_code_takes_this_transformers_name_of_the_cache_and_leaves_enable_alone(
     assert "cache=None" in code
 
 
-@pages
+@pytest.mark.parametrize("page", [page for page in texts if page != "README.md"])
 def test_code_is_in_a_language_that_is_named_and_narrow_enough_to_be_read(page: str) -> None:
     for block in blocks(texts[page]):
         assert block.kind in ("python", "sh", "text"), f"{page}:{block.line}"
@@ -60,7 +59,7 @@ def test_code_is_in_a_language_that_is_named_and_narrow_enough_to_be_read(page: 
 
 @everywhere
 def test_commands_and_their_options_exist(page: str) -> None:
-    for module, rest in COMMAND.findall(texts_and_readme[page].replace("\\\n", " ")):
+    for module, rest in COMMAND.findall(texts[page].replace("\\\n", " ")):
         name, options = module, re.findall(r"(?<!\S)--[a-z][\w-]*", rest)
         if module == "hf_kvopt":
             command = rest.split()[0]
@@ -84,7 +83,7 @@ def _sources(origin: str | None) -> list[Path]:
 
 @everywhere
 def test_files_that_are_named_exist(page: str) -> None:
-    text = texts_and_readme[page]
+    text = texts[page]
     named = set(GITHUB.findall(text))
     named |= {found for found in re.findall(r"`([\w-]+/[\w./-]*)`", text) if found.split("/")[0] in FOLDERS}
     missing = [name for name in named if not (ROOT / name).exists()]
@@ -95,7 +94,7 @@ def test_files_that_are_named_exist(page: str) -> None:
 def test_links_lead_to_files(page: str) -> None:
     """MkDocs checks the links between pages; on GitHub the README's must be right as well."""
     folder = (ROOT / page).parent
-    targets = re.findall(r"\]\((?!https?://|#)([^)#\s]+)", texts_and_readme[page])
+    targets = re.findall(r"\]\((?!https?://|#)([^)#\s]+)", texts[page])
     assert not [target for target in targets if not (folder / target).exists()]
 
 
