@@ -75,7 +75,7 @@ def _over_cudnn(row: Row) -> float | None:
 
 
 def markdown(rows: list[Row], limits: dict[str, float]) -> str:
-    """Return the tables for the README: the figures, then every measurement."""
+    """Return the tables in Markdown: the figures, then every measurement."""
     lines = [
         f"Copy {limits['copy_gb_s']:.0f} GB/s, bf16 product {limits['matmul_tflop_s']:.0f} TFLOP/s in this run.", "",
         "| figure | asked | measured | |", "|---|---:|---:|---|",

@@ -112,7 +112,7 @@ def rows_of(cards: list[str], ops: list[str] | None, full: bool, known: dict[str
 
 
 def markdown(rows: list[Row]) -> str:
-    """Return the table for NOTES.md: a line per card and op."""
+    """Return the table of docs/notes/ahead-of-time.md: a line per card and op."""
     lines = ["| card | kernel | compiled | most registers | spills | most shared memory | matrix instructions |"]
     lines.append("|---|---|---:|---:|---:|---:|---|")
     for card, op in dict.fromkeys((row["card"], row["op"]) for row in rows):

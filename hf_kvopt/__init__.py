@@ -1,8 +1,8 @@
 """Cheap `generate()` for Hugging Face transformers: paged KV caches, attention over them, and what builds on both.
 
->>> import hf_kvopt                                                                       # doctest: +SKIP
+>>> import hf_kvopt
 >>> model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="hf_kvopt")
->>> model.generate(**inputs, cache=hf_kvopt.PagedCache())
+>>> output = model.generate(**inputs, cache=hf_kvopt.PagedCache())
 
 Importing registers the attention and its mask under "hf_kvopt", once, and touches nothing else.
 """

@@ -72,8 +72,13 @@ def enable(
         UnsupportedModel: a model that chooses neither attention nor cache by transformers' interfaces, or that
             selects keys sparsely; with prefix_sharing, one whose keys and values depend on more than its tokens.
 
-    Source: what users ask of plain `generate`, transformers issues #24841 and #34232 (prompts kept between calls),
-    #32165 (speculation for batches).
+    Source: what users ask of plain `generate` in transformers' issues: prompts kept between calls (#24841, #34232),
+    speculation for batches (#32165).
+
+    Examples:
+        >>> model = enable(model, cache="int8", prefix_sharing=True)
+        >>> output = model.generate(**inputs)
+        >>> model = disable(model)
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(

@@ -16,12 +16,12 @@ from evals._common.cli import RESULTS, Parser, at_least
 from evals._common.rows import provenance
 from evals._common.screen import progress, show_table
 from evals.report.claims import claims_of
+from evals.report.figures import fill
 from evals.report.jobs import JOBS, Outcome, run_jobs
 from evals.report.page import plots_of, to_html, to_markdown
-from evals.report.readme import fill
 from evals.report.rows import read_results
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "results.md"
 QUICK_SECONDS = 270
 FULL_SECONDS = 4 * 3600
 
@@ -36,7 +36,7 @@ def make_parser() -> Parser:
     parser.add_argument("--collect", action="store_true", help="run nothing")
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="evals that may be run (all)")
     parser.add_argument("--rerun", action="store_true", help="run evals that have rows as well")
-    parser.add_argument("--readme", action="store_true", help="also write the README's figures anew from full rows")
+    parser.add_argument("--figures", action="store_true", help="also write docs/results.md's figures from full rows")
     parser.add_argument("--budget", type=at_least(0), metavar="SECONDS", help="start nothing after this long")
     return parser
 
@@ -56,8 +56,8 @@ def run(args: argparse.Namespace) -> int:
     plots = plots_of([*quick_rows, *rows], [args.results / "quick", args.results])
     (args.out / "report.html").write_text(to_html(made, claims, plots, outcomes), encoding="utf8")
     (args.out / "report.md").write_text(to_markdown(made, claims, outcomes), encoding="utf8")
-    if args.readme:
-        README.write_text(fill(README.read_text("utf8"), rows), encoding="utf8")
+    if args.figures:
+        PAGE.write_text(fill(PAGE.read_text("utf8"), rows), encoding="utf8")
     missed = [claim for claim in claims if claim.is_met is False]
     title = f"{len(claims)} claims, {sum(c.is_met is True for c in claims)} met, {len(missed)} missed"
     if missed:

@@ -22,7 +22,7 @@ class Job(NamedTuple):
 
 
 _SPEED_SIDES = "dynamic+sdpa static+sdpa paged+hf_kvopt int8+hf_kvopt int4+hf_kvopt transformers_fp8+sdpa"
-# In full these give every figure of the README.
+# In full these give every figure of docs/results.md.
 JOBS = (
     Job("why", ("",), "--new-tokens 40 --keys 512", "why.json"),
     Job("equality", ("",), "--scenarios greedy padded --new-tokens 12", "equality.json"),

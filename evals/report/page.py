@@ -77,7 +77,7 @@ def _html_row(claim: Claim) -> str:
 
 
 def to_markdown(title: str, claims: Sequence[Claim], outcomes: Sequence[Outcome]) -> str:
-    """Return the claims as one table an eval, for a README."""
+    """Return the claims as one table an eval, for other pages."""
     lines = ["# What was measured", "", title, ""]
     for name, group in groupby(claims, key=lambda claim: claim.eval):
         lines += [f"## {name}", "", "| claim | goal | measured | | where | when |", "|---|---|---|---|---|---|"]

@@ -60,8 +60,9 @@ class PagedCache(DynamicCache):
     Source: PagedAttention, arXiv:2309.06180; transformers issues #30536 (cat doubles the peak), #31717 (give memory
     back).
 
-    >>> with PagedCache() as cache:                                                       # doctest: +SKIP
-    ...     model.generate(**inputs, cache=cache)
+    Examples:
+        >>> with PagedCache(config=model.config) as cache:
+        ...     output = model.generate(**inputs, cache=cache)
     """
 
     def __init__(

@@ -83,10 +83,13 @@ class PrefixStore:
     replaced in the module that defines the model. A hook is called for what is computed, not for what is found: one
     that goes by the length or the rows of what it gets needs a plain `PagedCache`.
 
-    >>> store = PrefixStore(model)                                                       # doctest: +SKIP
-    >>> cache = store.cache(inputs.input_ids, inputs.attention_mask)
-    >>> output_ids = model.generate(**inputs, cache=cache)
-    >>> store.commit(cache, output_ids)
+    Examples:
+        >>> store = PrefixStore(model)
+        >>> cache = store.cache(inputs.input_ids, inputs.attention_mask)
+        >>> output_ids = model.generate(**inputs, cache=cache)
+        >>> num_new_blocks = store.commit(cache, output_ids)
+        >>> store.match_length(output_ids) == output_ids.shape[1] - 1
+        True
     """
 
     def __init__(

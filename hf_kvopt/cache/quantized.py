@@ -35,7 +35,8 @@ class QuantizedPagedCache(PagedCache):
         exact_prefill: let the first prompt attend to its own states as they came. By default it attends to what is
             stored, so that a token sees the same keys however the text is cut into chunks, shared or read again. Exact
             states save 1 to 11 % of the KL divergence behind a prompt of 512 tokens (the most in int4) and cost no time
-            (reference model on a CPU, `evals/results/NOTES.md`): worth it where a prompt is read once and in one piece.
+            (reference model on a CPU, docs/notes/quantized-caches.md): worth it where a prompt is read once, in one
+            piece.
         options: see `PagedCache`.
 
     Each token and KV head has a float16 scale inside the block (int4: two, of the even and the odd channels). A token
@@ -50,7 +51,8 @@ class QuantizedPagedCache(PagedCache):
     Source: KIVI, arXiv:2402.02750 (keys and values lose differently); QuaRot, arXiv:2404.00456 (rotation); transformers
     issues #35185 (key biases ruin 4-bit keys), #48677 (dequantizing the past at each step is slower than bfloat16).
 
-    >>> model.generate(**inputs, cache=QuantizedPagedCache(model.config, format="int8"))  # doctest: +SKIP
+    Examples:
+        >>> output = model.generate(**inputs, cache=QuantizedPagedCache(model.config, format="int8"))
     """
 
     def __init__(

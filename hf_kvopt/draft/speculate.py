@@ -200,6 +200,12 @@ def speculative(
     Raises:
         ValueError, TypeError: a setting that cannot work.
         FileNotFoundError: no draft head where one was named.
+
+    Examples:
+        >>> speculation = speculative("prompt_lookup")
+        >>> output = model.generate(**inputs, custom_generate=speculation)
+        >>> speculation.stats.calls
+        1
     """
     drafter = _drafter_of(draft, tokenizer, assistant_tokenizer)
     for name, value, least in (("gamma", gamma, 1), ("num_nodes", num_nodes, 0), ("top_k", top_k, 1)):

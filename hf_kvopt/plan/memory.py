@@ -108,7 +108,8 @@ def memory(
         cache: "paged", or transformers' "dynamic" or "static" to compare with.
         format: of a paged cache: "native", "int8", "fp8_e4m3", "fp8_e5m2", "int4", "k8v4", or a pair for keys and
             values such as "fp8_e4m3/int4".
-        skip_layers, layer_formats: see `QuantizedPagedCache`; sliding layers stay native by default.
+        skip_layers: layers that stay native, sliding ones by default; see `QuantizedPagedCache`.
+        layer_formats: formats of single layers; see `QuantizedPagedCache`.
         block_size: tokens a block.
         max_tokens: the paged cache's cap over all rows; without one its pools grow by a quarter ahead.
         compileable: fixed capacity of `max_tokens`.
@@ -124,9 +125,10 @@ def memory(
     Source: PagedAttention, arXiv:2309.06180; latents, DeepSeek-V2, arXiv:2405.04434. Held against `cache.stats()` of
     every architecture in tests/plan, and against textbook figures by `python -m evals.memory`.
 
-    >>> memory({"model_type": "gpt2", "n_layer": 12, "n_head": 12, "n_embd": 768},         # doctest: +SKIP
-    ...        context=1000, dtype="float16").content_bytes / 2**20
-    35.15625
+    Examples:
+        >>> gpt2 = {"model_type": "gpt2", "n_layer": 12, "n_head": 12, "n_embd": 768}
+        >>> memory(gpt2, context=1000, dtype="float16").content_bytes / 2**20
+        35.15625
     """
     config = load_config(model)
     require_kv_cache(config)

@@ -24,7 +24,7 @@ COMPILED_GPU_SECONDS_PER_LAYER = 4e-5
 # context (evals.why, 2 cores with AVX512), of which its 28 MB of weights take 0.4.
 EAGER_CPU_SECONDS_PER_LAYER = 0.3e-3
 # How much faster than native a quantized decode can get however few its bytes, because instructions limit it: read
-# from compiled machine code, not measured (evals/results/NOTES.md).
+# from compiled machine code, not measured (docs/notes/gpu-predictions.md).
 MOST_SPEEDUP = {"int8": 1.6, "fp8_e4m3": 1.5, "fp8_e5m2": 1.5, "k8v4": 1.7, "int4": 1.75}
 
 

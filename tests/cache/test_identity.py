@@ -16,7 +16,7 @@ from transformers import AttentionInterface, DynamicCache, LlamaConfig, LlamaFor
 from transformers.generation.streamers import BaseStreamer
 
 import hf_kvopt
-from hf_kvopt import CacheStateError, PrefixStore
+from hf_kvopt import CACHE_KEYWORD, CacheStateError, PrefixStore
 from hf_kvopt.cache.identity import ModelIdentity
 from tests.cache.changes import CHANGES, keys_of, with_gradients
 from tests.cache.lora import LoraLinear, adapt, adapters_of, by_row

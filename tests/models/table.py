@@ -1,4 +1,4 @@
-"""Prints what is supported, as Markdown: `python -m tests.models.table` by model, `--grouped` for the README."""
+"""Prints what is supported, as Markdown: `python -m tests.models.table` by model, `--grouped` for docs/models.md."""
 
 import argparse
 import logging
@@ -47,18 +47,29 @@ def by_model(rows: list[Row]) -> str:
 
 
 def grouped(rows: list[Row]) -> str:
-    """One line for all models that have the result, the way of reading and the layers in common."""
-    groups: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    """A section for each result and way of reading, with one line for all models whose layers are alike."""
+    sections: dict[tuple[str, str], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for r in rows:
-        groups[r.result, r.reads, r.layers if r.result.startswith("exact") else ""].append(r.model)
-    ordered = sorted(groups.items(), key=lambda item: (item[0][0], -len(item[1])))
-    lines = [
-        f"| {result} | {reads} | {layers} | {len(names)} | {', '.join(names)} |"
-        for (result, reads, layers), names in ordered
-    ]
-    return "\n".join(
-        ["| result | attention reads | layers of the cache | types | models |", "|---|---|---|---|---|", *lines]
-    )
+        sections[r.result, r.reads][r.layers if r.result.startswith("exact") else ""].append(r.model)
+    return "\n\n".join(_section(*title, sections[title]) for title in sorted(sections, key=_rank))
+
+
+def _rank(title: tuple[str, str]) -> tuple[int, str, bool]:
+    """What works best first."""
+    result, reads = title
+    kinds = ("exact", "exact, cache alone", "exact, not paged", "refused")
+    return kinds.index(result.partition(":")[0]), result, reads != "in place"
+
+
+def _section(result: str, reads: str, by_layers: dict[str, list[str]]) -> str:
+    title = f"{result}, read in place" if reads == "in place" else f"{result}, {reads}" if reads else result
+    total = sum(map(len, by_layers.values()))
+    head = f"### {title[0].upper()}{title[1:]} ({total})\n"
+    if list(by_layers) == [""]:
+        return f"{head}\n{', '.join(by_layers[''])}"
+    ordered = sorted(by_layers.items(), key=lambda item: -len(item[1]))
+    lines = [f"| {layers} | {len(names)} | {', '.join(names)} |" for layers, names in ordered]
+    return "\n".join([head, "| layers of the cache | types | models |", "|---|---:|---|", *lines])
 
 
 def main() -> None:
@@ -74,7 +85,7 @@ def main() -> None:
         rows.append(row(case))
     print(f"\r{' ':40}\r", end="", file=sys.stderr)
     print((grouped if args.grouped else by_model)(rows))
-    print("\nNot run, because transformers itself does not generate with them here:\n")
+    print("\n### Not run\n\ntransformers itself does not generate with these here:\n")
     print("\n".join(f"- {name}: {reason}" for name, reason in UNTESTABLE.items()))
 
 

@@ -1,4 +1,4 @@
-"""The README says what the rows say: its blocks of figures are made from evals/results, and from nothing else."""
+"""The page of results says what the rows say: its blocks of figures are made from evals/results alone."""
 
 import re
 from pathlib import Path
@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from evals._common.cli import RESULTS, BadArgumentError
-from evals.report.readme import BLOCKS, fill
+from evals.report.figures import BLOCKS, fill
 from evals.report.rows import Found, read_results
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "results.md"
 
 
 @pytest.fixture(scope="module")
@@ -19,10 +19,10 @@ def rows() -> list[Found]:
     return found
 
 
-def test_every_figure_of_the_readme_comes_from_the_rows(rows: list[Found]) -> None:
-    text = README.read_text("utf8")
+def test_every_figure_of_the_page_comes_from_the_rows(rows: list[Found]) -> None:
+    text = PAGE.read_text("utf8")
     assert re.findall(r"<!-- figures: (\w+) -->", text) == list(BLOCKS)
-    assert fill(text, rows) == text, "run python -m evals.report --collect --readme"
+    assert fill(text, rows) == text, "run python -m evals.report --collect --figures"
 
 
 @pytest.mark.parametrize(
@@ -38,14 +38,14 @@ def test_every_figure_of_the_readme_comes_from_the_rows(rows: list[Found]) -> No
     ],
 )
 def test_another_row_is_another_figure(rows: list[Found], eval: str, change: dict, said: str) -> None:
-    text = README.read_text("utf8")
+    text = PAGE.read_text("utf8")
     changed = [row._replace(fields=row.fields | change) if row.eval == eval else row for row in rows]
     assert said in fill(text, changed)
     assert said not in text
 
 
 def test_quick_rows_are_never_quoted(rows: list[Found]) -> None:
-    text = README.read_text("utf8")
+    text = PAGE.read_text("utf8")
     hasty = [row._replace(fields=row.fields | {"step_ms": 77.7, "delta": 1.0}, is_quick=True) for row in rows]
     assert fill(text, [*rows, *hasty]) == text
 
@@ -58,6 +58,6 @@ def test_missing_rows_and_unknown_blocks_are_said(rows: list[Found]) -> None:
 
 
 def test_losses_behind_a_prompt_are_another_figure(rows: list[Found]) -> None:
-    text = README.read_text("utf8")
+    text = PAGE.read_text("utf8")
     behind = [row._replace(fields=row.fields | {"prefill": 64, "delta": 0.5, "date": "2099"}) for row in rows]
     assert fill(text, [*rows, *(row for row in behind if row.eval == "perplexity")]) == text

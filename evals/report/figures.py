@@ -1,6 +1,6 @@
-"""The figures of the README, written from the rows: `python -m evals.report --collect --readme`.
+"""The figures of docs/results.md, written from the rows: `python -m evals.report --collect --figures`.
 
-What stands between `<!-- figures: NAME -->` and `<!-- end -->` is made here and nowhere else; a test holds the README
+What stands between `<!-- figures: NAME -->` and `<!-- end -->` is made here and nowhere else; a test holds the page
 against the rows, so that it cannot say what was not measured.
 """
 
@@ -33,8 +33,8 @@ _DRAFTS = {
 }
 
 
-def fill(readme: str, rows: Iterable[Found]) -> str:
-    """Return the text of a README with every block of figures made anew.
+def fill(page: str, rows: Iterable[Found]) -> str:
+    """Return the text of a page with every block of figures made anew.
 
     Raises:
         BadArgumentError: it has a block that is not known here, or the rows that a block needs are missing.
@@ -52,7 +52,7 @@ def fill(readme: str, rows: Iterable[Found]) -> str:
                 f"rows for the figures of {name!r} are missing: {error}; run python -m evals.report"
             ) from error
 
-    return _BLOCK.sub(block, readme)
+    return _BLOCK.sub(block, page)
 
 
 def _speed(rows: Sequence[Found]) -> str:
