@@ -8,6 +8,7 @@ The length that `generate` is told is one for the batch, always below the prompt
 just the columns that are missing: whatever would drop a token of the prompt, or feed it twice, is refused.
 """
 
+import copy
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
@@ -42,6 +43,8 @@ class PrefixSharedCache(PagedCache):
         self.is_committed = self.is_reordered = self._is_used = False
         self._filled = self._chunk = self._seen = 0
         super().__init__(store.config, block_size=store.block_size, max_tokens=store.max_tokens, formats=store.formats)
+        # Now, as what is filled with a known text can no longer be copied.
+        self.layers += [copy.deepcopy(self.layers[idx]) for idx in store.appended]
 
     @property
     def num_shared(self) -> int:
@@ -93,6 +96,7 @@ class PrefixSharedCache(PagedCache):
                 if layer.pool is not None:
                     self.store.pools.setdefault(layer_idx, layer.pool)
             self._is_used = True
+            self._note_appended()
         self._seen = max(self._seen, layer.clock)
         return states
 
@@ -174,6 +178,13 @@ class PrefixSharedCache(PagedCache):
         with self.store.lock:
             super()._rollback(clock)
         self._seen = min(self._seen, clock)
+
+    def _note_appended(self) -> None:
+        """Tell the store of layers that a model appended for itself: its next caches have them from the start."""
+        known = self.store.num_layers + len(self.store.appended)
+        if len(self.layers) > known:
+            kinds = [(id(layer.table), layer.format) if isinstance(layer, PagedLayer) else None for layer in self.layers]
+            self.store.appended += [kinds.index(kind) for kind in kinds[known:]]
 
     def _require_open(self) -> None:
         if self.is_committed:

@@ -67,6 +67,7 @@ def save(store: "PrefixStore", path: Path) -> None:
             "skip_layers": list(store.formats.skip_layers),
             "layer_formats": list(store.formats.layer_formats.items()),
         },
+        "appended": store.appended,
         "pools": {str(idx): [_describe(plane) for plane in pool.planes] for idx, pool in store.pools.items()},
         "nodes": _tree(store, nodes),
         "tensors": {name: _digest(tensor) for name, tensor in tensors.items()},
@@ -96,6 +97,7 @@ def load(cls: type[Store], path: Path, model: PreTrainedModel, max_tokens: int |
         layer_formats=dict(options["layer_formats"]),
     )
     with store.lock:
+        store.appended = manifest.get("appended", [])
         num_blocks = len(manifest["nodes"])
         for allocator in store.allocators:
             allocator.ensure_free(num_blocks)

@@ -53,6 +53,16 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 8},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2},
+    # Three passes through the layers in the middle, each with keys and values of its own.
+    "dory": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "n_input_layers": 1,
+        "n_recurrent_layers": 2,
+        "n_output_layers": 1,
+        "n_recurrent_loops": 3,
+        "initializer_range": 1.0,  # the start value of the scales, which the draw moves by a tenth
+    },
     "dots3_note": {
         "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64},
         "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},
@@ -74,6 +84,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
+    "inkling2_loop_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["hybrid_sliding", "hybrid"] * 2,
+        "n_layers_per_attn_res_block": 1,
+        "loop_layer_index_start": 1,
+        "loop_layer_index_end": 3,
+        "loop_num_passes": 3,
+    },
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "laguna": _SLIDING,
     "lfm2": {"layer_types": ["conv", "full_attention"]},
@@ -139,6 +157,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 # Added to the seed of a model whose first draw left two tokens too close, or repeated one token for ever.
 SALTS: dict[str, int] = {
     "bert": 3,
+    "codegen": 1,
     "cohere": 3,
     "cohere2_moe": 6,
     "cwm": 1,
