@@ -43,8 +43,8 @@ class PrefixSharedCache(PagedCache):
         self.is_committed = self.is_reordered = self._is_used = False
         self._filled = self._chunk = self._seen = 0
         super().__init__(store.config, block_size=store.block_size, max_tokens=store.max_tokens, formats=store.formats)
-        # Now, as what is filled with a known text can no longer be copied.
-        self.layers += [copy.deepcopy(self.layers[idx]) for idx in store.appended]
+        # An early exit (`assistant_early_exit`) leaves layers of the config out.
+        self.is_whole = len(self.layers) == store.num_layers
 
     @property
     def num_shared(self) -> int:
@@ -65,6 +65,7 @@ class PrefixSharedCache(PagedCache):
         """Take over `rows` (for each table, one row of retained blocks a text), which reach up to `columns`."""
         if not columns and not any(lags):
             return  # rows that begin with the first forward are laid out by it
+        self.append_known()
         for table, held in zip(self._tables.values(), rows, strict=True):
             table.adopt(held, lags, columns)
         for idx, layer in enumerate(self.layers):
@@ -179,10 +180,16 @@ class PrefixSharedCache(PagedCache):
             super()._rollback(clock)
         self._seen = min(self._seen, clock)
 
+    def append_known(self) -> None:
+        """Append the layers that the model would: it cannot copy what is filled with a known text."""
+        if self.is_whole:
+            missing = self.store.appended[len(self.layers) - self.store.num_layers :]
+            self.layers += [copy.deepcopy(self.layers[idx]) for idx in missing]
+
     def _note_appended(self) -> None:
-        """Tell the store of layers that a model appended for itself: its next caches have them from the start."""
+        """Tell the store of the layers that the model appended to those of its config."""
         known = self.store.num_layers + len(self.store.appended)
-        if len(self.layers) > known:
+        if self.is_whole and len(self.layers) > known:
             kinds = [(id(layer.table), layer.format) if isinstance(layer, PagedLayer) else None for layer in self.layers]
             self.store.appended += [kinds.index(kind) for kind in kinds[known:]]
 

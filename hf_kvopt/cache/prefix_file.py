@@ -136,7 +136,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _fill_pools(store: Any, manifest: dict[str, Any], tensors: dict[str, Tensor], rows: list[list[int]]) -> None:
     """Make the pools that the file had, and copy the blocks to their new places."""
-    layers = store.new_cache().layers
+    cache = store.new_cache()
+    cache.append_known()
+    layers = cache.layers
     spaces = store.allocators
     for idx, planes in sorted(manifest["pools"].items(), key=lambda item: int(item[0])):
         layer, allocator = layers[int(idx)], layers[int(idx)].table.allocator
