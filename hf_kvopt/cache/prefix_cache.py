@@ -190,7 +190,9 @@ class PrefixSharedCache(PagedCache):
         """Tell the store of the layers that the model appended to those of its config."""
         known = self.store.num_layers + len(self.store.appended)
         if self.is_whole and len(self.layers) > known:
-            kinds = [(id(layer.table), layer.format) if isinstance(layer, PagedLayer) else None for layer in self.layers]
+            kinds = [
+                (id(layer.table), layer.format) if isinstance(layer, PagedLayer) else None for layer in self.layers
+            ]
             self.store.appended += [kinds.index(kind) for kind in kinds[known:]]
 
     def _require_open(self) -> None:

@@ -29,6 +29,8 @@ _GEMMA4_UNIFIED = {
     "global_head_dim": 32,
 }
 _GEMMA4 = _GEMMA4_UNIFIED | {"hidden_size_per_layer_input": 16}
+# Short enough for a tiny text to pass both.
+_INKLING2 = {"rel_extent": 12, "log_scaling_n_floor": 8}
 _QWEN4 = {
     "indexer_n_heads": 2,
     "indexer_kv_heads": 1,
@@ -84,7 +86,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
+    "inkling2_text": _INKLING2,
     "inkling2_loop_text": {
+        **_INKLING2,
         "num_hidden_layers": 4,
         "layer_types": ["hybrid_sliding", "hybrid"] * 2,
         "n_layers_per_attn_res_block": 1,
@@ -152,6 +156,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "sliding_window": 8,
         "router_hidden_size": 16,
     },
+}
+
+# The types of the parts of a configuration that has no default by itself.
+_MUSICGEN = {"text_encoder": "t5", "audio_encoder": "encodec"}
+PARTS: dict[str, dict[str, str]] = {
+    "musicgen": {**_MUSICGEN, "decoder": "musicgen_decoder"},
+    "musicgen_melody": {**_MUSICGEN, "decoder": "musicgen_melody_decoder"},
 }
 
 # Added to the seed of a model whose first draw left two tokens too close, or repeated one token for ever.

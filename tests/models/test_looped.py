@@ -1,8 +1,8 @@
 """Models that pass through some layers several times, with keys and values of their own for each pass.
 
-    hrm_text              its config names a layer of the cache for each pass
-    dory                  appends deep copies of cache layers to the cache in its first forward
-    inkling2_loop_text    the same, with convolution states beside the keys
+hrm_text              its config names a layer of the cache for each pass
+dory                  appends deep copies of cache layers to the cache in its first forward
+inkling2_loop_text    the same, with convolution states beside the keys
 """
 
 import copy
@@ -60,9 +60,14 @@ def test_a_cache_and_its_copy_go_on_apart_as_those_of_transformers_do(case: Case
         first = tokens(model, inputs, max_new_tokens=6, **{CACHE_KEYWORD: cache})
         twin = copy.deepcopy(cache)
         said = []
-        for question, used, options in ((inputs["input_ids"][:, -3:], cache, {}), (first[:, :4], twin, {"num_beams": 1})):
+        for question, used, options in (
+            (inputs["input_ids"][:, -3:], cache, {}),
+            (first[:, :4], twin, {"num_beams": 1}),
+        ):
             text = torch.cat([first, question], dim=1)
-            mask = torch.nn.functional.pad(inputs["attention_mask"], (0, text.shape[1] - inputs["input_ids"].shape[1]), value=1)
+            mask = torch.nn.functional.pad(
+                inputs["attention_mask"], (0, text.shape[1] - inputs["input_ids"].shape[1]), value=1
+            )
             said.append(tokens(model, {"input_ids": text, "attention_mask": mask}, **{CACHE_KEYWORD: used}, **options))
         return said
 
@@ -171,3 +176,22 @@ def test_a_shared_prefix_is_used_by_all_passes_or_refused(case: Case, tmp_path: 
     assert torch.equal(tokens(model, inputs), tokens(build(case), inputs))
     assert store.stats().hits == 1
     store.check_integrity()
+
+
+if "dory" in LOOPED:  # not in every transformers
+
+    @pytest.mark.parametrize("attention", [True, False], ids=["our attention", "the cache alone"])
+    def test_passes_that_read_the_past_of_a_later_layer_are_refused(attention: bool) -> None:
+        # Its first passes read what the last one wrote in the forwards before, after the cache has moved on.
+        model = build(LOOPED["dory"])
+        model.config.recurrent_kv_cache_mode = "last_loop"
+        hf_kvopt.enable(model, attention=attention)
+        with pytest.raises(CacheStateError, match="where the model's own code does this, use transformers' cache"):
+            tokens(model, inputs_of(LOOPED["dory"]))
+
+    def test_passes_without_writes_are_refused_by_fixed_capacity() -> None:
+        model = build(LOOPED["dory"], hf_kvopt.ATTENTION_NAME)
+        model.config.recurrent_kv_cache_mode = "last_loop"
+        cache = PagedCache(config=model.config, max_tokens=64, compileable=True)
+        with pytest.raises(CacheStateError, match="attention_mask covers 32 keys: got 13"):
+            tokens(model, inputs_of(LOOPED["dory"]), disable_compile=True, **{CACHE_KEYWORD: cache})
