@@ -355,6 +355,11 @@ class PagedCache(DynamicCache):
 
     def _require_whole(self, layer: PagedLayer, num_tokens: int) -> None:
         """Raise where the forward before this one never reached its last layers (an interrupt, an error in a model)."""
+        if self._tables.get(layer.table.window) is not layer.table:
+            raise CacheStateError(
+                "a layer of this cache belongs to another cache: got a layer whose rows this cache does not know, and "
+                "would neither crop nor reorder; copy whole caches, with copy.deepcopy(cache)"
+            )
         left = columns_left(self.layers, layer, num_tokens)
         if left is None:
             return
@@ -391,7 +396,7 @@ def fork(cache: PagedCache, memo: dict[int, Any]) -> Any:
     child.layers = []
     for layer in cache.layers:
         if isinstance(layer, PagedLayer):
-            child.layers.append(layer.fork(child._table_for(layer.table.window), memo))
-        else:
-            child.layers.append(copy.deepcopy(layer, memo))
+            # Noted, as whatever else is copied along may refer to the layer too.
+            memo[id(layer)] = layer.fork(child._table_for(layer.table.window), memo)
+        child.layers.append(copy.deepcopy(layer, memo))
     return child
