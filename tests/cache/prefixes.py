@@ -56,10 +56,10 @@ def counted() -> Iterator[list[int]]:
     seen: list[int] = []
     original = PagedCache.update
 
-    def note(cache: PagedCache, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any) -> Any:
+    def note(cache: PagedCache, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kw: Any) -> Any:
         if layer_idx == 0:
             seen.append(key_states.shape[0] * key_states.shape[2])
-        return original(cache, key_states, value_states, layer_idx, *args)
+        return original(cache, key_states, value_states, layer_idx, *args, **kw)
 
     PagedCache.update = note
     try:
