@@ -109,3 +109,10 @@ def test_every_public_name_is_in_the_reference() -> None:
 def test_the_table_of_formats_names_each_of_them() -> None:
     rows = re.findall(r"^\| `(\w+)` \|", texts["docs/guides/quantized-caches.md"], re.M)
     assert sorted(rows) == sorted(name for name in KV_FORMATS if name != "native")
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    version = hf_kvopt.__version__
+    assert f'\nversion = "{version}"\n' in (ROOT / "pyproject.toml").read_text("utf8")
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text("utf8")
+    assert f"\n## {version} (" in texts["CHANGELOG.md"]
