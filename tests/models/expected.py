@@ -6,13 +6,15 @@ def _all(names: str, reason: str) -> dict[str, str]:
 
 
 OWN_CACHE = "keeps its past in a cache of its own, or keeps none"
-WRITTEN_IN = "attention is written into the model; `enable(model, attention=False)` pages its cache"
-SPARSE = "attends to a sparse selection of keys"
+WRITTEN_IN = "attention written into the model"
+SPARSE = "a sparse selection of keys"
 
-# Refused by `hf_kvopt.enable(model, cache="paged")`.
-REFUSED = {
+# Refused by `hf_kvopt.enable(model, cache="paged")`, whatever is said of the attention.
+REFUSED = _all("falcon_mamba mamba mamba2 minimax openai-gpt reformer rwkv xlm xlnet xlstm", OWN_CACHE)
+
+# `enable` keeps the model's own attention, and refuses `attention=True`.
+OWN_ATTENTION = {
     **_all("axk2 deepseek_v32 dots3_note dots3_note_text glm_moe_dsa hy_v4 minimax_m3_vl_text", SPARSE),
-    **_all("falcon_mamba mamba mamba2 minimax openai-gpt reformer rwkv xlm xlnet xlstm", OWN_CACHE),
     **_all(
         "big_bird bloom codegen cpmant falcon gpt_neo gpt_neox_japanese gptj megatron-bert mpt mvp prophetnet rembert "
         "roformer trocr xglm LEDForConditionalGeneration MvpForConditionalGeneration "
@@ -20,9 +22,6 @@ REFUSED = {
         WRITTEN_IN,
     ),
 }
-
-# Refused by `hf_kvopt.enable(model, cache="paged", attention=False)`.
-REFUSED_ALONE = {name: reason for name, reason in REFUSED.items() if reason == OWN_CACHE}
 
 # Exact tokens, but keys and values stay in transformers' own layers.
 NOT_PAGED = {
