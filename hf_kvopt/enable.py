@@ -4,6 +4,9 @@
 `disable` puts both back. Nothing global changes, but that torch's optimizers tell prefix stores of their steps.
 """
 
+import functools
+import inspect
+import logging
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -17,18 +20,21 @@ from transformers.generation import GenerationConfig
 from hf_kvopt import compat
 from hf_kvopt.attention import mla
 from hf_kvopt.attention.bound import InstanceOverride
+from hf_kvopt.attention.guards import check_weights
 from hf_kvopt.attention.register import ATTENTION_NAME
 from hf_kvopt.attention.support import model_traits
 from hf_kvopt.cache.paged import PagedCache
 from hf_kvopt.cache.prefix import PrefixStore
-from hf_kvopt.cache.quantized import QuantizedPagedCache
+from hf_kvopt.cache.quantized import QuantizedPagedCache, option_names
 from hf_kvopt.draft.drafter import Drafter
 from hf_kvopt.draft.generate import DraftingGenerate
 from hf_kvopt.draft.speculate import SpeculativeDecoding, speculative
-from hf_kvopt.errors import CacheStateError, UnsupportedModel
+from hf_kvopt.errors import CacheStateError, UnsupportedModel, nearest
 from hf_kvopt.overrides import CheckedPrefill, PreparedInputs
 from hf_kvopt.quant import KV_FORMATS
 from hf_kvopt.sharing import Sharing, SharingOverride, install, uninstall
+
+logger = logging.getLogger(__name__)
 
 CacheFactory = Callable[..., PagedCache]
 CACHES: dict[str, CacheFactory] = {
@@ -44,7 +50,7 @@ def enable(
     model: PreTrainedModel,
     cache: str | None = "paged",
     *,
-    attention: bool = True,
+    attention: bool | None = None,
     prefix_sharing: bool | PrefixStore = False,
     draft: "str | Path | Drafter | PreTrainedModel | SpeculativeDecoding | None" = None,
     **cache_options: Any,
@@ -55,7 +61,9 @@ def enable(
         model: a transformers model that can generate.
         cache: "paged"; a format of `QuantizedPagedCache` ("int8", "fp8_e4m3", "fp8_e5m2", "int4", "k8v4"); or None to
             keep transformers' cache.
-        attention: also set `attn_implementation="hf_kvopt"`.
+        attention: whether to set `attn_implementation="hf_kvopt"` too. None does so where the model takes it; where it
+            does not (its attention is written into the model, or selects keys sparsely), the model's own attention is
+            used with this cache, which is said once.
         prefix_sharing: compute a prompt once, across `generate` calls and inside a batch; True makes a `PrefixStore`
             of the cache's format with the options `max_tokens`, `block_size`, `skip_layers` and `layer_formats` (see
             `prefix_store(model)`), a store of this model is used as it is. Weights, adapters and hooks may change
@@ -69,8 +77,8 @@ def enable(
 
     Raises:
         ValueError, TypeError: an unknown cache name, or options that the cache does not take. The model is as it was.
-        UnsupportedModel: a model that chooses neither attention nor cache by transformers' interfaces, or that
-            selects keys sparsely; with prefix_sharing, one whose keys and values depend on more than its tokens.
+        UnsupportedModel: a model that keeps its past in a cache of its own; with attention=True, one that does not
+            take this attention; with prefix_sharing, one whose keys and values depend on more than its tokens.
 
     Source: what users ask of plain `generate` in transformers' issues: prompts kept between calls (#24841, #34232),
     speculation for batches (#32165).
@@ -85,15 +93,17 @@ def enable(
             f"enable takes a transformers model: got {type(model).__name__}; unwrap it first, e.g. pipe.model"
         )
     if cache is not None and cache not in CACHES:
-        raise ValueError(f"unknown cache {cache!r}: expected one of {sorted(CACHES)} or None")
+        raise ValueError(f"unknown cache {cache!r}: expected one of {sorted(CACHES)} or None{nearest(cache, CACHES)}")
+    _check_options(cache, cache_options)
     if cache is None and cache_options:
         raise ValueError(f"cache=None takes no options: got {sorted(cache_options)}; name a cache or drop them")
-    if "config" in cache_options:
-        raise TypeError("enable takes the config from the model: got config as an option of the cache; drop it")
-    if "format" in cache_options:
-        raise TypeError(f"enable takes the format as the cache's name: got cache={cache!r} and a format; drop one")
     compat.check()
-    _check_supported(model, cache is not None, attention)
+    attention = _takes_attention(model, attention, is_all=cache is None and draft is None)
+    if cache is not None and not compat.uses_standard_cache(model):
+        raise UnsupportedModel(
+            f"{type(model).__name__} keeps its past in a cache of its own, or keeps none: got a cache that it would "
+            "ignore; use the model as it is"
+        )
     if cache is not None:
         _make_cache(model, CACHES[cache], cache_options)  # refuse bad options now, not in the first generate
     sharing = _sharing(model, cache, prefix_sharing, cache_options)
@@ -156,6 +166,8 @@ class _CacheMaker(InstanceOverride):
         **kwargs: Any,
     ) -> None:
         model, given = self.module, model_kwargs.get(compat.CACHE_KEYWORD)
+        if model.config._attn_implementation == ATTENTION_NAME:
+            check_weights(generation_config.output_attentions)
         if generation_config.use_cache is False and isinstance(given, PagedCache):
             raise CacheStateError(
                 "use_cache=False with a cache passed in feeds the whole text again at every step: got both; drop "
@@ -243,21 +255,52 @@ def _make_cache(model: PreTrainedModel, factory: CacheFactory, options: dict[str
     return EncoderDecoderCache(cache, factory(**resolved))
 
 
-def _check_supported(model: PreTrainedModel, cache: bool, attention: bool) -> None:
-    name = type(model).__name__
+def _check_options(cache: str | None, options: dict[str, Any]) -> None:
+    """Refuse options that neither `enable` nor the cache knows; the likeliest name is suggested."""
+    if "config" in options:
+        raise TypeError("enable takes the config from the model: got config as an option of the cache; drop it")
+    if "format" in options:
+        raise TypeError(f"enable takes the format as the cache's name: got cache={cache!r} and a format; drop one")
+    own = {
+        name for name, parameter in inspect.signature(enable).parameters.items() if parameter.kind.name != "VAR_KEYWORD"
+    }
+    known = (own - {"model"}) | option_names(PagedCache if cache == "paged" else QuantizedPagedCache) - {"format"}
+    for name in options:
+        if name not in known:
+            raise TypeError(
+                f"enable takes no option {name!r} with cache={cache!r}: expected one of {sorted(known)}"
+                f"{nearest(name, known)}"
+            )
+
+
+def _takes_attention(model: PreTrainedModel, wanted: bool | None, is_all: bool) -> bool:
+    """Whether to set our attention; a user is told once where the model does not take it, or refused.
+
+    Args:
+        wanted: what the user said, None for nothing.
+        is_all: whether nothing else would change.
+    """
+    obstacle = None if wanted is False else _attention_obstacle(model)
+    if obstacle is None:
+        return wanted is not False
+    if wanted or is_all:
+        raise UnsupportedModel(
+            f"{type(model).__name__} {obstacle}: got {'attention=True' if wanted else 'cache=None'}; call "
+            "enable(model), which takes the model's own attention with this cache"
+        )
+    _say_once(type(model).__name__, obstacle)
+    return False
+
+
+def _attention_obstacle(model: PreTrainedModel) -> str | None:
     traits = model_traits(type(model.config.get_text_config(decoder=True)))  # type: ignore[arg-type]
-    if attention and not traits.calls_interface:
-        raise UnsupportedModel(
-            f"{name} has its attention written into the model: got attention=True, which cannot be chosen there; call "
-            "enable(model, attention=False) to use the cache alone"
-        )
-    if attention and traits.selects_keys:
-        raise UnsupportedModel(
-            f"{name} attends to a sparse selection of keys: got attention=True, which reads all; call "
-            "enable(model, attention=False) to use the cache alone"
-        )
-    if cache and not compat.uses_standard_cache(type(model), model.config):
-        raise UnsupportedModel(
-            f"{name} keeps its past in a cache of its own, or keeps none: got a cache that it would ignore; use the "
-            "model as it is"
-        )
+    if not traits.calls_interface:
+        return "has its attention written into the model, so that no other can be chosen"
+    if traits.selects_keys:
+        return "attends to a sparse selection of keys, in which hf_kvopt's kernels have nothing to gain"
+    return None
+
+
+@functools.cache
+def _say_once(name: str, obstacle: str) -> None:
+    logger.warning("%s %s: enable takes the model's own attention with this cache", name, obstacle)

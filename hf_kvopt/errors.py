@@ -9,6 +9,18 @@
 Every message says what, got, expected, and what to do. A cache stays usable after any of them.
 """
 
+import difflib
+from collections import abc
+
+
+def nearest(name: object, known: abc.Iterable[str]) -> str:
+    """Return "; did you mean 'block_size'?" for the end of a message on an unknown name; "" where none is alike."""
+    by_lower = {each.lower(): each for each in sorted(known)}
+    said = str(name).lower()
+    longer = [each for each in by_lower if said and each.startswith(said)]
+    alike = longer or difflib.get_close_matches(said, by_lower, n=1)
+    return f"; did you mean {by_lower[alike[0]]!r}?" if alike else ""
+
 
 class KVOptError(RuntimeError):
     """Base of all errors about the state of a cache, a model or a device."""

@@ -142,6 +142,7 @@ class _Prefill(SharingOverride):
         if (
             is_blank
             and is_whole
+            and not _returns_prompt(generation_config)
             and _says_all(input_ids, model_kwargs)
             and (chunk_size is None or compat.PREFILL_CHUNKS_GO_ON)
         ):
@@ -191,22 +192,29 @@ def _say_once(reason: str) -> None:
     logger.warning("prefixes are not shared: %s", reason)
 
 
+def _returns_prompt(config: GenerationConfig) -> bool:
+    """Whether the caller is given something of every position of the prompt, so that all must be computed."""
+    return bool(config.output_hidden_states or config.output_attentions)
+
+
 def _says_all(input_ids: Tensor, model_kwargs: dict[str, Any]) -> bool:
-    """Whether tokens and padding alone decide about keys and values."""
+    """Whether the tokens of each row, behind padding on the left, alone decide about keys and values."""
     if any(value is not None for name, value in model_kwargs.items() if name not in _HARMLESS):
         return False
     mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
-    if mask is not None and (mask.shape != input_ids.shape or bool((mask.bool().diff(dim=1) < 0).any())):
+    if input_ids.shape[1] == 0 or positions is None or positions.dim() != 2:
         return False
-    if input_ids.shape[1] == 0 or (mask is not None and not bool(mask[:, -1].all())):
+    if positions.shape[1] != input_ids.shape[1]:
         return False
-    if positions is None:
+    if mask is None:
+        return bool((positions == torch.arange(input_ids.shape[1], device=input_ids.device)).all())
+    if mask.shape != input_ids.shape:
         return False
-    expected = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-    if mask is not None:
-        expected = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
-    if positions.dim() != 2 or positions.shape[1] != expected.shape[1]:
+    # As attention reads it, whatever its dtype: positions that were counted from other numbers are no usual ones.
+    is_token = mask.bool()
+    counted = is_token.cumsum(dim=-1)
+    # No gap after the first token of a row, and a last token.
+    if not bool((is_token == (counted > 0)).all()) or not bool(is_token[:, -1].all()):
         return False
     # Whatever stands at padding is nobody's position.
-    same = positions == expected
-    return bool((same if mask is None else same | (mask == 0)).all())
+    return bool(((positions == counted - 1) | ~is_token).all())

@@ -3,13 +3,22 @@
 import copy
 import gc
 import pickle
+import sys
 import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    FalconConfig,
+    FalconForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MiniMaxM3VLTextConfig,
+)
 
 import hf_kvopt
 from hf_kvopt import PagedCache
@@ -118,17 +127,36 @@ def test_an_unknown_cache_lists_the_known_ones_and_changes_nothing(name: str) ->
 
 
 @pytest.mark.parametrize(
+    ("name", "meant"),
+    [("pagd", "paged"), ("int-8", "int8"), ("INT8", "int8"), ("fp8", "fp8_e4m3"), ("k8_v4", "k8v4"), ("static", None)],
+)
+def test_an_unknown_cache_suggests_what_was_meant(name: str, meant: str | None) -> None:
+    with pytest.raises(ValueError, match="unknown cache") as caught:
+        hf_kvopt.enable(tiny_model(), cache=name)
+    assert ("did you mean" in str(caught.value)) == (meant is not None)
+    assert meant is None or str(caught.value).endswith(f"; did you mean {meant!r}?")
+
+
+@pytest.mark.parametrize(
     ("options", "error", "message"),
     [
         ({"block_size": 24}, ValueError, "block_size must be a power of two"),
         ({"max_tokens": -1}, ValueError, "max_tokens must be a positive number"),
         ({"compileable": True}, ValueError, "compileable=True needs max_tokens"),
-        ({"blok_size": 32}, TypeError, "blok_size"),
+        ({"blok_size": 32}, TypeError, r"takes no option 'blok_size' .*'block_size'.*; did you mean 'block_size'\?"),
+        ({"prefixsharing": True}, TypeError, r"did you mean 'prefix_sharing'\?"),
+        ({"atention": False}, TypeError, r"did you mean 'attention'\?"),
+        ({"cache": "int8", "exact_prefil": True}, TypeError, r"did you mean 'exact_prefill'\?"),
+        ({"cache": "paged", "guard": "off"}, TypeError, r"takes no option 'guard' with cache='paged'"),
+        ({"prefix_sharing": True, "max_token": 64}, TypeError, r"did you mean 'max_tokens'\?"),
         ({"config": None}, TypeError, "config"),
         ({"cache": None, "block_size": 32}, ValueError, "block_size"),
     ],
-    ids=["block size", "max tokens", "compileable", "misspelled", "config", "no cache to give it to"],
-)
+    ids=[
+        "block size", "max tokens", "compileable", "misspelled", "misspelled sharing", "misspelled attention",
+        "misspelled for a format", "of another cache", "misspelled for a store", "config", "no cache to give it to",
+    ],
+)  # fmt: skip
 def test_bad_options_are_refused_at_once_and_leave_the_model_as_it_was(
     options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
@@ -237,3 +265,86 @@ def test_new_tokens_alone_with_a_mask_over_all_go_on_with_a_cache() -> None:
     text = torch.cat([generate(model, prompt(30), cache), prompt(5, seed=2)["input_ids"]], dim=1)
     inputs = {"input_ids": text[:, 41:], "attention_mask": torch.ones_like(text)}
     assert torch.equal(generate(model, inputs, cache)[:, 6:], eager_continuation("full", text)[:, 47:])
+
+
+def written_in() -> Any:
+    """Make a model whose attention is written into it."""
+    config = FalconConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = FalconForCausalLM._from_config(config, attn_implementation="eager").eval()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    return model
+
+
+def selecting() -> Any:
+    """Make a model that attends to a sparse selection of keys."""
+    config = MiniMaxM3VLTextConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, dense_intermediate_size=48, shared_intermediate_size=48,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, rotary_dim=4, index_n_heads=2,
+        index_head_dim=8, index_block_size=4, index_topk_blocks=2, num_local_experts=4, num_experts_per_tok=2,
+        layer_types=["full_attention", "minimax_m3_sparse"], mlp_layer_types=["dense", "sparse"],
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    return model
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("make", [written_in, selecting])
+def test_a_model_that_takes_no_other_attention_keeps_its_own_which_is_said_once(make: Any, caplog: Any) -> None:
+    sys.modules["hf_kvopt.enable"]._say_once.cache_clear()  # by its name, which the function took
+    model = make()
+    want = generate(model, prompt(20))
+    for _ in range(2):
+        assert hf_kvopt.enable(model) is model
+        assert model.config._attn_implementation == "eager"
+        assert isinstance(caches_of(model), PagedCache)
+        assert torch.equal(generate(model, prompt(20)), want)
+    said = [record.getMessage() for record in caplog.records if "the model's own attention" in record.getMessage()]
+    assert len(said) == 1
+    assert said[0].startswith(type(model).__name__)
+
+
+@pytest.mark.parametrize("make", [written_in, selecting])
+@pytest.mark.parametrize("options", [{"attention": True}, {"cache": None}], ids=["asked for", "nothing else to enable"])
+def test_our_attention_by_name_is_refused_where_a_model_does_not_take_it(make: Any, options: Any) -> None:
+    model = make()
+    before = dict(model.__dict__)
+    with pytest.raises(hf_kvopt.UnsupportedModel, match=r"got (attention=True|cache=None); call enable\(model\)"):
+        hf_kvopt.enable(model, **options)
+    assert model.__dict__ == before
+
+
+def test_a_model_that_keeps_its_own_attention_and_cache_can_still_speculate() -> None:
+    want = generate(written_in(), prompt(20))
+    assert torch.equal(generate(hf_kvopt.enable(written_in(), cache=None, draft="prompt_lookup"), prompt(20)), want)
+
+
+def test_attention_is_ours_unless_something_speaks_against_it(caplog: Any) -> None:
+    for options in ({}, {"attention": None}, {"attention": True}):
+        assert hf_kvopt.enable(tiny_model("full", "eager"), **options).config._attn_implementation == "hf_kvopt"
+    assert not caplog.records
+
+
+def test_weights_are_refused_under_our_attention_and_given_by_the_models_own() -> None:
+    options = {"output_attentions": True, "return_dict_in_generate": True}
+    with pytest.raises(ValueError, match="got output_attentions=True"):
+        generate(hf_kvopt.enable(tiny_model("mixed", "eager")), prompt(9), **options)
+    want = generate(tiny_model("mixed", "eager"), prompt(30), **options).attentions
+    got = generate(hf_kvopt.enable(tiny_model("mixed", "eager"), attention=False), prompt(30), **options).attentions
+    for step, expected in zip(got, want, strict=True):
+        for weights, eager in zip(step, expected, strict=True):
+            assert torch.allclose(weights, eager, atol=1e-5)
+
+
+def test_weights_are_refused_where_a_model_tells_its_attention_nothing() -> None:
+    # GPT-2 hands output_attentions to no attention function.
+    config = GPT2Config(
+        vocab_size=97, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=None
+    )
+    model = hf_kvopt.enable(GPT2LMHeadModel(config).eval())
+    with pytest.raises(ValueError, match="got output_attentions=True"):
+        generate(model, prompt(9), output_attentions=True, return_dict_in_generate=True)

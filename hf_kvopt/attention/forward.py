@@ -8,15 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_kvopt.attention.guards import check_ownership, check_window
-from hf_kvopt.attention.masking import add_bias, hide_before, take_apart
+from hf_kvopt.attention.guards import check_ownership, check_weights, check_window
+from hf_kvopt.attention.masking import add_bias, hide_before, select_keys, take_apart
 from hf_kvopt.attention.mla import LatentKV, attend_latent, is_absorbable
 from hf_kvopt.attention.route import run
 from hf_kvopt.errors import KVOptError, UnsupportedModel
 from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.pool.handle import KVHandle
-
-_SPARSE = ("indices", "block_indices")
 
 
 def attention_forward(
@@ -40,8 +38,8 @@ def attention_forward(
         [batch, q_len, num_heads, v_head_dim] contiguous, and None.
 
     Raises:
-        UnsupportedModel: the model hands a sparse selection of keys (`indices`, `block_indices`).
-        ValueError: dropout outside of training, or a mask of a shape that has no meaning here.
+        UnsupportedModel: the model hands a selection of whole blocks of keys (`block_indices`).
+        ValueError: weights were asked for, dropout outside of training, or a mask of a shape that has no meaning here.
         CacheStateError: a cache that belongs to another model, or was filled with this very prompt.
     """
     handle = key.latent if isinstance(key, LatentKV) else key
@@ -49,6 +47,8 @@ def attention_forward(
     scoring = Pattern(scale, True, None, softcap, s_aux if s_aux is not None else kwargs.get("sinks"))
     try:
         _refuse_what_is_wrong(module, handle, attention_mask, dropout, sliding_window, kwargs)
+        if kwargs.get("indices") is not None:
+            attention_mask = select_keys(attention_mask, kwargs["indices"], query.shape[2], key.shape[2])
         pattern = take_apart(module, query, key, attention_mask, is_causal, sliding_window, scoring)
         if isinstance(handle, KVHandle) and handle.starts is not None:
             pattern = hide_before(handle.starts, pattern, key.shape[2])
@@ -73,12 +73,13 @@ def _refuse_what_is_wrong(
     kwargs: dict[str, Any],
 ) -> None:
     """Raise on whatever would give a wrong token; the cache then takes the step back."""
-    for name in _SPARSE:
-        if kwargs.get(name) is not None:
-            raise UnsupportedModel(
-                f"{type(module).__name__} selects keys by `{name}`, which hf_kvopt does not read: load this model with "
-                "attn_implementation='eager' or 'sdpa'"
-            )
+    if kwargs.get("block_indices") is not None:
+        # Where rows are padded, what it selects depends on the states of the pads, which every attention makes its own.
+        raise UnsupportedModel(
+            f"{type(module).__name__} selects blocks of keys (`block_indices`), which hf_kvopt's attention does not "
+            "read: load this model with attn_implementation='eager' or 'sdpa', and pass the cache alone"
+        )
+    check_weights(kwargs.get("output_attentions"))
     if dropout and not module.training:
         raise ValueError(
             f"attention dropout must be 0 outside of training: got {dropout}; call model.train() or set it to 0"

@@ -12,6 +12,15 @@ from hf_kvopt.errors import CacheStateError, UnsupportedModel
 from hf_kvopt.pool.handle import KVHandle
 
 
+def check_weights(are_wanted: object) -> None:
+    """Refuse `output_attentions=True`: without it being said, the caller would get a tuple of nothing."""
+    if are_wanted:
+        raise ValueError(
+            "hf_kvopt's attention never forms the weights of all keys: got output_attentions=True; drop it, or load "
+            "the model with attn_implementation='eager' and call enable(model, attention=False)"
+        )
+
+
 def check_ownership(module: nn.Module, handle: KVHandle, kwargs: dict[str, Any], mask: Tensor | None) -> None:
     """Catch a cache that another model filled, and a prompt that is fed on top of itself."""
     if not handle.is_fresh or handle.plane is None or torch.compiler.is_compiling():

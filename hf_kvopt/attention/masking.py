@@ -18,13 +18,13 @@ def take_apart(
     sliding_window: int | None,
     scoring: Pattern,
 ) -> Pattern:
-    """`scoring` with the mask that holds between `query` and `key`, keys cut or refused as eager attention would.
+    """`scoring` with the mask that holds between `query` and `key`; what eager attention cannot add is refused.
 
     What a pattern can say of the mask is said so; the rest is a mask [batch | 1, heads | 1, q_len | 1, kv_len].
 
     Raises:
-        ValueError: a mask without four dimensions, or of integers.
-        CacheStateError: a mask over fewer keys than the cache hands out.
+        ValueError: a mask of another shape than the scores, or of integers.
+        CacheStateError: a mask over fewer or more keys than the cache hands out.
     """
     q_len, kv_len = query.shape[2], key.shape[2]
     if attention_mask is None:
@@ -41,33 +41,58 @@ def take_apart(
         if q_len > 1 and causal and query.device.type == "cpu" and attention_mask.starts is not None:
             return scoring._replace(is_causal=causal, window=window, starts=attention_mask.starts)
         return scoring._replace(is_causal=causal, window=window, mask=attention_mask.key_mask)
-    if attention_mask.dim() != 4:
+    if isinstance(key, KVHandle) and key.table is None and attention_mask.shape[-1] > kv_len:
+        attention_mask = attention_mask[..., :kv_len]  # fixed capacity: columns count from the first one
+    _check_mask(query, key, attention_mask)
+    return scoring._replace(is_causal=False, mask=attention_mask)
+
+
+def select_keys(mask: Tensor | None, indices: Tensor, q_len: int, kv_len: int) -> Tensor:
+    """`mask` where each query sees no other keys than those that the model selected for it.
+
+    Args:
+        indices: [batch, q_len, selected], as DeepSeek's sparse attention hands them on; its own eager and sdpa
+            attention makes the same mask of them.
+    """
+    seen = torch.zeros(*indices.shape[:2], kv_len, dtype=torch.bool, device=indices.device)
+    seen = seen.scatter_(-1, indices.long(), True)[:, None]
+    if mask is None:
+        return seen.tril(kv_len - q_len)
+    return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
+
+
+def _check_mask(query: Tensor, key: Tensor, mask: Tensor) -> None:
+    """Refuse a dense mask that does not say of every query and key whether they meet."""
+    batch, num_heads, q_len, _ = query.shape
+    kv_len = key.shape[2]
+    if mask.dim() != 4:
         raise ValueError(
             "attention_mask must have 4 dimensions [batch, heads, q_len, kv_len] here: got "
-            f"{tuple(attention_mask.shape)}; pass a 2D padding mask to the model, not to the attention"
+            f"{tuple(mask.shape)}; pass a 2D padding mask to the model, not to the attention"
         )
-    if attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():
+    if mask.dtype != torch.bool and not mask.is_floating_point():
         raise ValueError(
-            f"a 4D attention_mask must be bool, or float to add to the scores: got {attention_mask.dtype}; convert it, "
+            f"a 4D attention_mask must be bool, or float to add to the scores: got {mask.dtype}; convert it, "
             "e.g. attention_mask.bool()"
         )
-    if attention_mask.shape[-1] < kv_len:
+    if isinstance(mask, LazyMask) and isinstance(key, KVHandle) and mask.shape[-1] > kv_len:
         raise CacheStateError(
-            f"attention_mask covers {attention_mask.shape[-1]} keys: got {kv_len} from the cache; pass a mask over all "
-            "cached and new tokens, and give the cache the model's config: PagedCache(config=model.config)"
+            f"this layer of the cache holds {kv_len} tokens: got a mask for {mask.shape[-1]}, as other layers hold; "
+            "the cache is out of step, call cache.reset() and pass the whole text"
         )
-    if isinstance(attention_mask, LazyMask) and isinstance(key, KVHandle) and attention_mask.shape[-1] != kv_len:
+    if mask.shape[-1] != kv_len:
         raise CacheStateError(
-            f"this layer of the cache holds {kv_len} tokens: got a mask for {attention_mask.shape[-1]}, as other "
-            "layers hold; the cache is out of step, call cache.reset() and pass the whole text"
+            f"attention_mask covers {mask.shape[-1]} keys: got {kv_len} from the cache; pass a mask over all that this "
+            "layer hands out, as cache.get_mask_sizes(q_len, layer_idx) says (a window of them where the layer slides, "
+            "the whole capacity where it is fixed), and give the cache the model's config: "
+            "PagedCache(config=model.config)"
         )
-    is_fixed = isinstance(key, KVHandle) and key.table is None  # columns count from the first one, unlike in a window
-    if attention_mask.shape[-1] != kv_len and not is_fixed:
-        raise CacheStateError(
-            f"attention_mask covers {attention_mask.shape[-1]} keys: got {kv_len}, and nothing says which; pass a mask "
-            "over just the keys that each layer reads, or use transformers' own cache where the model made the mask"
+    allowed = zip(mask.shape[:3], (batch, num_heads, q_len), strict=True)
+    if any(size not in (1, full) for size, full in allowed):
+        raise ValueError(
+            f"a 4D attention_mask is [batch, heads, q_len, kv_len] or 1 in place of the first three: got "
+            f"{list(mask.shape)} for {[batch, num_heads, q_len, kv_len]}; pass one over these queries alone"
         )
-    return scoring._replace(is_causal=False, mask=attention_mask[..., :kv_len])
 
 
 def _ordered(scoring: Pattern, is_causal: bool, window: int | None) -> Pattern:

@@ -357,8 +357,8 @@ class PagedCache(DynamicCache):
         """Raise where the forward before this one never reached its last layers (an interrupt, an error in a model)."""
         if self._tables.get(layer.table.window) is not layer.table:
             raise CacheStateError(
-                f"layer {self.layers.index(layer)} belongs to another cache: got a layer whose rows this cache does not "
-                "know, and would neither crop nor reorder; copy whole caches, with copy.deepcopy(cache)"
+                f"layer {self.layers.index(layer)} belongs to another cache: got a layer whose rows this cache does "
+                "not know, and would neither crop nor reorder; copy whole caches, with copy.deepcopy(cache)"
             )
         left = columns_left(self.layers, layer, num_tokens)
         if left is None:

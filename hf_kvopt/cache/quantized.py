@@ -8,12 +8,15 @@ key channels. A row that begins with fewer keeps those as they came until the si
 they are quantized once more, from what came. So a text is stored alike however it is cut.
 """
 
+import functools
+import inspect
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from hf_kvopt.cache.paged import PagedCache
+from hf_kvopt.errors import nearest
 from hf_kvopt.pool.storage import require_readable
 from hf_kvopt.quant import FormatPolicy, get_kv_format
 from hf_kvopt.quant.policy import LayerName
@@ -66,6 +69,13 @@ class QuantizedPagedCache(PagedCache):
         exact_prefill: bool = False,
         **options: Any,
     ) -> None:
+        known = option_names(QuantizedPagedCache)
+        for name in options:
+            if name not in known:
+                raise TypeError(
+                    f"QuantizedPagedCache takes no option {name!r}: expected one of {sorted(known)}"
+                    f"{nearest(name, known)}"
+                )
         formats = FormatPolicy(
             format=format,
             skip_layers=skip_layers,
@@ -81,3 +91,12 @@ class QuantizedPagedCache(PagedCache):
         for name in {format, *formats.layer_formats.values()}:
             require_readable(get_kv_format(name))
         super().__init__(config, formats=formats, **options)
+
+
+@functools.cache
+def option_names(kind: type[PagedCache]) -> frozenset[str]:
+    """Return what a cache of `kind` can be told by name, beside the model's config."""
+    kinds: tuple[type[PagedCache], ...] = (PagedCache, kind)
+    found = [parameter for each in kinds for parameter in inspect.signature(each).parameters.values()]
+    names = frozenset(parameter.name for parameter in found if parameter.kind is inspect.Parameter.KEYWORD_ONLY)
+    return names if kind is PagedCache else names - {"formats"}  # which it makes of its own options

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 
 import torch
 
+from hf_kvopt.errors import nearest
+
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
@@ -125,16 +127,20 @@ def get_kv_format(name: str) -> KVFormat:
     parts = name.split("/") if isinstance(name, str) else []
     if len(parts) == 2 and all(part in FORMATS for part in parts):
         return KVFormat(FORMATS[parts[0]], FORMATS[parts[1]])
+    if len(parts) == 2:
+        hint = nearest(next(part for part in parts if part not in FORMATS), FORMATS)
+    else:
+        hint = nearest(name, KV_FORMATS)
     raise ValueError(
         f"format must be one of {', '.join(KV_FORMATS)}, or a pair for keys and values such as 'int8/int4': "
-        f"got {name!r}"
+        f"got {name!r}{hint}"
     )
 
 
 def get_format(name: str) -> Format:
     """Return the format called `name`; raises ValueError that lists the known ones."""
     if name not in FORMATS:
-        raise ValueError(f"format must be one of {', '.join(FORMATS)}: got {name!r}")
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}: got {name!r}{nearest(name, FORMATS)}")
     return FORMATS[name]
 
 

@@ -5,7 +5,7 @@ import torch
 
 from hf_kvopt import ATTENTION_NAME, CACHE_KEYWORD, PagedCache
 from hf_kvopt.errors import KVOptError
-from tests.attention.models import assert_equal, case_named, from_config, prompts
+from tests.attention.models import assert_equal, caches, case_named, from_config, prompts
 from tests.models.tiny import build
 
 # They never look up an attention by its name, or know eager's additive masks alone.
@@ -58,10 +58,29 @@ def test_a_model_without_the_interface_steps_right_or_refuses(name):
     assert_equal(got[:1], want[:1])
 
 
-@pytest.mark.parametrize("name", ["deepseek_v32", "glm_moe_dsa", "minimax_m3_vl_text"])
+SELECTING = ["axk2", "deepseek_v32", "dots3_note", "dots3_note_text", "glm_moe_dsa", "hy_v4"]
+SPLITS = {"one prompt": (24,), "a prompt and steps": (20, 1, 1, 1, 1), "chunks": (10, 9, 5)}
+
+
+@pytest.mark.parametrize("kind", ["dense", "paged"])
+@pytest.mark.parametrize("splits", SPLITS.values(), ids=SPLITS)
+@pytest.mark.parametrize("padding", ["no padding", "left", "right", "a hole"])
+@pytest.mark.parametrize("name", [name for name in SELECTING if known(name)])
 @torch.no_grad()
-def test_models_that_select_keys_sparsely_are_refused(name):
-    if not known(name):
-        pytest.skip("a model of later versions")
-    with pytest.raises(KVOptError, match="selects keys"):
-        from_config(name, ATTENTION_NAME)(input_ids=prompts(length=20))
+def test_a_selection_of_keys_is_the_one_that_eager_takes(name, padding, splits, kind):
+    model, want_model = from_config(name, ATTENTION_NAME), build(case_named(name))
+    ids, mask = prompts(length=24), torch.ones(2, 24, dtype=torch.long)
+    mask[1, {"no padding": [], "left": range(7), "right": range(17, 24), "a hole": [9]}[padding]] = 0
+    cache, dense, begin = caches(model)[kind], caches(want_model)["dense"], 0
+    for length in splits:
+        inputs = {"input_ids": ids[:, begin : begin + length], "attention_mask": mask[:, : begin + length]}
+        got = model(**inputs, **{CACHE_KEYWORD: cache}).logits
+        want = want_model(**inputs, **{CACHE_KEYWORD: dense}).logits
+        assert_equal(got, want, mask[:, begin : begin + length])
+        begin += length
+
+
+@torch.no_grad()
+def test_a_model_that_selects_blocks_of_keys_is_refused():
+    with pytest.raises(KVOptError, match="selects blocks of keys"):
+        from_config("minimax_m3_vl_text", ATTENTION_NAME)(input_ids=prompts(length=20))

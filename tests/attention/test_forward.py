@@ -25,11 +25,36 @@ def assert_close(out, want):
     assert torch.allclose(out, want, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["indices", "block_indices"])
-def test_sparse_selections_of_keys_are_refused(name):
-    with pytest.raises(UnsupportedModel, match=f"Module selects keys by `{name}`"):
-        attend(**{name: torch.zeros(2, 3, 4, dtype=torch.long)})
-    attend(**{name: None})
+def test_a_selection_of_blocks_of_keys_is_refused():
+    with pytest.raises(UnsupportedModel, match=r"Module selects blocks of keys \(`block_indices`\)"):
+        attend(block_indices=torch.zeros(2, 2, 3, 4, dtype=torch.long))
+    attend(block_indices=None)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("form", ["none", "bool", "float", "lazy"])
+def test_queries_see_the_keys_that_were_selected_and_that_the_mask_shows(form, dtype):
+    # The last key stands at the last query, the first ones at padding of the second row.
+    indices = torch.tensor([[[0, 2, 6, 8], [1, 3, 4, 7], [5, 6, 7, 8]], [[4, 5, 2, 8], [4, 6, 7, 8], [0, 1, 5, 8]]])
+    padding = torch.tensor([[1] * 9, [0] * 4 + [1] * 5]).bool()
+    seen = CAUSAL[None, None] if form == "none" else CAUSAL & padding[:, None, None]
+    mask = {
+        "none": None,
+        "bool": seen,
+        "float": torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min),
+        "lazy": lazy_mask(2, 3, 9, q_offset=6, attention_mask=padding),
+    }[form]
+    selected = torch.stack([torch.stack([(torch.arange(9)[:, None] == q).any(1) for q in row]) for row in indices])
+    out = attend(mask, indices=indices.to(dtype))
+    assert_close(out, plain_attention(*STATES, seen & selected[:, None]))
+    assert not torch.allclose(out, plain_attention(*STATES, seen), atol=1e-2)
+
+
+def test_asking_for_weights_is_refused():
+    # Nothing would say that the tuple of weights is empty.
+    with pytest.raises(ValueError, match=r"got output_attentions=True; drop it, or load the model with .*'eager'"):
+        attend(output_attentions=True)
+    attend(output_attentions=False)
 
 
 @pytest.mark.parametrize(
@@ -67,11 +92,17 @@ def test_a_mask_of_integers_is_refused():
         attend(torch.ones(2, 1, 3, 9, dtype=torch.long))
 
 
-def test_a_mask_over_more_keys_is_refused_as_by_eager_attention():
-    # The keys may be the last ones of those, as behind a window: cut at its end the mask would hide others.
-    mask = torch.cat([CAUSAL, torch.ones(3, 4, dtype=torch.bool)], dim=1)[None, None]
-    with pytest.raises(CacheStateError, match="attention_mask covers 13 keys: got 9"):
-        attend(mask)
+@pytest.mark.parametrize("kv_len", [8, 10, 13, 1])
+def test_a_mask_over_other_keys_than_these_is_refused(kv_len):
+    # Which of its columns are meant nobody can tell: eager and sdpa fail on it as well.
+    with pytest.raises(CacheStateError, match=rf"covers {kv_len} keys: got 9 .* as cache.get_mask_sizes"):
+        attend(torch.ones(2, 1, 3, kv_len, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 3, 9), (2, 2, 3, 9), (2, 1, 2, 9), (2, 1, 9, 9)], ids=str)
+def test_a_mask_of_another_batch_heads_or_queries_is_refused(shape):
+    with pytest.raises(ValueError, match=r"or 1 in place of the first three: got \["):
+        attend(torch.ones(shape, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("scaling", [None, 0.1, 1.0, 0.0], ids=["none", "small", "one", "zero"])

@@ -181,6 +181,14 @@ def test_an_unknown_format_lists_the_known() -> None:
         hf_kvopt.enable(tiny_model(), cache="int2")
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"), [("blok_size", "block_size"), ("exact_prefil", "exact_prefill"), ("formats", "format")]
+)
+def test_an_unknown_option_suggests_what_was_meant(name: str, meant: str) -> None:
+    with pytest.raises(TypeError, match=rf"takes no option '{name}': expected one of .*; did you mean '{meant}'\?"):
+        QuantizedPagedCache(**{name: 1})
+
+
 def test_an_unknown_guard_lists_the_known() -> None:
     with pytest.raises(ValueError, match="guard must be one of auto, off: got 'on'"):
         QuantizedPagedCache(guard="on")

@@ -14,8 +14,8 @@ def _all(names: str, reason: str) -> dict[str, str]:
 
 
 OWN_CACHE = "keeps its past in a cache of its own, or keeps none"
-WRITTEN_IN = "attention is written into the model; `enable(model, attention=False)` pages its cache"
-SPARSE = "attends to a sparse selection of keys"
+WRITTEN_IN = "attention written into the model"
+SPARSE = "a sparse selection of keys"
 
 
 def _class_of(name: str) -> type[PreTrainedModel]:
@@ -26,11 +26,15 @@ def _class_of(name: str) -> type[PreTrainedModel]:
 _XLM_TAKES_A_CACHE = hf_kvopt.CACHE_KEYWORD in inspect.signature(_class_of("xlm").forward).parameters
 _ONCE_WRITTEN_IN = [name for name in ("codegen", "gptj") if not _class_of(name)._can_set_attn_implementation()]
 
-# Refused by `hf_kvopt.enable(model, cache="paged")`.
-REFUSED = {
+# Refused by `hf_kvopt.enable(model, cache="paged")`, whatever is said of the attention.
+REFUSED = _all("falcon_mamba mamba mamba2 minimax openai-gpt reformer rwkv xlnet xlstm", OWN_CACHE) | (
+    {} if _XLM_TAKES_A_CACHE else {"xlm": OWN_CACHE}
+)
+
+# `enable` keeps the model's own attention, and refuses `attention=True`.
+OWN_ATTENTION = {
     **_all("axk2 deepseek_v32 dots3_note dots3_note_text glm_moe_dsa hy_v4 minimax_m3_vl_text", SPARSE),
-    **_all("falcon_mamba mamba mamba2 minimax openai-gpt reformer rwkv xlnet xlstm", OWN_CACHE),
-    "xlm": WRITTEN_IN if _XLM_TAKES_A_CACHE else OWN_CACHE,
+    **({"xlm": WRITTEN_IN} if _XLM_TAKES_A_CACHE else {}),
     **dict.fromkeys(_ONCE_WRITTEN_IN, WRITTEN_IN),
     **_all(
         "big_bird bloom cpmant falcon gpt_neo gpt_neox_japanese megatron-bert mpt mvp prophetnet rembert "
@@ -39,9 +43,6 @@ REFUSED = {
         WRITTEN_IN,
     ),
 }
-
-# Refused by `hf_kvopt.enable(model, cache="paged", attention=False)`.
-REFUSED_ALONE = {name: reason for name, reason in REFUSED.items() if reason == OWN_CACHE}
 
 # Exact tokens, but keys and values stay in transformers' own layers.
 NOT_PAGED = {

@@ -31,6 +31,11 @@ class Outcome(NamedTuple):
 
 def by_enable(case: Case) -> Outcome:
     """`hf_kvopt.enable(model, cache="paged")`, then plain `generate`; refusals must come from `enable`."""
+    return _enabled(case, attention=None)
+
+
+def by_attention(case: Case) -> Outcome:
+    """`hf_kvopt.enable(model, cache="paged", attention=True)`, for models on which it is refused."""
     return _enabled(case, attention=True)
 
 
@@ -60,7 +65,7 @@ def without_config(case: Case) -> Outcome:
     return _refusable(case, lambda: build(case, hf_kvopt.ATTENTION_NAME), with_config=False)
 
 
-def _enabled(case: Case, attention: bool) -> Outcome:
+def _enabled(case: Case, attention: bool | None) -> Outcome:
     model = build(case)
     try:
         hf_kvopt.enable(model, cache="paged", attention=attention, block_size=BLOCK_SIZE)

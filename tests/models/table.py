@@ -24,16 +24,16 @@ class Row(NamedTuple):
 
 
 def row(case: Case) -> Row:
-    """Run a model through `enable` (through the cache alone where its attention cannot be chosen)."""
-    is_written_in = expected.REFUSED.get(case.name) == expected.WRITTEN_IN
+    """Run a model through `enable`."""
     try:
-        got = routes.by_cache_alone(case) if is_written_in else routes.by_enable(case)
+        got = routes.by_enable(case)
     except Exception as error:  # a row of the table, not its end
         got = routes.Outcome("fails", f"{type(error).__name__}: {error}")
     reads, result = "", f"{got.result}: {got.detail}"
     if got.result == "exact":
         reads = "gathered" if got.num_fallbacks else "in place"
-        result = "exact, cache alone" if is_written_in else "exact"
+        own = expected.OWN_ATTENTION.get(case.name)
+        result = "exact" if own is None else f"exact, its own attention: {own}"
     elif got.result == "unused":
         result = f"exact, not paged: {expected.NOT_PAGED.get(case.name, 'unknown')}"
     elif got.result == "refused":

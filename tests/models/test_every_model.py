@@ -1,6 +1,5 @@
 """Every model gives exactly the eager tokens from the paged cache, or refuses with one clear error."""
 
-from collections.abc import Container
 from contextlib import suppress
 
 import pytest
@@ -20,13 +19,22 @@ def test_enable_gives_the_eager_tokens_or_refuses(case: Case) -> None:
             routes.by_enable(case)
         return
     got = routes.by_enable(case)
-    assert got.result == _expected(case, expected.REFUSED), got.detail
+    assert got.result == _expected(case), got.detail
 
 
 @ALL
 def test_the_cache_alone_gives_the_eager_tokens_or_is_refused(case: Case) -> None:
     got = routes.by_cache_alone(case)
-    assert got.result == _expected(case, expected.REFUSED_ALONE), got.detail
+    assert got.result == _expected(case), got.detail
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in covered_cases() if case.name in expected.OWN_ATTENTION], ids=lambda case: case.name
+)
+def test_our_attention_is_refused_by_name_where_a_model_keeps_its_own(case: Case) -> None:
+    got = routes.by_attention(case)
+    assert got.result == "refused"
+    assert "call enable(model)" in got.detail
 
 
 @ALL
@@ -53,8 +61,8 @@ def test_a_cache_without_a_config_gives_the_eager_tokens_or_an_error(case: Case)
         assert got is None or got.result != "wrong", got.detail
 
 
-def _expected(case: Case, refused: Container[str]) -> str:
-    if case.name in refused:
+def _expected(case: Case) -> str:
+    if case.name in expected.REFUSED:
         return "refused"
     return "unused" if case.name in expected.NOT_PAGED else "exact"
 
@@ -63,7 +71,7 @@ def _check_handed_over(case: Case, got: routes.Outcome) -> None:
     """What `enable` refuses may still work here, and transformers may refuse by itself; never a wrong token."""
     assert got.result != "wrong", got.detail
     if got.result == "refused":
-        is_known = case.name in expected.REFUSED or case.name in expected.MISMASKED
-        assert is_known or got.detail.startswith("transformers"), got.detail
+        known = {**expected.REFUSED, **expected.OWN_ATTENTION, **dict.fromkeys(expected.MISMASKED)}
+        assert case.name in known or got.detail.startswith("transformers"), got.detail
     if got.result == "unused":
         assert case.name in expected.NOT_PAGED or case.name in expected.REFUSED

@@ -13,6 +13,16 @@ def test_a_pair_has_keys_and_values_of_their_own() -> None:
     assert get_kv_format("fp8_e4m3/native").name == "fp8_e4m3/native"
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("itn4", "int4"), ("INT8", "int8"), ("fp8", "fp8_e4m3"), ("int8/itn4", "int4"), ("q4/int8", None), ("zip", None)],
+)
+def test_an_unknown_format_suggests_what_was_meant(name: str, meant: str | None) -> None:
+    with pytest.raises(ValueError, match="format must be one of") as caught:
+        get_kv_format(name)
+    assert str(caught.value).endswith(f"got {name!r}" + (f"; did you mean {meant!r}?" if meant else ""))
+
+
 @pytest.mark.parametrize("name", ["int3", "int8/", "int8/int3", "int8/int4/int4", "", None, 8], ids=str)
 def test_an_unknown_format_lists_the_known(name: object) -> None:
     with pytest.raises(ValueError, match=r"native, int8, fp8_e4m3, fp8_e5m2, int4, k8v4") as caught:
