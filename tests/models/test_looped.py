@@ -175,6 +175,12 @@ def test_a_shared_prefix_is_used_by_all_passes_or_refused(case: Case, tmp_path: 
     hf_kvopt.enable(model, prefix_sharing=store)
     assert torch.equal(tokens(model, inputs), tokens(build(case), inputs))
     assert store.stats().hits == 1
+    # A cache that is emptied keeps the layers that the model appended.
+    cache = store.new_cache()
+    for hits in (2, 3):
+        assert torch.equal(tokens(model, inputs, **{CACHE_KEYWORD: cache}), tokens(build(case), inputs))
+        assert store.stats().hits == hits
+        cache.reset()
     store.check_integrity()
 
 
