@@ -4,7 +4,7 @@ For layers that hold both (Falcon-H1, Zamba2, ...). The states have no token axi
 """
 
 import copy
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 from transformers.cache_utils import LinearAttentionCacheLayerMixin, LinearAttentionLayer
@@ -50,11 +50,6 @@ class HybridLayer(PagedLayer):
         """See `LinearAttentionLayer`."""
         return self.states.update_recurrent_state(recurrent_states, state_idx, **kwargs)
 
-    def fork(self, table: BlockTable, memo: dict[int, Any]) -> "HybridLayer":
-        twin = HybridLayer(table, copy.deepcopy(self.states, memo), self.format, self.exact_prefill)
-        twin.pool, twin.clock = self.pool, self.clock
-        return twin
-
     def offload(self) -> None:
         super().offload()
         self.states.offload()
@@ -62,6 +57,9 @@ class HybridLayer(PagedLayer):
     def prefetch(self) -> None:
         super().prefetch()
         self.states.prefetch()
+
+    def _empty_twin(self, table: BlockTable, memo: dict[int, Any]) -> Self:
+        return type(self)(table, copy.deepcopy(self.states, memo), self.format, self.exact_prefill)
 
 
 # Cache asks by type whether a layer has such states; the states themselves are delegated, so nothing is inherited.

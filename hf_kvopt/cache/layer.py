@@ -5,7 +5,7 @@ layer's pool and hands back two `KVHandle`s. Operations on the batch or the leng
 layers of a kind share one table.
 """
 
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor
@@ -122,10 +122,32 @@ class PagedLayer(CacheLayerMixin):
         self.clock = self.table.advance(batch_size, self.clock, num_tokens).stop
 
     def fork(self, table: BlockTable, memo: dict[int, Any]) -> "PagedLayer":
-        """A layer over the same pool whose rows are those of `table`, a fork of this layer's."""
-        twin = PagedLayer(table, self.format, self.exact_prefill)
+        """Make a layer over the same pool whose rows are those of `table`, a fork of this layer's."""
+        twin = self._empty_twin(table, memo)
         twin.pool, twin.clock = self.pool, self.clock
         return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PagedLayer":
+        """Make a further layer of the same cache: over this layer's table, with a pool of its own.
+
+        For models that pass through some of their layers several times, and append to `cache.layers` one copy of
+        these for each further pass. A deep copy of the cache itself is a fork and does not come here.
+
+        Raises:
+            CacheStateError: the layer holds tokens.
+        """
+        held = int(self.get_seq_length())
+        if held:
+            raise CacheStateError(
+                f"one layer of a paged cache was copied: got a layer that holds {held} tokens, in blocks that belong "
+                "to all layers together; copy the cache with copy.deepcopy(cache), or the states alone with "
+                "layer.keys.clone()"
+            )
+        return self._empty_twin(self.table, memo)
+
+    def __copy__(self) -> "PagedLayer":
+        """See `__deepcopy__`: two layers over one pool would overwrite each other."""
+        return self.__deepcopy__({})
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         if query_length == 0 and self._num_columns():
@@ -168,6 +190,10 @@ class PagedLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         """See `crop`."""
         self._refuse("batch_select_indices")
+
+    def _empty_twin(self, table: BlockTable, memo: dict[int, Any]) -> Self:
+        """Make a layer of the same kind and format over `table` that holds nothing yet."""
+        return type(self)(table, self.format, self.exact_prefill)
 
     def _num_columns(self) -> int:
         """Columns that this layer has written; in a step it may lag behind the table."""

@@ -336,6 +336,11 @@ class PagedCache(DynamicCache):
             self._require_even(layer, num_tokens)
             return
         table = layer.table
+        if self._tables.get(table.window) is not table:
+            raise CacheStateError(
+                f"layer {layer_idx} belongs to another cache: got a layer whose rows this cache does not know, and "
+                "would neither crop nor reorder; copy whole caches, with copy.deepcopy(cache)"
+            )
         if layer.clock == table.clock:
             # By the last layer: those in the middle may sit out whole forwards (cross attention to an image).
             left = self._paged_layers()[-1].clock
@@ -392,7 +397,7 @@ def fork(cache: PagedCache, memo: dict[int, Any]) -> Any:
     child.layers = []
     for layer in cache.layers:
         if isinstance(layer, PagedLayer):
-            child.layers.append(layer.fork(child._table_for(layer.table.window), memo))
-        else:
-            child.layers.append(copy.deepcopy(layer, memo))
+            # Noted, as whatever else is copied along may refer to the layer too.
+            memo[id(layer)] = layer.fork(child._table_for(layer.table.window), memo)
+        child.layers.append(copy.deepcopy(layer, memo))
     return child
