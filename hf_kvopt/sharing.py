@@ -134,7 +134,7 @@ class _Prefill(SharingOverride):
         chunk_size = generation_config.prefill_chunk_size
         is_blank = isinstance(cache, PrefixSharedCache) and cache.is_blank
         # An early exit, which leaves layers out, would leave texts behind of which the whole model lacks layers.
-        is_whole = isinstance(cache, PrefixSharedCache) and len(cache.layers) == cache.store.num_layers
+        is_whole = isinstance(cache, PrefixSharedCache) and cache.is_whole
         if (
             is_blank
             and is_whole
