@@ -61,6 +61,12 @@ def take_apart(
             f"this layer of the cache holds {kv_len} tokens: got a mask for {attention_mask.shape[-1]}, as other "
             "layers hold; the cache is out of step, call cache.reset() and pass the whole text"
         )
+    is_fixed = isinstance(key, KVHandle) and key.table is None  # columns count from the first one, unlike in a window
+    if attention_mask.shape[-1] != kv_len and not is_fixed:
+        raise CacheStateError(
+            f"attention_mask covers {attention_mask.shape[-1]} keys: got {kv_len}, and nothing says which; pass a mask "
+            "over just the keys that each layer reads, or use transformers' own cache where the model made the mask"
+        )
     return scoring._replace(is_causal=False, mask=attention_mask[..., :kv_len])
 
 

@@ -104,7 +104,8 @@ class KVHandle(LazyTensor):
         if self.table is not None and self.version != self.table.version:
             raise CacheStateError(
                 "this KV handle is out of date: its cache was updated, cropped or reordered after it was made; "
-                "take cache.layers[i].keys / .values again, or clone() them before the next step"
+                "take cache.layers[i].keys / .values again, or clone() them before the next step; where the model's "
+                "own code does this, use transformers' cache, e.g. enable(model, cache=None)"
             )
 
     @property
