@@ -40,6 +40,8 @@ CACHE_KEYWORD = next(
 MAKE_CACHE = "_prepare_cache_for_generation"  # (generation_config, model_kwargs, ...): puts a cache into model_kwargs
 PREFILL = "_prefill"  # (input_ids, generation_config, model_kwargs, ...): the forwards over the prompt
 EXPAND_KV = "expand_kv"  # of an MLA attention module: (latents, rotary keys) to keys and values
+WITHOUT_KV = ("conv", "linear_attention", "dummy")
+"""Kinds of layers without keys and values: states instead, or those of another layer."""
 PREFILL_CHUNKS_GO_ON = Version("5.21") <= VERSION
 """Whether a prefill in chunks begins where the cache ends; before, it began at the first token."""
 
@@ -147,15 +149,24 @@ def cache_keyword(model: PreTrainedModel) -> str:
 @functools.lru_cache(maxsize=256)
 def _cache_keyword(forward: Callable[..., Any]) -> str | None:
     parameters = inspect.signature(forward).parameters
-    ordered = (CACHE_KEYWORD, *(name for name in CACHE_NAMES if name != CACHE_KEYWORD))
-    return next((name for name in ordered if name in parameters), None)
+    # A newer name than this transformers' means something else: XLM took a `cache` of its own kind before 5.24.
+    known = CACHE_NAMES[CACHE_NAMES.index(CACHE_KEYWORD) :]
+    return next((name for name in known if name in parameters), None)
 
 
-def uses_standard_cache(model: PreTrainedModel | type[PreTrainedModel]) -> bool:
-    """Whether generate() makes a standard cache for `model`, and its forward takes that."""
-    forward = model.forward if isinstance(model, type) else type(model).forward
-    supports: Any = getattr(model, "_supports_default_dynamic_cache")  # noqa: B009
-    return _cache_keyword(forward) is not None and bool(supports())
+def uses_standard_cache(kind: type[PreTrainedModel], config: PreTrainedConfig) -> bool:
+    """Whether generate() makes a standard cache for models of class `kind`, their forward takes it, and some layer
+    fills it with keys and values."""
+    supports: Any = getattr(kind, "_supports_default_dynamic_cache")  # noqa: B009
+    return _cache_keyword(kind.forward) is not None and bool(supports()) and _keeps_keys_and_values(config)
+
+
+def _keeps_keys_and_values(config: PreTrainedConfig) -> bool:
+    try:
+        kinds, _ = layer_types(config.get_text_config(decoder=True))
+    except (AttributeError, TypeError, ValueError):
+        return False  # transformers makes no cache from it either: it cannot tell what its layers are
+    return not set(kinds) <= set(WITHOUT_KV)
 
 
 def can_choose_attention(kind: type[PreTrainedModel]) -> bool:

@@ -156,7 +156,6 @@ class _CacheMaker(InstanceOverride):
             given is None
             and generation_config.use_cache is not False
             and generation_config.cache_implementation is None
-            and compat.uses_standard_cache(model)
         )
         if not is_ours_to_make:
             make_default = compat.original(model, compat.MAKE_CACHE)
@@ -246,7 +245,7 @@ def _check_supported(model: PreTrainedModel, cache: bool, attention: bool) -> No
             f"{name} attends to a sparse selection of keys: got attention=True, which reads all; call "
             "enable(model, attention=False) to use the cache alone"
         )
-    if cache and not compat.uses_standard_cache(model):
+    if cache and not compat.uses_standard_cache(type(model), model.config):
         raise UnsupportedModel(
             f"{name} keeps its past in a cache of its own, or keeps none: got a cache that it would ignore; use the "
             "model as it is"

@@ -21,7 +21,6 @@ TableFor = Callable[[int | None], BlockTable]
 
 _WINDOWED = ("sliding_attention", "chunked_attention")
 _HYBRID = ("hybrid", "hybrid_sliding")
-_WITHOUT_KV = ("conv", "linear_attention", "dummy")
 
 
 class LayerMaker(NamedTuple):
@@ -74,7 +73,7 @@ class LayerMaker(NamedTuple):
 
 def _stock_layer(kind: str, options: dict[str, Any]) -> Any:
     # Recurrent states, indexers and compressed keys have no blocks: transformers' own layers keep them.
-    if kind not in _WITHOUT_KV:
+    if kind not in compat.WITHOUT_KV:
         _say_once(kind)
     return compat.stock_layer(kind, options)
 

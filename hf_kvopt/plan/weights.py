@@ -63,7 +63,7 @@ def require_kv_cache(config: PreTrainedConfig) -> None:
             f"no class of transformers generates with a {config.model_type} config: got a model without a KV cache; "
             "expected a language model, for example model_type llama"
         )
-    if not compat.uses_standard_cache(model):
+    if not compat.uses_standard_cache(model, config):
         raise UnsupportedModel(
             f"{model.__name__} keeps its past in a cache of its own, or keeps none: got a model without keys and "
             "values to count; expected a model with attention, for example model_type llama"
