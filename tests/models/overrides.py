@@ -29,6 +29,8 @@ _GEMMA4_UNIFIED = {
     "global_head_dim": 32,
 }
 _GEMMA4 = _GEMMA4_UNIFIED | {"hidden_size_per_layer_input": 16}
+# Short enough for a tiny text to pass both.
+_INKLING2 = {"rel_extent": 12, "log_scaling_n_floor": 8}
 _QWEN4 = {
     "indexer_n_heads": 2,
     "indexer_kv_heads": 1,
@@ -53,6 +55,16 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 8},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2},
+    # Three passes through the layers in the middle, each with keys and values of its own.
+    "dory": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "n_input_layers": 1,
+        "n_recurrent_layers": 2,
+        "n_output_layers": 1,
+        "n_recurrent_loops": 3,
+        "initializer_range": 1.0,  # the start value of the scales, which the draw moves by a tenth
+    },
     "dots3_note": {
         "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64},
         "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},
@@ -74,6 +86,16 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
+    "inkling2_text": _INKLING2,
+    "inkling2_loop_text": {
+        **_INKLING2,
+        "num_hidden_layers": 4,
+        "layer_types": ["hybrid_sliding", "hybrid"] * 2,
+        "n_layers_per_attn_res_block": 1,
+        "loop_layer_index_start": 1,
+        "loop_layer_index_end": 3,
+        "loop_num_passes": 3,
+    },
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "laguna": _SLIDING,
     "lfm2": {"layer_types": ["conv", "full_attention"]},
@@ -136,9 +158,17 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
 }
 
+# The types of the parts of a configuration that has no default by itself.
+_MUSICGEN = {"text_encoder": "t5", "audio_encoder": "encodec"}
+PARTS: dict[str, dict[str, str]] = {
+    "musicgen": {**_MUSICGEN, "decoder": "musicgen_decoder"},
+    "musicgen_melody": {**_MUSICGEN, "decoder": "musicgen_melody_decoder"},
+}
+
 # Added to the seed of a model whose first draw left two tokens too close, or repeated one token for ever.
 SALTS: dict[str, int] = {
     "bert": 3,
+    "codegen": 1,
     "cohere": 3,
     "cohere2_moe": 6,
     "cwm": 1,

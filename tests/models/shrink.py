@@ -67,7 +67,7 @@ _SIZES: dict[str, int] = {
     **_named(_POSITION_COUNTS, 128),
     **_named(_WINDOWS, WINDOW),
     **_named("n_group topk_group", 1),
-    **_named("vocab_size vocab_size_per_layer_input pad_vocab_size", VOCAB),
+    **_named("vocab_size vocab_size_per_layer_input pad_vocab_size unpadded_vocab_size", VOCAB),
     **_named("qk_rope_head_dim", 8),
     **_named("qk_nope_head_dim", 16),
     **_named("kv_lora_rank", 24),

@@ -6,6 +6,8 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
+import hf_kvopt
+from hf_kvopt.errors import UnsupportedModel
 from tests.models.cases import UNTESTABLE, Case, causal_cases, covered_cases
 from tests.models.inputs import inputs_for
 from tests.models.reference import generate, reference
@@ -54,12 +56,26 @@ def test_the_mask_keeps_padding_out(case: Case) -> None:
         assert moved > MIN_INFLUENCE
 
 
-@pytest.mark.parametrize(
+LISTED = pytest.mark.parametrize(
     "case", [case for case in causal_cases() if case.name in UNTESTABLE], ids=lambda case: case.name
 )
+_BROKEN = (AttributeError, ImportError, ValueError, StrictDataclassError)
+
+
+@LISTED
 def test_what_is_listed_as_untestable_still_is(case: Case) -> None:
-    with pytest.raises((AttributeError, ImportError, ValueError, StrictDataclassError)):
+    with pytest.raises(_BROKEN):
         reference(case)
+
+
+@LISTED
+def test_enable_refuses_what_transformers_has_no_cache_for(case: Case) -> None:
+    try:
+        model = build(case)
+    except _BROKEN:
+        return
+    with pytest.raises(UnsupportedModel, match="keeps its past in a cache of its own, or keeps none"):
+        hf_kvopt.enable(model)
 
 
 def _influence(case: Case, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
