@@ -8,7 +8,7 @@ import hashlib
 import json
 import threading
 import weakref
-from collections.abc import Iterable, Set
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -23,8 +23,6 @@ from hf_kvopt.errors import CacheStateError, UnsupportedModel
 
 _SHARED_KINDS = ("full_attention", "sliding_attention", "chunked_attention", "dummy")
 _SAMPLES = 1024
-# Ids of parameters that a model may have had, beyond those it has.
-_MOST_IDS = 100_000
 
 
 def require_shareable(config: PreTrainedConfig, forward_parameters: Any = None) -> None:
@@ -105,7 +103,8 @@ class ModelIdentity:
         with self._lock:
             walk = self._attributes.walk(model)
             self.is_in_place = not walk.is_elsewhere
-            self._note_ids(walk.tensors)
+            # One that is put aside and stepped on is another where it comes back: see `_Described`.
+            self._ids = {*map(id, walk.tensors)}
             walk.texts.append(f"{self._steps} {_modes(model.device)}")
             digest = hashlib.blake2b("\n".join(walk.texts).encode(), digest_size=16)
             for part in self._samples.read(walk.tensors):
@@ -116,13 +115,6 @@ class ModelIdentity:
         """Take note of a step of an optimizer that holds the parameters of these ids."""
         if not self._ids.isdisjoint(ids):
             self._steps += 1
-
-    def _note_ids(self, tensors: Iterable[Tensor]) -> None:
-        """Remember what this model is, or was, made of: what is put aside may be stepped on and put back."""
-        current = [*map(id, tensors)]
-        self._ids.update(current)
-        if len(self._ids) > len(current) + _MOST_IDS:
-            self._ids, self._steps = set(current), self._steps + 1
 
 
 def _is_fed_more(model: PreTrainedModel) -> bool:

@@ -111,6 +111,19 @@ def copied_without_gradients(model: PreTrainedModel) -> None:
 
 
 @change
+def one_element_written(model: PreTrainedModel) -> None:
+    with torch.no_grad():
+        keys_of(model).weight[0, 1] += 50
+
+
+@change
+def one_element_replaced(model: PreTrainedModel) -> None:
+    weight = keys_of(model).weight.detach().clone()
+    weight[0, 1] += 50
+    keys_of(model).weight.data = weight
+
+
+@change
 def put_into_one_vector(model: PreTrainedModel) -> None:
     vector_to_parameters(parameters_to_vector(model.parameters()) * 1.5, model.parameters())
 
