@@ -79,7 +79,7 @@ def generate(
     attention, _, options = SIDES[side]
     cache = cache or make_cache(model, side, prompt.shape[0], prompt.shape[1] + new_tokens)
     if cache is not None:
-        options = {"past_key_values": cache}
+        options = {hf_kvopt.CACHE_KEYWORD: cache}
     if bench.device.type == "cpu" and side.endswith("compiled"):
         # On a card generate() compiles these by itself.
         options = options | {"compile_config": _eager_compilation()}

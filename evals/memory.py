@@ -205,10 +205,10 @@ def _feed(config: PreTrainedConfig, caches: Sequence[hf_kvopt.PagedCache], args:
         cache: Any = EncoderDecoderCache(*caches)
         encoded = model.get_encoder()(ids[:, : args.prompt])
         for piece in pieces:
-            model(encoder_outputs=encoded, decoder_input_ids=piece, past_key_values=cache)
+            model(encoder_outputs=encoded, decoder_input_ids=piece, **{hf_kvopt.CACHE_KEYWORD: cache})
     else:
         for piece in pieces:
-            model(piece, past_key_values=caches[0], use_cache=True)
+            model(piece, **{hf_kvopt.CACHE_KEYWORD: caches[0]}, use_cache=True)
 
 
 def _show(lives: Sequence[Live]) -> None:

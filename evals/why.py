@@ -27,6 +27,7 @@ from evals._common.cli import Parser, add_output_argument, at_least
 from evals._common.models import Subject, add_model_arguments, check_length, load_subject
 from evals._common.rows import append_rows, provenance
 from evals._common.screen import megabytes, show_table
+from hf_kvopt import CACHE_KEYWORD
 
 COUNTED = "counted_sdpa"
 
@@ -88,7 +89,7 @@ def decode(subject: Subject, num_tokens: int, is_cached: bool) -> Decoding:
         _COUNTS.clear()
         begin = time.perf_counter()
         fed = text[:, -1:] if is_cached else text
-        logits = model(input_ids=fed, past_key_values=cache, use_cache=is_cached).logits[0, -1]
+        logits = model(input_ids=fed, **{CACHE_KEYWORD: cache}, use_cache=is_cached).logits[0, -1]
         token = int(logits.argmax())
         done.step_s.append(time.perf_counter() - begin)
         done.tokens.append(token)

@@ -33,7 +33,10 @@ def ask(store: hf_kvopt.PrefixStore, texts: list[str]) -> torch.Tensor:
     begin = time.perf_counter()
     cache = store.cache(inputs["input_ids"], inputs["attention_mask"])
     output = model.generate(
-        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], past_key_values=cache, **options
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        **{hf_kvopt.CACHE_KEYWORD: cache},
+        **options,
     )
     store.commit(cache, output)  # the answers are known as well from now on
     print(f"  {len(texts)} rows of up to {inputs['input_ids'].shape[1]} tokens: {time.perf_counter() - begin:.2f} s")

@@ -38,7 +38,7 @@ for cache in (
 ):
     with cache:
         output = model.generate(
-            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=args.new_tokens,
+            ids, attention_mask=torch.ones_like(ids), **{hf_kvopt.CACHE_KEYWORD: cache}, max_new_tokens=args.new_tokens,
             do_sample=False, pad_token_id=0,
         )[0, ids.shape[1] :]  # fmt: skip
         reference = output if reference is None else reference

@@ -30,7 +30,7 @@ inputs = tokenizer(args.prompt, return_tensors="pt").to(args.device)
 def generate(model: PreTrainedModel, cache: Cache) -> tuple[torch.Tensor, float]:
     """Generate greedily through a cache: tokens [1, length], and new tokens a second."""
     start = time.perf_counter()
-    tokens = model.generate(**inputs, past_key_values=cache, **length, do_sample=False)
+    tokens = model.generate(**inputs, **{hf_kvopt.CACHE_KEYWORD: cache}, **length, do_sample=False)
     return tokens, (tokens.shape[1] - inputs["input_ids"].shape[1]) / (time.perf_counter() - start)
 
 

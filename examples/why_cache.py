@@ -12,6 +12,8 @@ import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from hf_kvopt import CACHE_KEYWORD
+
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default=str(Path(__file__).parents[1] / "evals/reference_model/model"))
 parser.add_argument("--new-tokens", type=int, default=100)
@@ -40,7 +42,7 @@ def decode(cache: DynamicCache | None) -> torch.Tensor:
     begin = time.perf_counter()
     for _ in range(args.new_tokens):
         fed = text if cache is None else text[:, -1:]  # a cache remembers the rest
-        logits = model(fed, past_key_values=cache, use_cache=cache is not None).logits
+        logits = model(fed, **{CACHE_KEYWORD: cache}, use_cache=cache is not None).logits
         text = torch.cat([text, logits[:, -1:].argmax(-1)], dim=1)
     seconds = time.perf_counter() - begin
     queries = sum(q for q, _ in counted) // num_layers

@@ -2,7 +2,7 @@
 
 >>> import hf_kvopt                                                                       # doctest: +SKIP
 >>> model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="hf_kvopt")
->>> model.generate(**inputs, past_key_values=hf_kvopt.PagedCache())
+>>> model.generate(**inputs, cache=hf_kvopt.PagedCache())
 
 Importing registers the attention and its mask under "hf_kvopt", once, and touches nothing else.
 """
@@ -14,6 +14,7 @@ from hf_kvopt.cache.prefix import PrefixStats, PrefixStore
 from hf_kvopt.cache.prefix_cache import PrefixSharedCache
 from hf_kvopt.cache.quantized import QuantizedPagedCache
 from hf_kvopt.cache.stats import CacheStats
+from hf_kvopt.compat import CACHE_KEYWORD
 from hf_kvopt.config import CacheConfig
 from hf_kvopt.draft.heads.auto import DraftHead
 from hf_kvopt.draft.speculate import speculative
@@ -25,6 +26,7 @@ from hf_kvopt.sharing import prefix_store
 __version__ = "0.1.0"
 __all__ = [
     "ATTENTION_NAME",
+    "CACHE_KEYWORD",
     "CacheConfig",
     "CacheStateError",
     "CacheStats",

@@ -4,7 +4,6 @@
 `disable` puts both back. Nothing global changes.
 """
 
-import inspect
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.generation import GenerationConfig
 
+from hf_kvopt import compat
 from hf_kvopt.attention import mla
 from hf_kvopt.attention.bound import InstanceOverride
 from hf_kvopt.attention.register import ATTENTION_NAME
@@ -84,6 +84,7 @@ def enable(
         raise TypeError("enable takes the config from the model: got config as an option of the cache; drop it")
     if "format" in cache_options:
         raise TypeError(f"enable takes the format as the cache's name: got cache={cache!r} and a format; drop one")
+    compat.check()
     _check_supported(model, cache is not None, attention)
     if cache is not None:
         _make_cache(model, CACHES[cache], cache_options)  # refuse bad options now, not in the first generate
@@ -97,10 +98,10 @@ def enable(
     if cache is not None:
         # In the instance's own dict: `generate` calls the method through self (nn.Module would file it elsewhere).
         make = partial(_make_cache, factory=CACHES[cache], options=cache_options)
-        model.__dict__["_prepare_cache_for_generation"] = _CacheMaker(model, make)
+        model.__dict__[compat.MAKE_CACHE] = _CacheMaker(model, make)
     generates = None if drafting is None else DraftingGenerate(model, drafting)
     if sharing is not None:
-        model.__dict__["_prepare_cache_for_generation"] = _SharedCacheMaker(model, sharing)
+        model.__dict__[compat.MAKE_CACHE] = _SharedCacheMaker(model, sharing)
         install(model, sharing, generates)
     elif generates is not None:
         model.__dict__["generate"] = generates
@@ -113,7 +114,7 @@ def disable(model: PreTrainedModel) -> PreTrainedModel:
     if hasattr(model, _STATE):
         previous = getattr(model, _STATE)
         delattr(model, _STATE)
-        model.__dict__.pop("_prepare_cache_for_generation", None)
+        model.__dict__.pop(compat.MAKE_CACHE, None)
         mla.uninstall(model)
         uninstall(model)
         if model.config._attn_implementation != previous:
@@ -130,7 +131,7 @@ def _drafting(model: PreTrainedModel, draft: Any) -> SpeculativeDecoding | None:
 
 
 class _CacheMaker(InstanceOverride):
-    """Instead of `GenerationMixin._prepare_cache_for_generation`: our cache where that would make the default."""
+    """Make our cache where generate() would make its default one; replaces `compat.MAKE_CACHE` on one model."""
 
     def __init__(self, model: PreTrainedModel, make: Callable[[PreTrainedModel], Cache]) -> None:
         super().__init__(model)
@@ -140,36 +141,31 @@ class _CacheMaker(InstanceOverride):
         self,
         generation_config: GenerationConfig,
         model_kwargs: dict[str, Any],
-        generation_mode: Any,
-        batch_size: int,
-        max_cache_length: int,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
-        if generation_config.use_cache is False and isinstance(model_kwargs.get("past_key_values"), PagedCache):
+        model, given = self.module, model_kwargs.get(compat.CACHE_KEYWORD)
+        if generation_config.use_cache is False and isinstance(given, PagedCache):
             raise CacheStateError(
                 "use_cache=False with a cache passed in feeds the whole text again at every step: got both; drop "
-                "use_cache=False or past_key_values"
+                f"use_cache=False or {compat.CACHE_KEYWORD}"
             )
-        model = self.module
-        given = model_kwargs.get("past_key_values")
         if isinstance(given, PagedCache) and not generation_config.is_assistant:
-            mask = model_kwargs.get("attention_mask")
-            _check_given(
-                model, given, getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
-            )
+            _check_given(model, given, compat.prompt_columns(generation_config, model_kwargs.get("attention_mask")))
         is_ours_to_make = (
-            model_kwargs.get("past_key_values") is None
+            given is None
             and generation_config.use_cache is not False
             and generation_config.cache_implementation is None
-            and model._supports_default_dynamic_cache()
+            and compat.uses_standard_cache(model)
         )
         if not is_ours_to_make:
-            make_default = type(model)._prepare_cache_for_generation
-            make_default(model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+            make_default = compat.original(model, compat.MAKE_CACHE)
+            make_default(generation_config, model_kwargs, *args, **kwargs)
             return
         cache = self.make(model)
         if generation_config.is_assistant:
             cache.activate_past_recording()
-        model_kwargs["past_key_values"] = cache
+        model_kwargs[compat.CACHE_KEYWORD] = cache
 
 
 def _check_given(model: PreTrainedModel, cache: PagedCache, num_columns: int) -> None:
@@ -250,8 +246,7 @@ def _check_supported(model: PreTrainedModel, cache: bool, attention: bool) -> No
             f"{name} attends to a sparse selection of keys: got attention=True, which reads all; call "
             "enable(model, attention=False) to use the cache alone"
         )
-    takes_cache = "past_key_values" in inspect.signature(model.forward).parameters
-    if cache and not (takes_cache and model._supports_default_dynamic_cache()):  # type: ignore[operator]
+    if cache and not compat.uses_standard_cache(model):
         raise UnsupportedModel(
             f"{name} keeps its past in a cache of its own, or keeps none: got a cache that it would ignore; use the "
             "model as it is"

@@ -16,23 +16,20 @@ from functools import partial
 from typing import Any, Self
 
 import torch
-import transformers
-from packaging.version import Version
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation import GenerationConfig
 
+from hf_kvopt import compat
 from hf_kvopt.attention.bound import InstanceOverride
 from hf_kvopt.cache.prefix import PrefixStore
 from hf_kvopt.cache.prefix_cache import PrefixSharedCache
 from hf_kvopt.errors import CacheStateError
 
-# Before, a prefill in chunks began at the first token, whatever the cache held.
-_CHUNKS_GO_ON = Version(transformers.__version__) >= Version("5.21")
-OVERRIDES = ("generate", "_prefill")
+OVERRIDES = ("generate", compat.PREFILL)
 # What does not change a token's keys and values; anything else that generate() hands the model may.
 _HARMLESS = (
-    "past_key_values", "attention_mask", "position_ids", "use_cache", "logits_to_keep", "output_attentions",
+    *compat.CACHE_NAMES, "attention_mask", "position_ids", "use_cache", "logits_to_keep", "output_attentions",
     "output_hidden_states", "output_router_logits", "output_logits", "return_dict",
 )  # fmt: skip
 
@@ -123,7 +120,7 @@ class _Generate(SharingOverride):
 
 
 class _Prefill(SharingOverride):
-    """Instead of `GenerationMixin._prefill`: what is known of the prompts goes into the cache first."""
+    """Fill the cache with what the store knows of the prompts, then read the rest; replaces `compat.PREFILL`."""
 
     def __call__(
         self,
@@ -133,21 +130,26 @@ class _Prefill(SharingOverride):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        model, cache = self.module, model_kwargs.get("past_key_values")
+        model, cache = self.module, model_kwargs.get(compat.CACHE_KEYWORD)
         chunk_size = generation_config.prefill_chunk_size
         is_blank = isinstance(cache, PrefixSharedCache) and cache.is_blank
         # An early exit, which leaves layers out, would leave texts behind of which the whole model lacks layers.
         is_whole = isinstance(cache, PrefixSharedCache) and len(cache.layers) == cache.store.num_layers
-        if is_blank and is_whole and _says_all(input_ids, model_kwargs) and (chunk_size is None or _CHUNKS_GO_ON):
+        if (
+            is_blank
+            and is_whole
+            and _says_all(input_ids, model_kwargs)
+            and (chunk_size is None or compat.PREFILL_CHUNKS_GO_ON)
+        ):
             assert isinstance(cache, PrefixSharedCache)
             cache.store.begin(cache, input_ids, model_kwargs.get("attention_mask"), chunk_size=chunk_size)
-        return type(model)._prefill(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
+        return compat.original(model, compat.PREFILL)(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
 
 def install(model: PreTrainedModel, sharing: Sharing, inner: InstanceOverride | None = None) -> None:
     """Override the two methods on this instance; `inner` is what generates, where that is not the model's own."""
     model.__dict__["generate"] = _Generate(model, sharing, inner)
-    model.__dict__["_prefill"] = _Prefill(model, sharing)
+    model.__dict__[compat.PREFILL] = _Prefill(model, sharing)
 
 
 def uninstall(model: PreTrainedModel) -> None:

@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hf_kvopt import ATTENTION_NAME, PagedCache
+from hf_kvopt import ATTENTION_NAME, CACHE_KEYWORD, PagedCache
 
 VOCAB, WINDOW, NEW_TOKENS = 97, 20, 12
 KINDS = ("full", "sliding", "mixed")
@@ -74,7 +74,7 @@ def prompt(*lengths: int, seed: int = 0) -> dict[str, Tensor]:
 
 def generate(model: PreTrainedModel, inputs: dict[str, Tensor], cache: Any = None, **kwargs: Any) -> Tensor:
     """Generate greedily unless told otherwise, prompt included."""
-    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "past_key_values": cache, **kwargs}
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, CACHE_KEYWORD: cache, **kwargs}
     return model.generate(**inputs, **options)
 
 

@@ -19,18 +19,19 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "hf_kvopt"
 # What each room may import of the others; errors are everybody's.
 ALLOWED = {
-    "cache": ("cache", "pool", "quant", "config"),
-    "attention": ("attention", "pool.handle", "pool.lazy", "kernels"),
+    "cache": ("cache", "pool", "quant", "config", "compat"),
+    "attention": ("attention", "pool.handle", "pool.lazy", "kernels", "compat"),
     "pool": ("pool", "kernels", "quant"),
     "kernels": ("kernels", "quant"),
     "quant": ("quant",),
-    "draft": ("draft", "attention", "cache", "kernels.cpu_draft", "config"),
-    "plan": ("plan", "quant", "config"),
+    "draft": ("draft", "attention", "cache", "kernels.cpu_draft", "config", "compat"),
+    "plan": ("plan", "quant", "config", "compat"),
+    "compat": (),
     "config": (),
     "errors": (),
 }
 # Only these speak to transformers; the rest is torch alone.
-WITH_TRANSFORMERS = ("cache", "attention", "draft", "enable", "sharing", "plan", "cli", "__main__")
+WITH_TRANSFORMERS = ("cache", "attention", "draft", "enable", "sharing", "plan", "cli", "compat", "__main__")
 # Rungs 2 and 3 of the proof compile and time the kernels, which are no public names.
 KERNEL_PROOFS = ("evals/_gpu", "evals/gpu.py", "evals/kernels.py")
 PROVEN = ("hf_kvopt.kernels", "hf_kvopt.quant", "triton")
@@ -149,6 +150,25 @@ def test_triton_is_imported_under_kernels_alone():
 def test_transformers_is_imported_by_the_rooms_that_border_on_it_alone():
     here = {room(found.importer) for found in IMPORTS if found.imported.split(".")[0] == "transformers"}
     assert here <= set(WITH_TRANSFORMERS)
+
+
+# Private or renamed between versions.
+TRANSFORMERS_NAMES = (
+    "_prepare_cache_for_generation", "_prefill", "expand_kv", "_mask_length", "_pad_token_tensor", "_is_user_defined",
+    "_supports_default_dynamic_cache", "_can_set_attn_implementation", "past_key_values", "cache_params",
+    "get_layer_types_and_kwargs", "DYNAMIC_LAYER_TYPE_MAPPING", "masking_utils",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS_NAMES)
+def test_names_that_depend_on_the_version_stand_in_compat_alone(name):
+    wrong = []
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            said = {getattr(node, field, None) for field in ("attr", "id", "arg", "value", "name")}
+            if module != f"{PACKAGE}.compat" and name in said:
+                wrong.append(f"{module}:{node.lineno}")
+    assert not wrong
 
 
 def test_imports_are_absolute_and_stand_at_the_top():

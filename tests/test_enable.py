@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def caches_of(model: Any, **options: Any) -> Any:
     """Generate and hand back the cache that was used."""
-    return generate(model, prompt(9, 6), return_dict_in_generate=True, **options).past_key_values
+    return generate(model, prompt(9, 6), return_dict_in_generate=True, **options)[hf_kvopt.CACHE_KEYWORD]
 
 
 @pytest.mark.smoke
@@ -82,9 +82,9 @@ def test_cache_none_sets_the_attention_alone() -> None:
 
 def test_a_cache_of_ones_own_goes_before() -> None:
     model, own = hf_kvopt.enable(tiny_model()), PagedCache(block_size=128)
-    assert caches_of(model, past_key_values=own) is own
+    assert caches_of(model, **{hf_kvopt.CACHE_KEYWORD: own}) is own
     theirs = DynamicCache()
-    assert caches_of(model, past_key_values=theirs) is theirs
+    assert caches_of(model, **{hf_kvopt.CACHE_KEYWORD: theirs}) is theirs
 
 
 @pytest.mark.smoke
@@ -197,7 +197,7 @@ def test_an_enabled_model_is_freed_when_it_is_dropped() -> None:
 def test_a_format_is_the_name_of_a_cache(name: str) -> None:
     model = hf_kvopt.enable(tiny_model(), cache=name, skip_layers=("last",), layer_formats={"last": "int8"})
     out = generate(model, prompt(9, 6), return_dict_in_generate=True)
-    layers = out.past_key_values.layers
+    layers = out[hf_kvopt.CACHE_KEYWORD].layers
     assert [layer.format.name for layer in layers] == [name, "int8"]
     assert layers[0].pool.keys.codes.element_size() == 1
 

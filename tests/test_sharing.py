@@ -159,7 +159,7 @@ def test_a_failing_forward_keeps_nothing_half_done() -> None:
 def test_an_output_that_carries_the_cache_leaves_it_usable() -> None:
     model = sharing_model()
     first = generate(model, batch(SYSTEM), return_dict_in_generate=True)
-    cache = first.past_key_values
+    cache = first[hf_kvopt.CACHE_KEYWORD]
     assert isinstance(cache, PrefixSharedCache)
     longer = torch.cat([first.sequences, torch.tensor([text(5)])], dim=1)
     inputs = {"input_ids": longer, "attention_mask": torch.ones_like(longer)}

@@ -15,6 +15,7 @@ from transformers import Cache, PreTrainedModel
 
 from evals._common.memory import KVBytes, kv_bytes
 from evals._common.sides import Side
+from hf_kvopt import CACHE_KEYWORD
 
 
 class Scores(NamedTuple):
@@ -69,7 +70,7 @@ def _feed(
     cache: Cache,
     ids: Tensor,  # [batch, chunk]
 ) -> Tensor:  # [batch, chunk, vocab]
-    return model(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True).logits
+    return model(input_ids=ids.to(model.device), **{CACHE_KEYWORD: cache}, use_cache=True).logits
 
 
 def _score(

@@ -34,11 +34,15 @@ def make_sides(
     """The baseline first: transformers' default cache and attention."""
 
     def plain(inputs: Mapping[str, Tensor], settings: Settings) -> Tensor:
-        out: Tensor = dense.generate(**inputs, past_key_values=DynamicCache(config=dense.config), **settings)
+        out: Tensor = dense.generate(
+            **inputs, **{hf_kvopt.CACHE_KEYWORD: DynamicCache(config=dense.config)}, **settings
+        )
         return out
 
     def ours(inputs: Mapping[str, Tensor], settings: Settings) -> Tensor:
-        out: Tensor = paged.generate(**inputs, past_key_values=hf_kvopt.PagedCache(config=paged.config), **settings)
+        out: Tensor = paged.generate(
+            **inputs, **{hf_kvopt.CACHE_KEYWORD: hf_kvopt.PagedCache(config=paged.config)}, **settings
+        )
         return out
 
     def lookup(inputs: Mapping[str, Tensor], settings: Settings) -> Tensor:

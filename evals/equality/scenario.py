@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from evals._common.prompts import pad_left
+from hf_kvopt import CACHE_KEYWORD
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,7 @@ def run_scenario(
     out = model.generate(  # type: ignore[operator]
         input_ids=ids,
         attention_mask=mask,
-        past_key_values=cache,
+        **{CACHE_KEYWORD: cache},
         max_new_tokens=new_tokens,
         pad_token_id=pad_token_id,
         return_dict_in_generate=True,

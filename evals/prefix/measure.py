@@ -85,7 +85,7 @@ def _check(model: PreTrainedModel, store: hf_kvopt.PrefixStore, inputs: dict[str
         with _counted(model) as positions:
             output = _generate(model, inputs, NEW_TOKENS, return_dict_in_generate=True)
         prefill = sum(positions) - len(inputs["input_ids"]) * (NEW_TOKENS - 1)
-        size = store.stats().used_bytes if is_shared else kv_bytes(output.past_key_values).used
+        size = store.stats().used_bytes if is_shared else kv_bytes(output[hf_kvopt.CACHE_KEYWORD]).used
         if is_shared:
             timings.shared_tokens, timings.shared_bytes = prefill, size
         else:

@@ -9,6 +9,7 @@ from transformers import Cache, PreTrainedModel
 
 from evals._common.models import Subject
 from evals._common.sides import Side
+from hf_kvopt import CACHE_KEYWORD
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ def prefill(
     """Fill an empty cache in one forward, with the logits of the last token only, as generate() does."""
     accepts = "logits_to_keep" in inspect.signature(model.forward).parameters
     only_last = {"logits_to_keep": 1} if accepts else {}
-    return model(input_ids=ids, past_key_values=cache, use_cache=True, **only_last).logits[:, -1]
+    return model(input_ids=ids, **{CACHE_KEYWORD: cache}, use_cache=True, **only_last).logits[:, -1]
 
 
 @torch.no_grad()
@@ -51,7 +52,7 @@ def decode(
     """Feed one token a row and step; the cache grows by one token a step."""
     logits = []
     for step in range(ids.shape[1]):
-        out = model(input_ids=ids[:, step : step + 1], past_key_values=cache, use_cache=True)
+        out = model(input_ids=ids[:, step : step + 1], **{CACHE_KEYWORD: cache}, use_cache=True)
         logits.append(out.logits[:, -1])
     return logits
 
@@ -66,7 +67,7 @@ def generate(
     return model.generate(  # type: ignore[operator]
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
+        **{CACHE_KEYWORD: cache},
         min_new_tokens=new_tokens,
         max_new_tokens=new_tokens,
         do_sample=False,

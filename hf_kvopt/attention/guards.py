@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_kvopt.attention.mask import LazyMask, Pattern
-from hf_kvopt.attention.support import slides
+from hf_kvopt.compat import slides
 from hf_kvopt.errors import CacheStateError, UnsupportedModel
 from hf_kvopt.pool.handle import KVHandle
 

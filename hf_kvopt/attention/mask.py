@@ -6,14 +6,13 @@
 """
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import masking_utils
-from transformers.masking_utils import eager_mask, sdpa_mask
 
+from hf_kvopt import compat
 from hf_kvopt.attention.support import takes_boolean_masks
 from hf_kvopt.errors import CacheStateError, UnsupportedModel
 from hf_kvopt.pool.lazy import LazyTensor
@@ -98,7 +97,7 @@ def lazy_mask(
     kv_length: int,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
-    mask_function: Callable = masking_utils.causal_mask_function,
+    mask_function: Callable = compat.causal_mask_function,
     attention_mask: Tensor | None = None,
     device: torch.device | str = "cpu",
     **kwargs: Any,
@@ -115,39 +114,39 @@ def lazy_mask(
     )  # fmt: skip
     config = kwargs.get("config")
     if config is not None and not takes_boolean_masks(type(config)):
-        return eager_mask(**arguments)
+        return compat.eager_mask(**arguments)
     if torch.compiler.is_compiling() or (isinstance(q_offset, Tensor) and q_length == 1):
-        return sdpa_mask(**arguments)
+        return compat.sdpa_mask(**arguments)
     q_offset = int(q_offset)
     pattern = describe(mask_function)
     is_aligned = q_offset + q_length == kv_offset + kv_length
     if pattern is None or (not is_aligned and pattern != Pattern(False, None)):
-        return sdpa_mask(**arguments)
+        return compat.sdpa_mask(**arguments)
     if pattern.is_causal and attention_mask is not None and attention_mask.shape[-1] < q_offset + q_length:
         raise CacheStateError(
             f"attention_mask covers {attention_mask.shape[-1]} tokens: got {q_length} new ones behind {q_offset} "
             "cached ones; a mask covers both. Where generate() made it, the cache is not shorter than the prompt: call "
             "cache.reset(), or cache.crop(-n) so that at least the last prompt token is missing"
         )
-    padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    padding = compat.prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding is not None:
         padding = padding[:, kv_offset : kv_offset + kv_length]
         # One look at the mask a forward; on a GPU it would wait for the device, so padding is simply carried there.
         if padding.device.type == "cpu" and bool(padding.all()):
             padding = None
     shape = (batch_size, 1, q_length, kv_length)
-    return LazyMask(shape, torch.device(device), pattern, padding, lambda: sdpa_mask(**arguments))
+    return LazyMask(shape, torch.device(device), pattern, padding, lambda: compat.sdpa_mask(**arguments))
 
 
 def describe(mask_function: Callable) -> Pattern | None:
     """The pattern that one of transformers' own mask functions stands for; None for any other function."""
-    if mask_function is masking_utils.causal_mask_function:
+    if mask_function is compat.causal_mask_function:
         return Pattern(is_causal=True, window=None)
-    if mask_function is masking_utils.bidirectional_mask_function:
+    if mask_function is compat.bidirectional_mask_function:
         return Pattern(is_causal=False, window=None)
-    parts = _closure(mask_function, _AND_MASK).get("mask_functions", ())
-    if len(parts) == 2 and parts[1] is masking_utils.causal_mask_function:
-        window = _closure(parts[0], _SLIDING).get("sliding_window")
+    parts = _closure(mask_function, _and_mask()).get("mask_functions", ())
+    if len(parts) == 2 and parts[1] is compat.causal_mask_function:
+        window = _closure(parts[0], _sliding()).get("sliding_window")
         if isinstance(window, int):
             return Pattern(is_causal=True, window=window)
     return None
@@ -162,5 +161,15 @@ def _closure(function: Callable, like: Callable) -> dict[str, Any]:
     return {name: cell.cell_contents for name, cell in zip(code.co_freevars, cells, strict=True)}
 
 
-_AND_MASK = masking_utils.and_masks(masking_utils.causal_mask_function)
-_SLIDING = masking_utils.sliding_window_overlay(1)
+@cache
+def _and_mask() -> Callable:
+    """A mask function that transformers joins from parts."""
+    made: Callable = compat.and_masks(compat.causal_mask_function)
+    return made
+
+
+@cache
+def _sliding() -> Callable:
+    """A mask function of transformers that hides what lies before a window."""
+    made: Callable = compat.sliding_window_overlay(1)
+    return made

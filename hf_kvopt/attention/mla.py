@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_kvopt import compat
 from hf_kvopt.attention.bound import InstanceOverride
 from hf_kvopt.kernels.cpu import attend
 from hf_kvopt.kernels.pattern import Pattern
@@ -63,14 +64,14 @@ def install(model: nn.Module) -> None:
         projection = getattr(module, "kv_b_proj", None)
         # A quantized, adapted or sharded projection has no plain weight to absorb.
         is_plain = type(projection) is nn.Linear and projection.bias is None and type(projection.weight) is nn.Parameter
-        if hasattr(module, "expand_kv") and is_plain:
-            module.__dict__["expand_kv"] = _Expander(module)
+        if hasattr(module, compat.EXPAND_KV) and is_plain:
+            module.__dict__[compat.EXPAND_KV] = _Expander(module)
 
 
 def uninstall(model: nn.Module) -> None:
     """Undo `install`."""
     for module in model.modules():
-        module.__dict__.pop("expand_kv", None)
+        module.__dict__.pop(compat.EXPAND_KV, None)
 
 
 def is_absorbable(query: Tensor, key: Tensor) -> bool:
@@ -104,7 +105,7 @@ class _Expander(InstanceOverride):
 
 def _expand(module: nn.Module, kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
     """The model's own expansion."""
-    keys, values = type(module).expand_kv(module, kv_nope, k_rot)  # type: ignore[attr-defined]
+    keys, values = compat.original(module, compat.EXPAND_KV)(kv_nope, k_rot)
     return keys, values
 
 

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import get_layer_types_and_kwargs
 
 
 class ModelTraits(NamedTuple):
@@ -51,11 +50,3 @@ def model_traits(config_class: type[PreTrainedConfig]) -> ModelTraits:
 def _modelling_module(config_class: type[PreTrainedConfig]) -> ModuleType | None:
     name = config_class.__module__
     return sys.modules.get(name.replace("configuration_", "modeling_")) if "configuration_" in name else None
-
-
-def slides(config: PreTrainedConfig, layer_idx: int) -> bool:
-    """Whether transformers' cache would slide at this layer."""
-    if not config.is_heterogeneous and getattr(config, "sliding_window", None) is None:
-        return False  # without reading the types of all layers, which takes longer than a short attention
-    types, _ = get_layer_types_and_kwargs(config)
-    return layer_idx < len(types) and types[layer_idx] == "sliding_attention"

@@ -1,1 +1,1 @@
-"""Caches that a user passes as `past_key_values`."""
+"""Caches that a user passes to `generate`."""

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import get_layer_types_and_kwargs
 
+from hf_kvopt import compat
 from hf_kvopt.errors import UnsupportedModel
 
 _SHARED_KINDS = ("full_attention", "sliding_attention", "chunked_attention", "dummy")
@@ -37,7 +37,7 @@ def require_shareable(config: PreTrainedConfig, forward_parameters: Any = None) 
             f"the encoder's input as well as on the tokens; {advice}"
         )
     decoder = config.get_text_config(decoder=True)
-    kinds = sorted(set(get_layer_types_and_kwargs(decoder)[0]) - set(_SHARED_KINDS))
+    kinds = sorted(set(compat.layer_types(decoder)[0]) - set(_SHARED_KINDS))
     if kinds:
         raise UnsupportedModel(
             f"prefixes cannot be shared for {name}: got layers of kind {', '.join(kinds)}, whose states sum up a text "

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedConfig
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, LinearAttentionLayer, get_layer_types_and_kwargs
+from transformers.cache_utils import LinearAttentionLayer
 
+from hf_kvopt import compat
 from hf_kvopt.cache.fixed import FixedLayer
 from hf_kvopt.cache.hybrid import HybridLayer
 from hf_kvopt.cache.layer import PagedLayer
@@ -52,7 +53,7 @@ class LayerMaker(NamedTuple):
     def layers(self, config: PreTrainedConfig) -> list[Any]:
         """One cache layer for each layer of the decoder that `config`, resolved, describes."""
         # Without those that an early exit (`assistant_early_exit`) leaves out: their kinds are named, and no more.
-        kinds, options = get_layer_types_and_kwargs(config)
+        kinds, options = compat.layer_types(config)
         # As stored: where the rank differs by layer, the config refuses to name one.
         is_latent = vars(config).get("kv_lora_rank") is not None
         return [
@@ -66,7 +67,7 @@ class LayerMaker(NamedTuple):
 
     def resolved(self, config: PreTrainedConfig) -> "LayerMaker":
         """The same with the layers that the formats name from the end numbered; raises ValueError for one too many."""
-        kinds = [kind for kind, _ in zip(*get_layer_types_and_kwargs(config), strict=False)]
+        kinds = [kind for kind, _ in zip(*compat.layer_types(config), strict=False)]
         paged = [i for i, kind in enumerate(kinds) if self.is_paged(kind)] or [0]
         return self._replace(formats=self.formats.resolve(len(kinds), paged[0], paged[-1]))
 
@@ -75,7 +76,7 @@ def _stock_layer(kind: str, options: dict[str, Any]) -> Any:
     # Recurrent states, indexers and compressed keys have no blocks: transformers' own layers keep them.
     if kind not in _WITHOUT_KV:
         _say_once(kind)
-    return DYNAMIC_LAYER_TYPE_MAPPING[kind](**options)
+    return compat.stock_layer(kind, options)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""PagedCache: a drop-in `past_key_values` whose memory comes in blocks.
+"""PagedCache: a drop-in cache for `generate` whose memory comes in blocks.
 
     cache.layers   PagedLayer 0  PagedLayer 1  (stock linear layer)  PagedLayer 3 ...
                         └─ table "full" ─┴──────────┐                     └─ table "window 512"
@@ -39,7 +39,8 @@ _NATIVE = FormatPolicy()
 
 
 class PagedCache(DynamicCache):
-    """KV cache in blocks for `model.generate(..., past_key_values=PagedCache())`.
+    """KV cache in blocks for `model.generate(..., cache=PagedCache())`; before transformers 5.24 the argument is
+    `past_key_values`, which newer ones take too.
 
     Args:
         config: the model's config. Needed for models with linear-attention layers, and for sliding layers to free
@@ -59,7 +60,7 @@ class PagedCache(DynamicCache):
     back).
 
     >>> with PagedCache() as cache:                                                       # doctest: +SKIP
-    ...     model.generate(**inputs, past_key_values=cache)
+    ...     model.generate(**inputs, cache=cache)
     """
 
     def __init__(

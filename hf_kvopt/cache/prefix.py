@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from hf_kvopt import compat
 from hf_kvopt.cache import prefix_file
 from hf_kvopt.cache.identity import require_shareable, state_of
 from hf_kvopt.cache.prefix_cache import PrefixSharedCache, texts_of
@@ -73,7 +74,7 @@ class PrefixStore:
 
     >>> store = PrefixStore(model)                                                       # doctest: +SKIP
     >>> cache = store.cache(inputs.input_ids, inputs.attention_mask)
-    >>> output_ids = model.generate(**inputs, past_key_values=cache)
+    >>> output_ids = model.generate(**inputs, cache=cache)
     >>> store.commit(cache, output_ids)
     """
 
@@ -89,6 +90,7 @@ class PrefixStore:
     ) -> None:
         if not isinstance(model_or_config, PreTrainedModel | PreTrainedConfig):
             raise TypeError(f"a store takes a transformers model or config: got {type(model_or_config).__name__}")
+        compat.check()
         self._model: weakref.ref[PreTrainedModel] | None = None
         parameters: Collection[str] | None = None
         if isinstance(model_or_config, PreTrainedModel):
@@ -116,7 +118,7 @@ class PrefixStore:
     def cache(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, *, namespace: Hashable = None
     ) -> PrefixSharedCache:
-        """A cache for one `generate(input_ids, attention_mask, past_key_values=cache)`, filled as far as it can be.
+        """A cache for one `generate(input_ids, attention_mask, cache=cache)`, filled as far as it can be.
 
         Args:
             input_ids: [batch, length]; expanded for beams and returned sequences by itself.

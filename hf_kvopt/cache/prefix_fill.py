@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hf_kvopt import compat
 from hf_kvopt.cache.prefix_cache import PrefixSharedCache
 from hf_kvopt.errors import OutOfBlocks
 from hf_kvopt.pool.prefix_index import Match
@@ -126,8 +127,8 @@ def _forward(
         attention_mask=mask.long() if not bool(mask.all()) else None,
         # Not beyond a row's own: a table of positions may end there.
         position_ids=lengths + torch.arange(longest, device=device).minimum(new[:, None] - 1).clamp(min=0),
-        past_key_values=cache,
         use_cache=True,
+        **{compat.cache_keyword(model): cache},
         **extras,
     )
 

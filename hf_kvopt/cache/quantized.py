@@ -50,7 +50,7 @@ class QuantizedPagedCache(PagedCache):
     Source: KIVI, arXiv:2402.02750 (keys and values lose differently); QuaRot, arXiv:2404.00456 (rotation); transformers
     issues #35185 (key biases ruin 4-bit keys), #48677 (dequantizing the past at each step is slower than bfloat16).
 
-    >>> model.generate(**inputs, past_key_values=QuantizedPagedCache(model.config, format="int8"))  # doctest: +SKIP
+    >>> model.generate(**inputs, cache=QuantizedPagedCache(model.config, format="int8"))  # doctest: +SKIP
     """
 
     def __init__(

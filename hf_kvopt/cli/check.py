@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
+from hf_kvopt import compat
 from hf_kvopt.cache.paged import PagedCache
 from hf_kvopt.cache.quantized import QuantizedPagedCache
 from hf_kvopt.enable import disable, enable
@@ -180,7 +181,8 @@ class _Side:
         else:
             disable(self.subject)
         # On the CPU, so that a GPU has done its work when the clock is read.
-        return self.subject(input_ids=ids, past_key_values=self.cache, logits_to_keep=1).logits[:, -1].argmax(-1).cpu()
+        keywords = {compat.cache_keyword(self.subject): self.cache, "logits_to_keep": 1}
+        return self.subject(input_ids=ids, **keywords).logits[:, -1].argmax(-1).cpu()
 
 
 def _cache(subject: PreTrainedModel, format: str, block_size: int) -> PagedCache:

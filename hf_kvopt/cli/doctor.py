@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from packaging.requirements import Requirement
 
+from hf_kvopt import compat
 from hf_kvopt.cli.screen import Parser, as_json, pairs, table
 from hf_kvopt.cli.trial import Trial, run_trials
 from hf_kvopt.errors import UnsupportedDevice
@@ -90,7 +91,10 @@ def _version(requirement: Requirement) -> Finding:
         missing = f"missing, wanted {requirement.specifier}: pip install 'hf-kvopt[evals]'"
         return Finding(requirement.name, "off", missing) if is_extra else Finding(requirement.name, "BAD", missing)
     fits = requirement.specifier.contains(version, prereleases=True)
-    detail = f"{version} (tested with {requirement.specifier})"
+    detail = f"{version} (takes {requirement.specifier})"
+    if requirement.name == "transformers":
+        tested = f"tested with {compat.OLDEST_TESTED} to {compat.NEWEST_TESTED}"
+        detail = f"{version} ({tested}{': this one is newer, compare outputs once' if compat.is_untested() else ''})"
     return Finding(requirement.name, "ok" if fits else "BAD", detail)
 
 

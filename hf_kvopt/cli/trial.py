@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from hf_kvopt import compat
 from hf_kvopt.enable import CACHES, disable, enable
 from hf_kvopt.errors import UnsupportedDevice
 
@@ -39,7 +40,7 @@ def run_trials(device: str, names: list[str] | None = None, new_tokens: int = NE
     model = _tiny_model(device)
     ids = torch.randint(3, 97, (2, PROMPT_LEN), generator=torch.Generator().manual_seed(0)).to(device)
     model.set_attn_implementation("eager")
-    want = _generate(model, ids, new_tokens=new_tokens, past_key_values=DynamicCache(config=model.config))
+    want = _generate(model, ids, new_tokens=new_tokens, **{compat.CACHE_KEYWORD: DynamicCache(config=model.config)})
     return [_trial(model, ids, want, name, new_tokens) for name in (names if names is not None else TRIALS)]
 
 

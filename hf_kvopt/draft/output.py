@@ -18,6 +18,8 @@ from transformers.generation import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from hf_kvopt import compat
+
 
 class Output:
     """Ids, lengths and ends of all rows of one generate() call.
@@ -43,8 +45,8 @@ class Output:
             int(token) for one in criteria if isinstance(one, EosTokenCriteria) for token in one.eos_token_id.flatten()
         }
         self.others = [c for c in criteria if not isinstance(c, MaxLengthCriteria | EosTokenCriteria)]
-        pad = config._pad_token_tensor
-        self.ids = input_ids.new_full((batch, self.max_length), 0 if pad is None else int(pad))
+        self.pad = compat.pad_token(config)
+        self.ids = input_ids.new_full((batch, self.max_length), self.pad)
         self.ids[:, :prompt_len] = input_ids
         self.prompt_len, self.lens, self.is_done = prompt_len, [prompt_len] * batch, [False] * batch
         self.streamer = streamer
@@ -80,7 +82,7 @@ class Output:
                     kept[row].append(new[count - 1])
             if self._ends(row, token, start + count):
                 self.is_done[row] = True
-                self.ids[row, start + count : start + len(tokens)] = self.ids.new_tensor(self._pad)
+                self.ids[row, start + count : start + len(tokens)] = self.ids.new_tensor(self.pad)
                 tokens = tokens[:count]
                 break
         self.lens[row] = start + len(tokens)
@@ -99,13 +101,8 @@ class Output:
             sequences=sequences,  # type: ignore[arg-type]
             scores=_by_step(self.scores),  # type: ignore[arg-type]
             logits=_by_step(self.logits),  # type: ignore[arg-type]
-            past_key_values=cache,
+            **{compat.CACHE_KEYWORD: cache},
         )
-
-    @property
-    def _pad(self) -> int:
-        pad = self.config._pad_token_tensor
-        return 0 if pad is None else int(pad)
 
     def _ends(self, row: int, token: int, length: int) -> bool:
         if token in self.eos or length >= self.max_length:

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation import GenerationConfig
 
+from hf_kvopt import compat
 from hf_kvopt.cache.paged import PagedCache
 from hf_kvopt.draft.drafter import Read
 from hf_kvopt.draft.reader import Reader
@@ -37,7 +38,7 @@ def prefill(
     """
     if feature_layers:
         model_kwargs = {**model_kwargs, "output_hidden_states": True}
-    outputs = model._prefill(input_ids, config, model_kwargs)  # type: ignore[operator]
+    outputs = getattr(model, compat.PREFILL)(input_ids, config, model_kwargs)
     features = features_of(outputs, feature_layers)
     columns = int(cache.get_seq_length())
     mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")

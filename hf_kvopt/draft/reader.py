@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_kvopt import compat
 from hf_kvopt.cache.paged import PagedCache
 from hf_kvopt.draft.tree import TreeShape, ancestor_mask
 
@@ -56,9 +57,9 @@ class Reader:
         return self.model(
             input_ids=tokens,
             attention_mask=mask,
-            past_key_values=self.cache,
             use_cache=True,
             return_dict=True,
+            **{compat.cache_keyword(self.model): self.cache},
             **kwargs,
         )
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicCache
 from transformers.generation import (
     GenerateDecoderOnlyOutput,
     GenerationConfig,
@@ -17,6 +16,7 @@ from transformers.generation import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from hf_kvopt import compat
 from hf_kvopt.cache.paged import PagedCache
 from hf_kvopt.cache.quantized import QuantizedPagedCache
 from hf_kvopt.draft.assistant import AssistantDrafter
@@ -90,6 +90,7 @@ class SpeculativeDecoding:
             UnsupportedModel: a model whose past cannot be taken back token by token.
             CacheStateError: a cache of another kind.
         """
+        compat.check()
         names = inspect.signature(model.forward).parameters
         self._check(model, input_ids, generation_config, model_kwargs)
         scores = NodeScores(logits_processor, len(input_ids))
@@ -99,7 +100,7 @@ class SpeculativeDecoding:
             assert self.tokenizer is not None
             strings = StopStringCriteria(self.tokenizer, self.stop_strings)
             stopping_criteria = StoppingCriteriaList([*stopping_criteria, strings])
-        kwargs = {**model_kwargs, "past_key_values": cache}
+        kwargs = {**model_kwargs, compat.CACHE_KEYWORD: cache}
         for name in ("logits_to_keep", "num_logits_to_keep"):
             if name in names:
                 kwargs[name] = 1
@@ -235,16 +236,16 @@ def _drafter_of(
 
 def _cache_for(model: PreTrainedModel, kwargs: dict[str, Any]) -> tuple[PagedCache, bool]:
     """The cache of this call, and whether it is nobody else's."""
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get(compat.CACHE_KEYWORD)
     if isinstance(cache, PagedCache):
         # A cache of a derived kind belongs to whoever made it: it outlives the call.
-        is_own = type(cache) in _PLAIN_CACHES and not getattr(cache, "_is_user_defined", False)
-    elif cache is None or (type(cache) is DynamicCache and not getattr(cache, "_is_user_defined", False)):
+        is_own = type(cache) in _PLAIN_CACHES and not compat.is_user_defined(cache)
+    elif cache is None or compat.is_default_cache(cache):
         cache, is_own = PagedCache(config=model.config.get_text_config(decoder=True)), True
     else:
         raise CacheStateError(
             f"speculation needs rows that can be cut one by one: got a {type(cache).__name__}; pass "
-            "past_key_values=hf_kvopt.PagedCache(config=model.config), or none"
+            f"{compat.CACHE_KEYWORD}=hf_kvopt.PagedCache(config=model.config), or none"
         )
     if cache._stock_layers():
         raise UnsupportedModel(

@@ -3,7 +3,7 @@
     pool[slot // block_size, slot % block_size, head] = quantize(x[token, head])      slot -1: skipped
 
 Rotary embedding is not fused in: attention modules of transformers rotate q and k before they call
-`past_key_values.update`, so that the kernel receives rotated keys, and taking the rotation over would mean
+`cache.update`, so that the kernel receives rotated keys, and taking the rotation over would mean
 replacing each model's forward.
 """
 

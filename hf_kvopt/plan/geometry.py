@@ -10,8 +10,8 @@ Kinds come from transformers' own `get_layer_types_and_kwargs`, from which its c
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedConfig
-from transformers.cache_utils import get_layer_types_and_kwargs
 
+from hf_kvopt import compat
 from hf_kvopt.plan.inputs import BadInput
 
 _KINDS = {
@@ -65,7 +65,7 @@ def layers_of(config: PreTrainedConfig) -> list[LayerKV]:
     """
     decoder = config.get_text_config(decoder=True)
     try:
-        kinds, options = get_layer_types_and_kwargs(decoder)
+        kinds, options = compat.layer_types(decoder)
         parts = list(decoder.per_layer_config)
     except (AttributeError, TypeError, ValueError) as error:
         raise BadInput(

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from hf_kvopt import compat
 from hf_kvopt.plan.capacity import CARD_SHARE
 from hf_kvopt.plan.devices import Device, get_device
 from hf_kvopt.plan.geometry import LayerKV, layers_of
@@ -60,7 +61,7 @@ class Setup:
         """Whether the model's attention can be chosen, and reads all keys."""
         model = model_class(self.config)
         indexed = any(layer.has_kv and not layer.is_paged for layer in self.layers)
-        return not indexed and model is not None and bool(model._can_set_attn_implementation())
+        return not indexed and model is not None and compat.can_choose_attention(model)
 
     @property
     def has_states(self) -> bool:

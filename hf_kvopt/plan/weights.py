@@ -1,6 +1,5 @@
 """Parameters and bytes of a model's weights, counted on the meta device: exact, and no byte of weights is made."""
 
-import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -8,6 +7,7 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from hf_kvopt import compat
 from hf_kvopt.errors import UnsupportedModel
 
 _MAPPINGS = (
@@ -63,8 +63,7 @@ def require_kv_cache(config: PreTrainedConfig) -> None:
             f"no class of transformers generates with a {config.model_type} config: got a model without a KV cache; "
             "expected a language model, for example model_type llama"
         )
-    takes_cache = "past_key_values" in inspect.signature(model.forward).parameters
-    if not (takes_cache and model._supports_default_dynamic_cache()):  # type: ignore[attr-defined]
+    if not compat.uses_standard_cache(model):
         raise UnsupportedModel(
             f"{model.__name__} keeps its past in a cache of its own, or keeps none: got a model without keys and "
             "values to count; expected a model with attention, for example model_type llama"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_kvopt import ATTENTION_NAME, PagedCache
+from hf_kvopt import ATTENTION_NAME, CACHE_KEYWORD, PagedCache
 from hf_kvopt.errors import KVOptError
 from tests.attention.models import assert_equal, case_named, from_config, prompts
 from tests.models.tiny import build
@@ -49,8 +49,8 @@ def test_a_model_without_the_interface_steps_right_or_refuses(name):
     try:
         model = from_config(name, ATTENTION_NAME)
         cache = PagedCache(model.config)
-        first = model(input_ids=ids[:, :11], attention_mask=mask[:, :11], past_key_values=cache).logits
-        last = model(input_ids=ids[:, 11:], attention_mask=mask, past_key_values=cache).logits
+        first = model(input_ids=ids[:, :11], attention_mask=mask[:, :11], **{CACHE_KEYWORD: cache}).logits
+        last = model(input_ids=ids[:, 11:], attention_mask=mask, **{CACHE_KEYWORD: cache}).logits
     except (KeyError, KVOptError):
         return
     got = torch.cat([first, last], dim=1)

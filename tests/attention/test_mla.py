@@ -18,7 +18,7 @@ def model():
 def logits(model, ids, pieces):
     cache = hf_kvopt.PagedCache(model.config)
     with torch.no_grad():
-        parts = [model(piece, past_key_values=cache).logits for piece in ids.split(pieces, dim=1)]
+        parts = [model(piece, **{hf_kvopt.CACHE_KEYWORD: cache}).logits for piece in ids.split(pieces, dim=1)]
     return torch.cat(parts, dim=1), cache
 
 
@@ -64,7 +64,7 @@ def test_other_operations_on_latents_get_the_expansion(model):
     hf_kvopt.enable(model)
     cache = hf_kvopt.PagedCache(model.config)
     with torch.no_grad():
-        model(prompts(1, 12), past_key_values=cache)
+        model(prompts(1, 12), **{hf_kvopt.CACHE_KEYWORD: cache})
     module = next(module for module in model.modules() if hasattr(module, "expand_kv"))
     keys, values = module.expand_kv(cache.layers[0].keys, cache.layers[0].values)
     dense_keys, dense_values = type(module).expand_kv(

@@ -6,7 +6,7 @@ from transformers import masking_utils
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf_kvopt import ATTENTION_NAME, PagedCache
+from hf_kvopt import ATTENTION_NAME, CACHE_KEYWORD, PagedCache
 from hf_kvopt.attention.mask import LazyMask
 from tests.attention.models import DECODERS, assert_equal, caches, case_named, pair, prompts
 from tests.models.inputs import inputs_for
@@ -51,7 +51,7 @@ def test_a_prefill_and_steps_in_pieces_equal_one_forward(name, kind, rows):
     got = []
     for first, last in ((0, 6), (6, 7), (7, 8), (8, 12)):
         part = {key: x[:, :last] if key == "attention_mask" else x[:, first:last] for key, x in given.items()}
-        got.append(ours(**part, past_key_values=cache).logits)
+        got.append(ours(**part, **{CACHE_KEYWORD: cache}).logits)
     assert_equal(torch.cat(got, dim=1), want, mask)
 
 
@@ -66,7 +66,7 @@ def test_padded_generation_equals_eager(name, kind):
     cache = caches(ours)[kind]
     if case.modality != "text":
         cache = EncoderDecoderCache(cache, caches(ours)[kind])
-    got = generate(ours, inputs_for(case, ours), past_key_values=cache)
+    got = generate(ours, inputs_for(case, ours), **{CACHE_KEYWORD: cache})
     assert torch.equal(got.tokens, reference(case).tokens)
     assert_equal(got.logits.transpose(0, 1), reference(case).logits.transpose(0, 1))
 
@@ -107,11 +107,11 @@ def test_a_tree_is_verified_branch_by_branch(name, kind, is_float):
     # Short enough that no window has been left behind.
     past, branch = prompts(batch=1, length=3), prompts(batch=1, length=5, seed=1)
     cache = caches(ours)[kind]
-    ours(input_ids=past, past_key_values=cache)
+    ours(input_ids=past, **{CACHE_KEYWORD: cache})
     mask = as_float(tree_mask(3)) if is_float else tree_mask(3)
     positions = torch.tensor([[3, 4, 5, 4, 5]])
     mask = by_layer_type(ours, mask)
-    got = ours(input_ids=branch, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+    got = ours(input_ids=branch, attention_mask=mask, position_ids=positions, **{CACHE_KEYWORD: cache}).logits
     for nodes in ([0, 1, 2], [0, 3, 4]):
         alone = ours(input_ids=torch.cat([past, branch[:, nodes]], dim=1), use_cache=False).logits
         assert_equal(got[:, nodes], alone[:, 3:])
@@ -176,10 +176,10 @@ def test_chunked_attention_equals_eager_at_every_chunk_border(length, kind):
     mask[1, :2] = 0
     want = eager(input_ids=ids, attention_mask=mask, use_cache=False).logits
     cache = caches(ours)[kind]
-    got = [ours(input_ids=ids[:, :length], attention_mask=mask[:, :length], past_key_values=cache).logits]
+    got = [ours(input_ids=ids[:, :length], attention_mask=mask[:, :length], **{CACHE_KEYWORD: cache}).logits]
     for last in range(length + 1, length + 4):
         step = {"input_ids": ids[:, last - 1 : last], "attention_mask": mask[:, :last]}
-        got.append(ours(**step, position_ids=torch.full((2, 1), last - 1), past_key_values=cache).logits)
+        got.append(ours(**step, position_ids=torch.full((2, 1), last - 1), **{CACHE_KEYWORD: cache}).logits)
     assert_equal(torch.cat(got, dim=1), want, mask)
 
 
@@ -194,7 +194,7 @@ def test_cross_attention_sees_the_whole_encoder_but_its_padding(name, lengths):
     want = eager(**given, use_cache=False).logits
     assert_equal(ours(**given, use_cache=False).logits, want)
     cache = EncoderDecoderCache(PagedCache(), PagedCache())
-    assert_equal(ours(**given, past_key_values=cache).logits, want)
+    assert_equal(ours(**given, **{CACHE_KEYWORD: cache}).logits, want)
 
 
 @pytest.mark.parametrize("name", ["LlavaForConditionalGeneration", "Qwen2VLForConditionalGeneration"])
@@ -216,7 +216,7 @@ def test_half_precision_is_near_eager(name):
     ids, mask = prompts(), torch.tensor(MASKS["left"])
     exact = pair(name)[0](input_ids=ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
     want = eager(input_ids=ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
-    got = ours(input_ids=ids, attention_mask=mask, past_key_values=PagedCache(ours.config)).logits[mask.bool()]
+    got = ours(input_ids=ids, attention_mask=mask, **{CACHE_KEYWORD: PagedCache(ours.config)}).logits[mask.bool()]
     assert (got - exact).abs().mean() <= 2 * (want - exact).abs().mean() + 1e-5
 
 

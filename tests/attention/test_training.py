@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from hf_kvopt import PagedCache
+from hf_kvopt import CACHE_KEYWORD, PagedCache
 from hf_kvopt.errors import CacheStateError
 from tests.attention.models import assert_equal, pair, prompts
 
@@ -68,9 +68,9 @@ def test_a_paged_cache_refuses_states_that_want_gradients():
     ours = pair("llama")[1]
     cache = PagedCache()
     with pytest.raises(CacheStateError, match="keeps no graph of its writes"):
-        ours(input_ids=prompts(), past_key_values=cache)
+        ours(input_ids=prompts(), **{CACHE_KEYWORD: cache})
     with torch.no_grad():
-        assert_equal(ours(input_ids=prompts(), past_key_values=cache).logits, ours(input_ids=prompts()).logits)
+        assert_equal(ours(input_ids=prompts(), **{CACHE_KEYWORD: cache}).logits, ours(input_ids=prompts()).logits)
 
 
 def test_a_dense_cache_carries_gradients():
@@ -79,8 +79,8 @@ def test_a_dense_cache_carries_gradients():
     found = []
     for model in (eager, ours):
         cache = DynamicCache()
-        model(input_ids=ids[:, :8], past_key_values=cache)
-        logits = model(input_ids=ids[:, 8:], past_key_values=cache).logits
+        model(input_ids=ids[:, :8], **{CACHE_KEYWORD: cache})
+        logits = model(input_ids=ids[:, 8:], **{CACHE_KEYWORD: cache}).logits
         weight = model.model.layers[0].self_attn.k_proj.weight
         found.append(torch.autograd.grad(logits.square().mean(), weight)[0])
     assert torch.allclose(*found, rtol=1e-3, atol=1e-4 * found[0].abs().max())
@@ -92,6 +92,6 @@ def test_a_gather_for_a_foreign_operation_is_said_once(caplog):
         for _ in range(3):
             cache = PagedCache()
             for first in (0, 5, 6):
-                eager(input_ids=prompts()[:, first : first + 1], past_key_values=cache)
+                eager(input_ids=prompts()[:, first : first + 1], **{CACHE_KEYWORD: cache})
     messages = [record.getMessage() for record in caplog.records if record.name.startswith("hf_kvopt")]
     assert len(messages) == len(set(messages))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_kvopt import CacheConfig, CacheStateError, OutOfBlocks, PagedCache
+from hf_kvopt import CACHE_KEYWORD, CacheConfig, CacheStateError, OutOfBlocks, PagedCache
 from tests.helpers import (
     KINDS,
     assert_usable,
@@ -27,7 +27,7 @@ def prefilled(kind: str = "full", **options: Any) -> PagedCache:
     """Fill a cache with TEXT."""
     cache = PagedCache(config=tiny_config(kind), **options)
     with torch.no_grad():
-        tiny_model(kind)(TEXT, past_key_values=cache)
+        tiny_model(kind)(TEXT, **{CACHE_KEYWORD: cache})
     return cache
 
 
@@ -78,7 +78,7 @@ def test_a_config_of_the_wrong_type_is_refused(config: Any) -> None:
 def test_a_cache_of_another_model_of_the_same_geometry_is_refused(kind: str) -> None:
     model, cache = tiny_model(kind), PagedCache(config=tiny_config(kind))
     with torch.no_grad():
-        model(TEXT, past_key_values=cache)
+        model(TEXT, **{CACHE_KEYWORD: cache})
     longer = torch.cat([TEXT, TEXT[:, :4]], dim=1)
     with pytest.raises(CacheStateError, match=r"filled by another model.*cache\.free\(\)"):
         generate(tiny_model(kind, seed=1), unpadded(longer), cache)
@@ -100,7 +100,7 @@ def test_a_cache_of_another_geometry_is_refused() -> None:
 def test_a_reused_cache_that_is_not_shorter_than_the_prompt_is_refused(kind: str, prompt_len: int) -> None:
     model, cache = tiny_model(kind), PagedCache(config=tiny_config(kind))
     with torch.no_grad():
-        model(TEXT, past_key_values=cache)
+        model(TEXT, **{CACHE_KEYWORD: cache})
     with pytest.raises(CacheStateError, match=r"not shorter than the prompt.*cache\.reset\(\), or cache\.crop"):
         generate(model, unpadded(TEXT[:, :prompt_len]), cache)
     assert_as_before(cache, kind, model)
@@ -179,7 +179,7 @@ def test_a_layer_that_never_stores_does_not_cost_the_others_their_tokens(has_con
 def test_states_that_require_gradients_are_refused() -> None:
     model, cache = tiny_model(), PagedCache()
     with pytest.raises(CacheStateError, match=r"keeps no graph.*torch\.no_grad\(\)"):
-        model(TEXT, past_key_values=cache)
+        model(TEXT, **{CACHE_KEYWORD: cache})
     assert cache.stats().used_blocks == 0
     assert_usable(cache)
 
@@ -196,7 +196,7 @@ def test_a_growing_cache_is_refused_under_torch_compile() -> None:
 def test_a_compiled_model_names_the_cache_that_it_needs() -> None:
     model = torch.compile(tiny_model(), backend="eager")
     with torch.no_grad(), pytest.raises(Exception, match=r"PagedCache\(max_tokens=\.\.\., compileable=True\)"):
-        model(TEXT, past_key_values=PagedCache())
+        model(TEXT, **{CACHE_KEYWORD: PagedCache()})
     torch._dynamo.reset()
 
 
@@ -239,7 +239,7 @@ def test_a_forward_that_broke_off_is_taken_back_and_said(kind: str, layer_idx: i
     model, cache = tiny_model(kind), PagedCache(config=tiny_config(kind))
     layers = model.model.layers
     with torch.no_grad():
-        model(TEXT, past_key_values=cache)
+        model(TEXT, **{CACHE_KEYWORD: cache})
 
     def break_off(*_: Any) -> None:
         raise error

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from hf_kvopt import CacheStateError, OutOfBlocks, PagedCache
+from hf_kvopt import CACHE_KEYWORD, CacheStateError, OutOfBlocks, PagedCache
 from tests.helpers import eager_tokens, generate, prompt, states, tiny_config, tiny_model
 
 LENGTHS, ROW = (17, 33, 5), 64
@@ -24,14 +24,14 @@ def decode(forward: Callable[..., Any], model: Any, cache: PagedCache, num_token
     inputs = prompt(*LENGTHS)
     mask, steps = inputs["attention_mask"], []
     with torch.no_grad():
-        out = model(**inputs, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), past_key_values=cache)
+        out = model(**inputs, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), **{CACHE_KEYWORD: cache})
         for _ in range(num_tokens):
             steps.append(out.logits[:, -1].argmax(-1))
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             full = torch.zeros(len(mask), ROW, dtype=mask.dtype)
             full[:, : mask.shape[1]] = mask
             positions = (mask.sum(-1, keepdim=True) - 1).contiguous()
-            out = forward(steps[-1][:, None], attention_mask=full, position_ids=positions, past_key_values=cache)
+            out = forward(steps[-1][:, None], attention_mask=full, position_ids=positions, **{CACHE_KEYWORD: cache})
     return torch.stack(steps, dim=1)
 
 

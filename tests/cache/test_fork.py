@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from hf_kvopt import PagedCache
+from hf_kvopt import CACHE_KEYWORD, PagedCache
 from tests.helpers import KINDS, eager_continuation, generate, prompt, states, tiny_model, unpadded
 
 
@@ -33,7 +33,7 @@ def prefilled(kind: str, has_config: bool = True) -> PagedCache:
     model = tiny_model(kind)
     cache = PagedCache(config=model.config) if has_config else PagedCache()
     with torch.no_grad():
-        model(TEXT, past_key_values=cache)
+        model(TEXT, **{CACHE_KEYWORD: cache})
     return cache
 
 
@@ -118,7 +118,7 @@ def test_a_fork_of_a_full_cache_at_its_cap_still_reads() -> None:
     cache = prefilled("full")
     cap = PagedCache(max_tokens=48)
     with torch.no_grad():
-        tiny_model()(TEXT, past_key_values=cap)
+        tiny_model()(TEXT, **{CACHE_KEYWORD: cap})
     fork = copy.deepcopy(cap)
     for ours, theirs in zip(fork.layers, cache.layers, strict=True):
         assert torch.equal(ours.keys.clone(), theirs.keys.clone())

@@ -119,9 +119,9 @@ def test_inference_mode_and_no_grad_may_be_mixed_on_one_cache(modes: tuple[Any, 
     model, inputs, cache = tiny_model(), prompt(33), PagedCache()
     ids = inputs["input_ids"]
     with modes[0]():
-        first = model(ids[:, :20], past_key_values=cache).logits[:, -1].clone()
+        first = model(ids[:, :20], **{hf_kvopt.CACHE_KEYWORD: cache}).logits[:, -1].clone()
     with modes[1]():
-        second = model(ids[:, 20:], past_key_values=cache).logits[:, -1].clone()
+        second = model(ids[:, 20:], **{hf_kvopt.CACHE_KEYWORD: cache}).logits[:, -1].clone()
     with torch.no_grad():
         reference = tiny_model("full", "eager")(ids).logits
     assert torch.allclose(first, reference[:, 19], atol=1e-4)
@@ -134,7 +134,7 @@ def test_a_prompt_fed_in_chunks_continues_the_same(kind: str) -> None:
     model, inputs, cache = tiny_model(kind), prompt(50), new_cache(kind)
     with torch.no_grad():
         for start, stop in ((0, 7), (7, 8), (8, 31), (31, 49)):
-            model(inputs["input_ids"][:, start:stop], past_key_values=cache)
+            model(inputs["input_ids"][:, start:stop], **{hf_kvopt.CACHE_KEYWORD: cache})
     assert torch.equal(generate(model, inputs, cache), eager_tokens(kind, 50))
 
 
@@ -152,11 +152,11 @@ def test_a_second_turn_of_a_chat_continues_on_the_first(kind: str) -> None:
 def test_cropped_tokens_can_be_generated_again(kind: str) -> None:
     model, inputs, cache = tiny_model(kind), prompt(15), new_cache(kind)
     with torch.no_grad():
-        model(inputs["input_ids"], past_key_values=cache)
+        model(inputs["input_ids"], **{hf_kvopt.CACHE_KEYWORD: cache})
     cache.activate_past_recording()
     for removed in (1, 4, 9):
         with torch.no_grad():
-            model(prompt(removed - 1 + 20, seed=removed)["input_ids"], past_key_values=cache)
+            model(prompt(removed - 1 + 20, seed=removed)["input_ids"], **{hf_kvopt.CACHE_KEYWORD: cache})
         cache.crop(-(removed - 1 + 20))
         cache.check_integrity()
     cache.crop(-1)

@@ -59,7 +59,7 @@ def test_a_compiled_prefill_of_fixed_capacity_agrees():
     ids = prompt(20)["input_ids"]
     with torch.no_grad():
         want = model(ids).logits
-        got = torch.compile(model, backend="eager")(ids, past_key_values=cache).logits
+        got = torch.compile(model, backend="eager")(ids, **{hf_kvopt.CACHE_KEYWORD: cache}).logits
     torch._dynamo.reset()
     assert (got - want).abs().max() < 1e-4
 
@@ -99,7 +99,7 @@ def test_what_breaks_off_while_it_is_written_is_not_held(make_cache, layer_idx, 
     model, cache = tiny_model(), make_cache()
     text = eager_tokens("full", 20)
     with torch.no_grad():
-        model(text[:, :19], past_key_values=cache)
+        model(text[:, :19], **{hf_kvopt.CACHE_KEYWORD: cache})
     pool, name = cache.layers[layer_idx].pool, "store" if cache.cache_config.compileable else "write"
 
     def fail(*_):

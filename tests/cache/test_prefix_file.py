@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from evals._common.outliers import SMALLEST, add_outliers
-from hf_kvopt import CacheStateError, PrefixStore
+from hf_kvopt import CACHE_KEYWORD, CacheStateError, PrefixStore
 from tests.cache.prefixes import batch, counted, eager, shared_model, text, turn
 from tests.helpers import KINDS, tiny_config, tiny_model
 
@@ -73,7 +73,7 @@ def test_what_was_taken_from_loud_keys_comes_back(name: str, tmp_path: Path) -> 
         assert keys.abs().max() > SMALLEST / 2
         inputs = batch(SYSTEM + text(20, seed=1))
         missing = inputs["input_ids"][:, cache.get_seq_length() :]
-        logits.append(model(missing, attention_mask=inputs["attention_mask"], past_key_values=cache).logits)
+        logits.append(model(missing, attention_mask=inputs["attention_mask"], **{CACHE_KEYWORD: cache}).logits)
     assert torch.equal(*logits)
 
 
@@ -83,7 +83,7 @@ def test_namespaces_come_back_and_old_weights_do_not(tmp_path: Path) -> None:
     with torch.no_grad():
         model.lm_head.weight.mul_(1.0)  # the same numbers, but the store cannot know
     cache = store.cache(**batch(SYSTEM), namespace="mine")
-    store.commit(cache, model.generate(**batch(SYSTEM), past_key_values=cache, max_new_tokens=2))
+    store.commit(cache, model.generate(**batch(SYSTEM), **{CACHE_KEYWORD: cache}, max_new_tokens=2))
     store.save(tmp_path / "s")
     loaded = PrefixStore.load(tmp_path / "s", model)
     assert loaded.match_length(SYSTEM, namespace="mine") == 70

@@ -82,7 +82,7 @@ def test_sampling_several_sequences_and_a_second_turn_work_in_every_format(name:
     model = tiny_model()
     hf_kvopt.enable(model, cache=name)
     first = generate(model, prompt(21), num_return_sequences=3, do_sample=True, return_dict_in_generate=True)
-    cache = first.past_key_values
+    cache = first[hf_kvopt.CACHE_KEYWORD]
     assert isinstance(cache, QuantizedPagedCache)
     assert first.sequences.shape == (3, 21 + NEW_TOKENS)
     longer = torch.cat([first.sequences, first.sequences[:, :5]], dim=1)
@@ -120,7 +120,7 @@ def test_latents_are_stored_in_the_keys_format(name: str) -> None:
         hf_kvopt.enable(model, cache=name, attention=attention)
         out = generate(model, {"input_ids": torch.arange(3, 20)[None]}, return_dict_in_generate=True)
         tokens.append(out.sequences)
-        planes = out.past_key_values.layers[0].pool.planes
+        planes = out[hf_kvopt.CACHE_KEYWORD].layers[0].pool.planes
         assert {plane.format.name for plane in planes} == {get_kv_format(name).k.name}
         assert not any(plane.rotates or plane.centres for plane in planes)
         hf_kvopt.disable(model)
@@ -137,7 +137,7 @@ def test_decoder_and_cross_attention_are_both_quantized(name: str) -> None:
     model = hf_kvopt.enable(T5ForConditionalGeneration(config).eval(), cache=name, layer_formats={"last": "int8"},
                             attention=False)  # fmt: skip
     out = model.generate(torch.arange(3, 20)[None], max_new_tokens=5, return_dict_in_generate=True)
-    for cache in (out.past_key_values.self_attention_cache, out.past_key_values.cross_attention_cache):
+    for cache in (out[hf_kvopt.CACHE_KEYWORD].self_attention_cache, out[hf_kvopt.CACHE_KEYWORD].cross_attention_cache):
         assert [layer.pool.keys.format.name for layer in cache.layers] == [name, "int8"]
 
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from hf_kvopt import CacheStateError, PagedCache
+from hf_kvopt import CACHE_KEYWORD, CacheStateError, PagedCache
 from tests.helpers import KINDS, NEW_TOKENS, eager_tokens, generate, prompt, tiny_model
 
 LENGTHS = (33, 20, 5)
@@ -48,7 +48,7 @@ def test_rows_cut_to_unlike_lengths_go_on_as_if_padded(kind: str, attention: str
     cache = PagedCache(config=model.config)
     cache.activate_past_recording()
     with torch.no_grad():
-        model(text, past_key_values=cache)
+        model(text, **{CACHE_KEYWORD: cache})
     cache.crop_rows(kept)
     columns = cache.get_seq_length()
     assert columns == max(kept)
@@ -69,7 +69,7 @@ def test_columns_without_a_token_are_hidden_whatever_the_mask_says() -> None:
     ids = prompt(9, 9)["input_ids"]
     cache = without_pads("full", (9, 6))
     with torch.no_grad():
-        got = model(ids, past_key_values=cache, position_ids=torch.tensor([range(9), [0, 0, 0, *range(6)]])).logits
+        got = model(ids, **{CACHE_KEYWORD: cache}, position_ids=torch.tensor([range(9), [0, 0, 0, *range(6)]])).logits
         want = model(ids[1:, 3:]).logits
     assert torch.allclose(got[1:, 3:], want, atol=1e-5)
 
@@ -81,7 +81,7 @@ def test_lengths_that_cannot_be_are_refused_and_the_cache_stays(lengths: tuple[i
     model, cache = tiny_model("mixed"), PagedCache(config=tiny_model("mixed").config)
     inputs = prompt(30, 30)
     with torch.no_grad():
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **{CACHE_KEYWORD: cache})
     with pytest.raises(CacheStateError, match=text):
         cache.crop_rows(lengths)
     assert cache.get_seq_length() == 30

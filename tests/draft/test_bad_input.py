@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel, SynthIDTextWatermarkingConfig, TextStreamer
 
-from hf_kvopt import CacheStateError, PagedCache, UnsupportedModel, speculative
+from hf_kvopt import CACHE_KEYWORD, CacheStateError, PagedCache, UnsupportedModel, speculative
 from hf_kvopt.draft.drafter import Drafter, DraftSession
 from hf_kvopt.draft.lookahead import Lookahead
 from hf_kvopt.draft.lookup import PromptLookup
@@ -51,7 +51,7 @@ CALLS = {
         ValueError,
         "scores and logits alone",
     ),
-    "a foreign cache": ({"past_key_values": DynamicCache()}, CacheStateError, "got a DynamicCache"),
+    "a foreign cache": ({CACHE_KEYWORD: DynamicCache()}, CacheStateError, "got a DynamicCache"),
     "guidance": ({"guidance_scale": 2.0}, ValueError, "one token a row and step"),
     "a watermark that counts": (
         {"watermarking_config": SynthIDTextWatermarkingConfig(keys=[1, 2, 3], ngram_len=3), "do_sample": True},

@@ -25,7 +25,7 @@ def drafter(name: str, kind: str = "full") -> Any:
 def speculate(draft: Any, kind: str, lengths: tuple[int, ...], cache: Any = None, **options: Any) -> Tensor:
     model = tiny_model(kind, options.pop("attention", "hf_kvopt"))
     spec = speculative(draft, gamma=options.pop("gamma", 4), fallback=False, num_nodes=options.pop("num_nodes", None))
-    settings = {"max_new_tokens": NEW, "do_sample": False, "past_key_values": cache, **options}
+    settings = {"max_new_tokens": NEW, "do_sample": False, hf_kvopt.CACHE_KEYWORD: cache, **options}
     return model.generate(**prompt(*lengths), custom_generate=spec, **settings)
 
 
@@ -137,7 +137,7 @@ def test_scores_and_logits_are_recorded_for_each_token() -> None:
     for ours, theirs in ((got.scores, wanted.scores), (got.logits, wanted.logits)):
         assert len(ours) == len(theirs) == NEW
         assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(ours, theirs, strict=True))
-    assert got.past_key_values.get_seq_length() == got.sequences.shape[1] - 1
+    assert got[hf_kvopt.CACHE_KEYWORD].get_seq_length() == got.sequences.shape[1] - 1
 
 
 @pytest.mark.parametrize("new", [1, 2, 3, 5])
@@ -153,7 +153,7 @@ def test_a_cache_that_holds_part_of_the_prompt_is_used(held: int, kind: str, dra
     model, inputs = tiny_model(kind), prompt(30)
     cache = PagedCache(config=model.config)
     with torch.no_grad():
-        model(inputs["input_ids"][:, :held], past_key_values=cache)
+        model(inputs["input_ids"][:, :held], **{hf_kvopt.CACHE_KEYWORD: cache})
     spec = speculative(drafter(draft, kind), gamma=4, fallback=False)
     got = generate(model, inputs, cache, custom_generate=spec, max_new_tokens=NEW)
     assert torch.equal(got, eager_tokens(kind, 30, max_new_tokens=NEW))

@@ -27,6 +27,7 @@ from evals.perplexity.__main__ import main
 from evals.perplexity.bars import MEMORY, ORDINARY, OUTLIERS, Bar, bars_for, judge
 from evals.perplexity.segments import make_segments
 from evals.perplexity.summary import summarize
+from hf_kvopt import CACHE_KEYWORD
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = ["--context", "25", "--segments", "4", "--batch", "2", "--chunks", "5"]
@@ -108,7 +109,7 @@ def test_kl_and_top1_compare_with_the_baseline_token_by_token() -> None:
     for side in sides:
         cache = side.make_cache(model, 9)
         with torch.inference_mode():
-            out = [model(ids[:, i : i + 3], past_key_values=cache).logits for i in (0, 3, 6)]
+            out = [model(ids[:, i : i + 3], **{CACHE_KEYWORD: cache}).logits for i in (0, 3, 6)]
         logits.append(torch.cat(out, dim=1)[:, :-1].log_softmax(dim=-1))
     expected = F.kl_div(logits[1], logits[0], log_target=True, reduction="none").sum(dim=-1)
     torch.testing.assert_close(b.kl, expected, rtol=1e-3, atol=1e-6)
@@ -166,7 +167,7 @@ def test_outliers_move_all_keys_alike_and_spare_the_model() -> None:
     head_dim = model.config.head_dim
     ids = random_ids(2, 12)
     with torch.inference_mode():
-        caches = [m(ids).past_key_values for m in (model, twin)]
+        caches = [m(ids)[CACHE_KEYWORD] for m in (model, twin)]
         shift = (caches[0].layers[0].keys - caches[1].layers[0].keys)[0, 0]
     moved = shift.abs().amax(dim=0) > 1
     half = head_dim // 2
@@ -181,8 +182,8 @@ def test_bytes_of_transformers_quantized_cache_count_codes_and_scales() -> None:
     model = random_model("tiny")
     cache = QuantizedCache("fp8", model.config)
     with torch.inference_mode():
-        model(random_ids(1, 6), past_key_values=cache)
-        model(random_ids(1, 1), past_key_values=cache)
+        model(random_ids(1, 6), **{CACHE_KEYWORD: cache})
+        model(random_ids(1, 1), **{CACHE_KEYWORD: cache})
     codes = 2 * 2 * 2 * 7 * model.config.head_dim  # layers, keys and values, heads, tokens
     scales = 2 * 2 * 4
     assert kv_bytes(cache).used == codes + scales

@@ -12,6 +12,7 @@ from evals._common.sides import Side
 from evals.speed.__main__ import main
 from evals.speed.bars import BARS, DYNAMIC, OURS, STATIC, judge
 from evals.speed.measure import Timings, median_ratio
+from hf_kvopt import CACHE_KEYWORD
 
 SHORT = ["--shape", "tiny", "--contexts", "12", "--steps", "3", "--new-tokens", "2", "--repeats", "2"]
 
@@ -104,7 +105,7 @@ def test_kv_bytes_are_those_of_the_tokens_and_those_kept(name: str) -> None:
     side = Side(name, "sdpa")
     cache = side.make_cache(side.attend(model), 64)
     with torch.no_grad():
-        model(input_ids=torch.ones(2, 32, dtype=torch.int64), past_key_values=cache)
+        model(input_ids=torch.ones(2, 32, dtype=torch.int64), **{CACHE_KEYWORD: cache})
     config = model.config
     per_token = 2 * config.num_key_value_heads * config.head_dim * 4
     assert kv_bytes(cache).used == config.num_hidden_layers * 2 * 32 * per_token

@@ -78,7 +78,7 @@ def _spy_on_cache(model: PreTrainedModel) -> list[Cache]:
 
     def spy(config: object, model_kwargs: dict[str, object], *args: object, **kwargs: object) -> None:
         prepare(config, model_kwargs, *args, **kwargs)
-        made.append(model_kwargs.get("past_key_values"))
+        made.append(model_kwargs.get(hf_kvopt.CACHE_KEYWORD))
 
     model._prepare_cache_for_generation = spy
     return made
@@ -92,7 +92,7 @@ def _refusable(case: Case, make: Callable[[], PreTrainedModel], with_config: boo
         return Outcome("refused", f"transformers knows no such attention here: {error!r}")
     paged = _caches(case, model, with_config, hf_kvopt.PagedCache, block_size=BLOCK_SIZE)
     try:
-        return _compare(case, generate(model, inputs_for(case, model), past_key_values=paged), paged)
+        return _compare(case, generate(model, inputs_for(case, model), **{hf_kvopt.CACHE_KEYWORD: paged}), paged)
     except KVOptError as error:
         return Outcome("refused", str(error))
     except (AttributeError, TypeError, ValueError) as error:
@@ -106,7 +106,7 @@ def _takes_no_cache(case: Case) -> bool:
     """Whether transformers' own cache cannot be handed over either."""
     model = build(case)
     try:
-        generate(model, inputs_for(case, model), past_key_values=_caches(case, model, True, DynamicCache))
+        generate(model, inputs_for(case, model), **{hf_kvopt.CACHE_KEYWORD: _caches(case, model, True, DynamicCache)})
     except (AttributeError, TypeError, ValueError):
         return True
     return False

@@ -80,7 +80,7 @@ def test_dynamic_bytes_are_those_of_transformers_own_cache(kind: str, length: in
     model = tiny_model(kind, "eager")
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(**prompt(length, length), past_key_values=cache)
+        model(**prompt(length, length), **{hf_kvopt.CACHE_KEYWORD: cache})
     live = sum(x.nbytes for layer in cache.layers for x in (layer.keys.contiguous(), layer.values.contiguous()))
     got = memory(model, context=length, batch=2, cache="dynamic", dtype="float32", weights=False)
     assert got.used_bytes == live
@@ -132,7 +132,7 @@ def test_quantized_bytes_equal_those_of_the_live_cache(name: str, options: dict[
     caches = [hf_kvopt.QuantizedPagedCache(config, **options) for _ in range(2)]
     encoder = case.modality == "encoder"
     cache = EncoderDecoderCache(*caches) if encoder else caches[0]
-    generate(model, inputs_for(case, model), past_key_values=cache)
+    generate(model, inputs_for(case, model), **{hf_kvopt.CACHE_KEYWORD: cache})
     length = longest(caches[0])
     first = length - NEW_TOKENS + 1
     got = memory(model, context=length, prompt=first, batch=2, dtype="float32", weights=False, **options)
@@ -145,7 +145,7 @@ def test_fixed_capacity_is_used_from_the_start(batch: int, max_tokens: int) -> N
     model = tiny_model("mixed")
     cache = hf_kvopt.PagedCache(model.config, max_tokens=max_tokens, compileable=True)
     with torch.no_grad():
-        model(**prompt(*[9] * batch), past_key_values=cache)
+        model(**prompt(*[9] * batch), **{hf_kvopt.CACHE_KEYWORD: cache})
     got = memory(model, context=9, batch=batch, max_tokens=max_tokens, compileable=True, dtype="float32", weights=False)
     live = cache.stats()
     assert (got.used_bytes, got.reserved_bytes) == (live.used_bytes, live.reserved_bytes)
@@ -168,9 +168,9 @@ def test_the_largest_batch_and_context_fit_and_one_more_does_not() -> None:
     # And a live cache of that size holds it: not a token more.
     cache = hf_kvopt.PagedCache(model.config, max_tokens=2 * tokens)
     with torch.no_grad():
-        model(**prompt(tokens, tokens), past_key_values=cache)
+        model(**prompt(tokens, tokens), **{hf_kvopt.CACHE_KEYWORD: cache})
         with pytest.raises(KVOptError, match="raise max_tokens"):
-            model(**prompt(1, 1), past_key_values=cache)
+            model(**prompt(1, 1), **{hf_kvopt.CACHE_KEYWORD: cache})
     assert cache.stats().reserved_bytes + (report.weight_bytes or 0) <= budget
 
 

@@ -44,7 +44,7 @@ def test_padded_batches_generate_the_eager_tokens_over_blocks(model_class, confi
     want = model.generate(ids, **options)
     model.set_attn_implementation("hf_kvopt")
     cache = make_cache(config)
-    got = model.generate(ids, past_key_values=cache, **options)
+    got = model.generate(ids, **{hf_kvopt.CACHE_KEYWORD: cache}, **options)
     assert dispatch.INTERPRET
     assert torch.equal(got, want)
     assert cache.stats().dense_fallbacks == 0
@@ -60,5 +60,7 @@ def test_a_second_prompt_behind_the_first_reads_its_blocks():
         want = model(ids).logits
         model.set_attn_implementation("hf_kvopt")
         cache = hf_kvopt.PagedCache(config)
-        got = torch.cat([model(part, past_key_values=cache).logits for part in ids.split([17, 20, 3], dim=1)], dim=1)
+        got = torch.cat(
+            [model(part, **{hf_kvopt.CACHE_KEYWORD: cache}).logits for part in ids.split([17, 20, 3], dim=1)], dim=1
+        )
     assert (got - want).abs().max() < 1e-5

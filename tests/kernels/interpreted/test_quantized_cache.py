@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
-from hf_kvopt import ATTENTION_NAME, QuantizedPagedCache
+from hf_kvopt import ATTENTION_NAME, CACHE_KEYWORD, QuantizedPagedCache
 from hf_kvopt.kernels import dispatch
 from hf_kvopt.kernels.reference import attention_reference, visible_pairs
 from hf_kvopt.quant import KV_FORMATS, dequantize, get_kv_format, quantize
@@ -115,7 +115,7 @@ def test_a_whole_generation_is_the_text_of_the_cpu_path(name, heads, cache, monk
     for interprets in (True, False):
         monkeypatch.setattr(dispatch, "INTERPRET", interprets)
         held = QuantizedPagedCache(config, format=name, **CACHES[cache])
-        out = model.generate(ids, past_key_values=held, return_dict_in_generate=True, **options)
+        out = model.generate(ids, **{CACHE_KEYWORD: held}, return_dict_in_generate=True, **options)
         texts.append(out.sequences)
         logits.append(torch.stack(out.logits))
         assert held.stats().dense_fallbacks == 0

@@ -1,0 +1,207 @@
+"""Every name of transformers that is private or depends on its version, in one place.
+
+    found by feature      `CACHE_KEYWORD` is the argument of a cache: `cache` since 5.24, `past_key_values` before
+    checked once          `check` runs at the first use of the library, and raises for what is missing
+    failing closed        a missing name raises `UnsupportedModel` with transformers' version and the name
+
+Public classes that never moved (PreTrainedModel, GenerationConfig, DynamicCache) are imported where they are used.
+"""
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable
+from dataclasses import fields
+from types import ModuleType
+from typing import Any, NoReturn
+
+import transformers
+from packaging.version import Version
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel, cache_utils, masking_utils
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationConfig, GenerationMixin
+
+from hf_kvopt.errors import UnsupportedModel
+
+logger = logging.getLogger(__name__)
+
+OLDEST_TESTED, NEWEST_TESTED = Version("5.19"), Version("5.24")
+VERSION = Version(transformers.__version__)
+
+CACHE_NAMES = ("cache", "past_key_values")
+"""Names of the cache in `forward`, `generate` and outputs, the newest first."""
+CACHE_KEYWORD = next(
+    (name for name in CACHE_NAMES if any(field.name == name for field in fields(GenerateDecoderOnlyOutput))),
+    CACHE_NAMES[0],
+)
+"""Name of the cache in this transformers."""
+
+MAKE_CACHE = "_prepare_cache_for_generation"  # (generation_config, model_kwargs, ...): puts a cache into model_kwargs
+PREFILL = "_prefill"  # (input_ids, generation_config, model_kwargs, ...): the forwards over the prompt
+EXPAND_KV = "expand_kv"  # of an MLA attention module: (latents, rotary keys) to keys and values
+PREFILL_CHUNKS_GO_ON = Version("5.21") <= VERSION
+"""Whether a prefill in chunks begins where the cache ends; before, it began at the first token."""
+
+
+def missing(name: str) -> NoReturn:
+    """Raise UnsupportedModel for a name that this transformers lacks."""
+    raise UnsupportedModel(
+        f"transformers {VERSION} has no {name}: got a version that this hf_kvopt does not know; expected one from "
+        f"{OLDEST_TESTED} to {NEWEST_TESTED}: pip install 'transformers<={NEWEST_TESTED}.99', or update hf-kvopt"
+    )
+
+
+def _find(module: ModuleType, name: str) -> Any:
+    """Return `module.name`; where it is gone, a function that raises at its first use."""
+    found = getattr(module, name, None)
+    if found is not None:
+        return found
+
+    def absent(*_: Any, **__: Any) -> NoReturn:
+        missing(f"{module.__name__}.{name}")
+
+    absent.is_missing = True  # type: ignore[attr-defined]
+    return absent
+
+
+eager_mask = _find(masking_utils, "eager_mask")
+sdpa_mask = _find(masking_utils, "sdpa_mask")
+causal_mask_function = _find(masking_utils, "causal_mask_function")
+bidirectional_mask_function = _find(masking_utils, "bidirectional_mask_function")
+and_masks = _find(masking_utils, "and_masks")
+sliding_window_overlay = _find(masking_utils, "sliding_window_overlay")
+prepare_padding_mask = _find(masking_utils, "prepare_padding_mask")
+_layer_types_and_kwargs = _find(cache_utils, "get_layer_types_and_kwargs")
+_GENERATION = {
+    MAKE_CACHE: ("generation_config", "model_kwargs"),
+    PREFILL: ("input_ids", "generation_config", "model_kwargs"),
+    "_supports_default_dynamic_cache": (),
+}
+
+
+@functools.cache
+def check() -> None:
+    """Look for every name once, and say once that a version is newer than the tested ones.
+
+    Raises:
+        UnsupportedModel: a name is missing, or does not do what it did.
+    """
+    for name, parameters in _GENERATION.items():
+        method = getattr(GenerationMixin, name, None)
+        if method is None:
+            missing(f"GenerationMixin.{name}")
+        taken = [parameter for parameter in inspect.signature(method).parameters if parameter not in ("self", "cls")]
+        if tuple(taken[: len(parameters)]) != parameters:
+            missing(f"GenerationMixin.{name}({', '.join(parameters)}, ...)")
+    for name in ("_can_set_attn_implementation", "set_attn_implementation"):
+        if not hasattr(PreTrainedModel, name):
+            missing(f"PreTrainedModel.{name}")
+    if not hasattr(cache_utils, "DYNAMIC_LAYER_TYPE_MAPPING"):
+        missing("cache_utils.DYNAMIC_LAYER_TYPE_MAPPING")
+    for found in (_layer_types_and_kwargs, sdpa_mask, eager_mask, causal_mask_function, prepare_padding_mask):
+        if getattr(found, "is_missing", False):
+            found()
+    # A cache that a user hands over must be told from one that generate() made: by asking transformers to mark one.
+    probe = DynamicCache()
+    getattr(GenerationMixin, MAKE_CACHE)(None, GenerationConfig(), {CACHE_KEYWORD: probe}, None, 1, 1)
+    if not is_user_defined(probe):
+        missing("Cache._is_user_defined")
+    if is_untested():
+        logger.warning(
+            "transformers %s is newer than %s, the newest that this hf_kvopt was tested with: what it needs was found, "
+            "but compare outputs once with the plain model",
+            VERSION,
+            NEWEST_TESTED,
+        )
+
+
+def is_untested() -> bool:
+    """Whether this transformers is of a newer minor version than the newest tested one."""
+    return (VERSION.major, VERSION.minor) > (NEWEST_TESTED.major, NEWEST_TESTED.minor)
+
+
+def original(owner: Any, name: str) -> Callable[..., Any]:
+    """Return the method `name` of the class of `owner`, bound to it, past any override on the instance."""
+    method = getattr(type(owner), name, None)
+    if method is None:
+        missing(f"{type(owner).__name__}.{name}")
+    return functools.partial(method, owner)
+
+
+def cache_keyword(model: PreTrainedModel) -> str:
+    """Return the name by which the forward of `model` takes a cache; remote code may use the older one.
+
+    Raises:
+        UnsupportedModel: the forward takes none.
+    """
+    name = _cache_keyword(type(model).forward if "forward" not in vars(model) else model.forward)
+    if name is None:
+        raise UnsupportedModel(
+            f"the forward of {type(model).__name__} takes no cache: expected a parameter named "
+            f"{' or '.join(CACHE_NAMES)}; use the model as it is"
+        )
+    return name
+
+
+@functools.lru_cache(maxsize=256)
+def _cache_keyword(forward: Callable[..., Any]) -> str | None:
+    parameters = inspect.signature(forward).parameters
+    ordered = (CACHE_KEYWORD, *(name for name in CACHE_NAMES if name != CACHE_KEYWORD))
+    return next((name for name in ordered if name in parameters), None)
+
+
+def uses_standard_cache(model: PreTrainedModel | type[PreTrainedModel]) -> bool:
+    """Whether generate() makes a standard cache for `model`, and its forward takes that."""
+    forward = model.forward if isinstance(model, type) else type(model).forward
+    supports: Any = getattr(model, "_supports_default_dynamic_cache")  # noqa: B009
+    return _cache_keyword(forward) is not None and bool(supports())
+
+
+def can_choose_attention(kind: type[PreTrainedModel]) -> bool:
+    """Whether models of this class call transformers' attention interface."""
+    return bool(kind._can_set_attn_implementation())
+
+
+def is_user_defined(cache: Cache) -> bool:
+    """Whether the caller of generate() handed `cache` over."""
+    return bool(getattr(cache, "_is_user_defined", False))
+
+
+def is_default_cache(cache: object) -> bool:
+    """Whether generate() made `cache` itself, because none was asked for."""
+    return type(cache) is DynamicCache and not is_user_defined(cache)
+
+
+def prompt_columns(config: GenerationConfig, attention_mask: Tensor | None) -> int:
+    """Return the columns that the prompt's mask covers, also where generate() dropped an all-ones mask; -1: unknown."""
+    return int(getattr(config, "_mask_length", None) or -1) if attention_mask is None else attention_mask.shape[1]
+
+
+def pad_token(config: GenerationConfig) -> int:
+    """Return the token that fills rows which ended, 0 where there is none."""
+    pad = getattr(config, "_pad_token_tensor", None)
+    if pad is None:
+        pad = config.pad_token_id
+    return 0 if pad is None else int(pad)
+
+
+def layer_types(config: PreTrainedConfig) -> tuple[list[str], list[dict[str, Any]]]:
+    """Return the kind of every cache layer of a decoder's `config`, and the options of its layer class."""
+    kinds, options = _layer_types_and_kwargs(config)
+    # One set of options for all layers before 5.19's successor of the same name.
+    options = [options] * len(kinds) if isinstance(options, dict) else list(options)
+    return list(kinds), options
+
+
+def stock_layer(kind: str, options: dict[str, Any]) -> Any:
+    """Make transformers' own cache layer of a kind."""
+    return cache_utils.DYNAMIC_LAYER_TYPE_MAPPING[kind](**options)
+
+
+def slides(config: PreTrainedConfig, layer_idx: int) -> bool:
+    """Whether transformers' cache would slide at this layer."""
+    if not getattr(config, "is_heterogeneous", True) and getattr(config, "sliding_window", None) is None:
+        return False  # without reading the types of all layers, which takes longer than a short attention
+    kinds, _ = layer_types(config)
+    return layer_idx < len(kinds) and kinds[layer_idx] == "sliding_attention"
