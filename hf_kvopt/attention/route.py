@@ -19,12 +19,11 @@ from hf_kvopt.attention.mla import LatentKV
 from hf_kvopt.kernels import dispatch
 from hf_kvopt.kernels.cpu import attend
 from hf_kvopt.kernels.cpu_codes import decode_codes
-from hf_kvopt.kernels.cpu_jit import attend_blocks, can_attend, place_of
+from hf_kvopt.kernels.cpu_jit import attend_blocks, can_attend
 from hf_kvopt.kernels.cpu_pieces import attend_pieces, can_attend_pieces
 from hf_kvopt.kernels.paged_kv import PagedKV
 from hf_kvopt.kernels.pattern import Pattern
-from hf_kvopt.pool.handle import HandleSpec, KVHandle
-from hf_kvopt.quant import format_of
+from hf_kvopt.pool.handle import KVHandle, handle_on
 
 logger = logging.getLogger(__name__)
 
@@ -143,26 +142,23 @@ def _attend_fixed(
     # On a CPU it costs nothing to look; elsewhere whoever made the handle left out what is not needed.
     if centre is not None and centre.device.type == "cpu" and not bool(centre.any()):
         centre = None
-    key, value = (
-        KVHandle(codes, scale, block_table, seq_lens, spec, centre=shift, place=place_of(codes, scale))
-        for codes, scale, spec, shift in (
-            (key_codes, key_scale, _spec_of(key_codes, len(query), kv_len, key_dtype, rotates), centre),
-            (value_codes, value_scale, _spec_of(value_codes, len(query), kv_len, value_dtype, False), None),
-        )
-    )
+    key = handle_on(key_codes, key_scale, block_table, seq_lens, kv_len, key_dtype, rotates, centre)
+    value = handle_on(value_codes, value_scale, block_table, seq_lens, kv_len, value_dtype)
     return _torch_path(query, key, value, Pattern(*pattern), 0.0)
 
 
-def _spec_of(codes: Tensor, batch: int, kv_len: int, dtype: torch.dtype, rotates: bool) -> HandleSpec:
-    fmt = format_of(codes.dtype)
-    shape = (batch, codes.shape[2], kv_len, codes.shape[3] * fmt.codes_per_byte)
-    return HandleSpec(shape, dtype, fmt.name, rotates)
-
-
-def _attend_fixed_fake(query: Tensor, _: Tensor, __: Tensor | None, value_codes: Tensor, *___: Any) -> Tensor:
+def _attend_fixed_fake(
+    query: Tensor,
+    key_codes: Tensor,
+    key_scale: Tensor | None,
+    value_codes: Tensor,
+    value_scale: Tensor | None,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *_: Any,
+) -> Tensor:
     batch, num_heads, q_len = query.shape[:3]
-    v_dim = value_codes.shape[3] * format_of(value_codes.dtype).codes_per_byte
-    return query.new_empty(batch, q_len, num_heads, v_dim)
+    return query.new_empty(batch, q_len, num_heads, PagedKV(key_codes, value_codes, block_table, seq_lens).v_dim)
 
 
 def _needs_centre(key: KVHandle, pattern: Pattern) -> bool:

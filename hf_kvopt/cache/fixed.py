@@ -64,7 +64,8 @@ class FixedLayer(PagedLayer):
         self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=device)
         self.first_slots = torch.arange(batch, device=device)[:, None] * self.row_capacity
         self.block_table = self.table.rows_on(device)[0].clone()
-        self.pool.keys.fix_rows(key_states)
+        if self.pool.keys.centres is not None:
+            self.pool.keys.centres, self.pool.keys.row_centres = None, FixedCentres(key_states)
         if not torch.compiler.is_compiling():
             kept = [self.length, self.seq_lens, self.first_slots, self.block_table]
             kept += self.centres.tensors if self.centres is not None else ()

@@ -99,11 +99,6 @@ class Plane:
         beside = [tensor for centres in (self.centres, self.row_centres) if centres for tensor in centres.tensors]
         return sum(tensor.untyped_storage().nbytes() for tensor in (*self.tensors, *beside))
 
-    def fix_rows(self, states: Tensor) -> None:
-        """Keep centres for rows that stay where they are, as many as `states` [batch, num_kv_heads, any, head_dim]."""
-        if self.centres is not None:
-            self.centres, self.row_centres = None, FixedCentres(states)
-
     def no_tokens(self, batch: int) -> Tensor:
         """[batch, num_kv_heads, 0, head_dim]: states such as this plane holds, but none."""
         return torch.empty(batch, self.num_heads, 0, self.dim, dtype=self.dtype, device=self.home)
