@@ -38,6 +38,10 @@ class FixedLayer(PagedLayer):
         """What the rows' keys are stored less, where they are guarded."""
         return None if self.pool is None else self.pool.keys.row_centres
 
+    @torch.compiler.disable(
+        reason="a cache of fixed capacity takes its memory outside of a graph: feed it the prompt before it is compiled, "
+        "or call cache.early_initialization(batch_size, num_heads, head_dim, dtype, device) first"
+    )
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         table, batch = self.table, key_states.shape[0]
         max_blocks = table.allocator.max_blocks
@@ -63,14 +67,13 @@ class FixedLayer(PagedLayer):
         self.length = self.length.to(device)
         self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=device)
         self.first_slots = torch.arange(batch, device=device)[:, None] * self.row_capacity
-        self.block_table = self.table.rows_on(device)[0].clone()
+        self.block_table = self.table.rows_on(device)[0]
         if self.pool.keys.centres is not None:
             self.pool.keys.centres, self.pool.keys.row_centres = None, FixedCentres(key_states)
-        if not torch.compiler.is_compiling():
-            kept = [self.length, self.seq_lens, self.first_slots, self.block_table]
-            kept += self.centres.tensors if self.centres is not None else ()
-            for tensor in (*kept, *(x for plane in self.pool.planes for x in plane.tensors)):
-                torch._dynamo.mark_static_address(tensor)
+        kept = [self.length, self.seq_lens, self.first_slots, self.block_table]
+        kept += self.centres.tensors if self.centres is not None else ()
+        for tensor in (*kept, *(x for plane in self.pool.planes for x in plane.tensors)):
+            torch._dynamo.mark_static_address(tensor)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         num_tokens = key_states.shape[2]
