@@ -9,9 +9,10 @@ attention runs over the latents themselves, as over one shared KV head, and W_uv
 `install` lets a model's `expand_kv` hand on what it was given; whoever is not our attention gets the expansion.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_kvopt import compat
@@ -25,34 +26,68 @@ from hf_kvopt.pool.lazy import LazyTensor
 _MAX_ABSORBED_QUERIES = 16
 
 
+class _Heads(NamedTuple):
+    """Channels of a head."""
+
+    nope: int  # of a key, without rotation
+    rotary: int  # of a key, with rotation
+    v_dim: int
+
+
 class LatentKV(LazyTensor):
-    """Keys (`part` 0) or values (1) of all heads, [batch, num_heads, kv_len, head_dim], as latents."""
+    """Keys (`part` 0) or values (1) of all heads, [batch, num_heads, kv_len, head_dim], as latents.
+
+    `module` makes the dense tensors; a compiled graph, which holds tensors alone, has the weight of its up-projection.
+    """
 
     latent: KVHandle
     rope: KVHandle
-    module: nn.Module
+    weight: Tensor  # [num_heads * (nope + v_dim), R]
+    heads: _Heads
     part: int
+    module: nn.Module | None
 
     @staticmethod
-    def __new__(cls: type, latent: KVHandle, rope: KVHandle, module: nn.Module, part: int) -> "LatentKV":
+    def __new__(
+        cls: type,
+        latent: KVHandle,
+        rope: KVHandle,
+        weight: Tensor,
+        heads: _Heads,
+        part: int,
+        module: nn.Module | None = None,
+    ) -> "LatentKV":
         """See the class."""
         batch, _, kv_len, _ = latent.shape
-        heads = _up_projections(module)[part].shape[0]
-        nope, rotary, v_dim = _head_sizes(module)
-        dim = nope + rotary if part == 0 else v_dim
-        lazy = LatentKV.wrap((batch, heads, kv_len, dim), latent.dtype, latent.device)
-        lazy.latent, lazy.rope, lazy.module, lazy.part = latent, rope, module, part
+        nope, rotary, v_dim = heads
+        num_heads, dim = weight.shape[0] // (nope + v_dim), v_dim if part else nope + rotary
+        lazy = LatentKV.wrap((batch, num_heads, kv_len, dim), latent.dtype, latent.device)
+        lazy.latent, lazy.rope, lazy.weight, lazy.heads, lazy.part = latent, rope, weight, heads, part
+        lazy.module = module
         return lazy
 
     def expand_both(self) -> tuple[Tensor, Tensor]:
         """Keys and values of all heads, dense."""
-        return _expand(self.module, self.latent.dense(), self.rope.dense())
+        latent, rope = self.latent.dense(), self.rope.dense()
+        if self.module is not None:
+            return _expand(self.module, latent, rope)
+        nope, _, v_dim = self.heads
+        both = F.linear(latent[:, 0], self.weight).unflatten(-1, (-1, nope + v_dim)).transpose(1, 2)
+        keys, values = both.split([nope, v_dim], dim=-1)
+        return torch.cat([keys, rope.expand(-1, keys.shape[1], -1, -1)], dim=-1), values
 
     def dense(self) -> Tensor:
         return self.expand_both()[self.part].contiguous()
 
     def rewrap(self) -> "LatentKV":
-        return LatentKV(self.latent, self.rope, self.module, self.part)
+        return LatentKV(self.latent, self.rope, self.weight, self.heads, self.part, self.module)
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[_Heads, int]]:
+        return ["latent", "rope", "weight"], (self.heads, self.part)
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], context: tuple[_Heads, int], *_: Any) -> "LatentKV":
+        return LatentKV(inner["latent"], inner["rope"], inner["weight"], *context)  # type: ignore[call-arg, arg-type, misc]
 
     def __repr__(self, *_: Any, **__: Any) -> str:  # type: ignore[override]
         return f"LatentKV(shape={tuple(self.shape)}, latent={self.latent!r})"
@@ -81,8 +116,10 @@ def is_absorbable(query: Tensor, key: Tensor) -> bool:
 
 def attend_latent(query: Tensor, key: LatentKV, pattern: Pattern) -> Tensor:
     """[batch, q_len, num_heads, v_head_dim] of query [batch, num_heads, q_len, nope + rope] over the latents."""
-    w_uk, w_uv = _up_projections(key.module)
-    q_nope, q_rope = query.split(_head_sizes(key.module)[:2], dim=-1)
+    w_uk, w_uv = key.weight.unflatten(0, (-1, key.heads.nope + key.heads.v_dim)).split(
+        [key.heads.nope, key.heads.v_dim], dim=1
+    )
+    q_nope, q_rope = query.split([key.heads.nope, key.heads.rotary], dim=-1)
     absorbed = torch.cat([torch.matmul(q_nope, w_uk), q_rope], dim=-1)
     latent = key.latent.view_dense()
     keys = torch.cat([latent, key.rope.view_dense()], dim=-1)
@@ -97,34 +134,17 @@ class _Expander(InstanceOverride):
         module = self.module
         if not isinstance(kv_nope, KVHandle) or not isinstance(k_rot, KVHandle):
             return _expand(module, kv_nope, k_rot)
+        weight = module.kv_b_proj.weight
         # An offloaded weight is here only while its own forward runs.
-        if torch.compiler.is_compiling() or _weight(module).device != kv_nope.device:
+        if weight.device != kv_nope.device:
             return _expand(module, kv_nope, k_rot)
-        return LatentKV(kv_nope, k_rot, module, 0), LatentKV(kv_nope, k_rot, module, 1)
+        heads = _Heads(module.qk_nope_head_dim, module.qk_rope_head_dim, module.v_head_dim)
+        if torch.compiler.is_compiling():
+            return LatentKV(kv_nope, k_rot, weight, heads, 0), LatentKV(kv_nope, k_rot, weight, heads, 1)
+        return LatentKV(kv_nope, k_rot, weight, heads, 0, module), LatentKV(kv_nope, k_rot, weight, heads, 1, module)
 
 
 def _expand(module: nn.Module, kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
     """The model's own expansion."""
     keys, values = compat.original(module, compat.EXPAND_KV)(kv_nope, k_rot)
     return keys, values
-
-
-def _up_projections(module: nn.Module) -> tuple[Tensor, Tensor]:
-    """W_uk [num_heads, nope, R] and W_uv [num_heads, v_head_dim, R], views of `kv_b_proj.weight`."""
-    weight = _weight(module)
-    nope, _, v_dim = _head_sizes(module)
-    w_uk, w_uv = weight.view(-1, nope + v_dim, weight.shape[1]).split([nope, v_dim], dim=1)
-    return w_uk, w_uv
-
-
-def _weight(module: nn.Module) -> Tensor:
-    """[num_heads * (nope + v_head_dim), R]."""
-    weight: Tensor = module.kv_b_proj.weight  # type: ignore[union-attr, assignment]
-    return weight
-
-
-def _head_sizes(module: nn.Module) -> tuple[int, int, int]:
-    """Channels of a head: without rotation, with rotation, of the values."""
-    names = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-    nope, rotary, v_dim = (int(getattr(module, name)) for name in names)
-    return nope, rotary, v_dim

@@ -9,6 +9,7 @@ CPU, or what a kernel does not take       torch path over a view of the pool, or
 
 import logging
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from hf_kvopt.kernels.cpu_jit import attend_blocks, can_attend
 from hf_kvopt.kernels.cpu_pieces import attend_pieces, can_attend_pieces
 from hf_kvopt.kernels.paged_kv import PagedKV
 from hf_kvopt.kernels.pattern import Pattern
-from hf_kvopt.pool.handle import KVHandle
+from hf_kvopt.pool.handle import KVHandle, handle_on
 
 logger = logging.getLogger(__name__)
 
@@ -99,13 +100,65 @@ def _over_dense(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> 
 
 
 def _torch_path(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, dropout: float) -> Tensor:
-    if isinstance(key, KVHandle) and isinstance(value, KVHandle) and not dropout and not _needs_centre(key, pattern):
-        out = _over_storage(query, key, value, pattern)
-        if out is not None:
-            return out
+    if isinstance(key, KVHandle) and isinstance(value, KVHandle) and not dropout:
+        if torch.compiler.is_compiling():
+            return _as_one_op(query, key, value, pattern)
+        if not _needs_centre(key, pattern):
+            out = _over_storage(query, key, value, pattern)
+            if out is not None:
+                return out
     key = key.view_dense() if isinstance(key, KVHandle) else key
     value = value.view_dense() if isinstance(value, KVHandle) else value
     return attend(query, key, value, pattern, dropout)
+
+
+def _as_one_op(query: Tensor, key: KVHandle, value: KVHandle, pattern: Pattern) -> Tensor:
+    """`_torch_path` over rows of fixed capacity in a compiled graph: the very code that runs outside of one."""
+    assert key._block_table is not None
+    assert key._seq_lens is not None
+    out: Tensor = torch.ops.hf_kvopt.attend_fixed(
+        query, key.codes, key.scale, value.codes, value.scale, key._block_table, key._seq_lens, key.centre,
+        key.shape[2], key.dtype, value.dtype, key.spec.rotates, *pattern,
+    )  # fmt: skip
+    return out
+
+
+def _attend_fixed(
+    query: Tensor,
+    key_codes: Tensor,
+    key_scale: Tensor | None,
+    value_codes: Tensor,
+    value_scale: Tensor | None,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    centre: Tensor | None,
+    kv_len: int,
+    key_dtype: torch.dtype,
+    value_dtype: torch.dtype,
+    rotates: bool,
+    *pattern: Any,
+) -> Tensor:
+    """`_torch_path` over handles made of what they hold."""
+    # On a CPU it costs nothing to look; elsewhere whoever made the handle left out what is not needed.
+    if centre is not None and centre.device.type == "cpu" and not bool(centre.any()):
+        centre = None
+    key = handle_on(key_codes, key_scale, block_table, seq_lens, kv_len, key_dtype, rotates, centre)
+    value = handle_on(value_codes, value_scale, block_table, seq_lens, kv_len, value_dtype)
+    return _torch_path(query, key, value, Pattern(*pattern), 0.0)
+
+
+def _attend_fixed_fake(
+    query: Tensor,
+    key_codes: Tensor,
+    key_scale: Tensor | None,
+    value_codes: Tensor,
+    value_scale: Tensor | None,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *_: Any,
+) -> Tensor:
+    batch, num_heads, q_len = query.shape[:3]
+    return query.new_empty(batch, q_len, num_heads, PagedKV(key_codes, value_codes, block_table, seq_lens).v_dim)
 
 
 def _needs_centre(key: KVHandle, pattern: Pattern) -> bool:
@@ -169,3 +222,13 @@ def _obstacle(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, dropo
 @cache
 def _say_once(obstacle: str) -> None:
     logger.warning("hf_kvopt attention takes PyTorch's SDPA instead of its Triton kernels: got %s", obstacle)
+
+
+dispatch.define_op(
+    "attend_fixed",
+    "(Tensor query, Tensor key_codes, Tensor? key_scale, Tensor value_codes, Tensor? value_scale, Tensor block_table, "
+    "Tensor seq_lens, Tensor? centre, SymInt kv_len, ScalarType key_dtype, ScalarType value_dtype, bool rotates, "
+    f"{dispatch.PATTERN}) -> Tensor",
+    _attend_fixed,
+    _attend_fixed_fake,
+)

@@ -5,7 +5,6 @@ that was captured once can be replayed at any length. Like `StaticCache`, and un
 covers the whole capacity while decoding.
 """
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,9 +14,10 @@ from torch import Tensor
 from hf_kvopt.cache.layer import PagedLayer
 from hf_kvopt.errors import CacheStateError, OutOfBlocks
 from hf_kvopt.pool.block_table import BlockTable
+from hf_kvopt.pool.fixed_rows import FixedCentres, next_slots, require_room
 from hf_kvopt.pool.handle import HandleSpec, KVHandle, row_views
 from hf_kvopt.pool.storage import Plane
-from hf_kvopt.quant import CENTRE_TOKENS, NATIVE_KV, KVFormat, centre_of
+from hf_kvopt.quant import NATIVE_KV, KVFormat
 
 
 class FixedLayer(PagedLayer):
@@ -28,10 +28,20 @@ class FixedLayer(PagedLayer):
     def __init__(self, table: BlockTable, format: KVFormat = NATIVE_KV, exact_prefill: bool = False) -> None:
         super().__init__(table, format, exact_prefill)
         self.is_sliding = False
-        self.length = torch.zeros((), dtype=torch.int64)
+        # A tensor made in inference mode could not be written outside of it.
+        with torch.inference_mode(False):
+            self.length = torch.zeros((), dtype=torch.int64)
         self.row_capacity = 0
-        self.centre: Tensor | None = None  # [batch, num_kv_heads, head_dim], of the keys of each row
 
+    @property
+    def centres(self) -> FixedCentres | None:
+        """What the rows' keys are stored less, where they are guarded."""
+        return None if self.pool is None else self.pool.keys.row_centres
+
+    @torch.compiler.disable(
+        reason="a cache of fixed capacity takes its memory outside of a graph: feed it the prompt before it is compiled, "
+        "or call cache.early_initialization(batch_size, num_heads, head_dim, dtype, device) first"
+    )
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         table, batch = self.table, key_states.shape[0]
         max_blocks = table.allocator.max_blocks
@@ -47,19 +57,23 @@ class FixedLayer(PagedLayer):
         self.row_capacity = row_blocks * table.block_size
         table.reserve(batch, self.row_capacity)
         super().lazy_initialization(key_states, value_states)
-        device = key_states.device
+        with torch.inference_mode(False):
+            self._make_tensors(key_states)
+
+    def _make_tensors(self, key_states: Tensor) -> None:
+        """What the rows have beside their tokens, at addresses that stay."""
+        assert self.pool is not None
+        batch, device = key_states.shape[0], key_states.device
         self.length = self.length.to(device)
-        self.block_table, _, _ = table.rows_on(device)
         self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=device)
-        if not torch.compiler.is_compiling():
-            assert self.pool is not None
-            for tensor in (
-                self.length,
-                self.seq_lens,
-                self.block_table,
-                *(x for plane in self.pool.planes for x in plane.tensors),
-            ):
-                torch._dynamo.mark_static_address(tensor)
+        self.first_slots = torch.arange(batch, device=device)[:, None] * self.row_capacity
+        self.block_table = self.table.rows_on(device)[0]
+        if self.pool.keys.centres is not None:
+            self.pool.keys.centres, self.pool.keys.row_centres = None, FixedCentres(key_states)
+        kept = [self.length, self.seq_lens, self.first_slots, self.block_table]
+        kept += self.centres.tensors if self.centres is not None else ()
+        for tensor in (*kept, *(x for plane in self.pool.planes for x in plane.tensors)):
+            torch._dynamo.mark_static_address(tensor)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         num_tokens = key_states.shape[2]
@@ -68,13 +82,13 @@ class FixedLayer(PagedLayer):
             self.lazy_initialization(key_states, value_states)
         self._check(key_states, value_states)
         assert self.pool is not None
-        key_states_stored = self._guarded(key_states, is_new)
-        positions = torch.arange(num_tokens, device=key_states.device) + self.length
-        first_slots = torch.arange(len(key_states), device=positions.device)[:, None] * self.row_capacity
-        self.pool.store(key_states_stored, value_states, (first_slots + positions).reshape(-1))
+        slots = next_slots(self.length, self.first_slots, num_tokens, self.row_capacity)
+        self.pool.store(self._guarded(key_states), value_states, slots)
         # Only now: what breaks off before this was not written.
         self.length.add_(num_tokens)
         self.seq_lens.add_(num_tokens)
+        if self.seq_lens.device.type != "cpu":
+            self.seq_lens.clamp_(max=self.row_capacity)  # what lies beyond went nowhere
         # A prefill runs eagerly and knows its length; a decode step must look the same at every length.
         # The first step finds nothing before it, also where it is traced.
         seen = num_tokens if is_new else None
@@ -98,9 +112,8 @@ class FixedLayer(PagedLayer):
             for mine, theirs in zip(self.pool.planes, twin.pool.planes, strict=True):
                 for old, new in zip(mine.tensors, theirs.tensors, strict=True):
                     new.copy_(old)
-            if self.pool.keys.centres is not None:
-                twin.pool.keys.centres = copy.deepcopy(self.pool.keys.centres)
-            twin.centre = self.centre
+            if self.centres is not None and twin.centres is not None:
+                twin.centres.copy_from(self.centres)
             twin.set_length(int(self.length))
         return twin
 
@@ -126,8 +139,8 @@ class FixedLayer(PagedLayer):
         self.length.fill_(length)
         if self.pool is not None:
             self.seq_lens.fill_(length)
-            if not length and self.pool.keys.centres is not None:
-                self.pool.keys.centres.early.clear()
+            if not length and self.centres is not None:
+                self.centres.restart()
 
     def keep(self, num_tokens: int, path: Sequence[int]) -> None:
         """Of the last `num_tokens` tokens of every row keep those numbered in `path`, in that order."""
@@ -136,8 +149,11 @@ class FixedLayer(PagedLayer):
         moved = [(node, place) for place, node in enumerate(path) if node != place]
         starts = [row * self.row_capacity + first for row in range(self.table.batch_size)]
         if moved:
-            self.pool.move_slots([a + node for a in starts for node, _ in moved],
-                                 [a + place for a in starts for _, place in moved])  # fmt: skip
+            src = [start + node for start in starts for node, _ in moved]
+            dst = [start + place for start in starts for _, place in moved]
+            self.pool.move_slots(src, dst)
+            if self.centres is not None:
+                self.centres.move_slots(src, dst, self.row_capacity)
         self.set_length(first + len(path))
 
     def select_rows(self, indices: list[int]) -> None:
@@ -153,45 +169,30 @@ class FixedLayer(PagedLayer):
             for tensor in plane.tensors:
                 rows = row_views(tensor, self.table.batch_size)
                 rows.copy_(rows[indices])
-        if self.centre is not None:
-            self.centre = self.centre[indices]
-        if self.pool.keys.centres is not None:
-            src = [block for row in indices for block in self.table.rows[row]]
-            self.pool.keys.centres.copy_blocks(src, [block for row in self.table.rows for block in row])
+        if self.centres is not None:
+            self.centres.select(indices)
 
     def _handle(self, plane: Plane, kv_len: int, states: Tensor | None = None) -> KVHandle:
         shape = (self.table.batch_size, plane.num_heads, kv_len, plane.dim)
         spec = HandleSpec(shape, plane.dtype, plane.format.name, plane.rotates)
-        centre = None if plane.centres is None else self.centre
         # An address must not be guarded on: the graph serves any cache of this shape.
-        place = None if torch.compiler.is_compiling() else plane.place
+        is_graph = torch.compiler.is_compiling()
+        place = None if is_graph else plane.place
+        centre = None
+        if plane.row_centres is not None:
+            centre = plane.row_centres.in_graph() if is_graph else plane.row_centres.of_rows()
         return KVHandle(
             plane.codes, plane.scale, self.block_table, self.seq_lens, spec, states=states, centre=centre, place=place
         )
 
-    def _guarded(self, key_states: Tensor, is_new: bool) -> Tensor:
+    def _guarded(self, key_states: Tensor) -> Tensor:
         """Keys as they go into the pool; rows that begin now learn their centre."""
         assert self.pool is not None
-        plane, num_tokens = self.pool.keys, key_states.shape[2]
-        if plane.centres is None:
-            return plane.guarded(key_states, None)
-        if torch.compiler.is_compiling():
-            self.centre = self._learned_in_graph(key_states, is_new)
-        # A GPU is asked for the length by prompts alone, and behind a short one: a decode step must not wait.
-        elif num_tokens and (is_new or num_tokens > 1 or plane.centres.early or key_states.device.type == "cpu"):
-            length = int(self.length)
-            if not length or plane.centres.early:
-                self.centre = plane.learn(key_states, self.table, length, length + num_tokens)
-        return plane.guarded(key_states, self.centre)
-
-    def _learned_in_graph(self, key_states: Tensor, is_new: bool) -> Tensor | None:
-        """The same where nothing may be asked for: from a prompt of two or more tokens in one forward."""
-        if key_states.shape[2] == 1:
-            return self.centre
-        learned = centre_of(key_states[:, :, :CENTRE_TOKENS])
-        if is_new:
-            return learned
-        return torch.where(self.length == 0, learned, 0.0 if self.centre is None else self.centre)
+        plane, centre = self.pool.keys, None
+        if plane.row_centres is not None:
+            learn = plane.row_centres.learn_in_graph if torch.compiler.is_compiling() else plane.row_centres.learn
+            centre = learn(key_states, self.length, plane.codes, plane.scale, plane.rotates)
+        return plane.guarded(key_states, centre)
 
     def _is_static(self, num_tokens: int) -> bool:
         return num_tokens == 1 or torch.compiler.is_compiling()
@@ -202,17 +203,12 @@ class FixedLayer(PagedLayer):
         return self._handle(getattr(self.pool, name), int(self.length))
 
     def _check(self, key_states: Tensor, value_states: Tensor) -> None:
-        if torch.compiler.is_compiling():
-            return
         super()._check(key_states, value_states)
         batch, _, num_tokens, _ = key_states.shape
         if batch != self.table.batch_size:
             raise CacheStateError(
                 f"the cache holds {self.table.batch_size} rows: got a batch of {batch}; free() it for a new batch"
             )
-        # On a GPU only where it costs nothing: a decode step must not wait for the device.
-        if (num_tokens > 1 or key_states.device.type == "cpu") and int(self.length) + num_tokens > self.row_capacity:
-            raise OutOfBlocks(
-                f"{num_tokens} more tokens a row were asked for: got {int(self.length)} of {self.row_capacity} used; "
-                "raise max_tokens to at least batch_size * (prompt tokens + max_new_tokens)"
-            )
+        # On a GPU only where it costs nothing: a decode step must not wait for the device. A graph asks when it runs.
+        if not torch.compiler.is_compiling() and (num_tokens > 1 or key_states.device.type == "cpu"):
+            require_room(num_tokens, int(self.length), self.row_capacity)

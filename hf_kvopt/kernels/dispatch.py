@@ -1,8 +1,9 @@
 """The ops as the rest of the package calls them, registered with torch.library under `hf_kvopt::`.
 
 One rule for all: a CUDA tensor takes the kernel, and so does a CPU tensor under TRITON_INTERPRET=1; every other tensor
-takes the torch path; what a CUDA device cannot do raises `UnsupportedDevice`. Fake implementations and declared
-mutations let `torch.compile(fullgraph=True)` and CUDA graphs see one opaque op each.
+takes the torch path (storing: this CPU's machine code, where there is some); what a CUDA device cannot do raises
+`UnsupportedDevice`. Fake implementations and declared mutations let `torch.compile(fullgraph=True)` and CUDA graphs see
+one opaque op each.
 
 Queries are aligned bottom-right: query i of a row sits at position seq_len - q_len + i. The ops have no gradient,
 and raise where one would be lost.
@@ -10,7 +11,7 @@ and raise where one would be lost.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from hf_kvopt.kernels import paged_decode as _paged_decode
 from hf_kvopt.kernels import paged_prefill as _paged_prefill
 from hf_kvopt.kernels import store_kv as _store_kv
 from hf_kvopt.kernels.checks import check_format_runs
+from hf_kvopt.kernels.cpu_jit import place_of
+from hf_kvopt.kernels.cpu_store import can_store, store_states
 from hf_kvopt.kernels.launch import device_target, target_of
 from hf_kvopt.kernels.packed import Packed
 from hf_kvopt.kernels.paged_kv import PagedKV, empty_results
@@ -33,20 +36,22 @@ from hf_kvopt.quant import Format
 
 # Flat, in the field order of PagedKV and Pattern: the ops know tensors and numbers only.
 _PAGED = "Tensor q, Tensor k_pool, Tensor v_pool, Tensor block_table, Tensor seq_lens, Tensor? k_scale, Tensor? v_scale"
-_PATTERN = (
+PATTERN = (
     "float scale, bool is_causal=True, int? window=None, float? softcap=None, Tensor? sinks=None, "
     "Tensor? starts=None, Tensor? mask=None"
 )
-_SCHEMAS = {
-    "store_kv": "(Tensor k, Tensor v, Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor slot_mapping, "
-    "Tensor(c!)? k_scale=None, Tensor(d!)? v_scale=None) -> ()",
-    "paged_decode": f"({_PAGED}, {_PATTERN}, Tensor(a!)? scratch=None) -> (Tensor, Tensor)",
-    "paged_prefill": f"({_PAGED}, {_PATTERN}) -> (Tensor, Tensor)",
-    "flash_prefill": f"(Tensor q, Tensor k, Tensor v, {_PATTERN}, Tensor? cu_seqlens_q=None, "
-    "Tensor? cu_seqlens_k=None, SymInt? max_q_len=None) -> (Tensor, Tensor)",
-    "merge_state": "(Tensor partial_out, Tensor partial_lse, Tensor? sinks=None, ScalarType? dtype=None) "
-    "-> (Tensor, Tensor)",
-}
+_STORE_KV = (
+    "(Tensor k, Tensor v, Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor slot_mapping, Tensor(c!)? k_scale=None, "
+    "Tensor(d!)? v_scale=None) -> ()"
+)
+_FLASH_PREFILL = (
+    f"(Tensor q, Tensor k, Tensor v, {PATTERN}, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
+    "SymInt? max_q_len=None) -> (Tensor, Tensor)"
+)
+_MERGE_STATE = (
+    "(Tensor partial_out, Tensor partial_lse, Tensor? sinks=None, ScalarType? dtype=None) -> (Tensor, Tensor)"
+)
+_DECODE = f"({_PAGED}, {PATTERN}, Tensor(a!)? scratch=None) -> (Tensor, Tensor)"
 _POOLS, _FIELDS = len(PagedKV._fields), len(Pattern._fields)
 
 
@@ -142,6 +147,20 @@ def merge_state(
     return AttentionOut(*torch.ops.hf_kvopt.merge_state(partial_out, partial_lse, sinks, dtype))
 
 
+def store_plane(
+    states: Tensor,  # [batch, num_kv_heads, tokens, dim]
+    pool: Tensor,  # [num_blocks, block_size, num_kv_heads, dim or packed], written in place
+    scale: Tensor | None,
+    slot_mapping: Tensor,  # [batch * tokens] int64, -1 to skip
+) -> None:
+    """Quantize and scatter keys or values without Triton: in this CPU's machine code where it can be, else in torch."""
+    place = place_of(pool, scale)
+    if place is not None and can_store(states, place):
+        store_states(states, place, slot_mapping)
+    else:
+        _store_kv.store_plane_reference(states, pool, slot_mapping, scale)
+
+
 def _store_kv_impl(
     k: Tensor,
     v: Tensor,
@@ -151,8 +170,11 @@ def _store_kv_impl(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> None:
-    op = _store_kv.store_kv if _takes_kernel(k, v) else _store_kv.store_kv_reference
-    op(k, v, k_pool, v_pool, slot_mapping, k_scale, v_scale)
+    if _takes_kernel(k, v):
+        _store_kv.store_kv(k, v, k_pool, v_pool, slot_mapping, k_scale, v_scale)
+        return
+    store_plane(k, k_pool, k_scale, slot_mapping)
+    store_plane(v, v_pool, v_scale, slot_mapping)
 
 
 # An op leaves out trailing arguments that have their default: `rest` is the pattern, or less, and what follows it.
@@ -188,10 +210,6 @@ def _both(result: AttentionOut) -> tuple[Tensor, Tensor]:
     return result.out, result.lse
 
 
-def _store_kv_fake(k: Tensor, v: Tensor, *rest: Any) -> None:
-    return None
-
-
 def _paged_fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return empty_results(q, PagedKV(*rest[:_POOLS]).v_dim)
 
@@ -206,19 +224,21 @@ def _merge_state_fake(
     return partial_out.new_empty(partial_out.shape[1:], dtype=dtype), partial_lse.new_empty(partial_lse.shape[1:])
 
 
-def _register() -> None:
-    implementations: dict[str, tuple[Callable[..., object], Callable[..., object]]] = {
-        "store_kv": (_store_kv_impl, _store_kv_fake),
-        "paged_decode": (_paged_decode_impl, _paged_fake),
-        "paged_prefill": (_paged_prefill_impl, _paged_fake),
-        "flash_prefill": (_flash_prefill_impl, _flash_prefill_fake),
-        "merge_state": (_merge_state_impl, _merge_state_fake),
-    }
-    for name, schema in _SCHEMAS.items():
-        real, fake = implementations[name]
-        torch.library.define(f"hf_kvopt::{name}", schema)
-        torch.library.impl(f"hf_kvopt::{name}", "default", real)
-        torch.library.register_fake(f"hf_kvopt::{name}", fake)
+def define_op(
+    name: str,
+    schema: str,
+    real: Callable[..., object],
+    fake: Callable[..., object],
+    tags: Sequence[torch.Tag] = (),
+) -> None:
+    """Register `hf_kvopt::name`: what it does on every device, and the shapes of what it returns."""
+    torch.library.define(f"hf_kvopt::{name}", schema, tags=tags)
+    torch.library.impl(f"hf_kvopt::{name}", "default", real)
+    torch.library.register_fake(f"hf_kvopt::{name}", fake)
 
 
-_register()
+define_op("store_kv", _STORE_KV, _store_kv_impl, lambda *_: None)
+define_op("paged_decode", _DECODE, _paged_decode_impl, _paged_fake)
+define_op("paged_prefill", f"({_PAGED}, {PATTERN}) -> (Tensor, Tensor)", _paged_prefill_impl, _paged_fake)
+define_op("flash_prefill", _FLASH_PREFILL, _flash_prefill_impl, _flash_prefill_fake)
+define_op("merge_state", _MERGE_STATE, _merge_state_impl, _merge_state_fake)

@@ -41,18 +41,28 @@ def store_kv_reference(
     v_scale: Tensor | None = None,
 ) -> None:
     """Quantize with `quant.reference` and index into the pools in place; see `store_kv`."""
+    store_plane_reference(k, k_pool, slot_mapping, k_scale)
+    store_plane_reference(v, v_pool, slot_mapping, v_scale)
+
+
+def store_plane_reference(
+    x: Tensor,  # [batch, num_kv_heads, q_len, dim]
+    pool: Tensor,
+    slot_mapping: Tensor,
+    scale: Tensor | None = None,
+) -> None:
+    """Store the keys or the values of `store_kv_reference`."""
     kept = slot_mapping >= 0
     slots = slot_mapping[kept]
-    for x, pool, scale in ((k, k_pool, k_scale), (v, v_pool, v_scale)):
-        tokens = x.transpose(1, 2).flatten(0, 1)[kept]
-        scale_dtype = torch.float16 if scale is None else scale.dtype
-        codes, scales = quantize(tokens, format_of(pool.dtype), scale_dtype)
-        # index_put has no float8: write the bytes.
-        as_bytes = pool.element_size() == 1
-        flat = pool.view(-1, *pool.shape[2:])
-        (flat.view(torch.uint8) if as_bytes else flat)[slots] = codes.view(torch.uint8) if as_bytes else codes
-        if scale is not None and scales is not None:
-            scale.view(-1, *scale.shape[2:])[slots] = scales
+    tokens = x.transpose(1, 2).flatten(0, 1)[kept]
+    scale_dtype = torch.float16 if scale is None else scale.dtype
+    codes, scales = quantize(tokens, format_of(pool.dtype), scale_dtype)
+    # index_put has no float8: write the bytes.
+    as_bytes = pool.element_size() == 1
+    flat = pool.view(-1, *pool.shape[2:])
+    (flat.view(torch.uint8) if as_bytes else flat)[slots] = codes.view(torch.uint8) if as_bytes else codes
+    if scale is not None and scales is not None:
+        scale.view(-1, *scale.shape[2:])[slots] = scales
 
 
 @triton.jit

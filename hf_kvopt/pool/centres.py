@@ -68,7 +68,7 @@ class Centres:
         """
         self._drop_unused()
         numbers, anew = [], []
-        pads = _num_pads(states) if stop > start == table.base else [0] * len(table.rows)
+        pads = num_pads(states) if stop > start == table.base else [0] * len(table.rows)
         for i, row in enumerate(table.rows):
             first = max(table.base, table.lags[i])  # the column of the row's first token
             past, last = start - first, stop - first
@@ -76,8 +76,8 @@ class Centres:
                 numbers.append(0)
                 continue
             number = self.ids[row[(past - 1) // table.block_size]] if past > 0 else 0
-            num_pads = pads[i] if not past else 0
-            known = self._first_tokens(states[i, :, num_pads:], row[0], past)
+            skipped = pads[i] if not past else 0
+            known = self._first_tokens(states[i, :, skipped:], row[0], past)
             if known is not None and (past <= 0 or known.shape[1] == CENTRE_TOKENS):
                 before, number = number, self._learn(known, number)
                 if past > 0 and number != before:
@@ -86,7 +86,7 @@ class Centres:
                 self.ids[block] = number
                 self.early.pop(block, None)
             # Behind padding the first tokens may lie in blocks that are shared by then: they stay as they are.
-            if known is not None and known.shape[1] < CENTRE_TOKENS and not num_pads:
+            if known is not None and known.shape[1] < CENTRE_TOKENS and not skipped:
                 self.early[row[0]] = known.clone()
             numbers.append(number)
         return self._gathered(numbers), anew
@@ -183,7 +183,7 @@ class Centres:
         return self._last[1]
 
 
-def _num_pads(states: Tensor) -> list[int]:
+def num_pads(states: Tensor) -> list[int]:
     """Tokens that each row of states [batch, num_kv_heads, tokens, head_dim] begins with and whose keys are all the
     same: padding, which is one token many times over; 0 where all are."""
     first = states[:, :, :1]

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from hf_kvopt.errors import CacheStateError
-from hf_kvopt.kernels.cpu_jit import Place
+from hf_kvopt.kernels.cpu_jit import Place, place_of
 from hf_kvopt.pool.lazy import LazyTensor
 from hf_kvopt.pool.slots import RowTensors
-from hf_kvopt.quant import Format, Quantized, dequantize, get_format, rotate, unguarded
+from hf_kvopt.quant import Format, Quantized, dequantize, format_of, get_format, rotate, unguarded
 
 if TYPE_CHECKING:
     from hf_kvopt.pool.block_table import BlockTable
@@ -223,6 +223,23 @@ class KVHandle(LazyTensor):
     def __tensor_unflatten__(inner: dict[str, Tensor], spec: HandleSpec, *_: Any) -> "KVHandle":
         *parts, centre = (inner.get(n) for n in _PARTS)
         return KVHandle(*parts, spec, centre=centre)  # type: ignore[arg-type, call-arg, misc]
+
+
+def handle_on(
+    codes: Tensor,
+    scale: Tensor | None,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    kv_len: int,
+    dtype: torch.dtype,
+    rotates: bool = False,
+    centre: Tensor | None = None,
+) -> KVHandle:
+    """Make a handle on rows of fixed capacity out of what it holds, `dtype` being what a model sees."""
+    fmt = format_of(codes.dtype)
+    shape = (len(block_table), codes.shape[2], kv_len, codes.shape[3] * fmt.codes_per_byte)
+    spec = HandleSpec(shape, dtype, fmt.name, rotates)
+    return KVHandle(codes, scale, block_table, seq_lens, spec, centre=centre, place=place_of(codes, scale))
 
 
 def row_views(x: Tensor, batch: int) -> Tensor:

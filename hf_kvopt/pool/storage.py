@@ -19,6 +19,7 @@ from hf_kvopt.kernels.cpu_store import can_store, store_states
 from hf_kvopt.kernels.dispatch import require_format, require_format_somewhere, runs_kernel, store_kv
 from hf_kvopt.pool.block_table import BlockTable
 from hf_kvopt.pool.centres import Centres
+from hf_kvopt.pool.fixed_rows import FixedCentres
 from hf_kvopt.pool.handle import HandleSpec, KVHandle
 from hf_kvopt.pool.slots import gathered, shared_runs, strided
 from hf_kvopt.quant import (
@@ -32,7 +33,7 @@ from hf_kvopt.quant import (
     Quantized,
     dequantize,
     guard_for,
-    hadamard,
+    guarded,
     quantize,
     unguarded,
 )
@@ -70,6 +71,7 @@ class Plane:
         self._hold(*self._blocks(num_blocks, states.device))
         self.rotates = guard.rotates
         self.centres = Centres(self.num_heads, self.dim, num_blocks, states.device) if guard.centres else None
+        self.row_centres: FixedCentres | None = None  # in place of those where rows are of fixed capacity
 
     def __getstate__(self) -> dict[str, object]:
         state = {**self.__dict__, "owner": None, "place": None}
@@ -94,8 +96,8 @@ class Plane:
     @property
     def num_bytes(self) -> int:
         """Bytes held, free blocks and scales included."""
-        held = self.tensors if self.centres is None else [*self.tensors, *self.centres.tensors]
-        return sum(tensor.untyped_storage().nbytes() for tensor in held)
+        beside = [tensor for centres in (self.centres, self.row_centres) if centres for tensor in centres.tensors]
+        return sum(tensor.untyped_storage().nbytes() for tensor in (*self.tensors, *beside))
 
     def no_tokens(self, batch: int) -> Tensor:
         """[batch, num_kv_heads, 0, head_dim]: states such as this plane holds, but none."""
@@ -118,12 +120,10 @@ class Plane:
 
     def guarded(self, states: Tensor, centre: Tensor | None) -> Tensor:
         """States [batch, num_kv_heads, tokens, head_dim] as they go into a format, less centre [batch, heads, dim]."""
-        if centre is not None:
-            states = states.float() - centre.unsqueeze(2)
-        return hadamard(states.float()) if self.rotates else states
+        return guarded(states, self.rotates, centre)
 
     def restored(self, states: Tensor, centre: Tensor | None) -> Tensor:
-        """What `guarded` was given, of what it gave."""
+        """Undo `guarded`: return keys as they were before centring and rotation."""
         return unguarded(states, self.rotates, centre)
 
     def centre_of(self, table: BlockTable) -> Tensor | None:
@@ -344,7 +344,7 @@ class KVPool:
 
     def store(self, key_states: Tensor, value_states: Tensor, slots: Tensor) -> None:
         """Store states [batch, num_kv_heads, tokens, head_dim], keys guarded, at `slots` [batch * tokens]."""
-        if runs_kernel(key_states):
+        if runs_kernel(key_states) or torch.compiler.is_compiling():
             key_states, value_states = (x if x.stride(-1) == 1 else x.contiguous() for x in (key_states, value_states))
             keys, values = self.planes
             store_kv(key_states, value_states, keys.codes, values.codes, slots, keys.scale, values.scale)

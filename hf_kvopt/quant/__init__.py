@@ -12,7 +12,17 @@ from hf_kvopt.quant.formats import (
     get_format,
     get_kv_format,
 )
-from hf_kvopt.quant.guard import CENTRE_TOKENS, NO_GUARD, Guard, centre_of, guard_for, hadamard, rotate, unguarded
+from hf_kvopt.quant.guard import (
+    CENTRE_TOKENS,
+    NO_GUARD,
+    Guard,
+    centre_of,
+    guard_for,
+    guarded,
+    hadamard,
+    rotate,
+    unguarded,
+)
 from hf_kvopt.quant.policy import FormatPolicy
 from hf_kvopt.quant.reference import Quantized, dequantize, quantize, unpack_int4, widen, widen_planes
 
@@ -35,6 +45,7 @@ __all__ = [
     "get_format",
     "get_kv_format",
     "guard_for",
+    "guarded",
     "hadamard",
     "quantize",
     "rotate",

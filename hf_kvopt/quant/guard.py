@@ -66,10 +66,12 @@ def hadamard(
 
     H is symmetric and its own inverse. Where dim is no power of two, it is as many of the largest that divides dim.
     """
-    if x.device.type not in _EXACT_DEVICES or torch.compiler.is_compiling():
+    if x.device.type not in _EXACT_DEVICES:
         return _butterflies(x)
-    # One product instead of six operations a doubling. It may be summed in another order for another number of
-    # vectors: in float64, of which float32 keeps nothing of that.
+    # A matrix that is kept between calls has no place in a graph. In float64, of which float32 keeps nothing of the
+    # order of summation, sums and differences give the same as one product, which is fewer operations.
+    if torch.compiler.is_compiling() or type(x) is not Tensor:
+        return _butterflies(x.double()).float()
     return torch.matmul(x.double(), _matrix(x.shape[-1], x.device, torch.float64)).float()
 
 
@@ -84,6 +86,17 @@ def _butterflies(x: Tensor) -> Tensor:
         x = torch.stack((a + b, a - b), dim=-2).flatten(-3)
         half *= 2
     return x * size**-0.5
+
+
+def guarded(
+    states: Tensor,  # [batch, num_kv_heads, tokens, head_dim]
+    rotates: bool,
+    centre: Tensor | None,  # [batch, num_kv_heads, head_dim]
+) -> Tensor:
+    """Return keys as they go into a format: less their row's centre, and rotated."""
+    if centre is not None:
+        states = states.float() - centre.unsqueeze(2)
+    return hadamard(states.float()) if rotates else states
 
 
 def unguarded(
