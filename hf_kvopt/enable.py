@@ -59,7 +59,7 @@ def enable(
             `prefix_store(model)`), a store of this model is used as it is.
         draft: speculate in every `generate` call: a draft head, an assistant model, "prompt_lookup", "lookahead", or
             what `speculative(...)` made, with its settings and `stats`.
-        cache_options: handed to the cache at each `generate` call, e.g. `block_size=32`, `max_tokens=100_000`.
+        cache_options: handed to the cache at each `generate` call, e.g. `block_size=32`, `max_tokens="32k"`.
 
     Returns:
         The model, for chaining.

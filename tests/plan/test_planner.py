@@ -161,7 +161,7 @@ def test_mixtral_reads_two_experts_of_eight() -> None:
         ({"goal": "fun"}, "goal must be one of latency, throughput"),
         ({"device": "H900"}, "device must be auto, cpu or one of B200"),
         ({"budget": "1MiB"}, "is impossible: weights take"),
-        ({"context": "32 miles"}, "context must be tokens"),
+        ({"context": "32 miles"}, "context must be a positive number of tokens"),
         ({"batch": 0}, "batch must be a whole number"),
     ],
 )
