@@ -78,9 +78,13 @@ def test_a_config_that_lacks_a_field_is_refused_by_its_name(change: dict[str, An
         ({"block_size": 24}, "block_size must be a power of two"),
         ({"dtype": "float8"}, "dtype must be float32, bfloat16 or float16"),
         ({"device": "H900"}, "device must be auto, cpu or one of B200"),
-        ({"budget": "1KiB"}, "budget of 1.0 KiB is impossible: the weights alone take"),
+        ({"budget": "1 parsec"}, "budget must be bytes such as 24GiB"),
         ({"compileable": True}, "compileable=True needs max_tokens"),
-        ({"max_tokens": 100}, r"max_tokens must hold 1 x 4,096 tokens in blocks: got 100"),
+        (
+            {"max_tokens": 100},
+            "max_tokens must hold 1 x 4,096 tokens, each row in whole blocks: got 100; raise it to 4096",
+        ),
+        ({"context": 90, "batch": 3, "max_tokens": 270, "compileable": True}, "whole blocks: got 270; raise it to 288"),
         ({"encoder_context": 4}, "encoder_context is for encoder-decoder models"),
     ],
 )
