@@ -91,7 +91,7 @@ def format(w: Weighing) -> Choice:
     saved = 1 - w.request_s / w.timed[native].request_s
     reason = (
         f"KV is {_kv_share(w):.0%} of the KV and weights that a native step reads: {best.format} saves {saved:.1%} of "
-        f"a request, more than the {WORTH_A_LOSS:.0%} that make up for a loss"
+        f"a request, and {WORTH_A_LOSS:.0%} make up for a loss"
     )
     gain = f"{kept} of KV instead of {size}; step {versus(w.timed[native].step.seconds, step.seconds)}"
     most = MOST_SPEEDUP.get(best.format)
@@ -119,7 +119,7 @@ def _other_format(w: Weighing, name: str) -> str:
         return f"{size}, no faster"
     if saved < 0:
         return f"{size}, takes {-saved:.1%} longer"
-    return f"{size}, saves {saved:.1%} of a request: less than the {WORTH_A_LOSS:.0%} that make up for a loss"
+    return f"{size}, saves {saved:.1%} of a request, where {WORTH_A_LOSS:.0%} would make up for a loss"
 
 
 def _kind(option: Option) -> str:

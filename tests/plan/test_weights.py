@@ -96,7 +96,10 @@ REST = 7_615_616_512 - LINEAR
             quantized(
                 "compressed-tensors",
                 config_groups={
-                    "group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "strategy": "group", "group_size": 32}}
+                    "group_0": {
+                        "targets": ["Linear"],
+                        "weights": {"num_bits": 4, "strategy": "group", "group_size": 32},
+                    }
                 },
                 ignore=["lm_head"],
             ),
@@ -120,7 +123,9 @@ def test_gptq_adds_scales_zeros_and_the_order_of_columns() -> None:
 
 
 def test_what_is_loaded_layer_by_layer_leaves_stacked_experts_whole() -> None:
-    stored, whole = (weights_of(QWEN_3_30B_A3B, **change) for change in (quantized("bitsandbytes", load_in_4bit=True), {}))
+    stored, whole = (
+        weights_of(QWEN_3_30B_A3B, **change) for change in (quantized("bitsandbytes", load_in_4bit=True), {})
+    )
     assert stored.expert == whole.expert
     assert stored.dense.num_bytes < 0.7 * whole.dense.num_bytes
 
