@@ -57,8 +57,17 @@ def page_of(fields: dict[str, Any], question: dict[str, Any], capsys: Any, tmp_p
     return printed.out, printed.err
 
 
-@pytest.mark.parametrize("device", ["H200", "RTX4090", "A100-40", "cpu"])
-@pytest.mark.parametrize("name", PUBLISHED)
+# Every model on a large card, a small one and this machine; and cards that differ otherwise.
+PLACES = [
+    *((name, device) for name in PUBLISHED for device in ("H200", "RTX4090", "cpu")),
+    ("Llama-3.1-8B", "A100-40"),
+    ("Llama-3.1-8B", "MI300X"),
+    ("DeepSeek-V3", "B200"),
+    ("SmolLM2-135M", "T4"),
+]
+
+
+@pytest.mark.parametrize(("name", "device"), PLACES)
 def test_every_sentence_of_a_plan_is_so(name: str, device: str, capsys: Any, tmp_path: Path) -> None:
     for question in QUESTIONS:
         asked = {"device": device, **question}
