@@ -1,6 +1,60 @@
-"""What a user can set, as frozen objects that work with their defaults and refuse what cannot work."""
+"""What a user can set, as frozen objects that work with their defaults and refuse what cannot work.
 
+Numbers of tokens are written alike everywhere, in Python and on the command line: 32768, "32768" or "32k".
+"""
+
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
+
+_TOKEN_UNITS = {"": 1, "K": 1024, "M": 1024**2}
+_NUMBER = re.compile(r"([0-9][0-9_,]*(?:\.[0-9]+)?)\s*([a-zA-Z]*)")
+
+
+class BadInput(ValueError):
+    """A setting, config or file that cannot be used: names the field, what it got, and a right example."""
+
+
+def parse_tokens(value: str | int, field: str = "context") -> int:
+    """Return a number of tokens, written as 32768, "32768" or "32k"; k is 1,024 and M is 1,048,576.
+
+    Args:
+        value: as lengths of contexts are named (32k = 32,768); write 32000 for thousands.
+        field: what it is a setting of, for the error.
+
+    Raises:
+        BadInput: not a positive whole number of tokens.
+    """
+    return parse_size(value, field, _TOKEN_UNITS, "a positive number of tokens such as 32000 or '32k'")
+
+
+def parse_size(
+    value: str | int,
+    field: str,
+    units: Mapping[str, int],  # by their names in capitals, "" being none
+    expected: str,
+) -> int:
+    """Return a positive whole number of units, written with one of `units` behind it or as a plain number.
+
+    Raises:
+        BadInput: not such a number; the message says what was expected.
+    """
+    wrong = f"{field} must be {expected}: got {value!r}"
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise BadInput(wrong)
+    size: float = value if isinstance(value, int) else 0
+    if isinstance(value, str):
+        found = _NUMBER.fullmatch(value.strip())
+        if found is None:
+            raise BadInput(wrong)
+        number, unit = found[1].replace(",", "").replace("_", ""), found[2].upper()
+        if unit not in units:
+            raise BadInput(f"{wrong}, whose unit {found[2]!r} is unknown")
+        size = float(number) * units[unit]
+    if size < 1 or size != int(size):
+        raise BadInput(f"{wrong}, which is not a whole number of at least 1")
+    return int(size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -9,7 +63,8 @@ class CacheConfig:
 
     Args:
         block_size: tokens a block, a power of two from 16 to 256. Smaller wastes less at the end of each row.
-        max_tokens: hard cap on the tokens held over all rows of the batch, rounded up to blocks; None grows as needed.
+        max_tokens: hard cap on the tokens held over all rows of the batch, such as 32768 or "32k", rounded up to
+            blocks; None grows as needed. Kept as a number.
         compileable: fixed capacity with lengths on the device, so that `generate()` compiles the decode step; needs
             `max_tokens`, which is then the capacity over all rows. Off by default, because transformers compiles
             every plain `generate` whose cache says that it can be.
@@ -21,16 +76,15 @@ class CacheConfig:
     """
 
     block_size: int = 16
-    max_tokens: int | None = None
+    max_tokens: int | str | None = None
     compileable: bool = False
 
     def __post_init__(self) -> None:
         size = self.block_size
         if not isinstance(size, int) or isinstance(size, bool) or not 16 <= size <= 256 or size & (size - 1):
             raise ValueError(f"block_size must be a power of two from 16 to 256: got {size!r}")
-        cap = self.max_tokens
-        if cap is not None and (not isinstance(cap, int) or isinstance(cap, bool) or cap < 1):
-            raise ValueError(f"max_tokens must be a positive number of tokens, or None for no cap: got {cap!r}")
+        if self.max_tokens is not None:
+            object.__setattr__(self, "max_tokens", parse_tokens(self.max_tokens, "max_tokens"))
         if self.compileable and self.max_tokens is None:
             raise ValueError(
                 "compileable=True needs max_tokens, the fixed capacity over all rows: got None; pass "
@@ -40,4 +94,4 @@ class CacheConfig:
     @property
     def max_blocks(self) -> int | None:
         """`max_tokens` in blocks."""
-        return None if self.max_tokens is None else -(-self.max_tokens // self.block_size)
+        return None if self.max_tokens is None else -(-cast(int, self.max_tokens) // self.block_size)

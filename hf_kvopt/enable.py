@@ -70,7 +70,7 @@ def enable(
             between calls; what changes unseen (see `PrefixStore`) needs `prefix_store(model).clear()`.
         draft: speculate in every `generate` call: a draft head, its folder, an assistant model, "prompt_lookup",
             "lookahead", or what `speculative(...)` made, with its settings and `stats`.
-        cache_options: handed to the cache at each `generate` call, e.g. `block_size=32`, `max_tokens=100_000`.
+        cache_options: handed to the cache at each `generate` call, e.g. `block_size=32`, `max_tokens="32k"`.
 
     Returns:
         The model, for chaining.

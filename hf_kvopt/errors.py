@@ -1,7 +1,7 @@
 """Errors that hf_kvopt raises for state; wrong arguments raise `ValueError` or `TypeError`.
 
     KVOptError
-    ├── OutOfBlocks          the pool's cap is reached
+    ├── OutOfBlocks          the pool's cap on tokens is reached
     ├── CacheStateError      a cache used in a way that would give wrong tokens
     ├── UnsupportedModel     the model needs something that this attention or cache does not have
     └── UnsupportedDevice    the device cannot run the format or kernel that was asked for
@@ -27,7 +27,7 @@ class KVOptError(RuntimeError):
 
 
 class OutOfBlocks(KVOptError):
-    """More blocks were asked for than the pool's cap leaves; nothing was taken."""
+    """Room for more tokens was asked for than the pool's cap leaves, in whole blocks; nothing was taken."""
 
 
 class CacheStateError(KVOptError):

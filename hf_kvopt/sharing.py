@@ -199,7 +199,9 @@ def _returns_prompt(config: GenerationConfig) -> bool:
 
 def _says_all(input_ids: Tensor, model_kwargs: dict[str, Any]) -> bool:
     """Whether the tokens of each row, behind padding on the left, alone decide about keys and values."""
-    if any(value is not None for name, value in model_kwargs.items() if name not in _HARMLESS):
+    given = [value for name, value in model_kwargs.items() if name not in _HARMLESS]
+    # generate() hands models of images and text an empty dict where there is no image.
+    if any(value is not None and not (isinstance(value, dict) and not value) for value in given):
         return False
     mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
     if input_ids.shape[1] == 0 or positions is None or positions.dim() != 2:

@@ -2,7 +2,7 @@
 
 cache     -> pool, quant, config, errors       attention -> pool.handle, pool.lazy, kernels, errors
 pool      -> kernels, quant, errors            kernels   -> quant, errors
-draft     -> attention, cache, kernels.cpu_draft, config          plan      -> quant, config
+draft     -> attention, cache, kernels.cpu_draft, config          plan      -> quant, config, what caches refuse
 cli       -> everything: a front door, as enable and __main__ are
 """
 
@@ -25,7 +25,7 @@ ALLOWED = {
     "kernels": ("kernels", "quant"),
     "quant": ("quant",),
     "draft": ("draft", "attention", "cache", "kernels.cpu_draft", "config", "compat"),
-    "plan": ("plan", "quant", "config", "compat"),
+    "plan": ("plan", "quant", "config", "compat", "cache.identity"),
     "compat": (),
     "config": (),
     "errors": (),

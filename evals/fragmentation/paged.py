@@ -33,7 +33,9 @@ class Paged:
         self, pool: int, block_size: int, copies_on_write: bool = False, shares_prefixes: bool = False
     ) -> None:
         self.block_size, self.copies_on_write, self.shares_prefixes = block_size, copies_on_write, shares_prefixes
-        self.allocator = BlockAllocator(pool // block_size, stays_put=True, on_shortage=self._evict)
+        self.allocator = BlockAllocator(
+            pool // block_size, block_size=block_size, stays_put=True, on_shortage=self._evict
+        )
         self.index = PrefixIndex([self.allocator], block_size)
         self.allocator.ensure_free(pool // block_size)
         self.sequences: list[_Sequence] = []

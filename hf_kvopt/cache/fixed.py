@@ -49,8 +49,9 @@ class FixedLayer(PagedLayer):
         row_blocks = max_blocks // batch
         if row_blocks == 0:
             raise OutOfBlocks(
-                f"a batch of {batch} rows does not fit: got max_tokens of {max_blocks} blocks; raise max_tokens to at "
-                "least batch_size * (prompt tokens + max_new_tokens)"
+                f"a batch of {batch} rows does not fit: got max_tokens={max_blocks * table.block_size} ({max_blocks} "
+                f"blocks of {table.block_size}); raise max_tokens to at least batch_size * (prompt tokens + "
+                "max_new_tokens), each row in whole blocks"
             )
         # Exactly the batch's share, so that row r begins at block r * row_blocks.
         table.allocator.max_blocks = row_blocks * batch

@@ -48,7 +48,8 @@ class PagedCache(DynamicCache):
             what lies behind their window; without it every layer keeps all tokens, which is right for any model
             whose layers are all attention.
         block_size: tokens a block, a power of two from 16 to 256.
-        max_tokens: hard cap on the tokens over all rows (`OutOfBlocks` beyond it); None grows as needed.
+        max_tokens: hard cap on the tokens over all rows, such as 32768 or "32k" (`OutOfBlocks` beyond it); None grows
+            as needed.
         compileable: fixed capacity of `max_tokens`; see `CacheConfig`.
         offloading: keep all layers but the one that computes in CPU memory (CUDA only), as `DynamicCache` does.
         offload_only_non_sliding: leave sliding layers on the device.
@@ -70,7 +71,7 @@ class PagedCache(DynamicCache):
         config: PreTrainedConfig | None = None,
         *,
         block_size: int = 16,
-        max_tokens: int | None = None,
+        max_tokens: int | str | None = None,
         compileable: bool = False,
         offloading: bool = False,
         offload_only_non_sliding: bool = False,
@@ -303,8 +304,9 @@ class PagedCache(DynamicCache):
 
     def _table_for(self, window: int | None) -> BlockTable:
         if window not in self._tables:
-            allocator = BlockAllocator(max_blocks=self.cache_config.max_blocks)
-            self._tables[window] = BlockTable(allocator, self.cache_config.block_size, window)
+            block_size = self.cache_config.block_size
+            allocator = BlockAllocator(self.cache_config.max_blocks, block_size=block_size)
+            self._tables[window] = BlockTable(allocator, block_size, window)
             self._watch_tables()
         return self._tables[window]
 

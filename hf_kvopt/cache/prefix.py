@@ -63,8 +63,8 @@ class PrefixStore:
         model_or_config: the model, or its config. With the model, rows of a batch that match different lengths are
             brought level by computing what each lacks; with a config alone all rows start where the shortest match
             ends, and the caller sees to it that the weights never change.
-        max_tokens: hard cap on the tokens held; by default the store keeps some 65,000 and grows beyond that only for
-            what is being generated.
+        max_tokens: hard cap on the tokens held, such as 65536 or "64k"; by default the store keeps some 65,000 and
+            grows beyond that only for what is being generated.
         block_size: tokens a block.
         format: storage format, see `QuantizedPagedCache`; None stores what the model computes.
         skip_layers: layers that are not quantized; see `QuantizedPagedCache`.
@@ -96,7 +96,7 @@ class PrefixStore:
         self,
         model_or_config: PreTrainedModel | PreTrainedConfig,
         *,
-        max_tokens: int | None = None,
+        max_tokens: int | str | None = None,
         block_size: int = 16,
         format: str | None = None,
         skip_layers: Collection[LayerName] = ("sliding",),
@@ -118,7 +118,7 @@ class PrefixStore:
             format=format or "native", skip_layers=skip_layers, layer_formats=layer_formats or {}
         )
         limits = CacheConfig(block_size=block_size, max_tokens=max_tokens)
-        self.block_size, self.max_tokens, self._max_blocks = block_size, max_tokens, limits.max_blocks
+        self.block_size, self.max_tokens, self._max_blocks = block_size, limits.max_tokens, limits.max_blocks
         self.lock = threading.RLock()
         self.index: PrefixIndex
         self.pools: dict[int, KVPool] = {}
@@ -292,7 +292,7 @@ class PrefixStore:
             prefix_file.save(self, Path(path))
 
     @classmethod
-    def load(cls, path: str | Path, model: PreTrainedModel, *, max_tokens: int | None = None) -> Self:
+    def load(cls, path: str | Path, model: PreTrainedModel, *, max_tokens: int | str | None = None) -> Self:
         """A store with the texts of a file that `save` wrote for the same model.
 
         Raises:
@@ -316,7 +316,11 @@ class PrefixStore:
         self.require_alive()
         if window not in self._allocators:
             self._allocators[window] = BlockAllocator(
-                self._max_blocks, stays_put=True, on_shortage=self._make_room, lock=self.lock
+                self._max_blocks,
+                block_size=self.block_size,
+                stays_put=True,
+                on_shortage=self._make_room,
+                lock=self.lock,
             )
         return self._allocators[window]
 

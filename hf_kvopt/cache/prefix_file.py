@@ -82,7 +82,7 @@ def save(store: "PrefixStore", path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def load(cls: type[Store], path: Path, model: PreTrainedModel, max_tokens: int | None) -> Store:
+def load(cls: type[Store], path: Path, model: PreTrainedModel, max_tokens: int | str | None) -> Store:
     """A new store with what the file holds."""
     manifest, tensors = _read(path)
     if manifest["model"] != fingerprint(model):

@@ -68,13 +68,18 @@ def check(model: str, made: Plan) -> Checked:
     context = _measured_context(made, here.is_gpu, notes)
     # The question again for what is really run: this machine, this length, nothing but cache and format.
     dtype = made.dtype if here.is_gpu else "float32"
-    again = plan(
-        model, device=here, context=context, batch=made.batch, workload=made.workload, goal=made.goal, dtype=dtype
-    )
+    try:
+        again = plan(
+            model, device=here, context=context, batch=made.batch, workload=made.workload, goal=made.goal, dtype=dtype
+        )
+    except BadInput as error:
+        raise BadInput(
+            f"--check runs the model on {here.name}, which cannot hold it: {error}; or drop --check"
+        ) from error
     if again.num_devices > 1:
         raise BadInput(
-            f"device {here.name} cannot hold this model: it needs {again.num_devices} like it; use a smaller model, a "
-            "shorter --context, or drop --check"
+            f"--check runs the model on one {here.name}, which cannot hold it: {again.num_devices} could; use a "
+            "smaller model, a shorter --context, or drop --check"
         )
     subject = _load(model, dtype, "cuda" if here.is_gpu else "cpu", notes)
     if made.option.is_compiled or made.option.draft != "none":

@@ -20,6 +20,7 @@ from hf_kvopt.cli.screen import Parser, as_json, pairs, table
 from hf_kvopt.cli.trial import Trial, run_trials
 from hf_kvopt.errors import UnsupportedDevice
 from hf_kvopt.kernels.checks import check_format_runs
+from hf_kvopt.kernels.cpu_program import can_compile
 from hf_kvopt.kernels.launch import device_target
 from hf_kvopt.quant import FORMATS, Format
 
@@ -153,7 +154,7 @@ def _live(device: str, trials: Sequence[Trial]) -> list[Finding]:
 def _format(fmt: Format) -> Finding:
     """Whether a storage format runs here, and by which path."""
     if not torch.cuda.is_available():
-        return Finding(fmt.name, "ok", "on the CPU path (torch)")
+        return Finding(fmt.name, "ok", f"on the CPU, by {_cpu_path()}")
     try:
         check_format_runs(fmt, device_target(0))
     except UnsupportedDevice as error:
@@ -166,16 +167,23 @@ def _format(fmt: Format) -> Finding:
 def _fallbacks(device: str) -> list[Finding]:
     found = []
     if device == "cpu":
-        found.append(Finding("kernels", "no", "no card: the torch path that is fast on a CPU runs in their place"))
+        found.append(Finding("kernels", "no", f"no card: {_cpu_path()} run in place of the Triton kernels"))
     compiler = shutil.which("g++") or shutil.which("clang++")
     has_compiler = device == "cuda" or compiler is not None
-    said = "torch.compile and PagedCache(compileable=True)" + ("" if has_compiler else " need a C++ compiler on a CPU")
-    found.append(Finding("compile", "ok" if has_compiler else "no", said))
+    said = "torch.compile over PagedCache(compileable=True)" + (
+        "" if has_compiler else " needs a C++ compiler on a CPU"
+    )
+    by_itself = "" if device == "cuda" else "; generate() compiles by itself on GPUs alone"
+    found.append(Finding("compile", "ok" if has_compiler else "no", said + by_itself))
     found.append(
         Finding("gathering", "ok", "attention written into a model, and operations on keys: a dense copy, said once")
     )
     found.append(Finding("stock layers", "ok", "indexers and recurrent states stay in transformers' own storage"))
     return found
+
+
+def _cpu_path() -> str:
+    return "kernels compiled for this processor" if can_compile() else "torch's operations"
 
 
 def _from_trial(trial: Trial) -> Finding:

@@ -8,7 +8,8 @@ from typing import Any
 
 from hf_kvopt.cli.memory_plot import save_plot
 from hf_kvopt.cli.screen import Parser, as_json, model_parser, pairs, table, whole_number
-from hf_kvopt.plan import LayerMemory, MemoryReport, memory, show_bytes
+from hf_kvopt.plan import BadInput, Capacity, LayerMemory, MemoryReport, memory, show_bytes
+from hf_kvopt.plan.capacity import CARD_SHARE
 from hf_kvopt.plan.kv_bytes import CACHES
 from hf_kvopt.quant import KV_FORMATS
 
@@ -41,8 +42,19 @@ def run(args: argparse.Namespace) -> int:
     report = memory(args.model, **settings)
     if args.plot is not None:
         save_plot(args.plot, args.model, settings, report)
-    print(as_json(report.to_json()) if args.json else _text(args.model, report))
+    print(as_json(report.to_json()) if args.json else _text(args, report), flush=True)
+    _require_room(report)
     return 0
+
+
+def _require_room(report: MemoryReport) -> None:
+    """Raise BadInput, with all that could be said already printed, where the weights leave no room for any cache."""
+    room, weights = report.capacity, report.weight_bytes
+    if room is not None and weights is not None and room.kv_budget_bytes <= 0:
+        raise BadInput(
+            f"budget of {show_bytes(room.budget_bytes)} is impossible: the weights alone take {show_bytes(weights)}; "
+            f"expected more, for example --budget {-(-weights * 5 // 4 // 2**30)}GiB, or a quantized model"
+        )
 
 
 _NOT_ASKED = ("model", "plot", "json", "no_weights")
@@ -53,12 +65,13 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     return {k: v for k, v in vars(args).items() if k not in _NOT_ASKED} | {"weights": not args.no_weights}
 
 
-def _text(model: str, report: MemoryReport) -> str:
-    parts = [_title(model, report), table(_layer_rows(report.layers), _COLUMNS)]
+def _text(args: argparse.Namespace, report: MemoryReport) -> str:
+    parts = [_title(args.model, report), table(_layer_rows(report.layers), _COLUMNS)]
     parts.append(pairs(_totals(report)))
     if report.capacity is not None:
-        parts.append(pairs(_capacity(report)))
-    parts += [f"note: {note}" for note in report.notes]
+        budget = "budget" if args.budget is not None else f"budget, {CARD_SHARE:g} of {args.device}"
+        parts.append(pairs([(budget, _both(report.capacity.budget_bytes)), *_capacity(report.capacity, report)]))
+    parts += ["\n".join(f"note: {note}" for note in report.notes)] * bool(report.notes)
     return "\n\n".join(parts)
 
 
@@ -113,23 +126,38 @@ def _totals(report: MemoryReport) -> list[tuple[str, object]]:
     return rows
 
 
-def _capacity(report: MemoryReport) -> list[tuple[str, object]]:
-    room = report.capacity
-    assert room is not None
-    context = "no limit" if room.max_context is None else f"{room.max_context:,} tokens"
+def _capacity(room: Capacity, report: MemoryReport) -> list[tuple[str, object]]:
+    lacking = room.needed_bytes - max(0, room.kv_budget_bytes)
+    verdict = "fits" if room.fits else f"does not fit: {show_bytes(lacking)} too much"
+    if room.kv_budget_bytes <= 0:
+        left = f"none: the weights alone take {show_bytes(-room.kv_budget_bytes)} more than the budget"
+    else:
+        left = _both(room.kv_budget_bytes)
+    context = _most(room.max_context, room.capped_context, "token")
     limit = report.max_positions
-    if limit is not None and (room.max_context is None or room.max_context > limit):
-        context += f" (the model is made for {limit:,})"
-    batch = "no limit" if room.max_batch is None else f"{room.max_batch:,} rows"
+    if limit is not None and (room.capped_context is None or room.capped_context > limit):
+        context += f"; the model is made for {limit:,}"
     return [
-        ("budget", _both(room.budget_bytes)),
-        ("left for KV", _both(room.kv_budget_bytes)),
+        ("left for KV", left),
+        (f"batch {report.batch} x {report.context:,} tokens", f"{_both(room.needed_bytes)}: {verdict}"),
         (f"largest context at batch {report.batch}", context),
-        (f"largest batch at {report.context:,} tokens", batch),
+        (f"largest batch at {report.context:,} tokens", _most(room.max_batch, room.capped_batch, "row")),
     ]
 
 
-def _both(size: int) -> str:
+def _most(as_asked: int | None, capped: int | None, unit: str) -> str:
+    """What fits as the cache was asked for, and where max_tokens is just what is needed."""
+    shown = _count(as_asked, unit)
+    return shown if capped == as_asked else f"{shown}, {_count(capped, unit)} with max_tokens set to just these"
+
+
+def _count(number: int | None, unit: str) -> str:
+    if number is None:
+        return "no limit"
+    return f"{number:,} {unit}{'s' * (number != 1)}" if number else "none"
+
+
+def _both(size: float) -> str:
     return f"{show_bytes(size)} ({size / 1e9:,.2f} GB)"
 
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from hf_kvopt.cli.check import Checked, check
 from hf_kvopt.cli.screen import Parser, as_json, model_parser, pairs, table
 from hf_kvopt.plan import WORKLOADS, Choice, Plan, plan, show_bytes
+from hf_kvopt.plan.inputs import show_number
+from hf_kvopt.plan.layout import MOST_DEVICES
 
 _EXAMPLES = """examples:
   python -m hf_kvopt plan meta-llama/Llama-3.1-8B --device H200 --context 32k --batch 8 --workload agent
@@ -49,9 +51,11 @@ def _text(model: str, made: Plan) -> str:
     )
     parts = [title, *(_choice(choice) for choice in made.choices)]
     parts.append(table(_predicted(made), ("predicted", "this plan", "default")))
-    if made.predicted.default_num_devices != made.num_devices:
-        needs = made.predicted.default_num_devices or "more than 64"
-        parts.append(f"The default's cache needs {needs} such devices; it is timed here as if it fitted.")
+    needs = made.predicted.default_num_devices
+    if needs is None or needs > made.num_devices:
+        many = f"needs {needs} such devices" if needs else f"does not fit {MOST_DEVICES} such devices"
+        does = many if made.device.is_gpu else "does not fit this machine"
+        parts.append(f"The default's cache {does}; it is timed here as if it fitted.")
     parts.append("Assumed:\n" + "\n".join(f"  {line}" for line in made.assumptions))
     parts.append("Do it:\n\n" + "\n".join(f"    {line}" for line in made.code))
     return "\n\n".join(parts)
@@ -64,14 +68,17 @@ def _choice(one: Choice) -> str:
 
 def _predicted(made: Plan) -> list[tuple[object, ...]]:
     p = made.predicted
-    return [
+    rows: list[tuple[object, ...]] = [
         ("weights", show_bytes(p.weight_bytes), show_bytes(p.weight_bytes)),
-        ("KV cache", show_bytes(p.kv_bytes), show_bytes(p.default_kv_bytes)),
-        ("first token, ms", f"{p.first_token_ms:,.1f}", f"{p.default_first_token_ms:,.1f}"),
-        ("step, ms", f"{p.step_ms:,.2f}", f"{p.default_step_ms:,.2f}"),
-        ("request, s", f"{p.request_s:,.2f}", f"{p.default_request_s:,.2f}"),
-        ("speed-up of a request", f"{p.gain:.2f}x", "1x"),
+        ("KV cache of this batch", show_bytes(p.kv_bytes), show_bytes(p.default_kv_bytes)),
+        ("KV cache at most", show_bytes(p.most_kv_bytes), show_bytes(p.default_kv_bytes)),
+        ("first token, s", show_number(p.first_token_ms / 1e3), show_number(p.default_first_token_ms / 1e3)),
+        ("step, ms", show_number(p.step_ms), show_number(p.default_step_ms)),
+        ("tokens a row and step", f"{p.accepted:g}", "1"),
+        ("request, s", show_number(p.request_s), show_number(p.default_request_s)),
+        ("speed-up of a request", f"{show_number(p.gain)}x", "1x"),
     ]
+    return rows
 
 
 def _check_text(checked: Checked) -> str:

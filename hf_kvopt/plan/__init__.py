@@ -1,12 +1,12 @@
 """Decide before loading: KV arithmetic of a model, facts of cards, and what to choose for a deployment."""
 
 from hf_kvopt.plan.capacity import Capacity
-from hf_kvopt.plan.choices import Choice
 from hf_kvopt.plan.devices import DEVICES, Device, get_device
 from hf_kvopt.plan.inputs import BadInput, parse_bytes, parse_tokens, show_bytes
 from hf_kvopt.plan.memory import LayerMemory, MemoryReport, memory
 from hf_kvopt.plan.options import Option
 from hf_kvopt.plan.planner import Plan, Predicted, plan
+from hf_kvopt.plan.weighing import Choice
 from hf_kvopt.plan.workloads import WORKLOADS
 
 __all__ = [

@@ -39,12 +39,28 @@ class LayerKV(NamedTuple):
     value_dim: int
     attention: str = ""  # how query heads share them: MHA, GQA, MQA or MLA
     query_heads: int = 0
+    nope_dim: int = 0  # of an expanded latent key, without its rotary part
+    expanded_value_dim: int = 0
 
     @property
     def flops_per_pair(self) -> int:
         """Operations of one query over one stored token: scores and weighted sum, a multiplication and an addition."""
         latent = self.key_dim if self.attention == "MLA" else 0  # read as keys, and again as values
         return 2 * self.query_heads * (self.key_dim + self.value_dim + latent)
+
+    @property
+    def expanded_width(self) -> int:
+        """Channels of keys and values over all heads, as attention reads them once latents are expanded."""
+        if self.attention != "MLA":
+            return self.query_heads * (self.key_dim + self.value_dim)
+        return self.query_heads * (self.nope_dim + self.value_dim + self.expanded_value_dim)
+
+    @property
+    def expansion_flops(self) -> int:
+        """Operations that expand one stored latent to the keys and values of all heads."""
+        return (
+            2 * self.key_dim * self.query_heads * (self.nope_dim + self.expanded_value_dim) * (self.attention == "MLA")
+        )
 
     @property
     def has_kv(self) -> bool:
@@ -86,7 +102,8 @@ def _layer(kind: str, window: int | None, part: PreTrainedConfig) -> LayerKV:
     heads = _need(part, 32, "num_attention_heads")
     rank = _field(part, 512, "kv_lora_rank")
     if rank is not None:
-        return LayerKV(kind, window, 1, rank, 1, _need(part, 64, "qk_rope_head_dim"), "MLA", heads)
+        rope, value = _need(part, 64, "qk_rope_head_dim"), _field(part, 128, "v_head_dim") or 0
+        return LayerKV(kind, window, 1, rank, 1, rope, "MLA", heads, _field(part, 128, "qk_nope_head_dim") or 0, value)
     kv_heads = 1 if getattr(part, "multi_query", False) else _field(part, 8, "num_key_value_heads", "num_kv_heads")
     kv_heads = heads if kv_heads is None else kv_heads
     if heads % kv_heads:

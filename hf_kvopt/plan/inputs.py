@@ -1,20 +1,18 @@
-"""Sizes as people write them: `24GiB`, `80GB`, `32k`; and the error for what cannot be understood.
+"""Sizes as people write them: `24GiB`, `80GB`, `32k`, and how they are shown.
 
 k, M    of tokens    1,024 and 1,048,576, as context lengths are named (32k = 32,768; write 32000 for thousands)
 GB, MB  of bytes     powers of 1,000, as cards are sold     GiB, MiB  powers of 1,024
 """
 
-import re
+import math
 
-_BYTE_UNITS = {"B": 1}
+from hf_kvopt.config import BadInput, parse_size, parse_tokens
+
+__all__ = ["BadInput", "parse_bytes", "parse_tokens", "require_positive", "show_bytes", "show_number"]
+
+_BYTE_UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
     _BYTE_UNITS |= {f"{_letter}B": 1000**_power, f"{_letter}IB": 1024**_power}
-_TOKEN_UNITS = {"": 1, "K": 1024, "M": 1024**2}
-_NUMBER = re.compile(r"([0-9][0-9_,]*(?:\.[0-9]+)?)\s*([a-zA-Z]*)")
-
-
-class BadInput(ValueError):
-    """A setting, config or file that cannot be used: names the field, what it got, and a right example."""
 
 
 def parse_bytes(text: str | int, field: str = "budget") -> int:
@@ -23,16 +21,7 @@ def parse_bytes(text: str | int, field: str = "budget") -> int:
     Raises:
         BadInput: not a positive size with a known unit.
     """
-    return _parse(text, field, _BYTE_UNITS | {"": 1}, "bytes such as 24GiB or 80GB")
-
-
-def parse_tokens(text: str | int, field: str = "context") -> int:
-    """Return the tokens of a length such as `32k` (32,768), `1M` or `32000`.
-
-    Raises:
-        BadInput: not a positive whole number of tokens.
-    """
-    return _parse(text, field, _TOKEN_UNITS, "tokens such as 32k or 32000")
+    return parse_size(text, field, _BYTE_UNITS, "bytes such as 24GiB or 80GB")
 
 
 def require_positive(value: object, field: str, example: int) -> int:
@@ -55,20 +44,7 @@ def show_bytes(size: float) -> str:
     return f"{size:,.1f} TiB"
 
 
-def _parse(text: str | int, field: str, units: dict[str, int], example: str) -> int:
-    wrong = f"{field} must be {example}: got {text!r}"
-    if isinstance(text, bool) or not isinstance(text, int | str):
-        raise BadInput(wrong)
-    if isinstance(text, int):
-        value: float = text
-    else:
-        found = _NUMBER.fullmatch(text.strip())
-        if found is None:
-            raise BadInput(wrong)
-        number, unit = found[1].replace(",", "").replace("_", ""), found[2].upper()
-        if unit not in units:
-            raise BadInput(f"{wrong}, whose unit {found[2]!r} is unknown")
-        value = float(number) * units[unit]
-    if value < 1 or value != int(value):
-        raise BadInput(f"{wrong}, which is not a whole number of at least 1")
-    return int(value)
+def show_number(value: float) -> str:
+    """Write a measure with three digits and never an exponent: `0.0123`, `3.14`, `38.4`, `9,041`."""
+    digits = 2 - math.floor(math.log10(abs(value))) if value else 0
+    return f"{value:,.{min(4, max(0, digits))}f}"

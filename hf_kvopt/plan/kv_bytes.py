@@ -90,6 +90,7 @@ class KVBytes(NamedTuple):
     used: int  # of the blocks that hold them: `cache.stats().used_bytes`
     reserved: int  # of all memory taken: `cache.stats().reserved_bytes`
     stock: int
+    is_within_cap: bool = True  # `max_tokens` holds them
 
 
 def token_bytes(layer: LayerKV, fmt: KVFormat, dtype: torch.dtype) -> int:
@@ -139,13 +140,24 @@ def kv_bytes(
     if spec.cache != "paged":
         return KVBytes(content, content, content, stock)
     used = reserved = 0
+    is_within_cap = True
     for window, table in tables.items():
         blocks = _blocks(spec, batch, length, prompt, window)
+        # Each table has a block space of its own, and each of these the cap.
+        is_within_cap &= blocks.used <= blocks.reserved
         held = blocks.reserved * spec.block_size * table.slot + table.beside
         reserved += held
         # A block is charged its share of what its table keeps once.
         used += blocks.used * (held // max(1, blocks.reserved))
-    return KVBytes(content, used, reserved, stock)
+    if spec.compileable:
+        assert spec.max_blocks is not None
+        is_within_cap = spec.max_blocks // batch * spec.block_size >= length
+    return KVBytes(content, used, reserved, stock, is_within_cap)
+
+
+def row_tokens(spec: CacheSpec, length: int) -> int:
+    """Return the tokens that a row of `length` takes of `max_tokens`: those of whole blocks."""
+    return -(-length // spec.block_size) * spec.block_size
 
 
 class _Table(NamedTuple):

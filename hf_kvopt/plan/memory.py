@@ -6,17 +6,17 @@ Only the config is read. Predictions equal `cache.stats()` of the live cache, bl
 """
 
 import math
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from hf_kvopt.plan.capacity import Capacity, capacity
-from hf_kvopt.plan.devices import Device
+from hf_kvopt.plan.devices import Device, get_device
 from hf_kvopt.plan.geometry import LayerKV, layers_of
 from hf_kvopt.plan.inputs import BadInput, parse_tokens, require_positive
-from hf_kvopt.plan.kv_bytes import CacheSpec, KVBytes, kv_bytes, scale_bytes, token_bytes
+from hf_kvopt.plan.kv_bytes import CacheSpec, KVBytes, kv_bytes, row_tokens, scale_bytes, token_bytes
 from hf_kvopt.plan.model_config import load_config
 from hf_kvopt.plan.weights import Weights, count_weights, require_kv_cache
 from hf_kvopt.quant import FormatPolicy, KVFormat
@@ -115,7 +115,8 @@ def memory(
         compileable: fixed capacity of `max_tokens`.
         dtype: of weights and native storage; the config's, or bfloat16.
         device: name in the table of `hf_kvopt.plan.devices`, "cpu" or "auto": its memory times 0.9 is the budget.
-        budget: bytes for weights and cache, such as "24GiB"; goes before `device`.
+        budget: bytes for weights and cache, such as "24GiB"; goes before `device`. Weights beyond the budget are no
+            error: `capacity.fits` says so.
         weights: count the weights (a moment for large models).
 
     Raises:
@@ -135,7 +136,7 @@ def memory(
     layers = layers_of(config)
     tokens = parse_tokens(context, "context")
     first = None if prompt is None else min(tokens, parse_tokens(prompt, "prompt"))
-    encoder = _encoder_tokens(config, tokens, encoder_context)
+    encoder = encoder_tokens(config, tokens, encoder_context)
     rows = require_positive(batch, "batch", 8)
     spec = CacheSpec(
         cache=cache,
@@ -147,18 +148,29 @@ def memory(
     )
     stored = spec.formats_of(layers)
     own = kv_bytes(layers, stored, spec, rows, tokens, first)
-    cross = _cross(layers, spec, rows, encoder)
+    cross = cross_bytes(layers, spec, rows, encoder)
     growing = [(layer, fmt) for layer, fmt in zip(layers, stored, strict=True) if layer.has_kv and layer.window is None]
-    counted = count_weights(config, spec.dtype) if weights else None
+    place = get_device(device) if isinstance(device, str) else device
+    counted = count_weights(config, spec.dtype, place) if weights else None
     weight_bytes = counted.num_bytes if counted else None
 
-    if own.used > own.reserved:
-        raise BadInput(f"max_tokens must hold {rows} x {tokens:,} tokens in blocks: got {max_tokens!r}; raise it")
+    longest = max(tokens, encoder or 0)
+    if not (own.is_within_cap and cross.is_within_cap):
+        raise BadInput(
+            f"max_tokens must hold {rows} x {longest:,} tokens, each row in whole blocks: got {max_tokens!r}; raise it "
+            f"to {rows * row_tokens(spec, longest)}"
+        )
 
     def needed(rows: int, tokens: int) -> float:
-        size, beside = kv_bytes(layers, stored, spec, rows, tokens, None), _cross(layers, spec, rows, encoder)
-        is_capped = size.used > size.reserved
-        return math.inf if is_capped else size.used + size.stock + beside.used
+        return _reserved(layers, stored, spec, rows, tokens, encoder)
+
+    def capped(rows: int, tokens: int) -> float:
+        exact = (
+            spec
+            if spec.cache != "paged"
+            else replace(spec, max_tokens=rows * row_tokens(spec, max(tokens, encoder or 0)))
+        )
+        return _reserved(layers, stored, exact, rows, tokens, encoder)
 
     decoder = config.get_text_config(decoder=True)
     return MemoryReport(
@@ -185,7 +197,7 @@ def memory(
         weight_bytes=weight_bytes,
         total_bytes=own.used + own.stock + cross.used + (weight_bytes or 0),
         max_positions=vars(decoder).get("max_position_embeddings"),
-        capacity=capacity(needed, rows, tokens, weight_bytes or 0, device, budget),
+        capacity=capacity(needed, capped, rows, tokens, weight_bytes or 0, place, budget),
         notes=tuple(_notes(layers, spec, counted, weights)),
     )
 
@@ -199,7 +211,8 @@ def chosen_dtype(dtype: torch.dtype | str | None, config: Any) -> torch.dtype:
     return found
 
 
-def _encoder_tokens(config: Any, tokens: int, given: int | str | None) -> int | None:
+def encoder_tokens(config: Any, tokens: int, given: int | str | None) -> int | None:
+    """Return the tokens of an encoder: as given, the model's fixed number, or `tokens`; None for other models."""
     if not config.is_encoder_decoder:
         if given is not None:
             raise BadInput(f"encoder_context is for encoder-decoder models: got {given!r} for a {config.model_type}")
@@ -212,12 +225,22 @@ def _fixed_encoder(config: Any) -> int | None:
     return getattr(config, "max_source_positions", None)
 
 
-def _cross(layers: list[LayerKV], spec: CacheSpec, batch: int, encoder: int | None) -> KVBytes:
-    """Cross-attention: as many layers, the encoder's tokens, all of them seen."""
+def cross_bytes(layers: Sequence[LayerKV], spec: CacheSpec, batch: int, encoder: int | None) -> KVBytes:
+    """Return the bytes of cross-attention: as many layers, the encoder's tokens, all of them seen."""
     if encoder is None:
         return KVBytes(0, 0, 0, 0)
     unbounded = [layer._replace(window=None) for layer in layers]
     return kv_bytes(unbounded, spec.formats_of(unbounded), spec, batch, encoder, encoder)
+
+
+def _reserved(
+    layers: list[LayerKV], stored: list[KVFormat], spec: CacheSpec, batch: int, length: int, encoder: int | None
+) -> float:
+    """Bytes that a cache takes on its way to `length` tokens a row, free blocks included; infinite beyond its cap."""
+    own, cross = kv_bytes(layers, stored, spec, batch, length, None), cross_bytes(layers, spec, batch, encoder)
+    if not (own.is_within_cap and cross.is_within_cap):
+        return math.inf
+    return own.reserved + own.stock + cross.reserved
 
 
 def _policy(
@@ -254,15 +277,15 @@ def _notes(layers: list[LayerKV], spec: CacheSpec, counted: Weights | None, want
     if "none" in kinds:
         notes.append("layers that read another layer's keys and values, or none, store nothing")
     if spec.cache == "paged" and spec.max_tokens is None:
-        notes.append("without max_tokens pools grow ahead by a quarter: reserved_bytes; max_tokens caps them")
+        notes.append("without max_tokens pools grow ahead, by a quarter or 16 blocks; max_tokens caps what is reserved")
     if (
         any(layer.window for layer in layers)
         and spec.formats.format != "native"
         and "sliding" in spec.formats.skip_layers
     ):
         notes.append("sliding layers stay native: their window bounds them")
-    if counted and counted.note:
-        notes.append(counted.note)
+    if counted:
+        notes += counted.notes
     if wanted and counted is None:
         notes.append("the weights could not be counted: this model cannot be built from its config alone")
     return notes

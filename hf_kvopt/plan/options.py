@@ -1,13 +1,22 @@
-"""The settings that interact, and what each combination of them is predicted to take."""
+"""The settings that interact, what memory each combination of them takes, and how long it is predicted to take."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
+from hf_kvopt.plan.geometry import LayerKV
+from hf_kvopt.plan.kv_bytes import CacheSpec, kv_bytes, row_tokens
+from hf_kvopt.plan.layout import Layout
+from hf_kvopt.plan.memory import cross_bytes
 from hf_kvopt.plan.setup import Setup
-from hf_kvopt.plan.steps import kv_speedup
-from hf_kvopt.plan.workloads import ACCEPTED, ACCEPTED_CHAIN, ACCEPTED_WITHOUT_COPIES
+from hf_kvopt.plan.steps import Step, StepModel, kv_speedup
+from hf_kvopt.plan.workloads import ACCEPTED, ACCEPTED_CHAIN, ACCEPTED_WITHOUT_COPIES, Accepted
+from hf_kvopt.quant import FormatPolicy
 
-# DynamicCache reads every key and value and writes it anew at each step (torch.cat), beside attention's own read.
-_CAT_COPIES = 2.0
+# DynamicCache reads every key and value and writes it anew at each step (torch.cat), beside attention's own read; so
+# does a paged cache whose blocks are gathered for an attention that cannot read them.
+COPIES = 2.0
+# A store outlives requests: this many batches of them, as far as the devices hold them.
+_MOST_BATCHES = 4
 
 
 class Option(NamedTuple):
@@ -19,47 +28,119 @@ class Option(NamedTuple):
     draft: str  # "none", "prompt_lookup" or "head"
 
 
-class Times(NamedTuple):
-    """Predicted seconds."""
+class Holding(NamedTuple):
+    """What memory the cache of an option takes, over all devices together."""
 
-    first_token_s: float
-    step_s: float  # of one forward, which yields `accepted` tokens a row
+    block_size: int
+    max_tokens: int  # that `enable` is given
+    batches: int  # of the question's, at their full context, that `max_tokens` holds
+    batch_bytes: int  # of the blocks of one such batch
+    most_bytes: int  # that the pools grow to under `max_tokens`
+
+
+class Times(NamedTuple):
+    """Predicted times."""
+
+    first_token: Step
+    step: Step  # of one forward, which yields `accepted` tokens a row
     accepted: float
     request_s: float
 
 
-def times_of(setup: Setup, option: Option, num_devices: int) -> Times:
-    """Return what `option` takes on `num_devices` devices."""
-    steps, work = setup.steps(num_devices), setup.work
+def holding_of(setup: Setup, option: Option, batch: int, batches: int = 1) -> Holding:
+    """Return what `option` takes for `batch` rows, in a store for `batches` times as many where prefixes are shared."""
+    size = setup.block_size(option.shares_prefix)
+    spec = CacheSpec(formats=FormatPolicy(format=option.format), block_size=size, dtype=setup.dtype)
+    row = row_tokens(spec, max(setup.context, setup.encoder or 0))
+    if option.shares_prefix:
+        # A row that goes on behind a shared beginning copies the block in which that ends.
+        row += size
+    capped = replace(spec, max_tokens=batches * batch * row, compileable=option.is_compiled)
+    formats, layers = spec.formats_of(setup.layers), kept_layers(setup, option)
+    held = kv_bytes(layers, formats, capped, batch, setup.context, None)
+    most = kv_bytes(layers, formats, capped, batches * batch, row, None) if option.shares_prefix else held
+    cross = cross_bytes(setup.layers, capped, batch, setup.encoder)
+    grown = most.reserved + held.stock + cross.reserved
+    return Holding(size, batches * batch * row, batches, held.used + held.stock + cross.used, grown)
+
+
+def largest_holding(setup: Setup, option: Option, layout: Layout) -> Holding | None:
+    """Return what `option` takes where its devices hold it, with as many batches in a store as they do; else None."""
+    for batches in range(_MOST_BATCHES if option.shares_prefix else 1, 0, -1):
+        held = holding_of(setup, option, setup.batch, batches)
+        if setup.fits(layout, held.most_bytes):
+            return held
+    return None
+
+
+def kept_layers(setup: Setup, option: Option) -> list[LayerKV]:
+    """Return the layers as the cache of `option` keeps them.
+
+    A store and a cache of fixed addresses keep all tokens of sliding layers too: what lies behind a window may be
+    shared by rows that are shorter, or is hidden by a mask.
+    """
+    keeps_all = option.shares_prefix or option.is_compiled
+    return [layer._replace(window=None) for layer in setup.layers] if keeps_all else list(setup.layers)
+
+
+def dynamic_bytes(setup: Setup) -> int:
+    """Return what DynamicCache keeps for the question's batch."""
+    spec = CacheSpec(cache="dynamic", dtype=setup.dtype)
+    size = kv_bytes(setup.layers, spec.formats_of(setup.layers), spec, setup.batch, setup.context, None)
+    return size.used + size.stock + cross_bytes(setup.layers, spec, setup.batch, setup.encoder).used
+
+
+def times_of(setup: Setup, option: Option, layout: Layout) -> Times:
+    """Return what `option` takes on the devices of `layout`."""
+    steps, work = step_model(setup, layout), setup.work
     seen = work.seen_share if option.shares_prefix else 0.0
-    computed = max(1, int(setup.prompt * (1 - seen)))
-    first = steps.prefill(setup.batch, computed, setup.prompt)
-    accepted, nodes = accepted_of(setup, option.draft)
-    native = setup.kv("native")
+    first = steps.prefill(setup.batch, max(1, int(setup.prompt * (1 - seen))), setup.prompt)
+    accepted = accepted_of(setup, option.draft)
+    # A step over fixed addresses masks what lies behind a window; others do not read it.
+    read = option._replace(shares_prefix=False, draft="none")
+    native = read_bytes(setup, read._replace(format="native"))
     step = steps.decode(
         setup.batch,
         setup.context,
         native,
-        speedup=kv_speedup(option.format, native, setup.kv(option.format)) if setup.device.is_gpu else 1.0,
-        tokens_per_row=nodes,
+        speedup=kv_speedup(option.format, native, read_bytes(setup, read)) if setup.device.is_gpu else 1.0,
+        copies=0.0 if setup.takes_attention else COPIES,
+        tokens_per_row=accepted.nodes,
         is_compiled=option.is_compiled,
+        expands=setup.expands(accepted.nodes),
     )
-    return Times(first, step, accepted, first + work.new_tokens * step / accepted)
+    return Times(first, step, accepted.tokens, _request(setup, first, step, accepted.tokens))
 
 
-def default_times(setup: Setup, num_devices: int) -> Times:
+def default_times(setup: Setup, layout: Layout) -> Times:
     """Return what transformers' default takes: DynamicCache, sdpa, eager, every prompt computed."""
-    steps = setup.steps(num_devices)
+    steps = step_model(setup, layout)
     first = steps.prefill(setup.batch, setup.prompt, setup.prompt)
-    step = steps.decode(setup.batch, setup.context, setup.kv("native"), copies=_CAT_COPIES)
-    return Times(first, step, 1.0, first + setup.work.new_tokens * step)
+    step = steps.decode(setup.batch, setup.context, dynamic_bytes(setup), copies=COPIES, expands=setup.has_latents)
+    return Times(first, step, 1.0, _request(setup, first, step, 1.0))
 
 
-def accepted_of(setup: Setup, draft: str) -> tuple[float, int]:
-    """(tokens a step yields, tokens a row that it verifies) with a drafter."""
+def _request(setup: Setup, first: Step, step: Step, accepted: float) -> float:
+    # The first new token comes with the prompt.
+    return first.seconds + (setup.new_tokens - 1) * step.seconds / accepted
+
+
+def step_model(setup: Setup, layout: Layout) -> StepModel:
+    """Return the time model of the question on the devices of `layout`."""
+    return StepModel(
+        device=setup.device, weights=setup.weights, layers=setup.layers, layout=layout, itemsize=setup.dtype.itemsize
+    )
+
+
+def read_bytes(setup: Setup, option: Option) -> int:
+    """Return the keys and values that a step of the whole batch reads."""
+    return holding_of(setup, option, setup.batch).batch_bytes
+
+
+def accepted_of(setup: Setup, draft: str) -> Accepted:
+    """Return what a verification yields with a drafter."""
     if draft == "head" and setup.batch > 1:
         return ACCEPTED_CHAIN
-    accepted, nodes = ACCEPTED[draft]
     if draft == "prompt_lookup" and not setup.work.copies:
-        accepted = ACCEPTED_WITHOUT_COPIES
-    return accepted, nodes
+        return ACCEPTED_WITHOUT_COPIES
+    return ACCEPTED[draft]

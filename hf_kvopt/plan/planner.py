@@ -1,27 +1,34 @@
 """What to choose for a deployment: every combination that fits is timed by arithmetic, and the best one explained.
 
-    request = time to the first token + new tokens x step / accepted length
+    request = time to the first token + (new tokens - 1) x step / accepted length
 
 Times are predictions of `steps.py`; `python -m hf_kvopt plan --check` measures them on the machine at hand.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
 
-from hf_kvopt.plan.choices import Choice, explain
+from hf_kvopt.plan.capacity import largest
+from hf_kvopt.plan.choices import explain
 from hf_kvopt.plan.code import python_lines
 from hf_kvopt.plan.devices import Device
-from hf_kvopt.plan.options import Option, Times, default_times, times_of
-from hf_kvopt.plan.setup import Setup, set_up
-
-# A format must save this share of a request's time, or be needed to fit: its loss is not zero.
-WORTH_A_LOSS = 0.05
-MOST_ROWS_TO_DRAFT = 8
-# From here on a row's table in blocks of 16 has a thousand entries.
-LONG_ROW = 16384
+from hf_kvopt.plan.inputs import show_number
+from hf_kvopt.plan.layout import Layout
+from hf_kvopt.plan.options import (
+    Holding,
+    Option,
+    Times,
+    default_times,
+    dynamic_bytes,
+    holding_of,
+    largest_holding,
+    times_of,
+)
+from hf_kvopt.plan.setup import Setup, require_layout, set_up
+from hf_kvopt.plan.weighing import MOST_ROWS_TO_DRAFT, WORTH_A_LOSS, Choice, Weighing, plain
 
 
 class Predicted(NamedTuple):
@@ -31,17 +38,31 @@ class Predicted(NamedTuple):
     """
 
     weight_bytes: int
-    kv_bytes: int
+    kv_bytes: int  # of one batch at its full context
+    most_kv_bytes: int  # that the cache grows to under `max_tokens`
+    max_tokens: int  # that `enable` is given
     default_kv_bytes: int
     step_ms: float
     default_step_ms: float
+    accepted: float  # tokens a row that a step yields
     first_token_ms: float
     default_first_token_ms: float
     request_s: float
     default_request_s: float
     gain: float  # default request over ours
     default_num_devices: int | None  # that the default needs for its memory; timed on as many as the plan has
-    largest_batch: int
+    largest_batch: int | None  # rows of the full context that fit, None: no limit
+
+
+class Weighed(NamedTuple):
+    """An option that fits, and what it is predicted to take."""
+
+    option: Option
+    kv_bytes: int
+    most_kv_bytes: int
+    first_token_ms: float
+    step_ms: float
+    request_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +79,7 @@ class Plan:
     dtype: str
     option: Option
     block_size: int
+    weighed: tuple[Weighed, ...]
     choices: tuple[Choice, ...]
     predicted: Predicted
     assumptions: tuple[str, ...]
@@ -68,6 +90,7 @@ class Plan:
         return asdict(self) | {
             "device": self.device._asdict(),
             "option": self.option._asdict(),
+            "weighed": [one._asdict() | {"option": one.option._asdict()} for one in self.weighed],
             "predicted": self.predicted._asdict(),
         }
 
@@ -89,7 +112,7 @@ def plan(
     Args:
         model: see `memory`.
         device: name in the table of `hf_kvopt.plan.devices`, "cpu" or "auto".
-        context: tokens a row, prompt and new ones together.
+        context: tokens a row, prompt and new ones together, such as 32_768 or "32k".
         batch: rows.
         workload: "chat", "agent", "document", "code" or "batch"; its numbers are `Plan.assumptions`.
         goal: "latency" of a request, or "throughput" of all of them.
@@ -105,40 +128,74 @@ def plan(
     `hf_kvopt.plan.steps` and `workloads`, facts of cards in `devices`.
     """
     setup = set_up(model, device, context, batch, workload, goal, budget, dtype)
-    count = _fewest_devices(setup)
-    timed = {option: times_of(setup, option, count) for option in _options(setup, count, head)}
+    smallest = min(holding_of(setup, plain(name), setup.batch).most_bytes for name in setup.formats)
+    layout = require_layout(setup, smallest)
+    held = {option: largest_holding(setup, option, layout) for option in _options(setup, layout, head)}
+    fitting = {option: holding for option, holding in held.items() if holding is not None}
+    timed = {option: times_of(setup, option, layout) for option in fitting}
     best = _best(timed)
-    default, times = default_times(setup, count), timed[best]
-    block_size = 16 if best.shares_prefix or setup.context < LONG_ROW else 64
+    default = default_times(setup, layout)
+    weighing = Weighing(
+        setup=setup,
+        layout=layout,
+        head=head,
+        held=fitting,
+        misfits=tuple(option for option, holding in held.items() if holding is None),
+        timed=timed,
+        default=default,
+        best=best,
+        largest_batch=_largest_batch(setup, best, layout),
+    )
     return Plan(
         model_type=setup.config.model_type,
         device=setup.device,
-        num_devices=count,
+        num_devices=layout.count,
         workload=workload,
         goal=goal,
         batch=setup.batch,
         context=setup.context,
         dtype=str(setup.dtype).removeprefix("torch."),
         option=best,
-        block_size=block_size,
-        choices=explain(setup, best, timed, default, count, block_size, head),
-        predicted=Predicted(
-            weight_bytes=setup.weights.num_bytes,
-            kv_bytes=setup.kv(best.format, block_size=block_size),
-            default_kv_bytes=setup.kv("native"),
-            step_ms=times.step_s * 1e3,
-            default_step_ms=default.step_s * 1e3,
-            first_token_ms=times.first_token_s * 1e3,
-            default_first_token_ms=default.first_token_s * 1e3,
-            request_s=times.request_s,
-            default_request_s=default.request_s,
-            gain=default.request_s / times.request_s,
-            default_num_devices=setup.num_devices("native"),
-            largest_batch=setup.largest_batch(best.format, count),
-        ),
+        block_size=fitting[best].block_size,
+        weighed=tuple(_weighed(option, fitting[option], times) for option, times in timed.items()),
+        choices=explain(weighing),
+        predicted=_predicted(weighing),
         assumptions=_assumptions(setup),
-        code=tuple(python_lines(setup, best, count, block_size)),
+        code=tuple(python_lines(setup, best, layout, fitting[best])),
     )
+
+
+def _predicted(weighing: Weighing) -> Predicted:
+    setup, times, default = weighing.setup, weighing.timed[weighing.best], weighing.default
+    held = weighing.held[weighing.best]
+    layouts = (layout.count for layout in setup.layouts() if setup.fits(layout, dynamic_bytes(setup)))
+    return Predicted(
+        weight_bytes=setup.weights.num_bytes,
+        kv_bytes=held.batch_bytes,
+        most_kv_bytes=held.most_bytes,
+        max_tokens=held.max_tokens,
+        default_kv_bytes=dynamic_bytes(setup),
+        step_ms=times.step.seconds * 1e3,
+        default_step_ms=default.step.seconds * 1e3,
+        accepted=times.accepted,
+        first_token_ms=times.first_token.seconds * 1e3,
+        default_first_token_ms=default.first_token.seconds * 1e3,
+        request_s=times.request_s,
+        default_request_s=default.request_s,
+        gain=default.request_s / times.request_s,
+        default_num_devices=next(layouts, None),
+        largest_batch=weighing.largest_batch,
+    )
+
+
+def _weighed(option: Option, held: Holding, times: Times) -> Weighed:
+    first, step = times.first_token.seconds * 1e3, times.step.seconds * 1e3
+    return Weighed(option, held.batch_bytes, held.most_bytes, first, step, times.request_s)
+
+
+def _largest_batch(setup: Setup, option: Option, layout: Layout) -> int | None:
+    """The most rows of the full context that `option` holds, one batch of them."""
+    return largest(lambda rows: setup.fits(layout, holding_of(setup, option, rows).most_bytes), 1 << 20)
 
 
 class StepTimes(NamedTuple):
@@ -151,32 +208,33 @@ class StepTimes(NamedTuple):
 def plan_times(config: Any, device: Device, context: int, batch: int, format: str, dtype: str) -> StepTimes:
     """Return the predicted eager decode steps of a format and of the default, for one device; see `plan`."""
     setup = set_up(config, device, context, batch, "batch", "latency", None, dtype)
-    ours = times_of(setup, Option(format, False, False, "none"), 1)
-    return StepTimes(ours.step_s, default_times(setup, 1).step_s)
+    one = Layout()
+    return StepTimes(times_of(setup, plain(format), one).step.seconds, default_times(setup, one).step.seconds)
 
 
-def _fewest_devices(setup: Setup) -> int:
-    counts = [count for name in setup.formats if (count := setup.num_devices(name)) is not None]
-    return min(counts)
-
-
-def _options(setup: Setup, num_devices: int, head: bool) -> Iterator[Option]:
-    """Every combination that fits and can be run together."""
-    formats = [name for name in setup.formats if (setup.num_devices(name) or num_devices + 1) <= num_devices]
-    # The one that fits with the least loss, and those behind it if they pay.
-    can_share = setup.work.seen_share > 0 and not setup.has_states and not setup.config.is_encoder_decoder
-    can_draft = not setup.has_states and setup.batch <= MOST_ROWS_TO_DRAFT and setup.goal == "latency"
+def _options(setup: Setup, layout: Layout, head: bool) -> Iterator[Option]:
+    """Every combination that can be run together, the least lossy format first."""
+    can_share = setup.work.seen_share > 0 and setup.why_not_shared is None
+    can_draft = (
+        not setup.has_states
+        and not setup.config.is_encoder_decoder
+        and setup.batch <= MOST_ROWS_TO_DRAFT
+        and setup.goal == "latency"
+        # Each process of a divided model would stop drafting by its own clock.
+        and not layout.is_divided
+    )
     drafts = ["none", *(["prompt_lookup", "head"] if head else ["prompt_lookup"] if setup.work.copies else [])]
-    for name in formats:
-        for shares_prefix in {False, can_share}:
+    # A graph needs fixed addresses and lengths on the device: nothing is shared, no draft is cut back.
+    can_compile = setup.device.is_gpu and layout.count == 1 and not setup.has_states and setup.weights.compiles
+    for name in setup.formats:
+        for shares_prefix in (False, True) if can_share else (False,):
             for draft in drafts if can_draft else ["none"]:
                 yield Option(name, False, shares_prefix, draft)
-        if setup.device.is_gpu and not setup.has_states:
-            # A graph needs fixed addresses and lengths on the device: nothing is shared, no draft is cut back.
+        if can_compile:
             yield Option(name, True, False, "none")
 
 
-def _best(timed: dict[Option, Times]) -> Option:
+def _best(timed: Mapping[Option, Times]) -> Option:
     """The fastest, where a lossy format has to be worth its loss against the best of the less lossy ones."""
     by_format: dict[str, Option] = {}
     for option, times in timed.items():
@@ -191,11 +249,16 @@ def _best(timed: dict[Option, Times]) -> Option:
 
 
 def _assumptions(setup: Setup) -> tuple[str, ...]:
-    work = setup.work
+    work, device = setup.work, setup.device
+    rate, unit = (device.flops / 1e12, "TFLOP/s") if device.flops >= 1e12 else (device.flops / 1e9, "GFLOP/s")
+    limit = setup.max_positions
+    beyond = f"the model is made for {limit:,} tokens: {setup.context:,} are beyond" if limit else ""
     return (
-        f"{setup.workload}: {work.about}; {setup.prompt:,} tokens of prompt, {work.new_tokens} new ones a request, "
+        f"{setup.workload}: {work.about}; {setup.prompt:,} tokens of prompt, {setup.new_tokens:,} new ones a request, "
         f"{work.seen_share:.0%} of the prompt seen before",
-        f"{setup.device.name}: {setup.device.bandwidth / 1e9:,.0f} GB/s, {setup.device.flops / 1e12:,.3g} TFLOP/s "
-        f"({setup.device.source})",
-        "times are arithmetic over bytes and operations, not measurements; --check measures here",
+        f"{device.name}: {device.bandwidth / 1e9:,.0f} GB/s, {show_number(rate)} {unit} ({device.source})",
+        *setup.weights.notes,
+        *([beyond] if limit is not None and setup.context > limit else []),
+        "times are arithmetic over bytes and operations, not measurements, and a step is one at the full context; "
+        "--check measures here",
     )

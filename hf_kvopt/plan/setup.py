@@ -1,5 +1,6 @@
-"""The question that a plan answers: model, device, workload, and the memory and times that follow from them."""
+"""The question that a plan answers: model, device, workload, and the sizes that follow from them."""
 
+import inspect
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -7,22 +8,25 @@ from typing import Any
 import torch
 
 from hf_kvopt import compat
+from hf_kvopt.cache.identity import require_shareable
+from hf_kvopt.errors import UnsupportedModel
 from hf_kvopt.plan.capacity import CARD_SHARE
 from hf_kvopt.plan.devices import Device, get_device
 from hf_kvopt.plan.geometry import LayerKV, layers_of
 from hf_kvopt.plan.inputs import BadInput, parse_bytes, parse_tokens, require_positive, show_bytes
-from hf_kvopt.plan.kv_bytes import CacheSpec, kv_bytes
-from hf_kvopt.plan.memory import chosen_dtype
+from hf_kvopt.plan.layout import Layout, layouts
+from hf_kvopt.plan.memory import chosen_dtype, encoder_tokens
 from hf_kvopt.plan.model_config import load_config
-from hf_kvopt.plan.steps import StepModel
 from hf_kvopt.plan.weights import Weights, count_weights, model_class, require_kv_cache
 from hf_kvopt.plan.workloads import WORKLOADS, Workload
-from hf_kvopt.quant import FormatPolicy
 
 GOALS = ("latency", "throughput")
 # By measured loss on a small model and by what peers publish: the least harmful first.
 FORMATS = ("native", "int8", "k8v4", "int4")
-MOST_DEVICES = 64
+# From here on a row's table in blocks of 16 has a thousand entries.
+LONG_ROW = 16384
+# Queries a row over latents as they lie (attention/mla.py); more expand them.
+MOST_ABSORBED = 16
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Setup:
     goal: str
     batch: int
     context: int
+    encoder: int | None  # tokens of the encoder, None without one
     budget: int  # bytes a device
 
     @property
@@ -46,59 +51,79 @@ class Setup:
         return WORKLOADS[self.workload]
 
     @property
+    def new_tokens(self) -> int:
+        """Tokens that a request generates."""
+        return min(self.work.new_tokens, self.context // 2)
+
+    @property
     def prompt(self) -> int:
         """Tokens of the prompt."""
-        return max(1, int(self.context * self.work.prompt_share))
+        return self.context - self.new_tokens
+
+    @property
+    def max_positions(self) -> int | None:
+        """Tokens that the model is made for."""
+        return vars(self.config.get_text_config(decoder=True)).get("max_position_embeddings")
 
     @cached_property
     def formats(self) -> tuple[str, ...]:
-        """Formats that can pack this model's channels."""
-        is_odd = any(n % 2 for layer in self.layers if layer.is_paged for n in (layer.key_dim, layer.value_dim))
-        return FORMATS[:2] if is_odd else FORMATS
+        """Formats that differ for this model, and can pack its channels."""
+        paged = [layer for layer in self.layers if layer.is_paged]
+        is_odd = any(n % 2 for layer in paged for n in (layer.key_dim, layer.value_dim))
+        # Of latents the values are the rotary part of the keys, and stored as these are.
+        is_latent = bool(paged) and all(layer.attention == "MLA" for layer in paged)
+        return tuple(
+            name for name in FORMATS if not ((is_odd and name in ("k8v4", "int4")) or (is_latent and name == "k8v4"))
+        )
 
-    @property
+    @cached_property
     def takes_attention(self) -> bool:
         """Whether the model's attention can be chosen, and reads all keys."""
         model = model_class(self.config)
         indexed = any(layer.has_kv and not layer.is_paged for layer in self.layers)
         return not indexed and model is not None and compat.can_choose_attention(model)
 
+    def expands(self, tokens_per_row: int) -> bool:
+        """Whether a step over `tokens_per_row` tokens a row expands its latents, as other attentions than ours do."""
+        is_absorbed = self.takes_attention and not self.weights.packs_latents and tokens_per_row <= MOST_ABSORBED
+        return self.has_latents and not is_absorbed
+
+    @property
+    def has_latents(self) -> bool:
+        """Whether some layer stores latents."""
+        return any(layer.attention == "MLA" for layer in self.layers)
+
     @property
     def has_states(self) -> bool:
         """Whether some layer's past is a state, which cannot be cut, shared or verified token by token."""
         return any("states" in layer.kind for layer in self.layers)
 
-    def kv(self, format: str, batch: int | None = None, block_size: int = 16) -> int:
-        """Bytes of the blocks of `batch` rows (the question's) at the full context."""
-        spec = CacheSpec(formats=FormatPolicy(format=format), block_size=block_size, dtype=self.dtype)
-        size = kv_bytes(self.layers, spec.formats_of(self.layers), spec, batch or self.batch, self.context, None)
-        return size.used + size.stock
+    @property
+    def slides(self) -> bool:
+        """Whether some layer keeps a window only, where nothing needs the rest."""
+        return any(layer.window is not None for layer in self.layers)
 
-    def num_devices(self, format: str) -> int | None:
-        """The least power of two of devices that hold weights and cache; None beyond 64."""
-        needed, count = self.weights.num_bytes + self.kv(format), 1
-        while needed > count * self.budget:
-            count *= 2
-        return count if count <= MOST_DEVICES else None
+    @cached_property
+    def why_not_shared(self) -> str | None:
+        """Why `prefix_sharing=True` is refused for this model; None where it is taken."""
+        model = model_class(self.config)
+        try:
+            require_shareable(self.config, None if model is None else inspect.signature(model.forward).parameters)
+        except UnsupportedModel as refused:
+            return str(refused).partition(": got ")[2].partition(";")[0]
+        return None
 
-    def largest_batch(self, format: str, num_devices: int) -> int:
-        """Rows that fit beside the weights."""
-        row = self.kv(format, 1)
-        room = num_devices * self.budget - self.weights.num_bytes
-        return max(0, room // row) if row else self.batch
+    def block_size(self, shares_prefix: bool) -> int:
+        """Tokens a block: small ones share in small steps, large ones keep the table of a long row short."""
+        return 16 if shares_prefix or self.context < LONG_ROW else 64
 
-    def steps(self, num_devices: int) -> StepModel:
-        """The time model; devices beyond the first share the work evenly, their traffic not counted."""
-        many = self.device._replace(
-            bandwidth=self.device.bandwidth * num_devices, flops=self.device.flops * num_devices
-        )
-        growing = [layer for layer in self.layers if layer.has_kv and layer.window is None]
-        return StepModel(
-            device=many,
-            weights=self.weights,
-            num_layers=len(self.layers),
-            attention_flops=sum(layer.flops_per_pair for layer in growing),
-        )
+    def layouts(self) -> list[Layout]:
+        """How the model can lie on devices, what to prefer first."""
+        return layouts(self.weights, self.layers, self.device)
+
+    def fits(self, layout: Layout, kv_bytes: float) -> bool:
+        """Whether the fullest device of `layout` holds its share of the weights and of `kv_bytes`."""
+        return layout.fullest(self.weights, kv_bytes, len(self.layers)) <= self.budget
 
 
 def set_up(
@@ -121,13 +146,15 @@ def set_up(
     for name, value, known in (("workload", workload, tuple(WORKLOADS)), ("goal", goal, GOALS)):
         if value not in known:
             raise BadInput(f"{name} must be one of {', '.join(known)}: got {value!r}; for example {name}={known[0]!r}")
+    tokens = parse_tokens(context, "context")
+    if tokens < 2:
+        raise BadInput("context must hold a prompt and a new token: got 1; for example context='4k'")
     place = get_device(device) if isinstance(device, str) else device
     precision = chosen_dtype(dtype, config)
-    weights = count_weights(config, precision)
+    weights = count_weights(config, precision, place)
     if weights is None:
         raise BadInput(f"the weights of this {config.model_type} cannot be counted from its config: nothing to plan by")
-    size = parse_bytes(budget, "budget") if budget is not None else int(place.memory_bytes * CARD_SHARE)
-    setup = Setup(
+    return Setup(
         config=config,
         layers=tuple(layers_of(config)),
         weights=weights,
@@ -136,14 +163,29 @@ def set_up(
         workload=workload,
         goal=goal,
         batch=require_positive(batch, "batch", 8),
-        context=parse_tokens(context, "context"),
-        budget=size,
+        context=tokens,
+        encoder=encoder_tokens(config, tokens, None),
+        budget=parse_bytes(budget, "budget") if budget is not None else int(place.memory_bytes * CARD_SHARE),
     )
-    if setup.num_devices(setup.formats[-1]) is None:
-        needed = weights.num_bytes + setup.kv(setup.formats[-1])
-        raise BadInput(
-            f"budget of {show_bytes(size)} a device is impossible: weights take {show_bytes(weights.num_bytes)}, and "
-            f"with the smallest cache {show_bytes(needed)} are needed, more than {MOST_DEVICES} devices hold; expected "
-            f"for example budget='{-(-needed // MOST_DEVICES // 2**30) + 1}GiB', or a shorter context"
-        )
-    return setup
+
+
+def require_layout(setup: Setup, smallest_kv: int) -> Layout:
+    """Return the first layout that holds the weights and the smallest cache.
+
+    Raises:
+        BadInput: none does.
+    """
+    found = next((layout for layout in setup.layouts() if setup.fits(layout, smallest_kv)), None)
+    if found is not None:
+        return found
+    weights, needed = setup.weights.num_bytes, setup.weights.num_bytes + smallest_kv
+    many = setup.layouts()[-1].count
+    hold, each = (
+        (f"{many} of {setup.device.name} hold", " a device") if many > 1 else (f"{setup.device.name} holds", "")
+    )
+    raise BadInput(
+        f"budget of {show_bytes(setup.budget)}{each} is impossible: weights take {show_bytes(weights)}, and with the "
+        f"smallest cache {show_bytes(needed)} are needed, more than {hold}; expected for example "
+        f"budget='{-(-needed * 5 // 4 // many // 2**30)}GiB', a smaller model, or a shorter context"
+        + "".join(f" ({note})" for note in setup.weights.notes)
+    )

@@ -1,14 +1,19 @@
 """Time of a step before it is run: bytes over bandwidth, operations over rate, launches on the host.
 
-    step = max((weights + KV bytes) / (bandwidth x MEMORY_SHARE), operations / (rate x COMPUTE_SHARE), host)
+    eager step = max((weights + KV bytes) / (bandwidth x MEMORY_SHARE), operations / (rate x COMPUTE_SHARE), host)
+    compiled step, and any on a CPU: the host's time is added instead
 
 A CPU's rates are measured where it is planned for, so its shares are 1. Shares of cards and host times are other
 people's measurements, named below; `plan --check` holds a prediction against the machine at hand.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from hf_kvopt.plan.devices import Device
+from hf_kvopt.plan.geometry import LayerKV
+from hf_kvopt.plan.layout import Layout
 from hf_kvopt.plan.weights import Weights
 
 # Of the datasheet: an H200 reaches 4.3 of 4.8 TB/s on a copy; good decode kernels 85 to 92 % of a copy.
@@ -28,21 +33,52 @@ EAGER_CPU_SECONDS_PER_LAYER = 0.3e-3
 MOST_SPEEDUP = {"int8": 1.6, "fp8_e4m3": 1.5, "fp8_e5m2": 1.5, "k8v4": 1.7, "int4": 1.75}
 
 
+class Step(NamedTuple):
+    """Where the time of one forward goes, in seconds."""
+
+    bytes_s: float  # reading weights, keys and values
+    work_s: float  # arithmetic
+    host_s: float  # launching from the host
+    is_beside: bool  # the host works beside the device, else before it
+
+    @property
+    def device_s(self) -> float:
+        """Seconds of the device alone."""
+        return max(self.bytes_s, self.work_s)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the whole step."""
+        return max(self.device_s, self.host_s) if self.is_beside else self.device_s + self.host_s
+
+    @property
+    def waits_for_host(self) -> bool:
+        """Whether the device is done before the host has launched the next step."""
+        return self.is_beside and self.host_s > self.device_s
+
+    @property
+    def limit(self) -> str:
+        """What the step waits for."""
+        return "the host" if self.waits_for_host else "arithmetic" if self.work_s > self.bytes_s else "memory"
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepModel:
-    """What the steps of one model on one device cost.
+    """What the steps of one model on its devices cost.
 
     Args:
-        device: where it runs.
+        device: where it runs, or one of several.
         weights: of the model.
-        num_layers: of the decoder.
-        attention_flops: operations of attention for one query over one token of context, over all layers.
+        layers: of its decoder.
+        layout: how the model lies on devices.
+        itemsize: bytes of a number that the model computes with.
     """
 
     device: Device
     weights: Weights
-    num_layers: int
-    attention_flops: int
+    layers: Sequence[LayerKV]
+    layout: Layout
+    itemsize: int = 2
 
     def decode(
         self,
@@ -53,24 +89,63 @@ class StepModel:
         copies: float = 0.0,  # KV bytes that the cache moves besides, in units of kv_bytes
         tokens_per_row: int = 1,  # more than one: a draft is verified
         is_compiled: bool = False,
-    ) -> float:
-        """Return the seconds of one step over the whole batch."""
+        expands: bool = False,  # latents to keys and values of all heads, written and read again
+    ) -> Step:
+        """Return the time of one step over the whole batch, whose rows hold `context` tokens."""
         num_tokens = batch * tokens_per_row
-        moved = self.weights.bytes_read(num_tokens) + kv_bytes * (1 / speedup + copies)
-        work = num_tokens * (2 * self.weights.num_active + self.attention_flops * context)
-        device = max(moved / self._bandwidth, work / self._flops)
-        if not self.device.is_gpu:
-            return device + self.num_layers * EAGER_CPU_SECONDS_PER_LAYER
-        if is_compiled:
-            return device + self.num_layers * COMPILED_GPU_SECONDS_PER_LAYER
-        return max(device, self.num_layers * EAGER_GPU_SECONDS_PER_LAYER)
+        kv_moved = kv_bytes / self.layout.kv_parts * (1 / speedup + copies)
+        if expands:
+            kv_moved += 2 * batch * context * self.itemsize * sum(x.expanded_width for x in self._latent_layers)
+        moved = self.weights.bytes_read(num_tokens, self._divisor) + kv_moved
+        work = num_tokens * (2 * self._num_active + self._attention_work(context, context - 1, expands))
+        if expands:
+            work += batch * context * sum(layer.expansion_flops for layer in self._latent_layers)
+        return self._step(moved, work, is_compiled)
 
-    def prefill(self, batch: int, num_tokens: int, context: int) -> float:
-        """Return the seconds until the first token, `num_tokens` of each row's `context` computed."""
-        past = context - num_tokens
-        pairs = num_tokens * past + num_tokens * num_tokens / 2
-        work = batch * (num_tokens * 2 * self.weights.num_active + self.attention_flops * pairs)
-        return max(self.weights.num_bytes / self._bandwidth, work / self._flops)
+    def prefill(self, batch: int, num_tokens: int, context: int) -> Step:
+        """Return the time until the first token, the last `num_tokens` of each row's `context` computed."""
+        attention = self._attention_work(context, context - num_tokens, expands=True) * num_tokens
+        expansion = context * sum(layer.expansion_flops for layer in self._latent_layers)
+        work = batch * (num_tokens * 2 * self._num_active + attention + expansion)
+        return self._step(self.weights.bytes_read(batch * num_tokens, self._divisor), work, is_compiled=False)
+
+    @property
+    def _latent_layers(self) -> list[LayerKV]:
+        return [layer for layer in self.layers if layer.attention == "MLA"]
+
+    def _step(self, moved: float, work: float, is_compiled: bool) -> Step:
+        seconds = moved / self._bandwidth, work / self._flops
+        if not self.device.is_gpu:
+            return Step(*seconds, len(self.layers) * EAGER_CPU_SECONDS_PER_LAYER, False)
+        # A replayed graph has its own launches, one after the other; an eager host launches beside the device.
+        a_layer = COMPILED_GPU_SECONDS_PER_LAYER if is_compiled else EAGER_GPU_SECONDS_PER_LAYER
+        return Step(*seconds, len(self.layers) * a_layer, not is_compiled)
+
+    def _attention_work(self, stop: int, start: int, expands: bool) -> float:
+        """Operations of attention for one query of the columns `start` to `stop`, in the mean."""
+        work = 0.0
+        for layer in self.layers:
+            if not layer.has_kv:
+                continue
+            # A query at column t sees t + 1 columns, or its window.
+            window = min(layer.window or stop, stop)
+            rising = max(0, min(stop, window) - start)
+            seen = rising * (start + min(stop, window) + 1) / 2 + (stop - start - rising) * window
+            per_pair = 2 * layer.expanded_width if expands else layer.flops_per_pair
+            work += per_pair * seen / (stop - start) / self.layout.kv_parts
+        return work
+
+    @property
+    def _divisor(self) -> int:
+        """Devices that each matrix is divided over."""
+        return self.layout.count if self.layout.is_divided else 1
+
+    @property
+    def _num_active(self) -> float:
+        """Parameters that one token multiplies with on each device."""
+        dense, expert = self.weights.dense, self.weights.expert
+        routed = expert.num * self.weights.expert_share * expert.share(self._divisor)
+        return dense.num * dense.share(self._divisor) + routed
 
     @property
     def _bandwidth(self) -> float:

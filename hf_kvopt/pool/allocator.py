@@ -14,7 +14,7 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from hf_kvopt.errors import KVOptError, OutOfBlocks
 from hf_kvopt.pool.live import LivePools
@@ -60,6 +60,7 @@ class BlockAllocator:
     Args:
         max_blocks: hard cap, or None to grow as needed.
         extent: the least number of blocks added by one growth.
+        block_size: tokens a block of the tables that are served: errors speak of tokens first.
         stays_put: blocks keep their numbers for life, so that holders in several threads may read while one grows.
         on_shortage: told how many blocks are missing before the pools grow; it may release some (evict) instead.
         lock: one for all allocators that change together.
@@ -70,12 +71,13 @@ class BlockAllocator:
         max_blocks: int | None = None,
         extent: int = 16,
         *,
+        block_size: int = 16,
         stays_put: bool = False,
         on_shortage: Callable[["BlockAllocator", int], None] | None = None,
         lock: AbstractContextManager[Any] | None = None,
     ) -> None:
         self.max_blocks = max_blocks
-        self.extent = extent
+        self.extent, self.block_size = extent, block_size
         self.refcounts: list[int] = []
         self.pools = LivePools()
         self.holders: weakref.WeakSet[BlockHolder] = weakref.WeakSet()
@@ -156,11 +158,7 @@ class BlockAllocator:
     def require_free(self, num_blocks: int) -> None:
         """Raise OutOfBlocks unless `num_blocks` blocks are free now."""
         if num_blocks > self.num_free:
-            cap = "no cap" if self.max_blocks is None else f"cap {self.max_blocks}"
-            raise OutOfBlocks(
-                f"{num_blocks} more KV blocks were asked for: got {self.num_free} free of {self.num_blocks} ({cap}); "
-                "raise max_tokens, generate fewer rows or tokens at once, or free() caches that share this pool"
-            )
+            self._refuse(num_blocks, self.num_free, self.num_blocks)
 
     def ensure_free(self, num_blocks: int) -> None:
         """Grow until `num_blocks` blocks are free; raise OutOfBlocks, unchanged, where the cap forbids it."""
@@ -172,14 +170,21 @@ class BlockAllocator:
             if missing <= 0:
                 return
             if self.max_blocks is not None and self.num_blocks + missing > self.max_blocks:
-                raise OutOfBlocks(
-                    f"{num_blocks} more KV blocks were asked for: got {self.num_available} available "
-                    f"(cap {self.max_blocks} blocks, {self.num_blocks - self.num_free} in use); raise max_tokens, "
-                    "generate fewer rows or tokens at once, or free() caches that share this pool"
-                )
+                self._refuse(num_blocks, self.max_blocks - self.num_blocks + self.num_free, self.max_blocks)
             needed = self.num_blocks + missing
             # Blocks that stay put are there to be kept over many calls: growing must be rare.
             self.relayout(needed + max(self.extent, needed if self.stays_put else needed // 4))
+
+    def _refuse(self, num_blocks: int, num_left: int, num_total: int) -> NoReturn:
+        """Raise OutOfBlocks for `num_blocks` blocks where `num_left` of `num_total` are left, told in tokens first."""
+        size = self.block_size
+        asked, left, total = (number * size for number in (num_blocks, num_left, num_total))
+        raise OutOfBlocks(
+            f"room for {asked:,} more tokens was asked for: got {left:,} of {total:,} left (in blocks of {size}: "
+            f"{num_blocks:,} asked for, {num_left:,} of {num_total:,} left); raise max_tokens to "
+            f"{total - left + asked:,} or more, generate fewer rows or tokens at once, or free() caches that share "
+            "this pool"
+        )
 
     def extend(self, num_blocks: int) -> None:
         """Grow to `num_blocks` blocks (at most the cap), each held block staying where it is."""

@@ -1,6 +1,7 @@
 """The doctor says what is so, and leaves with 1 where something is broken."""
 
 import json
+import re
 import subprocess
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from hf_kvopt.__main__ import main
 from hf_kvopt.cli import doctor
-from hf_kvopt.cli.trial import Trial, run_trials
+from hf_kvopt.cli.trial import NEW_TOKENS, Trial, run_trials
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 INTERPRETED = [Trial("paged", "equal", "24 of 24", 0.1), Trial("int8", "runs", "20 of 24", 0.1)]
@@ -47,6 +48,25 @@ def test_the_paged_cache_writes_transformers_own_tokens() -> None:
     exact = {name: trial.result for name, trial in trials.items() if name.startswith("paged")}
     assert exact == {"paged": "equal", "paged, prefix sharing": "equal", "paged, speculation": "equal"}
     assert {trial.result for trial in trials.values()} <= {"equal", "runs"}
+    for trial in trials.values():
+        same, total = map(int, re.fullmatch(r"(\d+) of (\d+) tokens as transformers'", trial.detail).groups())
+        assert total == 2 * NEW_TOKENS
+        assert (trial.result == "equal") == (same == total)
+
+
+def test_what_runs_on_a_cpu_is_told_by_what_is_compiled_there(
+    quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "run_trials", lambda device: INTERPRETED)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for compiles, path in ((True, "kernels compiled for this processor"), (False, "torch's operations")):
+        monkeypatch.setattr(doctor, "can_compile", lambda compiles=compiles: compiles)
+        _, said = report(capsys)
+        assert {one["detail"] for one in said["formats"]} == {f"on the CPU, by {path}"}
+        falls_back = {one["what"]: one["detail"] for one in said["falls back"]}
+        assert falls_back["kernels"] == f"no card: {path} run in place of the Triton kernels"
+        # As `plan` says where it plans for a CPU.
+        assert falls_back["compile"].endswith("generate() compiles by itself on GPUs alone")
 
 
 def test_the_kernels_run_a_whole_generation_in_the_interpreter() -> None:

@@ -61,7 +61,7 @@ def test_a_check_of_a_few_tokens_measures_more(config: str, capsys: pytest.Captu
         (["--workload", "poetry"], "workload must be one of chat"),
         (["--batch", "0"], "--batch: must be a whole number of at least 1: got '0'"),
         (["--device", "abacus"], "device must be auto, cpu or one of"),
-        (["--context", "32GiB"], "context must be tokens"),
+        (["--context", "32GiB"], "context must be a positive number of tokens"),
         (["--budget", "1KiB", "--device", "H200"], "is impossible"),
         (["--latency", "--throughput"], "not allowed with argument"),
     ],

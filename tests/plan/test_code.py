@@ -12,10 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hf_kvopt
 from hf_kvopt.plan import WORKLOADS, plan
 from hf_kvopt.plan.code import python_lines
-from hf_kvopt.plan.options import Option
-from hf_kvopt.plan.setup import set_up
+from hf_kvopt.plan.layout import Layout
+from hf_kvopt.plan.options import Option, holding_of
+from hf_kvopt.plan.setup import Setup, set_up
 from tests.plan.test_planner import CPU
 
+ONE = Layout()
 MODEL = Path(__file__).parents[2] / "evals/reference_model/model"
 OPTIONS = [
     Option(format, False, shares_prefix, draft)
@@ -23,6 +25,10 @@ OPTIONS = [
         ["native", "int8", "k8v4", "int4"], [False, True], ["none", "prompt_lookup"]
     )
 ]
+
+
+def lines_of(setup: Setup, option: Option, layout: Layout = ONE) -> list[str]:
+    return python_lines(setup, option, layout, holding_of(setup, option, setup.batch))
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +48,7 @@ def test_the_lines_run_and_write_transformers_own_tokens(
     option: Option, inputs: dict[str, torch.Tensor], default_tokens: torch.Tensor
 ) -> None:
     setup = set_up(str(MODEL), CPU, "512", 1, "document", "latency", None, "float32")
-    code = "\n".join(python_lines(setup, option, 1, 16)).replace("max_new_tokens=200", "max_new_tokens=12")
+    code = "\n".join(lines_of(setup, option)).replace("max_new_tokens=200", "max_new_tokens=12")
     scope: dict[str, Any] = {"name": str(MODEL), "inputs": inputs}
     exec(compile(code, "plan", "exec"), scope)
     assert scope["out"].shape == default_tokens.shape
@@ -67,7 +73,7 @@ def test_the_lines_of_whole_plans_run(
 
 def test_a_compiled_plan_names_options_that_the_cache_takes() -> None:
     setup = set_up(str(MODEL), "H200", "512", 1, "batch", "latency", None, "bfloat16")
-    (line,) = [x for x in python_lines(setup, Option("int8", True, False, "none"), 1, 64) if "enable(" in x]
+    (line,) = [x for x in lines_of(setup, Option("int8", True, False, "none")) if "enable(" in x]
     model: Any = AutoModelForCausalLM.from_pretrained(MODEL)
     exec(line, {"hf_kvopt": hf_kvopt, "model": model})
     hf_kvopt.disable(model)
@@ -75,7 +81,7 @@ def test_a_compiled_plan_names_options_that_the_cache_takes() -> None:
 
 def test_a_head_is_loaded_by_a_name_that_exists() -> None:
     setup = set_up(str(MODEL), CPU, "512", 1, "chat", "latency", None, "float32")
-    code = "\n".join(python_lines(setup, Option("native", False, False, "head"), 1, 16))
+    code = "\n".join(lines_of(setup, Option("native", False, False, "head")))
     assert "hf_kvopt.speculative(hf_kvopt.DraftHead.from_pretrained(head_path))" in code
     assert callable(hf_kvopt.speculative)
     assert callable(hf_kvopt.DraftHead.from_pretrained)
@@ -83,7 +89,7 @@ def test_a_head_is_loaded_by_a_name_that_exists() -> None:
 
 def test_parallel_lines_name_what_transformers_has() -> None:
     setup = set_up(str(MODEL), CPU, "512", 1, "chat", "latency", None, "float32")
-    lines = python_lines(setup, Option("native", False, False, "none"), 2, 16)
+    lines = lines_of(setup, Option("native", False, False, "none"), Layout(2, True, True))
     imports = [line for line in lines if "import" in line]
     exec("\n".join(imports), {})
     assert any("DistributedConfig(tp_size=2)" in line for line in lines)

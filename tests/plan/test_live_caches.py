@@ -151,27 +151,60 @@ def test_fixed_capacity_is_used_from_the_start(batch: int, max_tokens: int) -> N
     assert (got.used_bytes, got.reserved_bytes) == (live.used_bytes, live.reserved_bytes)
 
 
-def test_the_largest_batch_and_context_fit_and_one_more_does_not() -> None:
-    model = tiny_model("full")
-    budget = 3_000_000
-    report = memory(model, context=100, batch=2, budget=budget, dtype="float32")
-    assert report.capacity is not None
-    rows, tokens = report.capacity.max_batch, report.capacity.max_context
-    assert rows is not None
-    assert tokens is not None
-
-    def total(batch: int, context: int) -> int:
-        return memory(model, context=context, batch=batch, dtype="float32").total_bytes
-
-    assert total(rows, 100) <= budget < total(rows + 1, 100)
-    assert total(2, tokens) <= budget < total(2, tokens + 1)
-    # And a live cache of that size holds it: not a token more.
-    cache = hf_kvopt.PagedCache(model.config, max_tokens=2 * tokens)
+def _taken(model: Any, batch: int, context: int, **options: Any) -> int:
+    """Bytes that a live cache takes on its way to `context` tokens, free blocks included, at its largest."""
+    cache, most = hf_kvopt.PagedCache(model.config, **options), 0
     with torch.no_grad():
-        model(**prompt(tokens, tokens), **{hf_kvopt.CACHE_KEYWORD: cache})
-        with pytest.raises(KVOptError, match="raise max_tokens"):
-            model(**prompt(1, 1), **{hf_kvopt.CACHE_KEYWORD: cache})
-    assert cache.stats().reserved_bytes + (report.weight_bytes or 0) <= budget
+        for start in range(0, context, 500):
+            model(**prompt(*[min(500, context - start)] * batch), **{hf_kvopt.CACHE_KEYWORD: cache})
+            most = max(most, cache.stats().reserved_bytes)
+    return most
+
+
+@pytest.mark.parametrize("kind", ["full", "mixed"])
+def test_the_largest_batch_and_context_fit_with_what_is_reserved_and_one_more_does_not(kind: str) -> None:
+    model = tiny_model(kind)
+    report = memory(model, context=100, batch=2, budget=900_000, dtype="float32")
+    room = report.capacity
+    assert room is not None
+    assert room.kv_budget_bytes == 900_000 - report.weight_bytes
+
+    def needed(batch: int, context: int) -> float:
+        asked = memory(model, context=context, batch=batch, budget=900_000, dtype="float32").capacity
+        assert asked is not None
+        assert asked.fits == (asked.needed_bytes <= room.kv_budget_bytes)
+        return asked.needed_bytes
+
+    assert needed(room.max_batch, 100) <= room.kv_budget_bytes < needed(room.max_batch + 1, 100)
+    assert needed(2, room.max_context) <= room.kv_budget_bytes < needed(2, room.max_context + 1)
+    assert room.max_context < room.capped_context
+    # Live caches of these sizes stay within the budget, however they grew.
+    assert _taken(model, room.max_batch, 100) <= room.kv_budget_bytes
+    assert _taken(model, 2, room.max_context) <= room.kv_budget_bytes
+    cap = 2 * -(-room.capped_context // 16) * 16
+    assert _taken(model, 2, room.capped_context, max_tokens=cap) <= room.kv_budget_bytes
+    with pytest.raises(KVOptError, match="raise max_tokens"):
+        _taken(model, 2, room.capped_context + 16, max_tokens=cap)
+
+
+def test_the_largest_context_of_a_capped_cache_is_its_cap() -> None:
+    model = tiny_model("mixed")
+    room = memory(model, context=100, max_tokens=160, budget="1GiB", dtype="float32").capacity
+    assert room is not None
+    assert (room.max_context, room.max_batch) == (160, 1)
+    assert room.capped_context > 1000
+    with pytest.raises(KVOptError, match="raise max_tokens"):
+        _taken(model, 1, 161, max_tokens=160)
+
+
+def test_weights_beyond_the_budget_leave_no_room_and_all_else_is_told() -> None:
+    model = tiny_model("full")
+    report = memory(model, context=100, batch=2, budget="1KiB", dtype="float32")
+    room = report.capacity
+    assert room is not None
+    assert room.kv_budget_bytes == 1024 - report.weight_bytes < 0
+    assert (room.fits, room.max_context, room.max_batch, room.capped_context) == (False, 0, 0, 0)
+    assert report.used_bytes > 0
 
 
 def test_weights_counted_without_making_them_are_those_of_the_model() -> None:
