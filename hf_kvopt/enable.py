@@ -32,7 +32,7 @@ from hf_kvopt.draft.speculate import SpeculativeDecoding, speculative
 from hf_kvopt.errors import CacheStateError, UnsupportedModel, nearest
 from hf_kvopt.overrides import CheckedPrefill, PreparedInputs
 from hf_kvopt.quant import KV_FORMATS
-from hf_kvopt.sharing import Sharing, SharingOverride, install, uninstall
+from hf_kvopt.sharing import Sharing, SharingOverride, install
 
 logger = logging.getLogger(__name__)
 
@@ -98,23 +98,25 @@ def enable(
     if cache is None and cache_options:
         raise ValueError(f"cache=None takes no options: got {sorted(cache_options)}; name a cache or drop them")
     compat.check()
-    attention = _takes_attention(model, attention, is_all=cache is None and draft is None)
-    if cache is not None and not compat.uses_standard_cache(model):
+    if cache is not None and not compat.uses_standard_cache(type(model), model.config):
         raise UnsupportedModel(
             f"{type(model).__name__} keeps its past in a cache of its own, or keeps none: got a cache that it would "
             "ignore; use the model as it is"
         )
+    attention = _takes_attention(model, attention, is_all=cache is None and draft is None)
     if cache is not None:
         _make_cache(model, CACHES[cache], cache_options)  # refuse bad options now, not in the first generate
     sharing = _sharing(model, cache, prefix_sharing, cache_options)
     drafting = _drafting(model, draft)
     disable(model)
+    _require_unreplaced(model, "generate" if sharing is not None or drafting is not None else None)
     previous = model.config._attn_implementation
     if attention:
         model.set_attn_implementation(ATTENTION_NAME)
         mla.install(model)
     # In the instance's own dict: `generate` calls the methods through self (nn.Module would file them elsewhere).
-    model.__dict__[compat.PREPARE_INPUTS] = PreparedInputs(model)
+    if compat.PREPARE_INPUTS not in model.__dict__:  # another library's, such as PEFT's soft prompts, stays
+        model.__dict__[compat.PREPARE_INPUTS] = PreparedInputs(model)
     model.__dict__[compat.PREFILL] = CheckedPrefill(model)
     if cache is not None:
         make = partial(_make_cache, factory=CACHES[cache], options=cache_options)
@@ -134,13 +136,23 @@ def disable(model: PreTrainedModel) -> PreTrainedModel:
     if hasattr(model, _STATE):
         previous = getattr(model, _STATE)
         delattr(model, _STATE)
-        for name in (compat.MAKE_CACHE, compat.PREPARE_INPUTS, compat.PREFILL):
-            model.__dict__.pop(name, None)
+        for name in (compat.MAKE_CACHE, compat.PREPARE_INPUTS, compat.PREFILL, "generate"):
+            if isinstance(model.__dict__.get(name), InstanceOverride):
+                del model.__dict__[name]
         mla.uninstall(model)
-        uninstall(model)
         if model.config._attn_implementation != previous:
             model.set_attn_implementation(previous)
     return model
+
+
+def _require_unreplaced(model: PreTrainedModel, extra: str | None) -> None:
+    """Refuse where another library replaced a method on this instance that is to be replaced now."""
+    for name in (compat.MAKE_CACHE, compat.PREFILL, extra):
+        if name in model.__dict__:
+            raise UnsupportedModel(
+                f"{type(model).__name__}.{name} was replaced on this instance: got {model.__dict__[name]!r}, which "
+                "enable would hide; call enable first and replace the method after it, or take the replacement off"
+            )
 
 
 def _drafting(model: PreTrainedModel, draft: Any) -> SpeculativeDecoding | None:

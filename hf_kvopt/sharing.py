@@ -30,7 +30,6 @@ from hf_kvopt.errors import CacheStateError
 from hf_kvopt.overrides import prefill
 
 logger = logging.getLogger(__name__)
-OVERRIDES = ("generate", compat.PREFILL)
 # What does not change a token's keys and values; anything else that generate() hands the model may.
 _HARMLESS = (
     *compat.CACHE_NAMES, "attention_mask", "position_ids", "use_cache", "logits_to_keep", "output_attentions",
@@ -156,12 +155,6 @@ def install(model: PreTrainedModel, sharing: Sharing, inner: InstanceOverride | 
     """Override the two methods on this instance; `inner` is what generates, where that is not the model's own."""
     model.__dict__["generate"] = _Generate(model, sharing, inner)
     model.__dict__[compat.PREFILL] = _Prefill(model, sharing)
-
-
-def uninstall(model: PreTrainedModel) -> None:
-    """Undo `install`."""
-    for name in OVERRIDES:
-        model.__dict__.pop(name, None)
 
 
 def prefix_store(model: PreTrainedModel) -> PrefixStore:

@@ -21,8 +21,8 @@ from transformers import (
 )
 
 import hf_kvopt
-from hf_kvopt import PagedCache
-from tests.helpers import KINDS, eager_continuation, eager_tokens, generate, prompt, tiny_model, unpadded
+from hf_kvopt import PagedCache, UnsupportedModel, compat, disable, enable
+from tests.helpers import KINDS, NEW_TOKENS, eager_continuation, eager_tokens, generate, prompt, tiny_model, unpadded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -348,3 +348,29 @@ def test_weights_are_refused_where_a_model_tells_its_attention_nothing() -> None
     model = hf_kvopt.enable(GPT2LMHeadModel(config).eval())
     with pytest.raises(ValueError, match="got output_attentions=True"):
         generate(model, prompt(9), output_attentions=True, return_dict_in_generate=True)
+
+
+@pytest.mark.parametrize("name", ["generate", compat.PREFILL, compat.MAKE_CACHE])
+def test_a_method_that_somebody_replaced_is_not_hidden(name):
+    model = tiny_model()
+    theirs = getattr(model, name)
+    model.__dict__[name] = theirs
+    with pytest.raises(UnsupportedModel, match=f"{name} was replaced on this instance"):
+        enable(model, draft="prompt_lookup")
+    assert model.__dict__[name] is theirs
+
+
+def test_inputs_that_somebody_prepares_are_fed_while_enabled_and_after():
+    model = tiny_model()
+    own, calls = model.prepare_inputs_for_generation, []
+
+    def prepare(input_ids, **kwargs):
+        calls.append(input_ids.shape[1])
+        return own(input_ids, **kwargs)
+
+    model.__dict__["prepare_inputs_for_generation"] = prepare
+    enable(model)
+    assert torch.equal(generate(model, prompt(9, 6)), eager_tokens("full", 9, 6))
+    assert len(calls) == NEW_TOKENS
+    disable(model)
+    assert model.__dict__["prepare_inputs_for_generation"] is prepare

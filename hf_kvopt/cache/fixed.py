@@ -39,8 +39,8 @@ class FixedLayer(PagedLayer):
         return None if self.pool is None else self.pool.keys.row_centres
 
     @torch.compiler.disable(
-        reason="a cache of fixed capacity takes its memory outside of a graph: feed it the prompt before it is compiled, "
-        "or call cache.early_initialization(batch_size, num_heads, head_dim, dtype, device) first"
+        reason="a cache of fixed capacity takes its memory outside of a graph: feed it the prompt before it is "
+        "compiled, or call cache.early_initialization(batch_size, num_heads, head_dim, dtype, device) first"
     )
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         table, batch = self.table, key_states.shape[0]

@@ -119,9 +119,10 @@ class ModelIdentity:
 
 def _is_fed_more(model: PreTrainedModel) -> bool:
     """Whether another method than the model's own makes the inputs of a forward from a prompt."""
-    override = model.__dict__.get("prepare_inputs_for_generation")
-    own = getattr(type(model), "prepare_inputs_for_generation", None)
-    return override is not None and getattr(override, "__func__", None) is not own
+    override = model.__dict__.get(compat.PREPARE_INPUTS)
+    if override is None or getattr(override, "adds_nothing", False):
+        return False
+    return getattr(override, "__func__", None) is not getattr(type(model), compat.PREPARE_INPUTS, None)
 
 
 def _modes(device: torch.device) -> list[Any]:
