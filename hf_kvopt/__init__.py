@@ -10,10 +10,10 @@ Importing registers the attention and its mask under "hf_kvopt", once, and touch
 from hf_kvopt import plan
 from hf_kvopt.attention.register import ATTENTION_NAME, register
 from hf_kvopt.cache.paged import PagedCache
-from hf_kvopt.cache.prefix import PrefixStats, PrefixStore
+from hf_kvopt.cache.prefix import PrefixStore
 from hf_kvopt.cache.prefix_cache import PrefixSharedCache
 from hf_kvopt.cache.quantized import QuantizedPagedCache
-from hf_kvopt.cache.stats import CacheStats
+from hf_kvopt.cache.stats import CacheStats, PrefixStats
 from hf_kvopt.compat import CACHE_KEYWORD
 from hf_kvopt.config import CacheConfig
 from hf_kvopt.draft.heads.auto import DraftHead

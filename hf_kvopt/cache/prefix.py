@@ -12,17 +12,18 @@ import threading
 import weakref
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Self
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_kvopt import compat
 from hf_kvopt.cache import prefix_file
 from hf_kvopt.cache.identity import ModelIdentity, require_shareable
-from hf_kvopt.cache.prefix_cache import PrefixSharedCache, texts_of
+from hf_kvopt.cache.prefix_cache import PrefixSharedCache
 from hf_kvopt.cache.prefix_fill import fill_from
+from hf_kvopt.cache.prefix_texts import as_text, end_tokens, require_mask, texts_of, until
+from hf_kvopt.cache.stats import PrefixStats
 from hf_kvopt.config import CacheConfig
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.pool.allocator import BlockAllocator
@@ -37,23 +38,6 @@ _NOT_BY_TOKENS = (
     "prefixes cannot be shared where tokens alone do not decide what is computed: got rows that go through adapters of "
     "their own, or something put before the prompt; use PagedCache for such a call"
 )
-
-
-class PrefixStats(NamedTuple):
-    """Counts since the store was made, and what it holds now.
-
-    `rows` prompts were looked up, `hits` of them found something; `hit_tokens` of their `prompt_tokens` were there.
-    `evictions` counts blocks. `used_bytes` are those of blocks that the tree or a cache holds, `reserved_bytes` all.
-    """
-
-    rows: int
-    hits: int
-    prompt_tokens: int
-    hit_tokens: int
-    evictions: int
-    num_blocks: int
-    used_bytes: int
-    reserved_bytes: int
 
 
 class PrefixStore:
@@ -147,7 +131,7 @@ class PrefixStore:
             OutOfBlocks: the store is smaller than the prompts.
         """
         self.require_alive()
-        self._require_mask(input_ids, attention_mask)
+        require_mask(self.model, input_ids, attention_mask)
         cache = self.new_cache()
         if not self.begin(cache, input_ids, attention_mask, namespace=namespace):
             raise CacheStateError(_NOT_BY_TOKENS)
@@ -238,7 +222,7 @@ class PrefixStore:
     def match_length(self, input_ids: Tensor | Sequence[int], *, namespace: Hashable = None) -> int:
         """How many of the first tokens of a text the store knows."""
         with self.lock:
-            return self.index.match(self.key_of(namespace), _as_text(input_ids)).length
+            return self.index.match(self.key_of(namespace), as_text(input_ids)).length
 
     def stats(self) -> PrefixStats:
         """What was found so far, and what is held now."""
@@ -376,19 +360,9 @@ class PrefixStore:
 
     def _pin(self, input_ids: Tensor | Sequence[int], namespace: Hashable, count: int) -> int:
         with self.lock:
-            match = self.index.match(self.key_of(namespace), _as_text(input_ids))
+            match = self.index.match(self.key_of(namespace), as_text(input_ids))
             self.index.pin(match, count)
             return match.length
-
-    def _require_mask(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
-        """`generate` takes pad tokens for padding where no mask says otherwise."""
-        generation = getattr(self.model, "generation_config", None)
-        pad = getattr(generation, "pad_token_id", None)
-        if attention_mask is None and pad is not None and bool((input_ids == pad).any()):
-            raise ValueError(
-                f"input_ids hold the pad token {pad}: got no attention_mask, so that nobody can tell padding from "
-                "text; pass the one that generate() gets"
-            )
 
     def _require_ours(self, cache: PrefixSharedCache) -> None:
         if not isinstance(cache, PrefixSharedCache) or cache.store is not self:
@@ -407,26 +381,5 @@ class PrefixStore:
         fits = len(rows) == len(texts) and output_ids.shape[1] in (held, held + 1)
         if not fits or any(row[pad:columns] != text for row, pad, text in zip(rows, cache.pads, texts, strict=True)):
             return None
-        ends = _end_tokens(self.model)
-        return [text + _until(row[columns:], ends) for text, row in zip(texts, rows, strict=True)]
-
-
-def _as_text(input_ids: Tensor | Sequence[int]) -> list[int]:
-    """One text, as a list."""
-    ids = input_ids if isinstance(input_ids, Tensor) else torch.tensor(list(input_ids), dtype=torch.long)
-    if ids.dim() == 2 and len(ids) == 1:
-        ids = ids[0]
-    if ids.dim() != 1:
-        raise ValueError(f"one text is expected, [length] or [1, length]: got {list(ids.shape)}")
-    text: list[int] = ids.tolist()
-    return text
-
-
-def _end_tokens(model: PreTrainedModel | None) -> set[int]:
-    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
-
-
-def _until(tokens: list[int], ends: set[int]) -> list[int]:
-    """Up to and with the first token that ends a text; what follows is padding."""
-    return tokens[: next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))]
+        ends = end_tokens(self.model)
+        return [text + until(row[columns:], ends) for text, row in zip(texts, rows, strict=True)]

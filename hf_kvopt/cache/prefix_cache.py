@@ -12,7 +12,6 @@ import copy
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
-import torch
 from torch import Tensor
 
 from hf_kvopt.cache.layer import PagedLayer
@@ -265,33 +264,3 @@ class PrefixSharedCache(PagedCache):
                 "assistant_model"
             )
         self._chunk = num_tokens
-
-
-def texts_of(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[list[list[int]], list[int]]:
-    """The tokens of each row without its padding, and how many pads stand before them.
-
-    Raises:
-        ValueError: not two-dimensional, a mask of another shape, padding that is not on the left, or an empty row.
-    """
-    if input_ids.dim() != 2 or input_ids.is_floating_point() or not input_ids.numel():
-        raise ValueError(
-            f"input_ids must be token ids [batch, length]: got {input_ids.dtype} {list(input_ids.shape)}; add the "
-            "batch dimension, e.g. input_ids[None]"
-        )
-    if attention_mask is None:
-        return input_ids.tolist(), [0] * len(input_ids)
-    if attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask must have the shape of input_ids: got {list(attention_mask.shape)} for "
-            f"{list(input_ids.shape)}"
-        )
-    mask = attention_mask.bool()
-    pads = (~mask).sum(1)
-    columns = torch.arange(mask.shape[1], device=mask.device)
-    if not bool((mask == (columns >= pads[:, None])).all()) or bool((pads == mask.shape[1]).any()):
-        raise ValueError(
-            "rows must be padded on the left alone and hold a token: got another attention_mask; tokenize with "
-            "padding_side='left'"
-        )
-    counts = pads.tolist()
-    return [row[pad:] for row, pad in zip(input_ids.tolist(), counts, strict=True)], counts

@@ -29,6 +29,23 @@ class CacheStats(NamedTuple):
     dense_fallbacks: int
 
 
+class PrefixStats(NamedTuple):
+    """Counts since the store was made, and what it holds now.
+
+    `rows` prompts were looked up, `hits` of them found something; `hit_tokens` of their `prompt_tokens` were there.
+    `evictions` counts blocks. `used_bytes` are those of blocks that the tree or a cache holds, `reserved_bytes` all.
+    """
+
+    rows: int
+    hits: int
+    prompt_tokens: int
+    hit_tokens: int
+    evictions: int
+    num_blocks: int
+    used_bytes: int
+    reserved_bytes: int
+
+
 def measure(tables: Sequence[BlockTable], layers: Sequence[PagedLayer]) -> CacheStats:
     """Count what `tables` and the pools of `layers` hold."""
     fixed = [layer for layer in layers if isinstance(layer, FixedLayer)]

@@ -11,10 +11,11 @@ from torch import Tensor
 from hf_kvopt.errors import CacheStateError
 
 if TYPE_CHECKING:
+    from hf_kvopt.pool.addresses import Addresses
     from hf_kvopt.pool.block_table import BlockTable
 
 
-def column_slots(table: "BlockTable", start: int, stop: int) -> list[list[int]]:
+def column_slots(table: "Addresses", start: int, stop: int) -> list[list[int]]:
     """Slots of the columns `start` to `stop` of each row; -1 where it has no token."""
     size, slots = table.block_size, []
     for row, lag in zip(table.rows, table.lags, strict=True):
@@ -24,7 +25,7 @@ def column_slots(table: "BlockTable", start: int, stop: int) -> list[list[int]]:
     return slots
 
 
-def picked(table: "BlockTable", skip: int, num_columns: int, device: torch.device) -> Tensor:
+def picked(table: "Addresses", skip: int, num_columns: int, device: torch.device) -> Tensor:
     """[batch, num_columns] int64 slots from column base + `skip` on; some slot of the row where it has no token."""
     block_table, _, lags = table.rows_on(device)
     tokens = torch.arange(skip, skip + num_columns, device=device).expand(len(block_table), -1)
