@@ -87,7 +87,7 @@ class LatentKV(LazyTensor):
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], context: tuple[_Heads, int], *_: Any) -> "LatentKV":
-        return LatentKV(inner["latent"], inner["rope"], inner["weight"], *context)  # type: ignore[call-arg, arg-type, misc]
+        return LatentKV(inner["latent"], inner["rope"], inner["weight"], *context)  # type: ignore[arg-type]
 
     def __repr__(self, *_: Any, **__: Any) -> str:  # type: ignore[override]
         return f"LatentKV(shape={tuple(self.shape)}, latent={self.latent!r})"
