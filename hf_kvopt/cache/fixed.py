@@ -16,6 +16,7 @@ from hf_kvopt.errors import CacheStateError, OutOfBlocks
 from hf_kvopt.pool.block_table import BlockTable
 from hf_kvopt.pool.fixed_rows import FixedCentres, next_slots, require_room
 from hf_kvopt.pool.handle import HandleSpec, KVHandle, row_views
+from hf_kvopt.pool.slots import writable
 from hf_kvopt.pool.storage import Plane
 from hf_kvopt.quant import NATIVE_KV, KVFormat
 
@@ -39,8 +40,8 @@ class FixedLayer(PagedLayer):
         return None if self.pool is None else self.pool.keys.row_centres
 
     @torch.compiler.disable(
-        reason="a cache of fixed capacity takes its memory outside of a graph: feed it the prompt before it is "
-        "compiled, or call cache.early_initialization(batch_size, num_heads, head_dim, dtype, device) first"
+        reason="a cache of fixed capacity takes its memory outside of a graph: feed it the prompt uncompiled, or call "
+        "cache.early_initialization(batch_size, num_heads, head_dim, dtype, device) first"
     )
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         table, batch = self.table, key_states.shape[0]
@@ -71,10 +72,24 @@ class FixedLayer(PagedLayer):
         self.block_table = self.table.rows_on(device)[0]
         if self.pool.keys.centres is not None:
             self.pool.keys.centres, self.pool.keys.row_centres = None, FixedCentres(key_states)
-        kept = [self.length, self.seq_lens, self.first_slots, self.block_table]
-        kept += self.centres.tensors if self.centres is not None else ()
-        for tensor in (*kept, *(x for plane in self.pool.planes for x in plane.tensors)):
+        self._keep_addresses()
+
+    def _keep_addresses(self) -> None:
+        """Promise that a replayed graph finds the tensors where they were."""
+        assert self.pool is not None
+        own = (self.length, self.seq_lens, self.first_slots, self.block_table)
+        learned = () if self.centres is None else self.centres.tensors
+        for tensor in (*own, *learned, *(x for plane in self.pool.planes for x in plane.tensors)):
             torch._dynamo.mark_static_address(tensor)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.length = writable(self.length)
+        if self.pool is not None:
+            self.seq_lens, self.first_slots, self.block_table = map(
+                writable, (self.seq_lens, self.first_slots, self.block_table)
+            )
+            self._keep_addresses()
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         num_tokens = key_states.shape[2]

@@ -7,6 +7,7 @@ its shape, and what Python knows of the rows may lag behind what compiled steps 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from hf_kvopt.errors import OutOfBlocks
 from hf_kvopt.kernels.dispatch import define_op, store_plane
 from hf_kvopt.pool.centres import num_pads
+from hf_kvopt.pool.slots import writable
 from hf_kvopt.quant import CENTRE_TOKENS, SCALE_DTYPE, centre_of, format_of, guarded, quantize
 
 
@@ -65,6 +67,11 @@ class FixedCentres:
         self.early = torch.zeros(batch, num_heads, CENTRE_TOKENS, dim, dtype=states.dtype, device=device)
         self.is_open = torch.zeros(batch, dtype=torch.bool, device=device)
         self.restart()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.vectors, self.early, self.is_open = map(writable, self.tensors)
+        self.may_learn = True
 
     def restart(self) -> None:
         """Forget the rows: the next token of each is its first."""

@@ -97,6 +97,14 @@ def gathered(x: Tensor, slots: Tensor) -> Tensor:
     return picked.unflatten(1, tuple(slots.shape)).transpose(0, 1)
 
 
+def writable(x: Tensor) -> Tensor:
+    """Return x, or a copy where it was made in inference mode and could not be written outside of it."""
+    if not x.is_inference():
+        return x
+    with torch.inference_mode(False):
+        return x.clone()
+
+
 def shared_runs(src: list[int], dst: list[int]) -> list[tuple[int, int]]:
     """(first index, length) of the stretches in which both lists count up by one."""
     if not src:

@@ -21,7 +21,7 @@ from hf_kvopt.pool.block_table import BlockTable
 from hf_kvopt.pool.centres import Centres
 from hf_kvopt.pool.fixed_rows import FixedCentres
 from hf_kvopt.pool.handle import HandleSpec, KVHandle
-from hf_kvopt.pool.slots import gathered, shared_runs, strided
+from hf_kvopt.pool.slots import gathered, shared_runs, strided, writable
 from hf_kvopt.quant import (
     NATIVE,
     NATIVE_KV,
@@ -237,15 +237,16 @@ class Plane:
 
     def to(self, device: torch.device) -> None:
         """Move the bytes, in place of the object."""
-        scale = None if self.scale is None else self.scale.to(device, non_blocking=True)
-        self._hold(self.codes.to(device, non_blocking=True), scale)
+        with torch.inference_mode(False):
+            scale = None if self.scale is None else self.scale.to(device, non_blocking=True)
+            self._hold(self.codes.to(device, non_blocking=True), scale)
         if self.centres is not None:
             self.centres.to(device)
 
     def _hold(self, codes: Tensor, scale: Tensor | None) -> None:
         """Take these tensors for storage."""
-        self.codes, self.scale = codes, scale
-        self.place = place_of(codes, scale)
+        self.codes, self.scale = writable(codes), None if scale is None else writable(scale)
+        self.place = place_of(self.codes, self.scale)
 
     def _blocks(self, num_blocks: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Zeros for codes and scales."""
