@@ -201,7 +201,7 @@ def next_inputs(
     model: PreTrainedModel, input_ids: Tensor, outputs: Any, model_kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     """Return what plain decoding would feed `model` for the token behind `input_ids`, which was read with `outputs`."""
-    updated = getattr(model, _NEXT_KWARGS)(outputs, dict(model_kwargs))
+    updated = getattr(model, _NEXT_KWARGS)(outputs, dict(model_kwargs), is_encoder_decoder=False)
     longer = torch.cat([input_ids, input_ids[:, -1:]], dim=1)
     inputs: dict[str, Any] = getattr(model, PREPARE_INPUTS)(longer, next_sequence_length=1, **updated)
     return inputs

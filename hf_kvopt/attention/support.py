@@ -17,6 +17,10 @@ class ModelTraits(NamedTuple):
     calls_interface: bool  # its attention is chosen by `attn_implementation`
     selects_keys: bool  # it hands the attention a sparse selection of keys
     takes_boolean_masks: bool  # it hands masks on unread, which sdpa's and flash attention's ask for
+    masks_windows: bool  # it hides what lies behind a window itself, and does not leave that to its cache
+
+
+_CURRENT = ModelTraits(calls_interface=True, selects_keys=False, takes_boolean_masks=True, masks_windows=True)
 
 
 @torch.compiler.assume_constant_result
@@ -30,11 +34,11 @@ def model_traits(config_class: type[PreTrainedConfig]) -> ModelTraits:
     """Traits of the modelling file that belongs to `config_class`; an unknown file is taken to be current."""
     module = _modelling_module(config_class)
     if module is None:
-        return ModelTraits(calls_interface=True, selects_keys=False, takes_boolean_masks=True)
+        return _CURRENT
     try:
         source = inspect.getsource(module)
     except (OSError, TypeError):
-        return ModelTraits(calls_interface=True, selects_keys=False, takes_boolean_masks=True)
+        return _CURRENT
     # transformers' own heuristic (PreTrainedModel._can_set_attn_implementation), which is private to model classes.
     has_attention = re.search(r"^class \w*Attention\w*\(nn\.Module\):", source, re.MULTILINE) is not None
     calls_interface = not has_attention or "ALL_ATTENTION_FUNCTIONS.get_interface(" in source
@@ -44,7 +48,10 @@ def model_traits(config_class: type[PreTrainedConfig]) -> ModelTraits:
     ]  # fmt: skip
     hands_on = any(getattr(value, f"_supports_{name}", False) for value in base for name in ("sdpa", "flash_attn"))
     selects_keys = re.search(r"scaling=self\.scaling,\n(?:\s+\w+=[\w.]+,\n)*\s+(?:block_)?indices=", source) is not None
-    return ModelTraits(calls_interface, selects_keys, calls_interface and (hands_on or not base))
+    masks_windows = (
+        re.search(r"create_(sliding_window|chunked)_causal_mask|create_masks_for_generate", source) is not None
+    )
+    return ModelTraits(calls_interface, selects_keys, calls_interface and (hands_on or not base), masks_windows)
 
 
 def _modelling_module(config_class: type[PreTrainedConfig]) -> ModuleType | None:

@@ -40,6 +40,8 @@ class Mark:
         cache = self.cache
         if self._is_new:
             cache.free()
+            if cache._makes_layers:
+                del cache.layers[len(self._clocks) :]
         elif not self._restore_tokens():
             cache.free()
             return False

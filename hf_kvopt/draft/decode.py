@@ -24,6 +24,7 @@ from hf_kvopt.draft.output import Output
 from hf_kvopt.draft.policy import Policy
 from hf_kvopt.draft.reader import Reader
 from hf_kvopt.draft.reads import Pending, features_of, packed
+from hf_kvopt.draft.requirements import counts_columns, reads_trees
 from hf_kvopt.draft.scores import DraftSampler, NodeScores
 from hf_kvopt.draft.tree import TreeShape, shape_of
 from hf_kvopt.draft.verify import Verdict, greedy_chain, greedy_tree, sampled_chain, sampled_tree, typical_tree
@@ -69,6 +70,7 @@ class Speculation:
         self.is_typical = is_typical
         self.in_lockstep = self._needs_lockstep()
         self.rows_may_leave = rows_may_leave and not self.in_lockstep
+        self.reads_trees = reads_trees(reader.model)
         self.num_skipped = reader.read_lens[0] - output.prompt_len  # columns of a text that only the cache knows
         reader.last_column = output.max_length - 2 + self.num_skipped
         # A token that is drawn from the target's scores alone meets the likeliest draft best.
@@ -98,6 +100,8 @@ class Speculation:
     def _step(self, session: DraftSession) -> None:
         batch, started = len(self.rows), time.perf_counter()
         plan = self.policy.plan(self.rows, self.output.remaining)
+        if not self.reads_trees:
+            plan = plan._replace(num_nodes=min(plan.gamma, plan.num_nodes))
         draft, shape = self._draft(session, plan)
         fed, drafted = self._fed(draft), time.perf_counter()
         try:
@@ -132,12 +136,13 @@ class Speculation:
         with torch.inference_mode():
             if self.pending:
                 session.extend(self.pending.take())
-            draft = session.propose(plan, self.sampler)
+            draft = _on(session.propose(plan, self.sampler), self.output.ids.device)
+        if draft.parents is not None and not self.reads_trees:
+            draft = draft.first_chain()
         num_nodes, shape = draft.tokens.shape[1], None
         if draft.parents is not None and num_nodes:
             shape = shape_of(draft.parents[0].tolist(), num_nodes)
         depth = num_nodes if shape is None else max(shape.depths)
-        draft = _on(draft, self.output.ids.device)
         seconds = time.perf_counter() - started
         self.policy.note_draft(plan, len(self.rows), depth, seconds, is_first=self.is_first_draft)
         return draft, shape
@@ -232,9 +237,8 @@ class Speculation:
         """Whether something may tell rows that go on by themselves from those of plain decoding."""
         output, is_fixed = self.output, self.reader.cache.cache_config.compileable
         sees_scores = bool(output.others) and output.scores is not None
-        return not self.is_typical and (
-            self.scores.needs_lockstep or (len(output.lens) > 1 and (is_fixed or sees_scores))
-        )
+        is_tied = is_fixed or sees_scores or counts_columns(self.reader.model)
+        return not self.is_typical and (self.scores.needs_lockstep or (len(output.lens) > 1 and is_tied))
 
     def align(self) -> None:
         """Leave every row of the cache with all tokens but the last, as plain decoding does: padding behind ended rows.

@@ -63,6 +63,15 @@ class Draft(NamedTuple):
     q: Tensor | None = None  # [batch, num_nodes, vocab] float32, target vocabulary, chains only
     lengths: Sequence[int] | None = None  # [batch]: usable nodes of each row, the first ones; None: all
 
+    def first_chain(self) -> "Draft":
+        """The first child of each node of a tree, for one row."""
+        assert self.parents is not None
+        path: list[int] = []
+        for node, parent in enumerate(self.parents[0].tolist()):
+            if parent == (path[-1] if path else -1):
+                path.append(node)
+        return Draft(self.tokens[:, path])
+
 
 class Sampler(Protocol):
     """How a drafter turns its logits into a token: the loop's business, so that q is what sampling really used."""

@@ -139,22 +139,21 @@ class Reader:
         mask = torch.cat([past, ancestor_mask(shape).to(self.device)], dim=1)
         depths = torch.tensor(shape.depths, device=self.device)
         places = torch.cat([torch.arange(columns, device=self.device), columns + depths])
+        # As the model sees it, whatever its cache keeps; chunks are counted from the first token on.
+        kinds, options = compat.layer_types(self.model.config.get_text_config(decoder=True))
+        first = int(past[0].long().argmax()) if columns else 0
         masks = {}
-        for layer_idx, kind in enumerate(self._kinds()):
-            if kind in masks:
+        for layer_idx, (kind, option) in enumerate(zip(kinds, options, strict=False)):
+            window = option.get("sliding_window")
+            if kind in masks or kind == "dummy":
                 continue
-            window = self._windows()[layer_idx]
-            near = mask if window is None else mask & (places > (columns + depths)[:, None] - window)
+            queries, near = (columns + depths)[:, None], mask
+            if window is not None and kind == "chunked_attention":
+                near = mask & ((places - first) // window == (queries - first) // window)
+            elif window is not None:
+                near = mask & (places > queries - window)
             masks[kind] = self._as_asked(near[None, None, :, self.cache.get_mask_sizes(nodes, layer_idx)[1] :])
         return masks if len(masks) > 1 else next(iter(masks.values()))
-
-    def _kinds(self) -> list[str]:
-        """The attention of each layer, in the words of the model's config."""
-        config = self.model.config.get_text_config(decoder=True)
-        return ["attention"] if len(set(self._windows())) == 1 else list(config.layer_types)
-
-    def _windows(self) -> list[int | None]:
-        return [getattr(layer, "sliding_window", None) for layer in self.cache.layers]
 
     def _as_asked(self, mask: Tensor) -> Tensor:
         if self.model.config._attn_implementation != "eager":

@@ -1,5 +1,6 @@
 """What speculation asks of a call and of a model; the rest is refused before the first token."""
 
+import inspect
 from typing import Any
 
 from torch import Tensor
@@ -8,11 +9,19 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationConfig
 
 from hf_kvopt import compat
+from hf_kvopt.attention.support import ModelTraits, model_traits
 from hf_kvopt.cache.paged import PagedCache
 from hf_kvopt.cache.quantized import QuantizedPagedCache
 from hf_kvopt.draft.prefill import prompt_columns
 from hf_kvopt.errors import CacheStateError, UnsupportedModel
 
+# Model types whose forward over several tokens is another computation than as many forwards over one.
+_NOT_BY_TOKEN = {
+    "doge": "its attention keeps the keys of the largest values, and which of equal ones depends on how many are read",
+    "prophetnet": "its decoder takes one token at a time behind a cache",
+}
+# Model types that take positions, and yet count columns: Git widens each mask by the columns of an image.
+_COLUMN_COUNTERS = ("git",)
 _PLAIN_CACHES = (PagedCache, QuantizedPagedCache)
 _MODES = ("greedy_search", "sample", "assisted_generation")
 
@@ -41,6 +50,17 @@ def require_supported(
         raise UnsupportedModel(
             f"speculation is for decoders: got the encoder-decoder {type(model).__name__}; generate without "
             "custom_generate"
+        )
+    if not compat.uses_standard_cache(model):
+        raise UnsupportedModel(
+            f"{type(model).__name__} keeps its past in a cache of its own, or keeps none: got speculation, which takes "
+            "rejected tokens back out of it; generate without custom_generate"
+        )
+    reason = _NOT_BY_TOKEN.get(model.config.get_text_config(decoder=True).model_type)
+    if reason is not None:
+        raise UnsupportedModel(
+            f"speculation reads several tokens at once: got {type(model).__name__}, for which that is not the same as "
+            f"one by one ({reason}); generate without custom_generate"
         )
     if compat.is_synced(model):
         raise UnsupportedModel(
@@ -124,7 +144,28 @@ def cache_for(model: PreTrainedModel, model_kwargs: dict[str, Any]) -> tuple[Pag
             f"{type(model).__name__} keeps states beside keys and values, which cannot be taken back token by token: "
             "got speculation; generate without custom_generate"
         )
+    slides = any(layer.is_sliding for layer in cache._paged_layers())
+    if slides and not _traits(model).masks_windows:
+        raise UnsupportedModel(
+            f"{type(model).__name__} looks as far back as its cache hands keys out: got speculation, where several "
+            "tokens share what is handed out; generate without custom_generate"
+        )
     return cache, is_own
+
+
+def counts_columns(model: PreTrainedModel) -> bool:
+    """Whether `model` takes the place of a token in the cache for its position: rows must then go on together."""
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    return not takes_positions or model.config.get_text_config(decoder=True).model_type in _COLUMN_COUNTERS
+
+
+def reads_trees(model: PreTrainedModel) -> bool:
+    """Whether `model` takes from mask and positions alone which tokens come before a token, and how far."""
+    return not counts_columns(model) and _traits(model).calls_interface
+
+
+def _traits(model: PreTrainedModel) -> ModelTraits:
+    return model_traits(type(model.config.get_text_config(decoder=True)))  # type: ignore[arg-type]
 
 
 def _is_offloading(cache: Any) -> bool:

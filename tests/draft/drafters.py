@@ -1,6 +1,7 @@
 """Drafters for tests: an assistant that is often right, and trees that hold the truth on one of their branches."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ class Forest(Drafter):
 
 
 class _ForestSession(DraftSession):
-    def __init__(self, forest: Forest, batch_size: int) -> None:
+    def __init__(self, forest: Any, batch_size: int) -> None:
         self.forest = forest
         self.rows = list(range(batch_size))
         self.lens = [0] * batch_size
@@ -63,3 +64,24 @@ class _ForestSession(DraftSession):
     def select(self, rows: Sequence[int]) -> None:
         self.rows = [self.rows[row] for row in rows]
         self.lens = [self.lens[row] for row in rows]
+
+
+class Oracle(Drafter):
+    """Chains of a known text that are wrong now and then, at other places in each row."""
+
+    def __init__(self, truth: Tensor, every: int = 3) -> None:
+        self.truth, self.every = truth.tolist(), every  # [batch, length]
+
+    def begin(self, target: PreTrainedModel, batch_size: int) -> DraftSession:
+        return _OracleSession(self, batch_size)
+
+
+class _OracleSession(_ForestSession):
+    def propose(self, plan: Plan, sample: Sampler) -> Draft:
+        return Draft(torch.tensor([[self._token(i, row, depth) for depth in range(plan.gamma)]
+                                   for i, row in enumerate(self.rows)]))  # fmt: skip
+
+    def _token(self, i: int, row: int, depth: int) -> int:
+        at, text = self.lens[i] + depth, self.forest.truth[row]
+        true = text[at] if at < len(text) else 1
+        return true if (at + row) % self.forest.every else (true + 7) % 97

@@ -58,3 +58,15 @@ MISMASKED = set() if _TELLS_STATES else {"recurrent_gemma"}
 
 # Layers that slide by what their cache forgets, so that the cache must know the configuration.
 NEED_CONFIG = {"moshi"}
+
+
+# Models of keys and values alone for which reading several tokens at once is not what reading them one by one is, or
+# of which transformers feeds more than tokens at every step.
+NOT_DRAFTED = {
+    **_all("openai-gpt reformer rwkv xlm xlnet xlstm cpmant", OWN_CACHE),
+    **_all("moshi", "slides by what its cache forgets"),
+    **_all("doge", "chooses among equal values by how many there are"),
+    **_all("prophetnet", "takes one token at a time"),
+    **_all("Qwen2VLForConditionalGeneration", "positions along several axes"),
+    **_all("MllamaForConditionalGeneration", "a mask over the image that grows with the text"),
+}
