@@ -121,8 +121,7 @@ def test_what_never_reaches_a_forward_changes_nothing() -> None:
     model, store = sharing()
     model.generation_config.temperature = 0.5
     model.generation_config = type(model.generation_config)(eos_token_id=None, pad_token_id=0)
-    model.config.use_cache = False
-    model.config.use_cache = True
+    model.config.use_cache = not model.config.use_cache
     model.requires_grad_(False)
     for old, new in (("gradient_checkpointing_enable", "activation_checkpointing_enable"),
                      ("gradient_checkpointing_disable", "activation_checkpointing_disable")):  # fmt: skip
@@ -459,10 +458,11 @@ def test_a_model_that_changes_while_it_generates_keeps_nothing() -> None:
 # Weights that are elsewhere.
 
 
-def test_an_offloaded_model_goes_on_sharing_until_its_weights_change() -> None:
+@pytest.mark.parametrize("together", [[], ["LlamaDecoderLayer"]], ids=["one by one", "a layer at once"])
+def test_an_offloaded_model_goes_on_sharing_until_its_weights_change(together: list[str]) -> None:
     model = tiny_model(attention="sdpa")
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
-    cpu_offload(model, torch.device("cpu"), state_dict=weights)
+    cpu_offload(model, torch.device("cpu"), state_dict=weights, preload_module_classes=together)
     store = PrefixStore(model)
     for is_known in (False, True):
         hits = store.stats().hits
