@@ -10,17 +10,18 @@ Public classes that never moved (PreTrainedModel, GenerationConfig, DynamicCache
 import functools
 import inspect
 import logging
+import sys
 from collections.abc import Callable
 from dataclasses import fields
-from types import ModuleType
-from typing import Any, NoReturn
+from types import FrameType, ModuleType
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, cache_utils, masking_utils
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationConfig, GenerationMixin
 from transformers.generation import utils as generation_utils
 
@@ -84,6 +85,7 @@ prepare_padding_mask = _find(masking_utils, "prepare_padding_mask")
 _layer_types_and_kwargs = _find(cache_utils, "get_layer_types_and_kwargs")
 _is_zero3 = _find(generation_utils, "is_deepspeed_zero3_enabled")
 _is_fsdp = _find(generation_utils, "is_fsdp_managed_module")
+_GENERATE_LOCALS = ("generation_config", "model_kwargs")
 _GENERATION = {
     _NEXT_KWARGS: ("outputs", "model_kwargs"),
     MAKE_CACHE: ("generation_config", "model_kwargs"),
@@ -91,6 +93,33 @@ _GENERATION = {
     PREPARE_INPUTS: ("input_ids", NEXT_LENGTH),
     "_supports_default_dynamic_cache": (),
 }
+
+
+class Call(NamedTuple):
+    """A generate() call that was given a cache."""
+
+    config: GenerationConfig  # of this call alone
+    columns: int  # that the prompt has; -1: unknown
+
+
+def running_call(cache: Cache) -> Call | None:
+    """Return the generate() call in this thread that `cache` was given to, alone or as part of a pair.
+
+    What it was asked for is told neither to the cache nor, by most models, to the attention: its own frame is read.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        # Of any class: some models bring a generate() of their own.
+        known = frame.f_locals if frame.f_code.co_name == "generate" else {}
+        if all(name in known for name in _GENERATE_LOCALS):
+            config, kwargs = known["generation_config"], known["model_kwargs"]
+            given = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+            if isinstance(given, EncoderDecoderCache):
+                is_given = given.self_attention_cache is cache or given.cross_attention_cache is cache
+                return Call(config, -1) if is_given else None
+            return Call(config, prompt_columns(config, kwargs.get("attention_mask"))) if given is cache else None
+        frame = frame.f_back
+    return None
 
 
 @functools.cache
@@ -110,6 +139,9 @@ def check() -> None:
     for name in ("_can_set_attn_implementation", "set_attn_implementation"):
         if not hasattr(PreTrainedModel, name):
             missing(f"PreTrainedModel.{name}")
+    for name in _GENERATE_LOCALS:
+        if name not in inspect.unwrap(GenerationMixin.generate).__code__.co_varnames:
+            missing(f"{name} in GenerationMixin.generate")
     if not hasattr(cache_utils, "DYNAMIC_LAYER_TYPE_MAPPING"):
         missing("cache_utils.DYNAMIC_LAYER_TYPE_MAPPING")
     for found in (

@@ -51,7 +51,7 @@ def require_supported(
             f"speculation is for decoders: got the encoder-decoder {type(model).__name__}; generate without "
             "custom_generate"
         )
-    if not compat.uses_standard_cache(model):
+    if not compat.uses_standard_cache(type(model), model.config):
         raise UnsupportedModel(
             f"{type(model).__name__} keeps its past in a cache of its own, or keeps none: got speculation, which takes "
             "rejected tokens back out of it; generate without custom_generate"

@@ -38,7 +38,7 @@ from hf_kvopt.quant import (
     unguarded,
 )
 
-# Elements up to which copying keys and values together costs less than quantizing them one after the other.
+# Elements up to which quantizing keys and values in one pass, copied together, costs less.
 _ONE_PASS = 1 << 16
 
 
@@ -216,8 +216,7 @@ class Plane:
                 after[b : b + length].copy_(before[a : a + length])
         if self.centres is not None:
             self.centres.resize(num_blocks, src, dst)
-        # Only now: another thread may be reading.
-        self._hold(codes, scale)
+        self._hold(codes, scale)  # only now: another thread may be reading
 
     def copy_blocks(self, src: list[int], dst: list[int]) -> None:
         """Copy block `src[i]` to `dst[i]`, scales included."""
@@ -372,7 +371,7 @@ class KVPool:
         return Quantized(codes[0], scale[0]), Quantized(codes[1], scale[1])
 
     def resize(self, num_blocks: int, src: list[int], dst: list[int]) -> None:
-        """See `Plane.resize`; one plane at a time, so that the transient is half a layer."""
+        """See `Plane.resize`; the transient is one plane."""
         for plane in self.planes:
             plane.resize(num_blocks, src, dst)
 
