@@ -10,7 +10,7 @@ from transformers.cache_utils import LinearAttentionLayer
 
 from hf_kvopt import compat
 from hf_kvopt.cache.fixed import FixedLayer
-from hf_kvopt.cache.hybrid import HybridLayer
+from hf_kvopt.cache.hybrid import HybridLayer, StateLayer
 from hf_kvopt.cache.layer import PagedLayer
 from hf_kvopt.pool.block_table import BlockTable
 from hf_kvopt.quant import FormatPolicy, KVFormat
@@ -46,7 +46,7 @@ class LayerMaker(NamedTuple):
             format = KVFormat(format.k, format.k, guard=False)
         if kind not in _HYBRID:
             return self.attention(window, format)
-        states = LinearAttentionLayer(number_of_states=options.get("number_of_states", 1))
+        states = StateLayer(number_of_states=options.get("number_of_states", 1))
         return HybridLayer(self.table_for(window), states, format, self.formats.exact_prefill)
 
     def layers(self, config: PreTrainedConfig) -> list[Any]:
@@ -75,7 +75,8 @@ def _stock_layer(kind: str, options: dict[str, Any]) -> Any:
     # Recurrent states, indexers and compressed keys have no blocks: transformers' own layers keep them.
     if kind not in compat.WITHOUT_KV:
         _say_once(kind)
-    return compat.stock_layer(kind, options)
+    layer = compat.stock_layer(kind, options)
+    return StateLayer(**options) if type(layer) is LinearAttentionLayer else layer
 
 
 @functools.cache
