@@ -170,6 +170,6 @@ def _require_plain_forward(name: str, module: nn.Module) -> None:
     if hooks or is_replaced or _is_fed_more(module):
         what = f"the forward hook {hooks[0]!r}" if hooks else "a method that was replaced"
         raise CacheStateError(
-            f"a file cannot say what hooks and replaced methods compute: got {what} on {name or type(module).__name__}; "
-            "take it off before saving or loading a store"
+            f"a file cannot say what hooks and replaced methods compute: got {what} on "
+            f"{name or type(module).__name__}; take it off before saving or loading a store"
         )
