@@ -42,7 +42,7 @@ class WatchedCache(DynamicCache):
         if is_watched:
             if is_paged:
                 self._require_whole(columns_left(self.layers, layer, num_tokens))
-            self._before_write(layer_idx, KEYS if is_paged else "keys of its own", num_tokens)
+            self._before_write(layer_idx, KEYS if is_paged else "keys of its own")
         try:
             states: tuple[Tensor, Tensor]
             if self.offloading:
@@ -63,19 +63,19 @@ class WatchedCache(DynamicCache):
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
         """Store convolution states; see `update`."""
-        self._before_write(layer_idx, f"conv {args} {kwargs.get('state_idx')}", conv_states.shape[-1])
+        self._before_write(layer_idx, f"conv {args} {kwargs.get('state_idx')}")
         states: Tensor = super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
         return states
 
     def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
         """Store recurrent states; see `update`."""
-        self._before_write(layer_idx, f"recurrent {args} {kwargs.get('state_idx')}", 1)
+        self._before_write(layer_idx, f"recurrent {args} {kwargs.get('state_idx')}")
         states: Tensor = super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
         return states
 
     def update_indexer(self, indexer_key_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
         """Store the keys of an indexer; see `update`."""
-        self._before_write(layer_idx, "indexer", indexer_key_states.shape[-2])
+        self._before_write(layer_idx, "indexer")
         states: Tensor = super().update_indexer(indexer_key_states, layer_idx, *args, **kwargs)
         return states
 
@@ -101,7 +101,7 @@ class WatchedCache(DynamicCache):
         """Undo a forward of which only some layers were written, back to column `clock`."""
         raise NotImplementedError
 
-    def _before_write(self, layer_idx: int, part: str, num_tokens: int) -> None:
+    def _before_write(self, layer_idx: int, part: str) -> None:
         """Refuse a write that would give a wrong token."""
         if torch.compiler.is_compiling():
             return
@@ -109,12 +109,11 @@ class WatchedCache(DynamicCache):
         if log is not None and log.follows_half(layer_idx, part):
             self._require_whole(0)
         if log is not None:
-            begins, is_blank = log.begins(layer_idx, part), log.reach < 0
+            begins = log.begins(layer_idx, part)
         else:
-            first = next(((i, layer) for i, layer in enumerate(self.layers) if isinstance(layer, PagedLayer)), None)
-            begins, is_blank = first is not None and layer_idx == first[0], first is None or not first[1].in_step
-        # Not at a decode step, which this would make longer.
-        if begins and (num_tokens > 1 or is_blank):
+            begins = layer_idx == next((i for i, one in enumerate(self.layers) if isinstance(one, PagedLayer)), -1)
+        # At single tokens too: where the prompt lacks one, the next forward of several is a draft's.
+        if begins:
             self._check_call()
         if log is not None:
             log.note(layer_idx, part)
