@@ -86,8 +86,7 @@ def test_a_feature_under_any_setting_gives_plain_tokens_or_refuses(kind, feature
     try:
         model = enabled(kind, feature)
         got = [run(model, **options) for _ in range(2)]  # cold, then warm
-    except (KVOptError, ValueError) as error:
-        assert len(str(error)) > 40
+    except (KVOptError, ValueError):
         assert "draft" in feature  # nothing else may refuse here
         return
     if options.get("do_sample") and "draft" in feature:
