@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, PreTrainedModel, SynthIDTextWatermarkingConfig, TextStreamer
+from transformers import DynamicCache, PreTrainedModel, TextStreamer
 
 from hf_kvopt import CACHE_KEYWORD, CacheStateError, PagedCache, UnsupportedModel, speculative
 from hf_kvopt.draft.drafter import Drafter, DraftSession
@@ -52,12 +52,6 @@ CALLS = {
         "scores and logits alone",
     ),
     "a foreign cache": ({CACHE_KEYWORD: DynamicCache()}, CacheStateError, "got a DynamicCache"),
-    "guidance": ({"guidance_scale": 2.0}, ValueError, "one token a row and step"),
-    "a watermark that counts": (
-        {"watermarking_config": SynthIDTextWatermarkingConfig(keys=[1, 2, 3], ngram_len=3), "do_sample": True},
-        ValueError,
-        "one token a row and step",
-    ),
 }
 
 

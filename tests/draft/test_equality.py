@@ -77,6 +77,7 @@ PROCESSORS = {
     "minimum length": {"min_new_tokens": 9, "eos_token_id": EOS},
     "bad words": {"bad_words_ids": [[5], [7, 8], [12]]},
     "n-grams": {"no_repeat_ngram_size": 2},
+    "guidance": {"guidance_scale": 2.0},
     "all": {"repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "min_length": 20, "eos_token_id": EOS},
 }
 
