@@ -101,7 +101,7 @@ def _over_dense(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> 
 
 def _torch_path(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, dropout: float) -> Tensor:
     if isinstance(key, KVHandle) and isinstance(value, KVHandle) and not dropout:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and not (torch.is_grad_enabled() and query.requires_grad):
             return _as_one_op(query, key, value, pattern)
         if not _needs_centre(key, pattern):
             out = _over_storage(query, key, value, pattern)
