@@ -101,7 +101,8 @@ def _over_dense(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> 
 
 def _torch_path(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, dropout: float) -> Tensor:
     if isinstance(key, KVHandle) and isinstance(value, KVHandle) and not dropout:
-        if torch.compiler.is_compiling():
+        # A graph has no addresses; asked first, because it costs a decode step nothing.
+        if key.place is None and torch.compiler.is_compiling() and not _wants_gradient(query):
             return _as_one_op(query, key, value, pattern)
         if not _needs_centre(key, pattern):
             out = _over_storage(query, key, value, pattern)
@@ -110,6 +111,10 @@ def _torch_path(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, dro
     key = key.view_dense() if isinstance(key, KVHandle) else key
     value = value.view_dense() if isinstance(value, KVHandle) else value
     return attend(query, key, value, pattern, dropout)
+
+
+def _wants_gradient(query: Tensor) -> bool:
+    return torch.is_grad_enabled() and query.requires_grad
 
 
 def _as_one_op(query: Tensor, key: KVHandle, value: KVHandle, pattern: Pattern) -> Tensor:

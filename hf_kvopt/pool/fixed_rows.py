@@ -199,8 +199,9 @@ def _learn_centres(
     rotates: bool,
 ) -> None:
     """`learn_rows`, and what is to be stored anew; waits for the device."""
-    capacity = codes.shape[0] * codes.shape[1] // len(states)
-    for row, keys in learn_rows(states, int(length), vectors, early, is_open):
+    start, capacity = int(length), codes.shape[0] * codes.shape[1] // len(states)
+    require_room(states.shape[2], start, capacity)  # nothing is learned from what will not be stored
+    for row, keys in learn_rows(states, start, vectors, early, is_open):
         slots = torch.arange(row * capacity, row * capacity + keys.shape[1], device=codes.device)
         store_plane(guarded(keys[None], rotates, vectors[row : row + 1]), codes, scale, slots)
 
