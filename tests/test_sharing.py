@@ -8,7 +8,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
-from transformers import BartConfig, BartForConditionalGeneration, PreTrainedModel
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+)
 from transformers.generation.streamers import BaseStreamer
 
 import hf_kvopt
@@ -182,6 +188,98 @@ def test_what_is_more_than_tokens_shares_nothing() -> None:
     assert store.stats().num_blocks == store.stats().rows == 0
 
 
+OUTPUTS = ("sequences", "scores", "logits", "hidden_states", "attentions")
+
+
+def tensors_in(part: object) -> list[Tensor]:
+    """All tensors of nested tuples, in order."""
+    if part is None or isinstance(part, Tensor):
+        return [] if part is None else [part]
+    return [tensor for each in part for tensor in tensors_in(each)]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 3}, {"prefill_chunk_size": 16}, {"num_return_sequences": 2, "do_sample": True}],
+    ids=["greedy", "beams", "chunked", "samples"],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "wanted", [("hidden_states",), ("attentions",), ("logits", "scores"), ("scores", "logits", "hidden_states")],
+    ids=" and ".join,
+)  # fmt: skip
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_output_is_that_of_a_whole_prompt(kind: str, wanted: tuple[str, ...], options: dict[str, object]) -> None:
+    # Rows without padding: what stands at pads is nobody's, and differs.
+    inputs = batch(SYSTEM, SYSTEM[:40] + text(30, seed=1))
+    options = {f"output_{name}": True for name in wanted} | {"return_dict_in_generate": True, **options}
+    torch.manual_seed(0)
+    want = generate(tiny_model(kind, "eager"), inputs, **options)
+    model = hf_kvopt.enable(tiny_model(kind, "eager"), attention=False, prefix_sharing=True)
+    for turn in ("cold", "kept by this call", "kept by a plain one"):
+        torch.manual_seed(0)
+        got = generate(model, inputs, **options)
+        for name in OUTPUTS:
+            mine, theirs = tensors_in(getattr(got, name)), tensors_in(getattr(want, name))
+            assert [x.shape for x in mine] == [x.shape for x in theirs], (turn, name)
+            assert all(torch.allclose(x, y, atol=1e-4) for x, y in zip(mine, theirs, strict=True)), (turn, name)
+        if turn == "kept by this call":
+            generate(model, inputs)
+    assert hf_kvopt.prefix_store(model).stats().rows > 0
+
+
+def test_logits_and_scores_alone_go_on_hitting() -> None:
+    model, inputs = sharing_model(), batch(SYSTEM)
+    generate(model, inputs)
+    generate(model, inputs, return_dict_in_generate=True, output_logits=True, output_scores=True)
+    assert hf_kvopt.prefix_store(model).stats().hits == 1
+
+
+HOLE = torch.ones(2, 70, dtype=torch.long)
+HOLE[0, 9] = HOLE[1, :5] = 0
+RIGHT = torch.ones(2, 70, dtype=torch.long)
+RIGHT[1, 60:] = 0
+NOT_LEFT_PADDED = {
+    "a hole": HOLE, "a hole, bool": HOLE.bool(), "a hole, float": HOLE.float(), "a hole, uint8": HOLE.byte(),
+    "right": RIGHT, "both sides": HOLE.roll(-3, 1) * RIGHT, "twos": torch.full((2, 70), 2), "halves": HOLE * 0.5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+@pytest.mark.parametrize("mask", NOT_LEFT_PADDED.values(), ids=NOT_LEFT_PADDED)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mask_of_more_than_left_padding_shares_nothing(kind: str, mask: Tensor, options: dict[str, int]) -> None:
+    model, plain = sharing_model(kind), batch(SYSTEM, SYSTEM[:40] + text(30, seed=1))
+    masked = {**plain, "attention_mask": mask}
+    for inputs in (masked, masked, plain, masked, plain):
+        assert torch.equal(generate(model, inputs, **options), eager(kind, inputs, **options))
+    store = hf_kvopt.prefix_store(model)
+    assert store.stats().rows == 4 * options.get("num_beams", 1)  # of the two plain calls
+    store.check_integrity()
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.uint8, torch.float32, torch.float16], ids=str)
+def test_left_padding_is_shared_whatever_the_dtype_of_its_mask(dtype: torch.dtype) -> None:
+    model, inputs = sharing_model(), batch(SYSTEM, SYSTEM[:41])
+    inputs["attention_mask"] = inputs["attention_mask"].to(dtype)
+    for _ in range(2):
+        assert torch.equal(generate(model, inputs), eager("full", inputs))
+    assert hf_kvopt.prefix_store(model).stats().hits == 2
+
+
+def test_token_types_share_nothing() -> None:
+    config = GPT2Config(vocab_size=VOCAB, n_positions=96, n_embd=32, n_layer=2, n_head=4, initializer_range=0.25)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(config).eval()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    inputs = batch(SYSTEM)
+    typed = {**inputs, "token_type_ids": torch.arange(70)[None] // 20 % 2}
+    want = [generate(model, each, max_new_tokens=5) for each in (typed, inputs)]
+    hf_kvopt.enable(model, prefix_sharing=True)
+    for _ in range(2):
+        for each, expected in zip((typed, inputs), want, strict=True):
+            assert torch.equal(generate(model, each, max_new_tokens=5), expected)
+
+
 def test_an_assistant_and_a_cache_of_ones_own_are_left_alone() -> None:
     model, inputs = sharing_model(), batch(SYSTEM)
     generate(model, inputs)
@@ -344,8 +442,6 @@ def test_threads_on_one_store_give_the_serial_tokens(kind: str, max_tokens: int 
 
 
 def test_a_model_with_learned_positions_is_not_asked_beyond_its_table() -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=VOCAB, n_positions=96, n_embd=32, n_layer=2, n_head=4, initializer_range=0.25)
     model = GPT2LMHeadModel(config).eval()

@@ -208,7 +208,8 @@ def texts_of(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[list[lis
     """The tokens of each row without its padding, and how many pads stand before them.
 
     Raises:
-        ValueError: not two-dimensional, a mask of another shape, padding that is not on the left, or an empty row.
+        ValueError: not two-dimensional, a mask of another shape or other numbers than ones and zeros, padding that is
+            not on the left, or an empty row.
     """
     if input_ids.dim() != 2 or input_ids.is_floating_point() or not input_ids.numel():
         raise ValueError(
@@ -223,6 +224,11 @@ def texts_of(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[list[lis
             f"{list(input_ids.shape)}"
         )
     mask = attention_mask.bool()
+    if bool((attention_mask != mask).any()):
+        raise ValueError(
+            "attention_mask must hold ones and zeros: got other numbers, by which generate() counts other positions; "
+            "pass attention_mask.bool()"
+        )
     pads = (~mask).sum(1)
     columns = torch.arange(mask.shape[1], device=mask.device)
     if not bool((mask == (columns >= pads[:, None])).all()) or bool((pads == mask.shape[1]).any()):

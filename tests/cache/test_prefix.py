@@ -355,6 +355,8 @@ def test_padding_must_be_said_and_lie_on_the_left() -> None:
         store.cache(inputs["input_ids"], inputs["attention_mask"].flip(1))
     with pytest.raises(ValueError, match="shape"):
         store.cache(inputs["input_ids"], inputs["attention_mask"][:, 1:])
+    with pytest.raises(ValueError, match="ones and zeros: got other numbers"):
+        store.cache(inputs["input_ids"], inputs["attention_mask"] * 2)
     with pytest.raises(ValueError, match="batch"):
         store.cache(inputs["input_ids"][0])
 
