@@ -10,16 +10,17 @@ Public classes that never moved (PreTrainedModel, GenerationConfig, DynamicCache
 import functools
 import inspect
 import logging
+import sys
 from collections.abc import Callable
 from dataclasses import fields
-from types import ModuleType
-from typing import Any, NoReturn
+from types import FrameType, ModuleType
+from typing import Any, NamedTuple, NoReturn
 
 import transformers
 from packaging.version import Version
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, cache_utils, masking_utils
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationConfig, GenerationMixin
 
 from hf_kvopt.errors import UnsupportedModel
@@ -75,12 +76,42 @@ and_masks = _find(masking_utils, "and_masks")
 sliding_window_overlay = _find(masking_utils, "sliding_window_overlay")
 prepare_padding_mask = _find(masking_utils, "prepare_padding_mask")
 _layer_types_and_kwargs = _find(cache_utils, "get_layer_types_and_kwargs")
+_GENERATE_LOCALS = ("input_ids", "generation_config", "model_kwargs")
 _GENERATION = {
     MAKE_CACHE: ("generation_config", "model_kwargs"),
     PREFILL: ("input_ids", "generation_config", "model_kwargs"),
     PREPARE_INPUTS: ("input_ids", NEXT_LENGTH),
     "_supports_default_dynamic_cache": (),
 }
+
+
+class Call(NamedTuple):
+    """A generate() call that was given a cache."""
+
+    config: GenerationConfig  # of this call alone
+    columns: int  # that the prompt has, with what the cache holds of it; -1: unknown
+    num_ids: int  # columns of the tokens that were passed
+
+
+def running_call(cache: Cache) -> Call | None:
+    """Return the generate() call in this thread that `cache` was given to, alone or as part of a pair.
+
+    What it was asked for is told neither to the cache nor, by most models, to the attention: its own frame is read.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        # Of any class: some models bring a generate() of their own.
+        known = frame.f_locals if frame.f_code.co_name == "generate" else {}
+        if all(name in known for name in _GENERATE_LOCALS):
+            config, kwargs = known["generation_config"], known["model_kwargs"]
+            given = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+            if isinstance(given, EncoderDecoderCache):
+                is_given = given.self_attention_cache is cache or given.cross_attention_cache is cache
+                return Call(config, -1, 0) if is_given else None
+            columns, ids = prompt_columns(config, kwargs.get("attention_mask")), known["input_ids"]
+            return Call(config, columns, ids.shape[1]) if given is cache else None
+        frame = frame.f_back
+    return None
 
 
 @functools.cache
@@ -100,6 +131,9 @@ def check() -> None:
     for name in ("_can_set_attn_implementation", "set_attn_implementation"):
         if not hasattr(PreTrainedModel, name):
             missing(f"PreTrainedModel.{name}")
+    for name in _GENERATE_LOCALS:
+        if name not in inspect.unwrap(GenerationMixin.generate).__code__.co_varnames:
+            missing(f"{name} in GenerationMixin.generate")
     if not hasattr(cache_utils, "DYNAMIC_LAYER_TYPE_MAPPING"):
         missing("cache_utils.DYNAMIC_LAYER_TYPE_MAPPING")
     for found in (_layer_types_and_kwargs, sdpa_mask, eager_mask, causal_mask_function, prepare_padding_mask):

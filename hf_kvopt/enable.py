@@ -21,6 +21,7 @@ from hf_kvopt.attention.support import model_traits
 from hf_kvopt.cache.paged import PagedCache
 from hf_kvopt.cache.prefix import PrefixStore
 from hf_kvopt.cache.quantized import QuantizedPagedCache
+from hf_kvopt.cache.watched import require_shorter
 from hf_kvopt.draft.drafter import Drafter
 from hf_kvopt.draft.generate import DraftingGenerate
 from hf_kvopt.draft.speculate import SpeculativeDecoding, speculative
@@ -183,12 +184,7 @@ def _check_given(model: PreTrainedModel, cache: PagedCache, num_columns: int) ->
             f"this cache was filled by another model: got {type(model).__name__}, and a cache that holds {held} tokens "
             f"of another {type(owner).__name__}; use one cache a model, or cache.free() before handing it on"
         )
-    if 0 < num_columns <= held:
-        raise CacheStateError(
-            f"the prompt has {num_columns} tokens: got a cache that holds {held}, and is not shorter than the prompt, "
-            "which transformers then feeds again; call cache.reset(), or cache.crop(-n) so that at least the last "
-            "prompt token is missing"
-        )
+    require_shorter(held, num_columns)
     cache.owner = weakref.ref(model)
 
 

@@ -19,7 +19,7 @@ def check_ownership(module: nn.Module, handle: KVHandle, kwargs: dict[str, Any],
     # Only the first reader of an update owns the layer: models with shared KV hand the same tensor on.
     handle.is_fresh = False
     owner = handle.plane.owner() if handle.plane.owner is not None else None
-    if owner is None:
+    if owner is None or (owner is not module and handle.is_all_new):
         handle.plane.owner = weakref.ref(module)
     elif owner is not module:
         raise CacheStateError(

@@ -224,12 +224,12 @@ class PagedLayer(CacheLayerMixin):
         if pool is None or pool.matches(key_states, value_states):
             return
         if torch.compiler.is_compiling() or not self.is_empty:
+            held = " and ".join(f"[{plane.num_heads}, {plane.dim}] in {plane.dtype}" for plane in pool.planes)
+            given = " and ".join(f"{list(states.shape)} in {states.dtype}" for states in (key_states, value_states))
             raise CacheStateError(
-                f"this layer of the cache holds keys and values of [{pool.keys.num_heads}, {pool.keys.dim}] and "
-                f"[{pool.values.num_heads}, {pool.values.dim}] (heads, head_dim) in {pool.keys.dtype} on "
-                f"{pool.keys.home}: got {list(key_states.shape)} and {list(value_states.shape)} in {key_states.dtype} "
-                f"on {key_states.device}; use one cache a model, and call cache.reset() when it changes (store.clear() "
-                "for a PrefixStore that was made without its model)"
+                f"this layer of the cache holds keys and values of {held} (heads, head_dim) on {pool.keys.home}: got "
+                f"{given} on {key_states.device}; use one cache a model, and call cache.reset() when the model changes "
+                "(store.clear() for a PrefixStore that was made without its model)"
             )
         # Forks may read the old pool; without any its memory is free before the new one takes its own.
         self.is_first = self.is_first or pool.keys.is_first

@@ -19,17 +19,17 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import (
     Cache,
-    DynamicCache,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionCacheLayerMixin,
 )
 
 from hf_kvopt.cache.fixed import FixedLayer
+from hf_kvopt.cache.forwards import ForwardLog
 from hf_kvopt.cache.hybrid import HybridLayer
 from hf_kvopt.cache.kinds import LayerMaker
 from hf_kvopt.cache.layer import PagedLayer
 from hf_kvopt.cache.stats import CacheStats, measure
-from hf_kvopt.cache.whole import columns_left, note_step, refusal, text_columns
+from hf_kvopt.cache.watched import WatchedCache
 from hf_kvopt.config import CacheConfig
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.pool.allocator import BlockAllocator
@@ -39,7 +39,7 @@ from hf_kvopt.quant import FormatPolicy
 _NATIVE = FormatPolicy()
 
 
-class PagedCache(DynamicCache):
+class PagedCache(WatchedCache):
     """KV cache in blocks for `model.generate(..., cache=PagedCache())`; before transformers 5.24 the argument is
     `past_key_values`, which newer ones take too.
 
@@ -94,6 +94,8 @@ class PagedCache(DynamicCache):
             maker = self._layer_maker().resolved(config)
             self.formats = maker.formats
             Cache.__init__(self, layers=maker.layers(config), **kwargs)
+            if not all(getattr(layer, "is_dummy", False) for layer in self._stock_layers()):
+                self._log = ForwardLog()
 
     @property
     def layer_class_to_replicate(self) -> Any:
@@ -107,33 +109,6 @@ class PagedCache(DynamicCache):
     @layer_class_to_replicate.setter
     def layer_class_to_replicate(self, value: Any) -> None:
         self._makes_layers = value is not None
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Store the new states of one layer; see `PagedLayer.update` for shapes and errors.
-
-        An update that is refused, or breaks off, leaves the cache as it was before the forward that asked for it.
-        """
-        layer, num_tokens = self._layer_for(layer_idx), key_states.shape[2]
-        is_watched = isinstance(layer, PagedLayer) and not torch.compiler.is_compiling()
-        if is_watched:
-            self._require_whole(layer, num_tokens)
-        try:
-            states: tuple[Tensor, Tensor]
-            if self.offloading:
-                states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-            else:
-                states = layer.update(key_states, value_states, *args, **kwargs)
-            if is_watched:
-                note_step(self.layers, layer, num_tokens)
-            return states
-        except BaseException:
-            # The layer that refused, or broke off, has not advanced: its clock is where this forward began. One that
-            # holds less than others of its kind did before tells nothing of these.
-            if isinstance(layer, PagedLayer) and layer.clock >= layer.table.step_start:
-                self._rollback(layer.clock)
-            raise
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens of every row; 0 only drops what lies behind sliding windows.
@@ -229,6 +204,8 @@ class PagedCache(DynamicCache):
         reserved anew.
         """
         self.epoch += 1
+        if self._log is not None:
+            self._log.clear()
         for layer in self._stock_layers():
             layer.reset()
         for fixed in self._fixed_layers():
@@ -271,16 +248,6 @@ class PagedCache(DynamicCache):
     def num_rows(self) -> int:
         """Rows of the batch; 0 while nothing is held."""
         return max((table.batch_size for table in self._tables.values()), default=0)
-
-    @property
-    def num_columns(self) -> int:
-        """Columns of the text that are held; not those of an image that some layers read instead."""
-        return text_columns(self.layers)
-
-    @property
-    def has_columns(self) -> bool:
-        """Whether any layer holds a token each of keys and values, and not states alone."""
-        return bool(self._paged_layers()) or self._makes_layers
 
     def __enter__(self) -> Self:
         return self
@@ -326,7 +293,7 @@ class PagedCache(DynamicCache):
             table.on_refusal = weakref.WeakMethod(self._rollback)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "owner": None}
+        return {**self.__dict__, "owner": None, "_call": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -352,15 +319,10 @@ class PagedCache(DynamicCache):
             self.layers.append(self._make_layer())
         return self.layers[layer_idx]
 
-    def _require_whole(self, layer: PagedLayer, num_tokens: int) -> None:
-        """Raise where the forward before this one never reached its last layers (an interrupt, an error in a model)."""
-        left = columns_left(self.layers, layer, num_tokens)
-        if left is None:
-            return
-        self._rollback(left)
+    def _take_back(self, clock: int) -> None:
+        self._rollback(clock)
         for fixed in self._fixed_layers():
-            fixed.set_length(left)
-        raise refusal(left)
+            fixed.set_length(clock)
 
     def _sync_clocks(self) -> None:
         for layer in self._paged_layers():
@@ -383,7 +345,7 @@ def fork(cache: PagedCache, memo: dict[int, Any]) -> Any:
     child = cache.__class__.__new__(cache.__class__)
     memo[id(cache)] = child
     child.__dict__.update(cache.__dict__)
-    child._tables = {}
+    child._tables, child._log = {}, copy.copy(cache._log)
     if not cache.cache_config.compileable:
         child._tables = {window: table.fork() for window, table in cache._tables.items()}
         child._watch_tables()

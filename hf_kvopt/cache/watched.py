@@ -1,0 +1,166 @@
+"""WatchedCache: the writes of a paged cache, each of which is let through only where the forwards before it were whole.
+
+    model ─► update / update_conv_state / ... ─► stopped half way? fed again? ─► the layer ─► noted
+                                                      └─► taken back, and said
+
+What would give a wrong token without an error: a forward that stopped half way and is gone on from, a state that moved
+on in it, a prompt that the cache holds already, and use_cache=False, which feeds the whole text at every step.
+"""
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+from transformers.generation import GenerationConfig
+
+from hf_kvopt import compat
+from hf_kvopt.cache.forwards import KEYS, ForwardLog
+from hf_kvopt.cache.layer import PagedLayer
+from hf_kvopt.cache.whole import columns_left, note_step, refusal, text_columns
+from hf_kvopt.errors import CacheStateError
+
+
+class WatchedCache(DynamicCache):
+    """Base of `PagedCache`, which makes its layers and undoes what is refused here."""
+
+    _log: ForwardLog | None = None  # where some layers hold more than keys and values of tokens
+    _call: weakref.ref[GenerationConfig] | None = None  # the generate() call that was checked last
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store the new states of one layer; see `PagedLayer.update` for shapes and errors.
+
+        An update that is refused, or breaks off, leaves the cache as it was before the forward that asked for it; with
+        convolution or recurrent states, which cannot be taken back, the next one empties the cache and says so.
+        """
+        layer, num_tokens = self._layer_for(layer_idx), key_states.shape[2]
+        is_paged = isinstance(layer, PagedLayer)
+        is_watched = not torch.compiler.is_compiling()
+        if is_watched:
+            if is_paged:
+                self._require_whole(columns_left(self.layers, layer, num_tokens))
+            self._before_write(layer_idx, KEYS if is_paged else "keys of its own", num_tokens)
+        try:
+            states: tuple[Tensor, Tensor]
+            if self.offloading:
+                states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            else:
+                states = layer.update(key_states, value_states, *args, **kwargs)
+            if is_watched and is_paged:
+                note_step(self.layers, layer, num_tokens)
+            return states
+        except BaseException:
+            # The layer that refused, or broke off, has not advanced: its clock is where this forward began. One that
+            # holds less than others of its kind did before tells nothing of these.
+            if is_paged and layer.clock >= layer.table.step_start:
+                self._rollback(layer.clock)
+            if self._log is not None:
+                self._log.note_refusal()
+            raise
+
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
+        """Store convolution states; see `update`."""
+        self._before_write(layer_idx, f"conv {args} {kwargs.get('state_idx')}", conv_states.shape[-1])
+        states: Tensor = super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+        return states
+
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
+        """Store recurrent states; see `update`."""
+        self._before_write(layer_idx, f"recurrent {args} {kwargs.get('state_idx')}", 1)
+        states: Tensor = super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
+        return states
+
+    def update_indexer(self, indexer_key_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
+        """Store the keys of an indexer; see `update`."""
+        self._before_write(layer_idx, "indexer", indexer_key_states.shape[-2])
+        states: Tensor = super().update_indexer(indexer_key_states, layer_idx, *args, **kwargs)
+        return states
+
+    @property
+    def num_columns(self) -> int:
+        """Columns of the text that are held; not those of an image that some layers read instead."""
+        return text_columns(self.layers)
+
+    @property
+    def has_columns(self) -> bool:
+        """Whether any layer holds keys and values of tokens, and not states alone."""
+        return self.layer_class_to_replicate is not None or any(isinstance(layer, PagedLayer) for layer in self.layers)
+
+    def _layer_for(self, layer_idx: int) -> Any:
+        """The layer of that number."""
+        raise NotImplementedError
+
+    def _rollback(self, clock: int) -> None:
+        """Undo a forward that was refused, back to column `clock`."""
+        raise NotImplementedError
+
+    def _take_back(self, clock: int) -> None:
+        """Undo a forward of which only some layers were written, back to column `clock`."""
+        raise NotImplementedError
+
+    def _before_write(self, layer_idx: int, part: str, num_tokens: int) -> None:
+        """Refuse a write that would give a wrong token."""
+        if torch.compiler.is_compiling():
+            return
+        log = self._log
+        if log is not None and log.follows_half(layer_idx, part):
+            self._require_whole(0)
+        if log is not None:
+            begins = log.begins(layer_idx, part)
+        else:
+            begins = layer_idx == next((i for i, one in enumerate(self.layers) if isinstance(one, PagedLayer)), None)
+        # Not at each decode step of a call, which this would make longer.
+        if begins and (num_tokens > 1 or self._call is None or self._call() is None):
+            self._check_call(num_tokens)
+        if log is not None:
+            log.note(layer_idx, part)
+
+    def _check_call(self, num_tokens: int) -> None:
+        """Refuse what the running generate() call would feed on top of itself."""
+        call = compat.running_call(self)
+        if call is None:
+            return
+        if call.config.use_cache is False:
+            raise CacheStateError(
+                "use_cache=False with a cache passed in feeds the whole text again at every step: got both; drop "
+                f"use_cache=False or {compat.CACHE_KEYWORD}"
+            )
+        is_new = self._call is None or self._call() is not call.config
+        self._call = weakref.ref(call.config)
+        held = self.num_columns if self.has_columns else int(self.get_seq_length())
+        if not is_new or not held:
+            return
+        # Of a prompt that is held whole, transformers drops some of the first tokens, or none.
+        if num_tokens == 2 * call.columns - held:
+            require_shorter(held, call.columns)
+        # Its assisted decoding drops none in the first forward, nor did prefills in chunks.
+        is_chunked = bool(call.config.prefill_chunk_size) and not compat.PREFILL_CHUNKS_GO_ON
+        if call.num_ids == call.columns and (num_tokens >= call.columns or is_chunked):
+            raise CacheStateError(
+                f"tokens were fed again that are among the {held} cached ones: got assisted decoding, or a prefill in "
+                f"chunks before transformers 5.21, over a cache that is not empty; pass the {call.columns - held} new "
+                "tokens alone, with an attention_mask over all, or an empty cache"
+            )
+
+    def _require_whole(self, left: int | None) -> None:
+        """Raise where the forward before this one never reached its last layers (an interrupt, an error in a model)."""
+        if left is None:
+            return
+        if self._log is not None:
+            left = 0
+            self.reset()
+        self._take_back(left)
+        raise refusal(left)
+
+
+def require_shorter(held: int, columns: int) -> None:
+    """Raise CacheStateError where a cache holds all `columns` of a prompt, as transformers would feed a part again."""
+    if 0 < columns <= held:
+        raise CacheStateError(
+            f"the prompt has {columns} tokens: got a cache that holds {held}, and is not shorter than the prompt, "
+            "which transformers then feeds again; call cache.reset(), or cache.crop(-n) so that at least the last "
+            "prompt token is missing"
+        )
