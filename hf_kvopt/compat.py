@@ -85,7 +85,7 @@ prepare_padding_mask = _find(masking_utils, "prepare_padding_mask")
 _layer_types_and_kwargs = _find(cache_utils, "get_layer_types_and_kwargs")
 _is_zero3 = _find(generation_utils, "is_deepspeed_zero3_enabled")
 _is_fsdp = _find(generation_utils, "is_fsdp_managed_module")
-_GENERATE_LOCALS = ("generation_config", "model_kwargs")
+_GENERATE_LOCALS = ("input_ids", "generation_config", "model_kwargs")
 _GENERATION = {
     _NEXT_KWARGS: ("outputs", "model_kwargs"),
     MAKE_CACHE: ("generation_config", "model_kwargs"),
@@ -99,7 +99,8 @@ class Call(NamedTuple):
     """A generate() call that was given a cache."""
 
     config: GenerationConfig  # of this call alone
-    columns: int  # that the prompt has; -1: unknown
+    columns: int  # that the prompt has, with what the cache holds of it; -1: unknown
+    num_ids: int  # columns of the tokens that were passed
 
 
 def running_call(cache: Cache) -> Call | None:
@@ -116,8 +117,9 @@ def running_call(cache: Cache) -> Call | None:
             given = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
             if isinstance(given, EncoderDecoderCache):
                 is_given = given.self_attention_cache is cache or given.cross_attention_cache is cache
-                return Call(config, -1) if is_given else None
-            return Call(config, prompt_columns(config, kwargs.get("attention_mask"))) if given is cache else None
+                return Call(config, -1, 0) if is_given else None
+            columns, ids = prompt_columns(config, kwargs.get("attention_mask")), known["input_ids"]
+            return Call(config, columns, ids.shape[1]) if given is cache else None
         frame = frame.f_back
     return None
 

@@ -42,7 +42,7 @@ class WatchedCache(DynamicCache):
         if is_watched:
             if is_paged:
                 self._require_whole(columns_left(self.layers, layer, num_tokens))
-            self._before_write(layer_idx, KEYS if is_paged else "keys of its own")
+            self._before_write(layer_idx, KEYS if is_paged else "keys of its own", num_tokens)
         try:
             states: tuple[Tensor, Tensor]
             if self.offloading:
@@ -63,19 +63,19 @@ class WatchedCache(DynamicCache):
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
         """Store convolution states; see `update`."""
-        self._before_write(layer_idx, f"conv {args} {kwargs.get('state_idx')}")
+        self._before_write(layer_idx, f"conv {args} {kwargs.get('state_idx')}", conv_states.shape[-1])
         states: Tensor = super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
         return states
 
     def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
         """Store recurrent states; see `update`."""
-        self._before_write(layer_idx, f"recurrent {args} {kwargs.get('state_idx')}")
+        self._before_write(layer_idx, f"recurrent {args} {kwargs.get('state_idx')}", 1)
         states: Tensor = super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
         return states
 
     def update_indexer(self, indexer_key_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
         """Store the keys of an indexer; see `update`."""
-        self._before_write(layer_idx, "indexer")
+        self._before_write(layer_idx, "indexer", indexer_key_states.shape[-2])
         states: Tensor = super().update_indexer(indexer_key_states, layer_idx, *args, **kwargs)
         return states
 
@@ -101,7 +101,7 @@ class WatchedCache(DynamicCache):
         """Undo a forward of which only some layers were written, back to column `clock`."""
         raise NotImplementedError
 
-    def _before_write(self, layer_idx: int, part: str) -> None:
+    def _before_write(self, layer_idx: int, part: str, num_tokens: int) -> None:
         """Refuse a write that would give a wrong token."""
         if torch.compiler.is_compiling():
             return
@@ -111,14 +111,14 @@ class WatchedCache(DynamicCache):
         if log is not None:
             begins = log.begins(layer_idx, part)
         else:
-            begins = layer_idx == next((i for i, one in enumerate(self.layers) if isinstance(one, PagedLayer)), -1)
-        # At single tokens too: where the prompt lacks one, the next forward of several is a draft's.
-        if begins:
-            self._check_call()
+            begins = layer_idx == next((i for i, one in enumerate(self.layers) if isinstance(one, PagedLayer)), None)
+        # Not at each decode step of a call, which this would make longer.
+        if begins and (num_tokens > 1 or self._call is None or self._call() is None):
+            self._check_call(num_tokens)
         if log is not None:
             log.note(layer_idx, part)
 
-    def _check_call(self) -> None:
+    def _check_call(self, num_tokens: int) -> None:
         """Refuse what the running generate() call would feed on top of itself."""
         call = compat.running_call(self)
         if call is None:
@@ -130,8 +130,20 @@ class WatchedCache(DynamicCache):
             )
         is_new = self._call is None or self._call() is not call.config
         self._call = weakref.ref(call.config)
-        if is_new and not call.config.is_assistant:
-            require_shorter(self.num_columns if self.has_columns else int(self.get_seq_length()), call.columns)
+        held = self.num_columns if self.has_columns else int(self.get_seq_length())
+        if not is_new or not held:
+            return
+        # Of a prompt that is held whole, transformers drops some of the first tokens, or none.
+        if num_tokens == 2 * call.columns - held:
+            require_shorter(held, call.columns)
+        # Its assisted decoding drops none in the first forward, nor did prefills in chunks.
+        is_chunked = bool(call.config.prefill_chunk_size) and not compat.PREFILL_CHUNKS_GO_ON
+        if call.num_ids == call.columns and (num_tokens >= call.columns or is_chunked):
+            raise CacheStateError(
+                f"tokens were fed again that are among the {held} cached ones: got assisted decoding, or a prefill in "
+                f"chunks before transformers 5.21, over a cache that is not empty; pass the {call.columns - held} new "
+                "tokens alone, with an attention_mask over all, or an empty cache"
+            )
 
     def _require_whole(self, left: int | None) -> None:
         """Raise where the forward before this one never reached its last layers (an interrupt, an error in a model)."""
