@@ -7,11 +7,7 @@ Numbers, strings and containers of them are spelled out. Anything else has a num
 module is described again only where one of its attributes was replaced; every walk visits all modules.
 """
 
-import functools
-import itertools
-import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping
-from enum import Enum
+from collections.abc import Collection, Iterator, Mapping
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -20,6 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hf_kvopt.cache.spelling import CONTAINERS, SCALARS, Found, Numbers, Reference, kind_of, reference, spell
 
 # Parts of a config that change nothing that is computed.
 WITHOUT_MEANING = ("_name_or_path", "transformers_version", "architectures", "use_cache", "output_hidden_states")
@@ -46,9 +44,6 @@ _SHARDED = ("FSDPModule", "FullyShardedDataParallel")
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _HOOKS_EVERYWHERE = ("_global_forward_pre_hooks", "_global_forward_hooks")
 _PLACES = ("_parameters", "_buffers", "_modules")
-_SCALARS = (int, float, complex, str, bytes, Enum, torch.dtype, torch.device, type(None))
-_CONTAINERS = (dict, list, tuple, set, frozenset)
-Reference = Callable[[], Any]
 
 
 class Walk(NamedTuple):
@@ -64,96 +59,50 @@ class Walk(NamedTuple):
     is_elsewhere: bool  # weights are offloaded or sharded, and brought together when a forward needs them
 
 
-class Numbers:
-    """Gives every object a number; one that was freed takes its number with it."""
-
-    def __init__(self) -> None:
-        self._known: dict[int, tuple[Reference, int]] = {}
-        self._fresh = itertools.count()
-        self._limit = 1024
-
-    def fresh(self) -> int:
-        """Return a number that nothing has."""
-        return next(self._fresh)
-
-    def of(self, thing: object) -> int:
-        """Return the number of `thing`."""
-        known = self._known.get(id(thing))
-        if known is not None and known[0]() is thing:
-            return known[1]
-        if len(self._known) > self._limit:
-            self._known = {key: entry for key, entry in self._known.items() if entry[0]() is not None}
-            self._limit = 2 * len(self._known) + 1024
-        number = self.fresh()
-        self._known[id(thing)] = reference(thing), number
-        return number
-
-
-class Found:
-    """Tensors, and modules and configs, that were come across in attributes."""
-
-    def __init__(self) -> None:
-        self.tensors: list[Tensor] = []
-        self.owners: list[Any] = []
-
-
 class _Described:
     """The text of one module or config, true while its attributes are the very objects that were described.
 
     `changing` names the attributes that are left out, containers that may be written to in place. Tensors are not
-    referred to, not even weakly, or torch could not swap them; where one was replaced, the text has another `mark`.
+    referred to, not even weakly, or torch could not swap them; where one was replaced, the text has another mark.
     """
-
-    __slots__ = (
-        "_held",
-        "_ids",
-        "_names",
-        "_others",
-        "_owner",
-        "_owners",
-        "_read",
-        "_tensors",
-        "changing",
-        "mark",
-        "text",
-    )
 
     def __init__(self, owner: Any, numbers: Numbers, before: "_Described | None") -> None:
         attributes = dict(_attributes(owner))
         places = _PLACES if isinstance(owner, nn.Module) else ()
         self._owner, self._read = reference(owner), itemgetter(*places, *attributes)
-        self._names, values = self._values_of(owner)
-        self._ids = [*map(id, values)]
+        names, values = self._values_of(owner)
+        self._ids = [*names, *map(id, values)]
         self._held: list[Any] = []
         self._others: list[Reference] = []
-        self._tensors: list[int] = []
+        self._tensors: list[int] = []  # indices in `values`, as those of modules and configs
         self._owners: list[int] = []
         self.changing: list[str] = []
         parts, found = [], Found()
-        for i, (name, value) in enumerate(zip((*attributes, *self._names[1:]), values, strict=True)):
-            if isinstance(value, _CONTAINERS):
+        for i, (name, value) in enumerate(zip((*attributes, *names[1:]), values, strict=True)):
+            if isinstance(value, CONTAINERS):
                 self.changing.append(name)
                 continue
             if isinstance(value, nn.Module | PreTrainedConfig):
                 self._owners.append(i)
             elif isinstance(value, Tensor):
                 self._tensors.append(i)
-            elif isinstance(value, _SCALARS):
+            elif isinstance(value, SCALARS):
                 self._held.append(value)
             else:
                 self._others.append(reference(value))
             parts.append(f"{name}={spell(value, numbers.of, found)}")
         self._tensors = [i for i in self._tensors if not values[i].is_meta]
-        is_kept = before is not None and before._owner() is owner and before._tensor_ids() == self._tensor_ids()
-        self.mark: int = before.mark if before is not None and is_kept else numbers.fresh()
-        self.text = f"{numbers.of(owner)}:{numbers.of(type(owner))}:{self.mark} {' '.join(parts)}"
+        self._marked = [id(values[i]) for i in self._tensors]
+        is_kept = before is not None and before._owner() is owner and before._marked == self._marked
+        self._mark: int = before._mark if before is not None and is_kept else numbers.fresh()
+        self.text = f"{numbers.of(owner)}:{numbers.of(type(owner))}:{self._mark} {' '.join(parts)}"
 
     def look(self, owner: Any) -> tuple[list[Tensor], list[Any]] | None:
         """Return the tensors, and the modules and configs, of `owner`; None where an attribute was replaced since."""
         if self._owner() is not owner:
             return None
         names, values = self._values_of(owner)
-        if [*map(id, values)] != self._ids or names != self._names:
+        if [*names, *map(id, values)] != self._ids:
             return None
         for ref in self._others:
             if ref() is None:  # its address may be another's by now
@@ -172,9 +121,6 @@ class _Described:
         tensors, buffers, modules, *values = read
         names = [len(attributes), *tensors, *buffers, *modules]
         return names, [*values, *tensors.values(), *buffers.values(), *modules.values()]
-
-    def _tensor_ids(self) -> list[int]:
-        return [self._ids[i] for i in self._tensors]
 
 
 class Attributes:
@@ -241,39 +187,18 @@ class Attributes:
     def _functions(self, config: PreTrainedConfig) -> Iterator[str]:
         """The functions behind the name of the config's attention: a name may be registered anew."""
         for registry in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
-            yield f"attention {self.numbers.of(registry.get(config._attn_implementation))}"
-
-
-def spell(value: Any, name_of: Callable[[Any], object], found: Found) -> str:
-    """Write a value out; what cannot be written out is named, and `found` where it can be looked into."""
-    if isinstance(value, _SCALARS):
-        return repr(value)
-    if isinstance(value, dict):
-        return (
-            "{" + ",".join([f"{spell(k, name_of, found)}:{spell(v, name_of, found)}" for k, v in value.items()]) + "}"
-        )
-    if isinstance(value, list | tuple):
-        return "[" + ",".join([spell(each, name_of, found) for each in value]) + "]"
-    if isinstance(value, set | frozenset):
-        return "{" + ",".join(sorted(spell(each, name_of, found) for each in value)) + "}"
-    if isinstance(value, Tensor):
-        if not value.is_meta:  # else it stands for one that is elsewhere
-            found.tensors.append(value)
-        return "tensor"
-    if isinstance(value, nn.Module | PreTrainedConfig):
-        found.owners.append(value)
-    return f"#{name_of(value)}"
+            yield f"attention {self.numbers.of(registry.get(str(config._attn_implementation)))}"
 
 
 def settings_of(module: nn.Module) -> tuple[str, list[Tensor]]:
     """Spell what the attributes of `module` say in any process, where it is placed left out; and their tensors."""
     found = Found()
     settings = [
-        f"{name}={spell(value, _kind_of, found)}"
+        f"{name}={spell(value, kind_of, found)}"
         for name, value in _attributes(module)
         if name not in _OF_PLACING and not isinstance(value, torch.device)
     ]
-    return f"{_kind_of(module)} {' '.join(settings)}", found.tensors
+    return f"{kind_of(module)} {' '.join(settings)}", found.tensors
 
 
 def hooks_of(module: nn.Module | None) -> Iterator[tuple[int, Any]]:
@@ -288,14 +213,6 @@ def hooks_of(module: nn.Module | None) -> Iterator[tuple[int, Any]]:
                 yield key, hook
 
 
-def reference(thing: Any) -> Reference:
-    """Return what gives `thing` back while it lives; what cannot be referred to weakly is held."""
-    try:
-        return weakref.ref(thing)
-    except TypeError:
-        return functools.partial(_same, thing)
-
-
 def _weights_elsewhere(hook: Any) -> Iterator[Mapping[str, Any]]:
     """Weights in memory that a hook of accelerate's places when its module runs; those on a disk are not read."""
     for each in getattr(hook, "hooks", (hook,)):
@@ -303,15 +220,6 @@ def _weights_elsewhere(hook: Any) -> Iterator[Mapping[str, Any]]:
             weights = getattr(each.weights_map, "dataset", None)
             weights = getattr(weights, "state_dict", weights)
             yield weights if isinstance(weights, Mapping) else {}
-
-
-def _same(thing: Any) -> Any:
-    return thing
-
-
-def _kind_of(thing: Any) -> str:
-    named = thing if hasattr(thing, "__qualname__") else type(thing)
-    return f"{named.__module__}.{named.__qualname__}"
 
 
 def _attributes(owner: Any) -> Iterator[tuple[str, Any]]:

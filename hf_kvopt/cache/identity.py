@@ -119,7 +119,7 @@ class ModelIdentity:
             self._steps += 1
 
 
-def _is_fed_more(model: PreTrainedModel) -> bool:
+def _is_fed_more(model: nn.Module) -> bool:
     """Whether another method than the model's own makes the inputs of a forward from a prompt."""
     override = model.__dict__.get("prepare_inputs_for_generation")
     own = getattr(type(model), "prepare_inputs_for_generation", None)
@@ -137,8 +137,8 @@ def fingerprint(model: PreTrainedModel) -> str:
     """A digest of config, settings and evenly spread samples of every tensor: the same in another process.
 
     Raises:
-        CacheStateError: forward hooks or replaced `forward` methods, which nobody can tell from others there; weights
-            that are offloaded.
+        CacheStateError: forward hooks or replaced methods, which nobody can tell from others there; weights that are
+            offloaded.
     """
     meaningless = {*WITHOUT_MEANING, "_attn_implementation"}
     config = {key: value for key, value in model.config.to_dict().items() if key not in meaningless}
@@ -168,11 +168,11 @@ def _require_plain_forward(name: str, module: nn.Module) -> None:
     hooks = [hook for _, hook in (*hooks_of(module), *hooks_of(None))]
     # Those of accelerate place tensors and change nothing.
     is_replaced = "forward" in module.__dict__ and "_hf_hook" not in module.__dict__
-    if hooks or is_replaced:
-        what = f"the forward hook {hooks[0]!r}" if hooks else "another forward method"
+    if hooks or is_replaced or _is_fed_more(module):
+        what = f"the forward hook {hooks[0]!r}" if hooks else "a method that was replaced"
         raise CacheStateError(
-            f"a file cannot say what hooks and replaced forward methods compute: got {what} on "
-            f"{name or type(module).__name__!r}; take it off before saving or loading a store"
+            f"a file cannot say what hooks and replaced methods compute: got {what} on "
+            f"{name or type(module).__name__}; take it off before saving or loading a store"
         )
 
 

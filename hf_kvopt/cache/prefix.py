@@ -32,10 +32,6 @@ from hf_kvopt.quant.policy import LayerName
 
 # Kept at most where the caller names no cap; what is being generated may take more.
 DEFAULT_TOKENS = 65_536
-_NOT_BY_TOKENS = (
-    "prefixes cannot be shared where tokens alone do not decide what is computed: got rows that go through adapters of "
-    "their own, or something put before the prompt; use PagedCache for such a call"
-)
 
 
 class PrefixStats(NamedTuple):
@@ -145,7 +141,10 @@ class PrefixStore:
         self._require_mask(input_ids, attention_mask)
         cache = self.new_cache()
         if not self.begin(cache, input_ids, attention_mask, namespace=namespace):
-            raise CacheStateError(_NOT_BY_TOKENS)
+            raise CacheStateError(
+                "prefixes cannot be shared where tokens alone do not decide what is computed: got rows that go through "
+                "adapters of their own, or something put before the prompt; use PagedCache for such a call"
+            )
         cache.is_to_check = self._identity is not None and self._identity.is_in_place
         return cache
 
@@ -332,13 +331,6 @@ class PrefixStore:
         """
         state = None if self._identity is None else self._identity.state()
         return None if self._identity is not None and state is None else (state, namespace)
-
-    def require_key(self, namespace: Hashable) -> tuple[Hashable, Hashable]:
-        """`key_of`; raise CacheStateError where there is none."""
-        key = self.key_of(namespace)
-        if key is None:
-            raise CacheStateError(_NOT_BY_TOKENS)
-        return key
 
     def require_unchanged(self, cache: PrefixSharedCache) -> None:
         """Raise CacheStateError where the model changed since `cache` was made for its prompts."""

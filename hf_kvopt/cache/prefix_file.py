@@ -40,11 +40,12 @@ def save(store: "PrefixStore", path: Path) -> None:
         raise CacheStateError(
             "a store is saved with the identity of its model: got one made from a config; make it from the model"
         )
-    current, model = store.require_key(None)[0], fingerprint(store.model)
+    model, key = fingerprint(store.model), store.key_of(None)
+    assert key is not None  # a model without a key has no fingerprint
     nodes = [
         node
-        for key, root in store.index.roots.items()
-        if isinstance(key, tuple) and key[0] == current
+        for root_key, root in store.index.roots.items()
+        if isinstance(root_key, tuple) and root_key[0] == key[0]
         for node in descendants(root)
     ]
     tensors = {}
@@ -158,7 +159,7 @@ def _fill_pools(store: Any, manifest: dict[str, Any], tensors: dict[str, Tensor]
 def _plant(store: Any, entries: list[dict[str, Any]], rows: list[list[int]]) -> None:
     """Insert every text of the tree; parents come before children."""
     paths: list[tuple[Hashable, list[int], list[int]]] = []
-    state, _ = store.require_key(None)
+    state, _ = store.key_of(None)
     for i, entry in enumerate(entries):
         if entry["parent"] is None:
             owner = (state, entry["namespace"])

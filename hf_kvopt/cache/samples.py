@@ -40,8 +40,8 @@ class Samples:
     @torch.inference_mode()
     def read(self, tensors: Iterable[Tensor]) -> list[bytes]:
         """Return where the tensors lie and what was sampled of them; a device is waited for once a dtype."""
-        places: list[Place] = []
-        groups: dict[tuple[torch.device, torch.dtype], list[tuple[Place, Tensor, Tensor, int]]] = {}
+        places: list[int] = []
+        groups: dict[tuple[torch.device, torch.dtype], list[tuple[Place, Tensor, Tensor]]] = {}
         for tensor in _parts(tensors):
             layout = self._layout_of(tensor)
             try:
@@ -49,17 +49,18 @@ class Samples:
             except RuntimeError:  # made under inference mode
                 version = 0
             place = 0 if layout.group is None else tensor.data_ptr(), version, layout.number
-            places.append(place)
+            places += place
             if layout.group is not None:
-                line = _as_integers(tensor).as_strided(layout.size, layout.stride)
-                groups.setdefault(layout.group, []).append((place, tensor, line, layout.size[0]))
-        found = [array("Q", [number % 2**64 for place in places for number in place]).tobytes()]
+                values = tensor if tensor.dtype.itemsize > 1 else _as_integers(tensor)
+                line = values.as_strided(layout.size, layout.stride)
+                groups.setdefault(layout.group, []).append((place, tensor, line))
+        found = [array("Q", places).tobytes()]
         known, self._nonzero = self._nonzero, {}
         for group in groups.values():
-            values = torch.cat([line for _, _, line, _ in group]).cpu()
+            values = torch.cat([line for _, _, line in group]).cpu()
             found.append(_bytes_of(values))
-            for i in _zero_lines(values, [count for *_, count in group]):
-                place, tensor, *_ = group[i]
+            for i in _zero_lines(values, [line.shape[0] for _, _, line in group]):
+                place, tensor, _ = group[i]
                 self._nonzero[place] = offset = known[place] if place in known else _find_nonzero(tensor)
                 if offset is not None:
                     found.append(_bytes_of(_as_integers(tensor).as_strided((1,), (1,), offset).cpu()))

@@ -246,7 +246,7 @@ def test_a_model_with_other_settings_is_refused(change: str, tmp_path: Path) -> 
         PrefixStore.load(path, changed(build(), change))
 
 
-@pytest.mark.parametrize("what", ["hook", "hook on all modules", "forward", "offloaded"])
+@pytest.mark.parametrize("what", ["hook", "hook on all modules", "forward", "soft prompt", "offloaded"])
 def test_what_a_file_cannot_say_is_refused(what: str, tmp_path: Path) -> None:
     path, model = saved(tmp_path), tiny_model()
     store, module, hook = PrefixStore(model), model.model.layers[0].mlp, None
@@ -256,6 +256,8 @@ def test_what_a_file_cannot_say_is_refused(what: str, tmp_path: Path) -> None:
         hook = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
     if what == "forward":
         module.forward = lambda x: x
+    if what == "soft prompt":
+        model.prepare_inputs_for_generation = lambda *args, **kwargs: {}
     if what == "offloaded":
         cpu_offload(model, torch.device("cpu"))
     try:
