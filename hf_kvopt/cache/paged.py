@@ -338,8 +338,7 @@ class PagedCache(DynamicCache):
         table = layer.table
         if self._tables.get(table.window) is not table:
             raise CacheStateError(
-                f"layer {layer_idx} belongs to another cache: got a layer whose rows this cache does not know, and "
-                "would neither crop nor reorder; copy whole caches, with copy.deepcopy(cache)"
+                f"layer {layer_idx} belongs to another cache: got rows unknown to this one; use copy.deepcopy(cache)"
             )
         if layer.clock == table.clock:
             # By the last layer: those in the middle may sit out whole forwards (cross attention to an image).
@@ -390,14 +389,12 @@ def fork(cache: PagedCache, memo: dict[int, Any]) -> Any:
     child = cache.__class__.__new__(cache.__class__)
     memo[id(cache)] = child
     child.__dict__.update(cache.__dict__)
-    child._tables = {}
-    if not cache.cache_config.compileable:
-        child._tables = {window: table.fork() for window, table in cache._tables.items()}
-        child._watch_tables()
+    is_fixed = cache.cache_config.compileable
+    child._tables = {} if is_fixed else {window: table.fork() for window, table in cache._tables.items()}
+    child._watch_tables()
     child.layers = []
     for layer in cache.layers:
         if isinstance(layer, PagedLayer):
-            # Noted, as whatever else is copied along may refer to the layer too.
-            memo[id(layer)] = layer.fork(child._table_for(layer.table.window), memo)
+            memo[id(layer)] = layer.fork(child._table_for(layer.table.window), memo)  # for others that refer to it
         child.layers.append(copy.deepcopy(layer, memo))
     return child
