@@ -21,6 +21,7 @@ from hf_kvopt.draft.speculate import speculative
 from hf_kvopt.draft.stats import SpeculationStats
 from hf_kvopt.enable import disable, enable
 from hf_kvopt.errors import CacheStateError, KVOptError, OutOfBlocks, UnsupportedDevice, UnsupportedModel
+from hf_kvopt.packaged import model_source
 from hf_kvopt.sharing import prefix_store
 
 __version__ = "0.1.0"
@@ -43,6 +44,7 @@ __all__ = [
     "UnsupportedModel",
     "disable",
     "enable",
+    "model_source",
     "plan",
     "prefix_store",
     "speculative",

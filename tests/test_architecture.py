@@ -29,9 +29,12 @@ ALLOWED = {
     "compat": (),
     "config": (),
     "errors": (),
+    "packaged": (),
 }
 # Only these speak to transformers; the rest is torch alone.
-WITH_TRANSFORMERS = ("cache", "attention", "draft", "enable", "sharing", "plan", "cli", "compat", "__main__")
+WITH_TRANSFORMERS = (
+    "cache", "attention", "draft", "enable", "sharing", "plan", "cli", "compat", "packaged", "__main__",
+)  # fmt: skip
 # Rungs 2 and 3 of the proof compile and time the kernels, which are no public names.
 KERNEL_PROOFS = ("evals/_gpu", "evals/gpu.py", "evals/kernels.py")
 PROVEN = ("hf_kvopt.kernels", "hf_kvopt.quant", "triton")

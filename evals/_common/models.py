@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from evals._common.cli import BadArgumentError
 from evals._common.shapes import SHAPES, random_model
 from evals.reference_model import MODEL_PATH
+from hf_kvopt import model_source
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -27,7 +28,7 @@ class Subject(NamedTuple):
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add `--model`, `--shape`, `--dtype`, `--device` and `--device-map`."""
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--model", help="hub id or path (the bundled reference model)")
+    which.add_argument("--model", help="hub id, path, or smollm2 (the bundled reference model)")
     which.add_argument("--shape", choices=sorted(SHAPES), help="a random model of this shape instead")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="%(default)s")
     parser.add_argument("--device", help="such as cpu or cuda:1 (cuda when there is one)")
@@ -52,7 +53,7 @@ def load_subject(args: argparse.Namespace) -> Subject:
         model = random_model(args.shape)
         nn.Module.to(model, device, DTYPES[args.dtype])
         return Subject(f"random-{args.shape}", model, None)
-    source = args.model or str(MODEL_PATH)
+    source = model_source(args.model) if args.model else str(MODEL_PATH)
     placement = {"device_map": args.device_map} if args.device_map is not None else {}
     _check_source(source)
     try:
