@@ -270,6 +270,22 @@ def layer_types(config: PreTrainedConfig) -> tuple[list[str], list[dict[str, Any
     return list(kinds), options
 
 
+def appended_layers(config: PreTrainedConfig) -> list[int]:
+    """Return the numbers of the cache layers of which a model appends copies, in order: one for each later pass.
+
+    A decoder that passes through some of its layers several times keeps keys and values of each pass, and tells by the
+    code of its first forward which. Where that is not known here, sharing prefixes is refused at the first hit.
+    """
+    if getattr(config, "recurrent_kv_cache_mode", None) == "per_loop":  # Dory
+        start, count, passes = config.n_input_layers, config.n_recurrent_layers, config.n_recurrent_loops
+    elif getattr(config, "loop_num_passes", None) is not None:  # Inkling 2 loop
+        start, passes = config.loop_layer_index_start, config.loop_num_passes
+        count = config.loop_layer_index_end - start
+    else:
+        return []
+    return [*range(start, start + count)] * (passes - 1)
+
+
 def stock_layer(kind: str, options: dict[str, Any]) -> Any:
     """Make transformers' own cache layer of a kind."""
     return cache_utils.DYNAMIC_LAYER_TYPE_MAPPING[kind](**options)

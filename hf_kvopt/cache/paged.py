@@ -324,8 +324,7 @@ class PagedCache(WatchedCache):
         is_foreign = isinstance(layer, PagedLayer) and self._tables.get(layer.table.window) is not layer.table
         if is_foreign and not torch.compiler.is_compiling():
             raise CacheStateError(
-                f"layer {layer_idx} belongs to another cache: got a layer whose rows this cache does not know, and "
-                "would neither crop nor reorder; copy whole caches, with copy.deepcopy(cache)"
+                f"layer {layer_idx} belongs to another cache: got rows unknown to this one; use copy.deepcopy(cache)"
             )
         return layer
 
@@ -362,7 +361,6 @@ def fork(cache: PagedCache, memo: dict[int, Any]) -> Any:
     child.layers = []
     for layer in cache.layers:
         if isinstance(layer, PagedLayer):
-            # Noted, as whatever else is copied along may refer to the layer too.
-            memo[id(layer)] = layer.fork(child._table_for(layer.table.window), memo)
+            memo[id(layer)] = layer.fork(child._table_for(layer.table.window), memo)  # for others that refer to it
         child.layers.append(copy.deepcopy(layer, memo))
     return child

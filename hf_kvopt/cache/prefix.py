@@ -319,8 +319,6 @@ class PrefixStore:
     def _make_empty(self) -> None:
         self._is_freed = False
         self._rows = self._hits = self._prompt_tokens = self._hit_tokens = 0
-        # Layers that the model appends to those of its config, for later passes: each is like the layer of this number.
-        self.appended: list[int] = []
         self.num_layers = 0
         # Makes the block space of every kind of layer.
         self.num_layers = len(PrefixSharedCache(self).layers)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor
 
+from hf_kvopt import compat
 from hf_kvopt.cache.layer import PagedLayer
 from hf_kvopt.cache.paged import PagedCache
 from hf_kvopt.errors import CacheStateError
@@ -75,7 +76,7 @@ class PrefixSharedCache(PagedCache):
         """Take over `rows` (for each table, one row of retained blocks a text), which reach up to `columns`."""
         if not columns and not any(lags):
             return  # rows that begin with the first forward are laid out by it
-        self.append_known()
+        self.append_passes()
         for table, held in zip(self._tables.values(), rows, strict=True):
             table.adopt(held, lags, columns)
         for idx, layer in enumerate(self.layers):
@@ -108,7 +109,6 @@ class PrefixSharedCache(PagedCache):
                 if layer.pool is not None:
                     self.store.pools.setdefault(layer_idx, layer.pool)
             self._is_used = True
-            self._note_appended()
         self._seen = max(self._seen, layer.clock)
         return states
 
@@ -220,20 +220,12 @@ class PrefixSharedCache(PagedCache):
             super()._rollback(clock)
         self._seen = min(self._seen, clock)
 
-    def append_known(self) -> None:
+    def append_passes(self) -> None:
         """Append the layers that the model would: it cannot copy what is filled with a known text."""
         if self.is_whole:
-            missing = self.store.appended[len(self.layers) - self.store.num_layers :]
+            sources = compat.appended_layers(self.store.config.get_text_config(decoder=True))
+            missing = sources[len(self.layers) - self.store.num_layers :]
             self.layers += [copy.deepcopy(self.layers[idx]) for idx in missing]
-
-    def _note_appended(self) -> None:
-        """Tell the store of the layers that the model appended to those of its config."""
-        known = self.store.num_layers + len(self.store.appended)
-        if self.is_whole and len(self.layers) > known:
-            kinds = [
-                (id(layer.table), layer.format) if isinstance(layer, PagedLayer) else None for layer in self.layers
-            ]
-            self.store.appended += [kinds.index(kind) for kind in kinds[known:]]
 
     def _require_open(self) -> None:
         if self.is_committed:

@@ -68,7 +68,6 @@ def save(store: "PrefixStore", path: Path) -> None:
             "skip_layers": list(store.formats.skip_layers),
             "layer_formats": list(store.formats.layer_formats.items()),
         },
-        "appended": store.appended,
         "pools": {str(idx): [_describe(plane) for plane in pool.planes] for idx, pool in store.pools.items()},
         "nodes": _tree(store, nodes),
         "tensors": {name: _digest(tensor) for name, tensor in tensors.items()},
@@ -98,7 +97,6 @@ def load(cls: type[Store], path: Path, model: PreTrainedModel, max_tokens: int |
         layer_formats=dict(options["layer_formats"]),
     )
     with store.lock:
-        store.appended = manifest.get("appended", [])
         num_blocks = len(manifest["nodes"])
         for allocator in store.allocators:
             allocator.ensure_free(num_blocks)
@@ -138,7 +136,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _fill_pools(store: Any, manifest: dict[str, Any], tensors: dict[str, Tensor], rows: list[list[int]]) -> None:
     """Make the pools that the file had, and copy the blocks to their new places."""
     cache = store.new_cache()
-    cache.append_known()
+    cache.append_passes()
     layers = cache.layers
     spaces = store.allocators
     for idx, planes in sorted(manifest["pools"].items(), key=lambda item: int(item[0])):

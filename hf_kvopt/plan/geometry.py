@@ -41,6 +41,7 @@ class LayerKV(NamedTuple):
     query_heads: int = 0
     nope_dim: int = 0  # of an expanded latent key, without its rotary part
     expanded_value_dim: int = 0
+    copy_of: int | None = None  # the layer that a later pass goes through again, with keys and values of its own
 
     @property
     def flops_per_pair(self) -> int:
@@ -74,7 +75,7 @@ class LayerKV(NamedTuple):
 
 
 def layers_of(config: PreTrainedConfig) -> list[LayerKV]:
-    """Return one entry for each layer of the decoder.
+    """Return one entry for each layer of the decoder's cache, those of later passes through a layer last.
 
     Raises:
         BadInput: a field is missing or has no sense; the message names it.
@@ -88,10 +89,11 @@ def layers_of(config: PreTrainedConfig) -> list[LayerKV]:
             f"the layers of a {config.model_type} model cannot be read from its config: {error}; expected the fields "
             'that a decoder has, for example "num_hidden_layers": 32'
         ) from error
-    return [
+    layers = [
         _layer(_KINDS.get(kind, _STOCK + kind), option.get("sliding_window"), part)
         for kind, option, part in zip(kinds, options, parts, strict=True)
     ]
+    return layers + [layers[idx]._replace(copy_of=idx) for idx in compat.appended_layers(decoder)]
 
 
 def _layer(kind: str, window: int | None, part: PreTrainedConfig) -> LayerKV:

@@ -63,12 +63,14 @@ class CacheSpec:
         Raises:
             BadInput: a layer is named that does not exist.
         """
-        paged = [i for i, layer in enumerate(layers) if layer.is_paged] or [0]
+        own = [layer for layer in layers if layer.copy_of is None]
+        paged = [i for i, layer in enumerate(own) if layer.is_paged] or [0]
         try:
-            policy = self.formats.resolve(len(layers), paged[0], paged[-1])
+            policy = self.formats.resolve(len(own), paged[0], paged[-1])
         except ValueError as error:
             raise BadInput(str(error)) from error
-        return [self._format(policy, i, layer) for i, layer in enumerate(layers)]
+        numbers = [i if layer.copy_of is None else layer.copy_of for i, layer in enumerate(layers)]
+        return [self._format(policy, number, layer) for number, layer in zip(numbers, layers, strict=True)]
 
     def _format(self, policy: FormatPolicy, idx: int, layer: LayerKV) -> KVFormat:
         if self.cache != "paged" or not layer.is_paged:

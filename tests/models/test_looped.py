@@ -19,7 +19,9 @@ from transformers.cache_utils import Cache, DynamicLayer
 import hf_kvopt
 from hf_kvopt import CACHE_KEYWORD, PagedCache, PrefixStore, QuantizedPagedCache
 from hf_kvopt.errors import CacheStateError, UnsupportedModel
-from hf_kvopt.quant import dequantize, get_kv_format, quantize
+from hf_kvopt.plan.geometry import layers_of
+from hf_kvopt.plan.kv_bytes import CacheSpec
+from hf_kvopt.quant import FormatPolicy, dequantize, get_kv_format, quantize
 from tests.models.cases import Case, covered_cases
 from tests.models.inputs import Inputs, inputs_for
 from tests.models.tiny import build
@@ -108,6 +110,19 @@ def test_a_cache_of_fixed_capacity_gives_the_eager_tokens(case: Case, attention:
     cache = PagedCache(config=model.config, max_tokens=6 * 32, compileable=True)
     got = tokens(model, inputs_of(case), disable_compile=True, **{CACHE_KEYWORD: cache}, **options)
     assert torch.equal(got, tokens(build(case), inputs_of(case), **options))
+
+
+@ALL
+def test_the_planner_knows_the_layers_of_all_passes_and_their_formats(case: Case) -> None:
+    model = build(case)
+    policy = {"format": "int8", "skip_layers": ("last",), "layer_formats": {1: "int4"}}
+    cache = QuantizedPagedCache(config=model.config, **policy)
+    with torch.no_grad():
+        model(inputs_of(case)["input_ids"], use_cache=True, **{CACHE_KEYWORD: cache})
+    layers = layers_of(model.config)
+    planned = CacheSpec(formats=FormatPolicy(**policy)).formats_of(layers)
+    assert [fmt.name for fmt in planned] == [layer.format.name for layer in cache.layers]
+    assert [layer.window for layer in layers] == [layer.table.window for layer in cache.layers]
 
 
 def stored_as(cache: DynamicCache, name: str) -> DynamicCache:

@@ -117,7 +117,7 @@ def test_models_with_states_share_draft_and_compile_nothing() -> None:
 
 
 def test_written_in_attention_keeps_its_own() -> None:
-    made = planned({"model_type": "gptj", "n_layer": 2, "n_head": 4, "n_embd": 64, "rotary_dim": 8}, context="1k")
+    made = planned({"model_type": "bloom", "n_layer": 2, "n_head": 4, "hidden_size": 64}, context="1k")
     assert choice(made, "attention").choice == "the model's own"
     assert "attention=False" in "\n".join(made.code)
 
