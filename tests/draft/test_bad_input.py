@@ -1,5 +1,6 @@
 """What speculation refuses: one clear error before the first token, and a model that is as it was."""
 
+import functools
 from typing import Any
 
 import pytest
@@ -110,6 +111,7 @@ class _Breaks(DraftSession):
 def test_a_target_without_hidden_states(monkeypatch: pytest.MonkeyPatch) -> None:
     model, forward = tiny_model(), type(tiny_model()).forward
 
+    @functools.wraps(forward)
     def without(self: Any, *args: Any, **kwargs: Any) -> Any:
         return forward(self, *args, **{**kwargs, "output_hidden_states": False})
 
