@@ -57,8 +57,9 @@ def grouped(rows: list[Row]) -> str:
 def _rank(title: tuple[str, str]) -> tuple[int, str, bool]:
     """What works best first."""
     result, reads = title
-    kinds = ("exact", "exact, cache alone", "exact, not paged", "refused")
-    return kinds.index(result.partition(":")[0]), result, reads != "in place"
+    kinds = ("exact", "exact, its own attention", "exact, not paged", "refused")
+    kind = result.partition(":")[0]
+    return kinds.index(kind) if kind in kinds else len(kinds), result, reads != "in place"
 
 
 def _section(result: str, reads: str, by_layers: dict[str, list[str]]) -> str:
