@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import EncoderDecoderCache
-from transformers.generation import GenerationConfig
+from transformers.generation import GenerationConfig, GenerationMixin
 
 from hf_kvopt import compat
 from hf_kvopt.attention.bound import InstanceOverride
@@ -79,7 +79,9 @@ def prefill(
         return outputs
     returned = outputs.get(compat.CACHE_KEYWORD)
     # Emptied meanwhile, it holds what was fed alone, and that need not be all that was there.
-    expected = max(before + 1, input_ids.shape[1]) if cache.epoch == epoch else 1
+    # A model with a generate() of its own may feed other columns than it is asked for (MusicGen's codebooks).
+    is_usual = type(model).generate is GenerationMixin.generate and cache.epoch == epoch
+    expected = max(before + 1, input_ids.shape[1]) if is_usual else 1
     if returned is not None and paged_part(returned) is not cache:
         _say_once(type(model).__name__, type(returned).__name__)
     elif cache.num_columns < expected:

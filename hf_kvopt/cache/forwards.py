@@ -15,10 +15,14 @@ KEYS = "keys"
 class ForwardLog:
     """Sees every write to a cache, and tells at the next one whether the forward before it reached the last layer.
 
+    Args:
+        num_layers: of the cache, as its config names them.
+
     Between calls: `last` is the layer that was written last, `reach` the last one that any forward wrote.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_layers: int) -> None:
+        self.num_layers = num_layers
         self.clear()
 
     def clear(self) -> None:

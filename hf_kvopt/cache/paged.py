@@ -97,7 +97,7 @@ class PagedCache(WatchedCache):
             self.formats = maker.formats
             Cache.__init__(self, layers=maker.layers(config), **kwargs)
             if not all(getattr(layer, "is_dummy", False) for layer in self._stock_layers()):
-                self._log = ForwardLog()
+                self._log = ForwardLog(len(self.layers))
 
     @property
     def layer_class_to_replicate(self) -> Any:

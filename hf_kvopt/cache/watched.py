@@ -105,7 +105,8 @@ class WatchedCache(DynamicCache):
         """Refuse a write that would give a wrong token."""
         if torch.compiler.is_compiling():
             return
-        log = self._log
+        # A model that passes through its layers several times, and appended some for that, comes back to earlier ones.
+        log = self._log if self._log is not None and len(self.layers) == self._log.num_layers else None
         if log is not None and log.follows_half(layer_idx, part):
             self._require_whole(0)
         if log is not None:
@@ -130,7 +131,9 @@ class WatchedCache(DynamicCache):
             )
         is_new = self._call is None or self._call() is not call.config
         self._call = weakref.ref(call.config)
-        held = self.num_columns if self.has_columns else int(self.get_seq_length())
+        held = 0  # states alone do not say how many tokens they sum up
+        if self.has_columns or not all(self.is_linear):
+            held = self.num_columns if self.has_columns else int(self.get_seq_length())
         if not is_new or not held:
             return
         # Of a prompt that is held whole, transformers drops some of the first tokens, or none.
