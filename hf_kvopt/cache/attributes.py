@@ -19,8 +19,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_kvopt.cache.spelling import CONTAINERS, SCALARS, Found, Numbers, Reference, kind_of, reference, spell
 
-# Parts of a config that change nothing that is computed.
-WITHOUT_MEANING = ("_name_or_path", "transformers_version", "architectures", "use_cache", "output_hidden_states")
+# Attentions that compute the same but for rounding: a store that was loaded under one serves the others.
+_EXACT_ATTENTIONS = ("eager", "sdpa", "hf_kvopt")
+# Parts of a config that change nothing that is computed; the attention is described by its functions.
+WITHOUT_MEANING = (
+    "_name_or_path", "transformers_version", "architectures", "use_cache", "output_hidden_states",
+    "_attn_implementation", "_attn_implementation_internal",
+)  # fmt: skip
 # Attributes of modules that no forward reads for what it computes, or that only say how it is differentiated.
 _UNREAD = {
     "name_or_path", "generation_config", "warnings_issued", "prepare_inputs_for_generation", "_is_hf_initialized",
@@ -186,6 +191,8 @@ class Attributes:
 
     def _functions(self, config: PreTrainedConfig) -> Iterator[str]:
         """The functions behind the name of the config's attention: a name may be registered anew."""
+        if config._attn_implementation in _EXACT_ATTENTIONS:
+            return
         for registry in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
             yield f"attention {self.numbers.of(registry.get(str(config._attn_implementation)))}"
 

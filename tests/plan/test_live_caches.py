@@ -26,7 +26,7 @@ ALL = pytest.mark.parametrize("case", covered_cases(), ids=lambda case: case.nam
 # The model makes a cache of its own kind in `generate`, whatever `enable` set.
 MAKES_ITS_OWN = {"musicgen_melody"}
 # Neither a cache nor a word of it in the config: only the class says that there is none.
-WITHOUT_CACHE = set(expected.REFUSED_ALONE)
+WITHOUT_CACHE = set(expected.REFUSED)
 
 
 def longest(cache: hf_kvopt.PagedCache) -> int:

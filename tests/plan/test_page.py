@@ -181,6 +181,8 @@ def assumption_rules(facts: Facts) -> list[Rule]:
         return number(limit) == most < number(context) == made.context
 
     def device(bandwidth: str, flops: str, unit: str, source: str) -> bool:
+        unit, _, beginning = unit.partition(" (")  # a source may hold parentheses of its own
+        source = f"{beginning} ({source}" if beginning else source
         rate = {"TFLOP/s": 1e12, "GFLOP/s": 1e9}[unit]
         figures = near(bandwidth, made.device.bandwidth / 1e9) and near(flops, made.device.flops / rate)
         return figures and source == made.device.source
