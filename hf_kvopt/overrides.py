@@ -80,7 +80,7 @@ def prefill(
     returned = outputs.get(compat.CACHE_KEYWORD)
     # Emptied meanwhile, it holds what was fed alone, and that need not be all that was there.
     # A model with a generate() of its own may feed other columns than it is asked for (MusicGen's codebooks).
-    is_usual = type(model).generate is GenerationMixin.generate and cache.epoch == epoch
+    is_usual = getattr(type(model), "generate", None) is GenerationMixin.generate and cache.epoch == epoch
     expected = max(before + 1, input_ids.shape[1]) if is_usual else 1
     if returned is not None and paged_part(returned) is not cache:
         _say_once(type(model).__name__, type(returned).__name__)
