@@ -34,9 +34,9 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 import torch
 import triton
 
-from evals._gpu_cases import Case, launches_of, sweep
-from evals._gpu_compile import CARDS, Card, Compiled, compile_launch, launch_key
-from hf_kvopt.kernels.launch import Launch
+from evals.gpu.cases import Case, launches_of, sweep
+from evals.gpu.compile import CARDS, Card, Compiled, compile_launch, launch_key
+from hf_kvopt.kernels.triton.launch import Launch
 
 DEFAULT_CARDS = ("sm_80", "sm_90", "sm_100", "gfx942")
 RESULTS = Path(__file__).parent / "results" / "kernels-aot.json"

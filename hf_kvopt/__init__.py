@@ -10,19 +10,19 @@ Importing registers the attention and its mask under "hf_kvopt", once, and touch
 from hf_kvopt import plan
 from hf_kvopt.attention.register import ATTENTION_NAME, register
 from hf_kvopt.cache.paged import PagedCache
-from hf_kvopt.cache.prefix import PrefixStore
-from hf_kvopt.cache.prefix_cache import PrefixSharedCache
 from hf_kvopt.cache.quantized import QuantizedPagedCache
 from hf_kvopt.cache.stats import CacheStats, PrefixStats
 from hf_kvopt.compat import CACHE_KEYWORD
 from hf_kvopt.config import CacheConfig
-from hf_kvopt.draft.heads.auto import DraftHead
-from hf_kvopt.draft.speculate import speculative
-from hf_kvopt.draft.stats import SpeculationStats
 from hf_kvopt.enable import disable, enable
 from hf_kvopt.errors import CacheStateError, KVOptError, OutOfBlocks, UnsupportedDevice, UnsupportedModel
+from hf_kvopt.overrides.sharing import prefix_store
 from hf_kvopt.packaged import model_source
-from hf_kvopt.sharing import prefix_store
+from hf_kvopt.prefix.cache import PrefixSharedCache
+from hf_kvopt.prefix.store import PrefixStore
+from hf_kvopt.speculation.heads.auto import DraftHead
+from hf_kvopt.speculation.loop.stats import SpeculationStats
+from hf_kvopt.speculation.speculative import speculative
 
 __version__ = "0.1.0"
 __all__ = [

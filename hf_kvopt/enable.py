@@ -19,21 +19,21 @@ from transformers.generation import GenerationConfig
 
 from hf_kvopt import compat
 from hf_kvopt.attention import mla
-from hf_kvopt.attention.bound import InstanceOverride
 from hf_kvopt.attention.guards import check_weights
 from hf_kvopt.attention.register import ATTENTION_NAME
 from hf_kvopt.attention.support import model_traits
 from hf_kvopt.cache.paged import PagedCache
-from hf_kvopt.cache.prefix import PrefixStore
 from hf_kvopt.cache.quantized import QuantizedPagedCache, option_names
 from hf_kvopt.cache.watched import require_shorter
-from hf_kvopt.draft.drafter import Drafter
-from hf_kvopt.draft.generate import DraftingGenerate
-from hf_kvopt.draft.speculate import SpeculativeDecoding, speculative
 from hf_kvopt.errors import CacheStateError, UnsupportedModel, nearest
-from hf_kvopt.overrides import CheckedPrefill, PreparedInputs
+from hf_kvopt.overrides.inputs import CheckedPrefill, PreparedInputs
+from hf_kvopt.overrides.instance import InstanceOverride
+from hf_kvopt.overrides.sharing import Sharing, SharingOverride, install
+from hf_kvopt.overrides.speculation import DraftingGenerate
+from hf_kvopt.prefix.store import PrefixStore
 from hf_kvopt.quant import KV_FORMATS
-from hf_kvopt.sharing import Sharing, SharingOverride, install
+from hf_kvopt.speculation.drafters.base import Drafter
+from hf_kvopt.speculation.speculative import SpeculativeDecoding, speculative
 
 logger = logging.getLogger(__name__)
 

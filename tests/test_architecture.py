@@ -1,9 +1,9 @@
 """The arrows of the import graph, parsed: what may know of what.
 
-cache     -> pool, quant, config, errors       attention -> pool.handle, pool.lazy, kernels, errors
-pool      -> kernels, quant, errors            kernels   -> quant, errors
-draft     -> attention, cache, kernels.cpu_draft, config          plan      -> quant, config, what caches refuse
-cli       -> everything: a front door, as enable and __main__ are
+prefix       -> cache                            cache     -> pool, quant, config
+attention    -> pool.handle, pool.lazy, kernels  pool      -> kernels, quant
+speculation  -> attention, cache, prefix         plan      -> quant, config, what caches refuse
+overrides, enable, cli: the front doors, which see everything
 """
 
 import ast
@@ -19,13 +19,14 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "hf_kvopt"
 # What each room may import of the others; errors are everybody's.
 ALLOWED = {
+    "prefix": ("prefix", "cache", "pool", "quant", "config", "compat"),
     "cache": ("cache", "pool", "quant", "config", "compat"),
-    "attention": ("attention", "pool.handle", "pool.lazy", "kernels", "compat"),
+    "attention": ("attention", "pool.handle", "pool.lazy", "kernels", "overrides.instance", "compat"),
     "pool": ("pool", "kernels", "quant"),
     "kernels": ("kernels", "quant"),
     "quant": ("quant",),
-    "draft": ("draft", "attention", "cache", "kernels.cpu_draft", "config", "compat"),
-    "plan": ("plan", "quant", "config", "compat", "cache.identity"),
+    "speculation": ("speculation", "attention", "cache", "prefix", "kernels.cpu.draft", "config", "compat"),
+    "plan": ("plan", "quant", "config", "compat", "prefix.identity"),
     "compat": (),
     "config": (),
     "errors": (),
@@ -33,10 +34,11 @@ ALLOWED = {
 }
 # Only these speak to transformers; the rest is torch alone.
 WITH_TRANSFORMERS = (
-    "cache", "attention", "draft", "enable", "overrides", "sharing", "plan", "cli", "compat", "packaged", "__main__",
+    "cache", "prefix", "attention", "speculation", "enable", "overrides", "plan", "cli", "compat",
+    "packaged", "__main__",
 )  # fmt: skip
 # Rungs 2 and 3 of the proof compile and time the kernels, which are no public names.
-KERNEL_PROOFS = ("evals/_gpu", "evals/gpu.py", "evals/kernels.py")
+KERNEL_PROOFS = ("evals/gpu/", "evals/kernels.py")
 PROVEN = ("hf_kvopt.kernels", "hf_kvopt.quant", "triton")
 PUBLIC = {*hf_kvopt.__all__, "__version__"}
 
@@ -114,7 +116,7 @@ def test_a_room_imports_only_what_lies_below_it(name):
 
 
 def test_every_room_has_its_rule():
-    free = {"", "enable", "overrides", "sharing", "cli", "__main__"}  # the front doors see everything
+    free = {"", "enable", "overrides", "cli", "__main__"}  # the front doors see everything
     assert {room(module) for module in MODULES} <= set(ALLOWED) | free
 
 
@@ -196,7 +198,9 @@ def test_evals_and_examples_use_public_names_alone(folder):
             is_public = first != PACKAGE or not rest or rest in hf_kvopt.__all__
             is_proven = is_proof and found.imported.startswith(PROVEN)
             # The allocator itself is what this one drives: no public name is so small.
-            is_proven |= path.parent.name == "fragmentation" and found.imported.startswith("hf_kvopt.pool.")
+            is_proven |= path.parent.name == "fragmentation" and found.imported.startswith(
+                ("hf_kvopt.pool.", "hf_kvopt.prefix.index.")
+            )
             if not is_proven and (not is_public or first == "triton" or found.imported.startswith(".")):
                 wrong.append(f"{found.importer}:{found.line} imports {found.imported}")
         wrong += [f"{path.name} uses {PACKAGE}.{name}" for name in used_of_package(path) if name not in PUBLIC]

@@ -7,7 +7,7 @@ from evals.fragmentation.workload import Request
 from hf_kvopt import OutOfBlocks
 from hf_kvopt.pool.allocator import BlockAllocator
 from hf_kvopt.pool.block_table import BlockTable
-from hf_kvopt.pool.prefix_index import PrefixIndex
+from hf_kvopt.prefix.index import PrefixIndex
 
 _ENTRY_BYTES = 4  # a block number, or a count
 

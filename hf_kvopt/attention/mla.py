@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_kvopt import compat
-from hf_kvopt.attention.bound import InstanceOverride
-from hf_kvopt.kernels.cpu import attend
+from hf_kvopt.kernels.cpu.dense import attend
 from hf_kvopt.kernels.pattern import Pattern
+from hf_kvopt.overrides.instance import InstanceOverride
 from hf_kvopt.pool.handle import KVHandle
 from hf_kvopt.pool.lazy import LazyTensor
 

@@ -3,7 +3,7 @@
 paged, few queries      paged_decode      keys split over programs, lengths on the device
 paged, many queries     paged_prefill     through the block table
 nothing cached before   flash_prefill     over the states as they came
-paged, few queries, CPU                   cpu_jit           through the block table
+paged, few queries, CPU                   cpu/paged_attentionthrough the block table
 CPU, or what a kernel does not take       torch path over a view of the pool, or over a gathered copy
 """
 
@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_kvopt.attention.mla import LatentKV
-from hf_kvopt.kernels import dispatch
-from hf_kvopt.kernels.cpu import attend
-from hf_kvopt.kernels.cpu_codes import decode_codes
-from hf_kvopt.kernels.cpu_jit import attend_blocks, can_attend
-from hf_kvopt.kernels.cpu_pieces import attend_pieces, can_attend_pieces
+from hf_kvopt.kernels import ops as dispatch
+from hf_kvopt.kernels.cpu.codes import decode_codes
+from hf_kvopt.kernels.cpu.dense import attend
+from hf_kvopt.kernels.cpu.paged_attention import attend_blocks, can_attend
+from hf_kvopt.kernels.cpu.pieces import attend_pieces, can_attend_pieces
 from hf_kvopt.kernels.paged_kv import PagedKV
 from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.pool.handle import KVHandle, handle_on

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hf_kvopt.cli.screen import Parser, whole_number
-from hf_kvopt.draft.train import Trainer
 from hf_kvopt.plan import BadInput
+from hf_kvopt.speculation.training.train import Trainer
 
 _DTYPES = ("float32", "bfloat16", "float16")
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_kvopt.errors import UnsupportedDevice
-from hf_kvopt.kernels.launch import Target
+from hf_kvopt.kernels.triton.launch import Target
 from hf_kvopt.quant import Format, format_of
 
 COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -20,8 +20,8 @@ from hf_kvopt.kernels.checks import (
     check_shape,
     debug_enabled,
 )
-from hf_kvopt.kernels.launch import Config, Target, dot_dtype, next_power_of_two
 from hf_kvopt.kernels.pattern import Pattern, check_pattern, strides_of
+from hf_kvopt.kernels.triton.launch import Config, Target, dot_dtype, next_power_of_two
 from hf_kvopt.quant import Format, format_of
 
 

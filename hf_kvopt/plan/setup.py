@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from hf_kvopt import compat
-from hf_kvopt.cache.identity import require_shareable
 from hf_kvopt.errors import UnsupportedModel
 from hf_kvopt.plan.capacity import CARD_SHARE
 from hf_kvopt.plan.devices import Device, get_device
@@ -19,6 +18,7 @@ from hf_kvopt.plan.memory import chosen_dtype, encoder_tokens
 from hf_kvopt.plan.model_config import load_config
 from hf_kvopt.plan.weights import Weights, count_weights, model_class, require_kv_cache
 from hf_kvopt.plan.workloads import WORKLOADS, Workload
+from hf_kvopt.prefix.identity import require_shareable
 
 GOALS = ("latency", "throughput")
 # By measured loss on a small model and by what peers publish: the least harmful first.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_kvopt.errors import CacheStateError
-from hf_kvopt.kernels.cpu_jit import Place, place_of
+from hf_kvopt.kernels.cpu.paged_attention import Place, place_of
 from hf_kvopt.pool.lazy import LazyTensor
 from hf_kvopt.pool.slots import RowTensors
 from hf_kvopt.quant import Format, Quantized, dequantize, format_of, get_format, rotate, unguarded

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_kvopt.kernels.cpu_jit import Place, place_of
-from hf_kvopt.kernels.cpu_store import can_store, store_states
-from hf_kvopt.kernels.dispatch import require_format, require_format_somewhere, runs_kernel, store_kv
+from hf_kvopt.kernels.cpu.paged_attention import Place, place_of
+from hf_kvopt.kernels.cpu.store import can_store, store_states
+from hf_kvopt.kernels.ops import require_format, require_format_somewhere, runs_kernel, store_kv
 from hf_kvopt.pool.block_table import BlockTable
 from hf_kvopt.pool.centres import Centres
 from hf_kvopt.pool.fixed_rows import FixedCentres

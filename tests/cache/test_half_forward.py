@@ -8,8 +8,8 @@ import torch
 import hf_kvopt
 from hf_kvopt import CacheStateError, KVOptError, PagedCache, PrefixStore
 from hf_kvopt.pool.allocator import BlockAllocator
-from hf_kvopt.pool.prefix_index import PrefixIndex
 from hf_kvopt.pool.storage import KVPool, Plane
+from hf_kvopt.prefix.index import PrefixIndex
 from tests.helpers import eager_tokens, generate, prompt, tiny_config, tiny_model, unpadded
 
 CACHES = {

@@ -6,8 +6,8 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, T
 
 import hf_kvopt
 from hf_kvopt import PagedCache, QuantizedPagedCache, UnsupportedDevice
-from hf_kvopt.kernels import dispatch
-from hf_kvopt.kernels.launch import Target
+from hf_kvopt.kernels import ops as dispatch
+from hf_kvopt.kernels.triton.launch import Target
 from hf_kvopt.quant import KV_FORMATS, get_kv_format
 from tests.helpers import KINDS, NEW_TOKENS, eager_tokens, generate, prompt, states, tiny_config, tiny_model, unpadded
 

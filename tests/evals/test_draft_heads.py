@@ -5,7 +5,7 @@ import torch
 
 import hf_kvopt
 from evals.reference_model import MODEL_PATH, heldout_texts, load
-from hf_kvopt.draft.losses import RolledOutLoss, accepted_lengths, look, walk
+from hf_kvopt.speculation.training.losses import RolledOutLoss, accepted_lengths, look, walk
 
 FOLDER = MODEL_PATH.parent
 # Tokens a step of simulated greedy chains of three; far below what is measured, far above what a broken head gives.

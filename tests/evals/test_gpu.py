@@ -14,12 +14,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from evals._gpu_bars import bars, markdown
-from evals._gpu_jobs import Job, run_jobs
-from evals._gpu_states import compare
-from evals._gpu_time import Bench
+from evals.gpu.bars import bars, markdown
+from evals.gpu.jobs import Job, run_jobs
+from evals.gpu.states import compare
+from evals.gpu.time import Bench
 from hf_kvopt.kernels.pattern import Pattern
-from hf_kvopt.kernels.reference import attention_reference, visible_pairs
+from hf_kvopt.kernels.reference.attention import attention_reference, visible_pairs
 
 ROOT = Path(__file__).parents[2]
 CPU = Bench(torch.device("cpu"), 1, time.monotonic() + 600, rehearsal=True)

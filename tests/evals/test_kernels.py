@@ -9,10 +9,10 @@ import torch
 pytest.importorskip("triton")
 
 from evals import kernels
-from evals._gpu_cases import Case, launches_of, sweep
-from evals._gpu_compile import CARDS, Compiled, signature_of
-from hf_kvopt.kernels.configs import _FLASH_PREFILL, _PAGED_DECODE, _PAGED_PREFILL
-from hf_kvopt.kernels.launch import family_of
+from evals.gpu.cases import Case, launches_of, sweep
+from evals.gpu.compile import CARDS, Compiled, signature_of
+from hf_kvopt.kernels.triton.configs import _FLASH_PREFILL, _PAGED_DECODE, _PAGED_PREFILL
+from hf_kvopt.kernels.triton.launch import family_of
 
 RECORD = json.loads(kernels.RESULTS.read_text())["rows"]
 GOOD = Compiled(200, 0, 100 << 10, {"HGMMA": 64}, 1, 3000, 500)

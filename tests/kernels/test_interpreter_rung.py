@@ -1,4 +1,4 @@
-"""Rung 1: each file of `interpreted/` in a process of its own, under TRITON_INTERPRET=1."""
+"""Rung 1: each file of `triton/` in a process of its own, under TRITON_INTERPRET=1."""
 
 import os
 import subprocess
@@ -9,10 +9,10 @@ import pytest
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
-FILES = sorted((Path(__file__).parent / "interpreted").glob("test_*.py"))
+FILES = sorted((Path(__file__).parent / "triton").glob("test_*.py"))
 
 pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted/ is collected in this process"
+    os.environ.get("TRITON_INTERPRET") == "1", reason="triton/ is collected in this process"
 )
 
 

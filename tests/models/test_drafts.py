@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from hf_kvopt import KVOptError, speculative
-from tests.draft.drafters import Forest, Oracle
 from tests.models import expected
 from tests.models.cases import Case, covered_cases
 from tests.models.inputs import inputs_for
 from tests.models.kinds import layer_kinds
 from tests.models.reference import reference
 from tests.models.tiny import build
+from tests.speculation.drafters import Forest, Oracle
 
 # Kinds of layers whose past can be taken back token by token.
 TAKEN_BACK = {"full", "sliding", "chunked", "latents"}

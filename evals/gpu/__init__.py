@@ -1,0 +1,1 @@
+"""Everything on a CUDA machine, in one call."""

@@ -1,0 +1,1 @@
+"""Attention, storing and drafting on a CPU, compiled where it can be."""

@@ -1,0 +1,345 @@
+"""Emits the work on one task after another: scores, softmax and weighted values of a KV head and CHUNK tokens."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+from llvmlite import ir
+
+from hf_kvopt.kernels.cpu.jit.body import Body
+from hf_kvopt.kernels.cpu.jit.codec import CODECS, Codec
+from hf_kvopt.kernels.cpu.jit.emitter import F16, F32, I8, I32, I64, NEG_INF
+from hf_kvopt.kernels.cpu.jit.spec import BOOL_MASK, CHUNK, FLOAT_MASK, TILE, Spec
+from hf_kvopt.kernels.pattern import LOG2E
+
+# Sums that are kept in registers at once, by lanes; the other registers hold what is multiplied.
+_ACCUMULATORS = {16: 16, 8: 8}
+_LEAST_FLOAT = -3.4028234663852886e38
+
+
+class Plane:
+    """Where the keys or values of one task lie."""
+
+    def __init__(self, e: Body, name: str, codec: Codec, row: ir.Value, head: ir.Value) -> None:
+        self.e, self.codec = e, codec
+        self.table = e.item(e.pointer("table"), I32, e.b.mul(row, e.number("table_row")))
+        self.shift = e.number("block_shift")
+        self.base = e.at(e.pointer(name), e.b.mul(head, e.number(f"{name}_head")))
+        self.block, self.token = e.number(f"{name}_block"), e.number(f"{name}_token")
+        self.scale_item = e.spec.scale_bits // 8
+        if codec.num_scales:
+            self.scale_base = e.at(e.pointer(f"{name}_scale"), e.b.mul(head, e.number(f"{name}_scale_head")))
+            self.scale_block = e.number(f"{name}_scale_block")
+
+    def block_at(self, column: ir.Value) -> ir.Value:
+        """Address of the first token of a block of the row."""
+        return self.e.at(self.base, self.e.b.mul(self._block_number(column), self.block))
+
+    def address(self, token: ir.Value) -> ir.Value:
+        """Address of a token."""
+        column, offset = self._split(token)
+        return self.e.at(self.block_at(column), self.e.b.mul(offset, self.token))
+
+    def scales(self, token: ir.Value) -> ir.Value:
+        """Scales of as many tokens as there are lanes, from `token` on, with the codec's gain."""
+        return self.e.b.fmul(self._load_scales(token, self.e.lanes), self.e.splat(self.codec.gain))
+
+    def pair(self, token: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """The scales of a token's even and odd channels in turn, and the same times the codec's offset."""
+        two = self._load_scales(token, 2)
+        scale = self.e.shuffle(two, two, [lane % 2 for lane in range(self.e.lanes)])
+        return scale, self.e.b.fmul(scale, self.e.splat(self.codec.offset))
+
+    def _load_scales(self, token: ir.Value, count: int) -> ir.Value:
+        e = self.e
+        column, offset = self._split(token)
+        block = e.at(self.scale_base, e.b.mul(self._block_number(column), self.scale_block))
+        address = e.at(block, e.b.mul(offset, e.integer(self.scale_item * self.codec.num_scales)))
+        if self.scale_item == 4:
+            return e.load(address, F32, count)
+        return e.b.fpext(e.load(address, F16, count), ir.VectorType(F32, count))
+
+    def _split(self, token: ir.Value) -> tuple[ir.Value, ir.Value]:
+        column = self.e.b.ashr(token, self.shift)
+        return column, self.e.b.sub(token, self.e.b.shl(column, self.shift))
+
+    def _block_number(self, column: ir.Value) -> ir.Value:
+        return self.e.b.sext(self.e.b.load(self.e.item(self.table, I32, column), typ=I32), I64)
+
+
+class Worker(Body):
+    """Takes tasks until none is left."""
+
+    def __init__(self, function: ir.Function, spec: Spec, finish: ir.Function) -> None:
+        super().__init__(function, spec)
+        self.finish = finish
+        self.k_codec, self.v_codec = CODECS[spec.k_code], CODECS[spec.v_code]
+        accumulators = _ACCUMULATORS[spec.lanes]
+        # Tokens whose products with all rows are in registers at once: a power of two.
+        self.unit = accumulators // (1 << (spec.rows - 1).bit_length())
+        self.width = max(1, accumulators // spec.rows)
+        self.scores = self.alloca(F32, spec.rows * TILE)
+        self.k_scales, self.v_scales = (self.alloca(F32, TILE) for _ in range(2))
+
+    def emit(self) -> None:
+        """Write the function."""
+        self.queries = self.allocate(self.b.mul(self.num_padded(), self.integer(self.k_vectors * self.lanes * 4)))
+        with self.tasks() as task:
+            self._task(task)
+        self.b.ret_void()
+
+    def _task(self, task: ir.Value) -> None:
+        splits, num_kv_heads = self.number("splits"), self.number("num_kv_heads")
+        split, pair = self.b.urem(task, splits), self.b.udiv(task, splits)
+        row, kv_head = self.b.udiv(pair, num_kv_heads), self.b.urem(pair, num_kv_heads)
+        self.where = row, kv_head
+        self.part_of_task = self.part(pair, split)
+        self.k = Plane(self, "k", self.k_codec, row, kv_head)
+        self.v = Plane(self, "v", self.v_codec, row, kv_head)
+        self._bounds(row, split)
+        self._prepare()
+        with self.loop(self.round_down(self.begin, TILE), self.end, TILE) as tile:
+            self.tile = tile
+            self.first = self.greatest(self.begin, tile)
+            self.stop = self.least(self.end, self.b.add(tile, self.integer(TILE)))
+            self._load_scales()
+            with self.loop(self.integer(0), self.num_padded(), self.spec.rows) as query:
+                bounds = [self._seen(self.b.add(query, self.integer(q))) for q in self._rows]
+                with self.b.if_then(self._is_seen(bounds)):
+                    self._tile(query, bounds)
+        with self.b.if_then(self.b.icmp_signed("==", splits, self.integer(1))):
+            self.b.call(self.finish, [self.arguments, pair])
+
+    def _bounds(self, row: ir.Value, split: ir.Value) -> None:
+        """The tokens of this task: those that some query sees."""
+        self.seq_len = self._per_row("seq_lens", row)
+        self.past = self.b.sub(self.seq_len, self.number("q_len"))
+        column0 = self.b.sub(self.number("skip"), self._per_row("lags", row, 0))
+        self.column0 = column0  # the token that stands in the first column
+        start = self.b.add(column0, self._per_row("starts", row, 0))
+        window_start = self.b.add(self.b.sub(self.past, self.number("window")), self.integer(1))
+        lowest = self.greatest(self.greatest(start, window_start), self.integer(0))
+        chunk = self.b.mul(split, self.integer(CHUNK))
+        self.begin = self.greatest(lowest, chunk)
+        self.end = self.least(self.seq_len, self.b.add(chunk, self.integer(CHUNK)))
+
+    def _per_row(self, name: str, row: ir.Value, default: int | None = None) -> ir.Value:
+        """An item of an int32 array; `default` where the address may be 0."""
+        if default is None:
+            return self.b.sext(self.b.load(self.item(self.pointer(name), I32, row), typ=I32), I64)
+        value = self.var(self.integer(default))
+        with self.b.if_then(self.b.icmp_signed("!=", self.number(name), self.integer(0))):
+            value.set(self._per_row(name, row))
+        return value.get()
+
+    def _prepare(self) -> None:
+        """Scale the queries, and start with nothing seen; the last query fills up the rows computed together."""
+        last = self.b.sub(self.num_rows(), self.integer(1))
+        scale = self.splat(self.real("scale"))
+        with self.loop(self.integer(0), self.num_padded(), 1) as query:
+            source = self.item(self.pointer("q"), F32, self.locate(self.where, "q", self.least(query, last)))
+            for i in range(self.k_vectors):
+                count = min(self.lanes, self.spec.k_dim - i * self.lanes)
+                channels = self.widen(self.load(self.item(source, F32, self.integer(i * self.lanes)), F32, count))
+                self.store(self.b.fmul(channels, scale), self._query(query, i))
+            row = self.part_row(self.part_of_task, query)
+            for i in range(self.v_vectors):
+                self.store(self.splat(0.0), self.item(row, F32, self.integer(i * self.lanes)))
+            self.b.store(ir.Constant(F32, NEG_INF), self.extreme(row))
+            self.b.store(ir.Constant(F32, 0.0), self.denominator(row))
+
+    def _query(self, query: ir.Value, i: int) -> ir.Value:
+        """Address of the i-th vector of a scaled query."""
+        items = self.b.mul(query, self.integer(self.k_vectors * self.lanes))
+        return self.item(self.queries, F32, self.b.add(items, self.integer(i * self.lanes)))
+
+    def _score(self, q: int, token: ir.Value) -> ir.Value:
+        """Address of the score of query q of the tile and a token."""
+        offset = self.b.add(self.b.sub(token, self.tile), self.integer(q * TILE))
+        return self.item(self.scores, F32, offset)
+
+    @property
+    def _rows(self) -> range:
+        return range(self.spec.rows)
+
+    def _vectors(self) -> AbstractContextManager[ir.Value]:
+        """A loop over the tile's tokens, a vector at a time from a multiple of the lanes on."""
+        return self.loop(self.round_down(self.first, self.lanes), self.stop, self.lanes)
+
+    def _load_scales(self) -> None:
+        for plane, codec, scales in ((self.k, self.k_codec, self.k_scales), (self.v, self.v_codec, self.v_scales)):
+            if codec.num_scales == 1:
+                with self._vectors() as token:
+                    self.store(plane.scales(token), self.item(scales, F32, self.b.sub(token, self.tile)))
+
+    def _tile(self, query: ir.Value, bounds: list[tuple[ir.Value, ir.Value]]) -> None:
+        """One step of `rows` queries over one tile of tokens."""
+        with self.loop(self.round_down(self.first, self.unit), self.stop, self.unit) as token:
+            self._products(query, token)
+        if self.k_codec.num_scales == 1:
+            with self._vectors() as token:
+                self._rescale(token)
+        is_capped = self.b.icmp_signed("!=", self.number("softcap"), self.integer(0))
+        with self.b.if_then(is_capped), self._vectors() as token:
+            self._cap(token)
+        for kind, item in ((BOOL_MASK, 1), (FLOAT_MASK, 4)):
+            with self.b.if_then(self.b.icmp_signed("==", self.number("mask_kind"), self.integer(kind))):
+                self._mask(query, kind, item)
+        alphas = self._softmax(query, bounds)
+        for first in range(0, self.v_vectors, self.width):
+            self._add_values(query, alphas, range(first, min(first + self.width, self.v_vectors)))
+
+    def _products(self, query: ir.Value, token: ir.Value) -> None:
+        """Scores of `rows` queries and `unit` tokens."""
+        base = self.k.address(token)
+        keys = [self.at(base, self.b.mul(self.k.token, self.integer(t))) for t in range(self.unit)]
+        pairs = [self._pair(self.k, self.b.add(token, self.integer(t))) for t in range(self.unit)]
+        sums = [[self.splat(0.0)] * self.unit for _ in self._rows]
+        for i in range(self.k_vectors):
+            count = min(self.lanes, self.spec.k_dim - i * self.lanes)
+            queries = [self.load(self._query(self.b.add(query, self.integer(q)), i)) for q in self._rows]
+            for t, (address, pair) in enumerate(zip(keys, pairs, strict=True)):
+                key = self._paired(self.k_codec.load(self, address, i * self.lanes, count), pair)
+                for q in self._rows:
+                    sums[q][t] = self.fma(queries[q], key, sums[q][t])
+        flat = [value for row in sums for value in row]
+        flat += [self.splat(0.0)] * (-len(flat) % self.lanes)
+        for first in range(0, len(flat), self.lanes):
+            self._store_scores(self.sums(flat[first : first + self.lanes]), first, token)
+
+    def _pair(self, plane: Plane, token: ir.Value) -> tuple[ir.Value, ir.Value] | None:
+        return plane.pair(token) if plane.codec.num_scales == 2 else None
+
+    def _paired(self, numbers: ir.Value, pair: tuple[ir.Value, ir.Value] | None) -> ir.Value:
+        """Channels with scales of their own; other scales touch the scores and the weights instead."""
+        return numbers if pair is None else self.fma(numbers, *pair)
+
+    def _store_scores(self, scores: ir.Value, first: int, token: ir.Value) -> None:
+        """Store a vector whose lanes are the scores number first, first + 1, ... = q * unit + t."""
+        count = min(self.unit, self.lanes)
+        for lane in range(0, self.lanes, count):
+            q, t = divmod(first + lane, self.unit)
+            if q < self.spec.rows:
+                self.store(self.narrow(scores, lane, count), self._score(q, self.b.add(token, self.integer(t))))
+
+    def _rescale(self, token: ir.Value) -> None:
+        scales = self.load(self.item(self.k_scales, F32, self.b.sub(token, self.tile)))
+        for q in self._rows:
+            self.store(self.b.fmul(self.load(self._score(q, token)), scales), self._score(q, token))
+
+    def _cap(self, token: ir.Value) -> None:
+        cap = self.splat(self.real("softcap"))
+        for q in self._rows:
+            self.store(self.b.fmul(cap, self.tanh(self.load(self._score(q, token)))), self._score(q, token))
+
+    def _mask(self, query: ir.Value, kind: int, item: int) -> None:
+        """Apply the mask, whose memory ends with the last token: whole vectors first, then one token at a time."""
+        last = self.b.sub(self.num_rows(), self.integer(1))
+        count = self.b.sub(self.stop, self.first)
+        middle = self.b.add(self.first, self.round_down(count, self.lanes))
+        for q in self._rows:
+            offset = self.locate(self.where, "mask", self.least(self.b.add(query, self.integer(q)), last))
+            row = self.at(self.pointer("mask"), offset)
+            for lanes, first, stop in ((self.lanes, self.first, middle), (1, middle, self.stop)):
+                with self.loop(first, stop, lanes) as token:
+                    column = self.b.sub(token, self.column0)
+                    self._mask_some(self.at(row, self.b.mul(column, self.integer(item))), q, token, kind, lanes)
+
+    def _mask_some(self, address: ir.Value, q: int, token: ir.Value, kind: int, lanes: int) -> None:
+        scores = self.load(self._score(q, token), F32, lanes)
+        nothing = ir.Constant(scores.type, [NEG_INF] * lanes)
+        if kind == BOOL_MASK:
+            allowed = self.load(address, I8, lanes)
+            scores = self.b.select(
+                self.b.icmp_unsigned("!=", allowed, ir.Constant(allowed.type, None)), scores, nothing
+            )
+        else:
+            bias = self.load(address, F32, lanes)
+            least, log2_e = (ir.Constant(bias.type, [value] * lanes) for value in (_LEAST_FLOAT, LOG2E))
+            # The least float stands for minus infinity. NaN goes on.
+            hidden = self.b.fcmp_ordered("<=", bias, least)
+            scores = self.b.select(hidden, nothing, self.b.fadd(scores, self.b.fmul(bias, log2_e)))
+        self.store(scores, self._score(q, token))
+
+    def _softmax(self, query: ir.Value, bounds: list[tuple[ir.Value, ir.Value]]) -> list[ir.Value]:
+        """Turn scores into weights of the values; returns by how much each row's sums so far shrink."""
+        rows = [self.part_row(self.part_of_task, self.b.add(query, self.integer(q))) for q in self._rows]
+        old = [self.b.load(self.extreme(row), typ=F32) for row in rows]
+        new = self._maxima(old, bounds)
+        pivots = [self.pivot(m) for m in new]
+        alphas = [self.power(self.b.fsub(m, pivot)) for m, pivot in zip(old, pivots, strict=True)]
+        totals = [self.var(self.splat(0.0)) for _ in rows]
+        with self._vectors() as token:
+            for q, pivot in enumerate(pivots):
+                weights = self.exp2(self.b.fsub(self.load(self._score(q, token)), self.splat(pivot)))
+                totals[q].set(self.b.fadd(totals[q].get(), weights))
+                if self.v_codec.num_scales == 1:
+                    scales = self.load(self.item(self.v_scales, F32, self.b.sub(token, self.tile)))
+                    weights = self.b.fmul(weights, scales)
+                self.store(weights, self._score(q, token))
+        for row, m, alpha, total in zip(rows, new, alphas, totals, strict=True):
+            self.b.store(m, self.extreme(row))
+            shrunk = self.b.fmul(self.b.load(self.denominator(row), typ=F32), self.lane0(alpha))
+            self.b.store(self.b.fadd(shrunk, self.fold(total.get(), "add")), self.denominator(row))
+        return alphas
+
+    def _maxima(self, old: list[ir.Value], bounds: list[tuple[ir.Value, ir.Value]]) -> list[ir.Value]:
+        """Hide what a query does not see; returns the greatest score of each row so far."""
+        maxima = [self.var(self.splat(m)) for m in old]
+        steps = ir.Constant(ir.VectorType(I32, self.lanes), list(range(self.lanes)))
+        with self._vectors() as token:
+            tokens = self.b.add(self.splat(self.b.trunc(token, I32)), steps)
+            for q, (low, high) in enumerate(bounds):
+                seen = self.b.and_(
+                    self.b.icmp_signed(">=", tokens, self.splat(low)), self.b.icmp_signed("<", tokens, self.splat(high))
+                )
+                scores = self.b.select(seen, self.load(self._score(q, token)), self.splat(NEG_INF))
+                self.store(scores, self._score(q, token))
+                maxima[q].set(self.larger(scores, maxima[q].get()))
+        return [self.fold(greatest.get(), "max") for greatest in maxima]
+
+    def _seen(self, query: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """The tokens [low, high) of this task that a query sees by its position."""
+        position = self.b.add(self.past, self.b.urem(query, self.number("q_len")))
+        window_start = self.b.add(self.b.sub(position, self.number("window")), self.integer(1))
+        is_causal = self.b.icmp_signed("!=", self.number("is_causal"), self.integer(0))
+        after = self.b.select(is_causal, self.b.add(position, self.integer(1)), self.end)
+        low, high = self.greatest(self.begin, window_start), self.least(self.end, after)
+        return self.b.trunc(low, I32), self.b.trunc(high, I32)
+
+    def _is_seen(self, bounds: list[tuple[ir.Value, ir.Value]]) -> ir.Value:
+        """Whether some query sees some token of the tile."""
+        first, stop = self.b.trunc(self.first, I32), self.b.trunc(self.stop, I32)
+        seen = ir.Constant(ir.IntType(1), 0)
+        for low, high in bounds:
+            begins, ends = self.b.icmp_signed("<", low, stop), self.b.icmp_signed(">", high, first)
+            seen = self.b.or_(seen, self.b.and_(begins, ends))
+        return seen
+
+    def _add_values(self, query: ir.Value, alphas: list[ir.Value], vectors: range) -> None:
+        """acc = acc * alpha + weights @ values, for some of the channels."""
+        rows = [self.part_row(self.part_of_task, self.b.add(query, self.integer(q))) for q in self._rows]
+        slots = [[self.item(row, F32, self.integer(i * self.lanes)) for i in vectors] for row in rows]
+        acc = [
+            [self.var(self.b.fmul(self.load(slot), alpha)) for slot in of_row]
+            for of_row, alpha in zip(slots, alphas, strict=True)
+        ]
+        shift = self.v.shift
+        last = self.b.ashr(self.b.sub(self.stop, self.integer(1)), shift)
+        with self.loop(self.b.ashr(self.first, shift), self.b.add(last, self.integer(1)), 1) as column:
+            start = self.b.shl(column, shift)
+            size = self.b.shl(self.integer(1), shift)
+            base = self.v.block_at(column)
+            stop = self.least(self.stop, self.b.add(start, size))
+            with self.loop(self.greatest(self.first, start), stop, 1) as token:
+                address = self.at(base, self.b.mul(self.b.sub(token, start), self.v.token))
+                weights = [self.splat(self.b.load(self._score(q, token), typ=F32)) for q in self._rows]
+                pair = self._pair(self.v, token)
+                for j, i in enumerate(vectors):
+                    count = min(self.lanes, self.spec.v_dim - i * self.lanes)
+                    values = self._paired(self.v_codec.load(self, address, i * self.lanes, count), pair)
+                    for q in self._rows:
+                        acc[q][j].set(self.fma(weights[q], values, acc[q][j].get()))
+        for of_row, sums in zip(slots, acc, strict=True):
+            for slot, value in zip(of_row, sums, strict=True):
+                self.store(value.get(), slot)

@@ -1,0 +1,177 @@
+"""Attention of a few queries over blocks on a CPU, in machine code made at first use (kernels/cpu/jit/).
+
+Keys and values are read where they lie, through the block table: rows that share blocks, end at unlike lengths or lie
+scattered cost what one contiguous row costs. `can_attend` says whether a call can be taken; kernels/cpu/dense.py takes
+the others.
+"""
+
+import threading
+from array import array
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_kvopt.kernels.cpu.jit.spec import BOOL_MASK, CHUNK, FLOAT_MASK, NO_MASK, NO_WINDOW, Spec, part_items
+from hf_kvopt.kernels.cpu.program import MAX_DIM, NAMES, bits_of, can_compile, compiled, lanes, num_threads
+from hf_kvopt.kernels.pattern import LOG2E, Pattern
+from hf_kvopt.quant import format_of
+
+# Scaled queries of a KV head's group, which each thread keeps on its stack: chunks of 512 tokens with 4 heads of 64. A
+# chunk of 512 queries against 640 tokens takes 0.48x of SDPA's time (2 cores, AVX-512).
+_MAX_QUERY_BYTES = 1 << 19
+_MIN_BLOCK = 16  # a unit of keys lies in one block
+_QUERY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NO_MASK, _NO_SINKS = (NO_MASK, 0, 0, 0, 0), (0, 0, 0, 0)
+_KEPT_SCRATCH = 1 << 16  # float32 values: what decoding takes
+_THREAD = threading.local()
+# Products (queries x tokens x channels) below which one thread is done before a second has begun.
+_SERIAL_WORK = 1 << 18
+
+
+class Place(NamedTuple):
+    """Where a pool lies, as the kernel takes it; holds as long as the pool's tensors stay."""
+
+    arguments: tuple[int, ...]  # address and strides in bytes: of blocks, tokens and heads, of scales' blocks and heads
+    code: str  # how it is stored, a name in codec.CODECS
+    dim: int
+    scale_bits: int
+    num_heads: int
+    num_blocks: int
+    block_shift: int
+
+
+def place_of(
+    codes: Tensor,  # [num_blocks, block_size, num_kv_heads, width]
+    scale: Tensor | None,  # [num_blocks, block_size, num_kv_heads, *scale_shape]
+) -> Place | None:
+    """Where this pool lies; None where the kernel cannot read it."""
+    num_blocks, block_size, num_heads, width = codes.shape
+    is_power = block_size >= _MIN_BLOCK and not block_size & (block_size - 1)
+    if codes.device.type != "cpu" or type(codes) is not Tensor or not is_power or not _is_readable(codes, scale):
+        return None
+    item = codes.element_size()
+    block, token, head, _ = codes.stride()
+    arguments = codes.data_ptr(), block * item, token * item, head * item
+    bits, dim = 16, width * format_of(codes.dtype).codes_per_byte
+    scales = 0, 0, 0
+    if scale is not None:
+        bits = 8 * scale.element_size()
+        scales = scale.data_ptr(), scale.stride(0) * bits // 8, scale.stride(2) * bits // 8
+    shift = block_size.bit_length() - 1
+    return Place((*arguments, *scales), NAMES[codes.dtype], dim, bits, num_heads, num_blocks, shift)
+
+
+def _is_readable(codes: Tensor, scale: Tensor | None) -> bool:
+    """Whether a token's channels, and the scales of a block's tokens, lie beside one another."""
+    if codes.dtype not in NAMES or codes.shape[3] > MAX_DIM or codes.stride(3) != 1:
+        return False
+    if scale is None:
+        return True
+    is_packed = scale.stride(1) == 1 if scale.dim() == 3 else scale.stride()[1::2] == (scale.shape[3], 1)
+    return is_packed and scale.dtype in (torch.float16, torch.float32)
+
+
+def can_attend(
+    q: Tensor,  # [batch, num_heads, q_len, head_dim]
+    k: Place,
+    v: Place,
+) -> bool:
+    """Whether `attend_blocks` takes this call."""
+    if torch.compiler.is_compiling() or not can_compile():
+        return False
+    if type(q) is not Tensor or q.device.type != "cpu" or (q.requires_grad and torch.is_grad_enabled()):
+        return False
+    batch, num_heads, q_len, head_dim = q.shape
+    group_bytes = 4 * num_heads // k.num_heads * q_len * head_dim
+    return q.dtype in _QUERY_DTYPES and batch > 0 and 0 < group_bytes <= _MAX_QUERY_BYTES
+
+
+def attend_blocks(
+    q: Tensor,  # [batch, num_heads, q_len, head_dim]
+    k: Place,
+    v: Place,
+    block_table: Tensor,  # [batch, max_blocks] int32
+    seq_lens: Tensor,  # [batch] int32
+    lags: Tensor | None,  # [batch] int32
+    pattern: Pattern,
+    *,
+    skip: int = 0,
+) -> Tensor:
+    """Attention with queries aligned to the end of each row: query i sits at token seq_len - q_len + i.
+
+    The pattern's `starts` and `mask` count columns: row i's token t stands in column t + lags[i] - skip. Its sinks may
+    differ by query, [batch | 1, num_heads, q_len | 1, 1].
+
+    Returns:
+        [batch, q_len, num_heads, v_head_dim] contiguous, in q's dtype; 0 for a query that may see no token.
+    """
+    scale, is_causal, window, softcap, sinks, starts, mask = pattern
+    batch, num_heads, q_len, head_dim = q.shape
+    group = num_heads // k.num_heads
+    rows = group * q_len
+    together = min(rows, 4)
+    scale_bits = max(k.scale_bits, v.scale_bits)
+    program, part_size = _program(together, k.dim, v.dim, k.code, v.code, scale_bits, lanes())
+    states = q if q.dtype == torch.float32 and q.stride(3) == 1 else q.float().contiguous()
+    capacity = block_table.shape[1] << k.block_shift
+    splits = -(-capacity // CHUNK)
+    num_tasks = batch * k.num_heads * splits
+    out = states.new_empty((batch, q_len, num_heads, v.dim))
+    parts = _scratch(num_tasks * -(-rows // together) * together * part_size)
+    work = batch * num_heads * q_len * capacity * (head_dim + v.dim)
+    if mask is not None:
+        mask = _as_read(mask)
+    if sinks is not None:
+        sinks = (sinks[None, :, None, None] if sinks.dim() == 1 else sinks).float()
+    first = None if starts is None else torch.as_tensor(starts, dtype=torch.int32, device="cpu")
+    # In the order of spec.ARGUMENTS.
+    arguments = array("q", (
+        0, num_tasks, num_threads() if work > _SERIAL_WORK else 1, splits, k.num_heads, group, q_len,
+        states.data_ptr(), *states.stride()[:3],
+        *k.arguments, *v.arguments,
+        block_table.data_ptr(), block_table.stride(0), k.block_shift, seq_lens.data_ptr(),
+        0 if first is None else first.data_ptr(), 0 if lags is None else lags.data_ptr(), skip,
+        is_causal, NO_WINDOW if window is None else window,
+        bits_of(scale * LOG2E if softcap is None else scale / softcap), bits_of((softcap or 0.0) * LOG2E),
+        *(_NO_MASK if mask is None else _mask_arguments(mask)),
+        *(_NO_SINKS if sinks is None else (sinks.data_ptr(), *_broadcast_strides(sinks, 1))),
+        out.data_ptr(), parts.data_ptr(),
+    ))  # fmt: skip
+    program.run(arguments.buffer_info()[0])
+    return out if q.dtype == torch.float32 else out.to(q.dtype)
+
+
+def _as_read(mask: Tensor) -> Tensor:
+    """A mask as bool or float32 with adjacent columns."""
+    if mask.dtype not in (torch.bool, torch.float32):
+        mask = mask.float().masked_fill(mask <= torch.finfo(mask.dtype).min, float("-inf"))
+    return mask if mask.stride(3) == 1 else mask.contiguous()
+
+
+def _mask_arguments(mask: Tensor) -> tuple[int, ...]:
+    kind = BOOL_MASK if mask.dtype == torch.bool else FLOAT_MASK
+    return kind, mask.data_ptr(), *_broadcast_strides(mask, mask.element_size())
+
+
+def _broadcast_strides(x: Tensor, item: int) -> tuple[int, ...]:
+    """Strides of the first three axes, 0 along each that has one entry for all."""
+    return tuple(0 if size == 1 else stride * item for size, stride in zip(x.shape[:3], x.stride(), strict=False))
+
+
+def _scratch(size: int) -> Tensor:
+    """At least `size` float32 values that this thread's next kernel may write; a few are kept from call to call."""
+    if size > _KEPT_SCRATCH:
+        return torch.empty(size, dtype=torch.float32, device="cpu")
+    kept: Tensor | None = getattr(_THREAD, "scratch", None)
+    if kept is None:
+        kept = _THREAD.scratch = torch.empty(_KEPT_SCRATCH, dtype=torch.float32, device="cpu")
+    return kept
+
+
+@cache
+def _program(*fields: Any) -> tuple[Any, int]:
+    """The kernel of the spec with these fields, and the float32 values of scratch that a task takes for a row."""
+    spec = Spec(*fields)
+    return compiled("attention", spec), part_items(spec)

@@ -1,0 +1,95 @@
+"""New keys or values into scattered slots of a pool on a CPU, in machine code made at first use (cpu/jit/store.py).
+
+    pool[slot, head] = quantize(guard(states[row, head, token]))        slot -1: skipped
+
+An unquantized pool takes states of its own dtype as they are. `can_store` says whether states can be taken;
+quant/reference.py and torch's indexing take the others.
+"""
+
+from array import array
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_kvopt.kernels.cpu.jit.spec import STORE_ARGUMENTS, STORE_CHUNK, StoreSpec
+from hf_kvopt.kernels.cpu.paged_attention import Place
+from hf_kvopt.kernels.cpu.program import NAMES, can_compile, compiled, lanes, num_threads
+
+_SOURCES = (torch.float32, torch.bfloat16, torch.float16)
+# Channels below which one thread is done before a second has begun.
+_SERIAL_WORK = 1 << 15
+_CODES = ("int8", "uint8", "float8_e4m3fn", "float8_e5m2")
+_OUTSIDE = STORE_ARGUMENTS.index("outside")
+
+
+def can_store(
+    states: Tensor,  # [batch, num_kv_heads, tokens, head_dim]
+    place: Place,
+) -> bool:
+    """Whether `store_states` takes this call."""
+    return (
+        (place.code in _CODES or place.code == NAMES.get(states.dtype))
+        and states.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and can_compile()
+        and type(states) is Tensor
+        and place.scale_bits == 16
+    )
+
+
+def store_states(
+    states: Tensor,  # [batch, num_kv_heads, tokens, head_dim] float
+    place: Place,  # of a pool with as many heads, which is written
+    slots: Tensor,  # [batch * tokens] int64, in any shape: block * block_size + offset, -1 to skip
+    centre: Tensor | None = None,  # [batch, num_kv_heads, head_dim] float32: taken from the states
+    rotates: bool = False,
+) -> None:
+    """Guard and quantize each vector alone, and write it; two tokens must not share a slot.
+
+    Raises:
+        ValueError: the pool has other heads, or there are not as many slots as tokens.
+        IndexError: the pool has no such slot; the other tokens are written.
+    """
+    batch, num_heads, tokens, dim = states.shape
+    if states.dtype not in _SOURCES or states.stride(3) != 1:
+        states = states.float().contiguous()
+    _check(states, place, slots)
+    if centre is not None:
+        centre = centre.float().contiguous()
+    item = states.element_size()
+    row, head, token, _ = states.stride()
+    program = _program(dim, NAMES[states.dtype], place.code, rotates, centre is not None, lanes())
+    num_slots = place.num_blocks << place.block_shift
+    chunks = -(-tokens // STORE_CHUNK)
+    # In the order of spec.STORE_ARGUMENTS.
+    arguments = array("q", (
+        0, batch * num_heads * chunks, num_threads() if states.numel() > _SERIAL_WORK else 1, -1,
+        chunks, num_heads, tokens,
+        states.data_ptr(), row * item, head * item, token * item,
+        *((0, 0, 0) if centre is None else (centre.data_ptr(), 4 * centre.stride(0), 4 * centre.stride(1))),
+        slots.data_ptr(), num_slots, place.block_shift, *place.arguments,
+    ))  # fmt: skip
+    program.run(arguments.buffer_info()[0])
+    if arguments[_OUTSIDE] >= 0:
+        raise IndexError(f"slots must lie below {num_slots}: got {arguments[_OUTSIDE]}; reserve blocks before writing")
+
+
+def _check(states: Tensor, place: Place, slots: Tensor) -> None:
+    batch, num_heads, tokens, dim = states.shape
+    if (num_heads, dim) != (place.num_heads, place.dim):
+        raise ValueError(
+            f"states must have the pool's {place.num_heads} heads of {place.dim}: got {num_heads} of {dim}; "
+            "use one cache a model"
+        )
+    if slots.dtype != torch.int64 or slots.numel() != batch * tokens or not slots.is_contiguous():
+        raise ValueError(
+            f"slots must be {batch * tokens} adjacent int64, one a token: got {list(slots.shape)} {slots.dtype}"
+        )
+
+
+@cache
+def _program(*fields: Any) -> Any:
+    """The kernel of the spec with these fields."""
+    return compiled("store", StoreSpec(*fields))

@@ -1,0 +1,1 @@
+"""What every kernel computes, in float32 torch."""

@@ -1,0 +1,1 @@
+"""Everything that replaces a method on one model instance."""

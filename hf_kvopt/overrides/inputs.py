@@ -1,0 +1,106 @@
+"""Keep the cache of a call in use where a model would drop it, and say so where it is not used.
+
+    generate ─► PreparedInputs   the model's own inputs lack the cache: it is emptied, to be filled with the whole text
+             ─► CheckedPrefill   the forward over the prompt; then: is our cache returned, and has it grown?
+
+Phi-3, PhiMoE and Phi-4-multimodal compute all keys anew where a text passes the length up to which their short rotary
+factors hold: they withhold the cache, so that the forward makes a new one. An emptied one serves as well.
+"""
+
+import functools
+import inspect
+import logging
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import EncoderDecoderCache
+from transformers.generation import GenerationConfig, GenerationMixin
+
+from hf_kvopt import compat
+from hf_kvopt.cache.paged import PagedCache
+from hf_kvopt.errors import CacheStateError
+from hf_kvopt.overrides.instance import InstanceOverride
+from hf_kvopt.prefix.cache import PrefixSharedCache
+
+logger = logging.getLogger(__name__)
+
+
+class PreparedInputs(InstanceOverride):
+    """The model's own inputs of a forward, with our cache in them; replaces `compat.PREPARE_INPUTS` on one model."""
+
+    adds_nothing = True  # to what a prompt's keys and values depend on
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        # generate() reads from it which arguments a model takes.
+        return inspect.signature(compat.original(self.module, compat.PREPARE_INPUTS))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        model, cache = self.module, kwargs.get(compat.CACHE_KEYWORD)
+        prepare = compat.original(model, compat.PREPARE_INPUTS)
+        inputs: dict[str, Any] = prepare(*args, **kwargs)
+        is_dropped = all(inputs.get(name) is None for name in compat.CACHE_NAMES) and inputs.get("use_cache", True)
+        if paged_part(cache) is None or not is_dropped:
+            return inputs
+        assert cache is not None
+        if isinstance(cache, PrefixSharedCache) and cache.is_only_filled:
+            # The model was not to see that a part of the prompt was known: of an empty cache it feeds all.
+            inputs = prepare(*args, **{**kwargs, compat.NEXT_LENGTH: None, compat.CACHE_KEYWORD: None})
+        cache.reset()
+        inputs[compat.cache_keyword(model)] = cache
+        return inputs
+
+
+class CheckedPrefill(InstanceOverride):
+    """See `prefill`; replaces `compat.PREFILL` on one model."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return prefill(self.module, *args, **kwargs)
+
+
+def prefill(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Let the model read a prompt, and see that it went into our cache.
+
+    Raises:
+        CacheStateError: the cache did not grow by what was fed, so that nothing could go on from it.
+    """
+    cache = paged_part(model_kwargs.get(compat.CACHE_KEYWORD))
+    before, epoch = (cache.num_columns, cache.epoch) if cache is not None else (0, 0)
+    outputs = compat.original(model, compat.PREFILL)(input_ids, generation_config, model_kwargs, *args, **kwargs)
+    if cache is None or not cache.has_columns:
+        return outputs
+    returned = outputs.get(compat.CACHE_KEYWORD)
+    # Emptied meanwhile, it holds what was fed alone, and that need not be all that was there.
+    # A model with a generate() of its own may feed other columns than it is asked for (MusicGen's codebooks).
+    is_usual = getattr(type(model), "generate", None) is GenerationMixin.generate and cache.epoch == epoch
+    expected = max(before + 1, input_ids.shape[1]) if is_usual else 1
+    if returned is not None and paged_part(returned) is not cache:
+        _say_once(type(model).__name__, type(returned).__name__)
+    elif cache.num_columns < expected:
+        raise CacheStateError(
+            f"{type(model).__name__} did not write the prompt into the cache that it was handed: got a cache of "
+            f"{cache.num_columns} columns that held {before} before {input_ids.shape[1]} tokens were read; call "
+            "hf_kvopt.disable(model), or hf_kvopt.enable(model, cache=None), and use the model's own cache"
+        )
+    return outputs
+
+
+def paged_part(cache: object) -> PagedCache | None:
+    """The cache of this library that holds the text of `cache`, if any does."""
+    cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    return cache if isinstance(cache, PagedCache) else None
+
+
+@functools.cache
+def _say_once(model: str, kind: str) -> None:
+    logger.warning(
+        "%s makes a cache of its own, a %s, and leaves the one that it is handed: right, but not in blocks", model, kind
+    )

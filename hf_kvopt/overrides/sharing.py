@@ -1,0 +1,215 @@
+"""Prefix sharing under plain `generate()`: matching before its first forward, keeping what was computed after it.
+
+    model.generate ─► _Generate ─► generate ─► makes a blank PrefixSharedCache (see enable)
+                                      └─► _prefill ─► _Prefill: match and fill, then the model's own prefill of the rest
+                      keep ◄── output ◄── decoding, whatever its mode
+
+Three methods of the one model instance are overridden; `disable` removes them. A call whose keys and values depend on
+more than its tokens (images, embeddings, positions of its own) gets a cache that shares nothing.
+"""
+
+import copy
+import functools
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.generation import GenerationConfig
+
+from hf_kvopt import compat
+from hf_kvopt.errors import CacheStateError
+from hf_kvopt.overrides.inputs import prefill
+from hf_kvopt.overrides.instance import InstanceOverride
+from hf_kvopt.prefix.cache import PrefixSharedCache
+from hf_kvopt.prefix.store import PrefixStore
+
+logger = logging.getLogger(__name__)
+# What does not change a token's keys and values; anything else that generate() hands the model may.
+_HARMLESS = (
+    *compat.CACHE_NAMES, "attention_mask", "position_ids", "use_cache", "logits_to_keep", "output_attentions",
+    "output_hidden_states", "output_router_logits", "output_logits", "return_dict",
+)  # fmt: skip
+
+
+class Sharing:
+    """The store of one enabled model, made at its first use, and the caches of the calls that are running."""
+
+    def __init__(self, store: PrefixStore | None, options: dict[str, Any]) -> None:
+        self.store, self.options = store, options
+        self.running = threading.local()
+        self.lock = threading.Lock()
+
+    def store_for(self, model: PreTrainedModel) -> PrefixStore:
+        """The model's store."""
+        with self.lock:
+            if self.store is None:
+                self.store = PrefixStore(model, **self.options)
+            return self.store
+
+    def make_cache(self, model: PreTrainedModel) -> PrefixSharedCache:
+        """A blank cache, remembered for the `generate` call that runs in this thread."""
+        cache = self.store_for(model).new_cache()
+        if getattr(self.running, "calls", None):
+            self.running.calls[-1].append(cache)
+        return cache
+
+    @contextmanager
+    def collect(self) -> Iterator[list[PrefixSharedCache]]:
+        """Collect the caches that are made inside of the block."""
+        if not hasattr(self.running, "calls"):
+            self.running.calls = []
+        made: list[PrefixSharedCache] = []
+        self.running.calls.append(made)
+        try:
+            yield made
+        finally:
+            self.running.calls.pop()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Sharing":
+        # A copied model may be trained on: it gets a store of its own, with the same limits.
+        memo[id(self)] = twin = Sharing(None, self.options)
+        return twin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Sharing, (None, self.options)
+
+
+class SharingOverride(InstanceOverride):
+    """An override that knows its model's `Sharing`."""
+
+    def __init__(self, model: PreTrainedModel, sharing: Sharing) -> None:
+        super().__init__(model)
+        self.sharing = sharing
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        twin = super().__deepcopy__(memo)
+        twin.sharing = copy.deepcopy(self.sharing, memo)
+        return twin
+
+
+class _Generate(SharingOverride):
+    """Instead of `GenerationMixin.generate`: itself, or another override of it, and then what it computed is kept."""
+
+    def __init__(self, model: PreTrainedModel, sharing: Sharing, inner: InstanceOverride | None) -> None:
+        super().__init__(model, sharing)
+        self.inner = inner
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        twin = super().__deepcopy__(memo)
+        twin.inner = copy.deepcopy(self.inner, memo)
+        return twin
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model = self.module
+        generate = partial(type(model).generate, model) if self.inner is None else self.inner
+        with self.sharing.collect() as made:
+            try:
+                output = generate(*args, **kwargs)  # type: ignore[operator]
+            except BaseException:
+                for cache in made:
+                    _keep(cache, None, close=True)
+                raise
+        is_tensor = isinstance(output, Tensor)
+        for cache in made:
+            # A cache that is handed back with the output stays the caller's.
+            _keep(cache, output if is_tensor else output.sequences, close=is_tensor)
+        return output
+
+
+class _Prefill(SharingOverride):
+    """Fill the cache with what the store knows of the prompts, then read the rest; replaces `compat.PREFILL`."""
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        model, cache = self.module, model_kwargs.get(compat.CACHE_KEYWORD)
+        chunk_size = generation_config.prefill_chunk_size
+        is_blank = isinstance(cache, PrefixSharedCache) and cache.is_blank
+        # An early exit, which leaves layers out, would leave texts behind of which the whole model lacks layers.
+        is_whole = isinstance(cache, PrefixSharedCache) and cache.is_whole
+        if (
+            is_blank
+            and is_whole
+            and not _returns_prompt(generation_config)
+            and _says_all(input_ids, model_kwargs)
+            and (chunk_size is None or compat.PREFILL_CHUNKS_GO_ON)
+        ):
+            assert isinstance(cache, PrefixSharedCache)
+            if not cache.store.begin(cache, input_ids, model_kwargs.get("attention_mask"), chunk_size=chunk_size):
+                _say_once("rows go through adapters of their own, or something is put before the prompt")
+        return prefill(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+
+def install(model: PreTrainedModel, sharing: Sharing, inner: InstanceOverride | None = None) -> None:
+    """Override the two methods on this instance; `inner` is what generates, where that is not the model's own."""
+    model.__dict__["generate"] = _Generate(model, sharing, inner)
+    model.__dict__[compat.PREFILL] = _Prefill(model, sharing)
+
+
+def prefix_store(model: PreTrainedModel) -> PrefixStore:
+    """The store behind `enable(model, ..., prefix_sharing=True)`: for `stats()`, `pin()`, `save()`, `clear()`.
+
+    Raises:
+        ValueError: prefix sharing is not enabled on this model.
+    """
+    override = model.__dict__.get("generate")
+    if not isinstance(override, _Generate):
+        raise ValueError("this model shares no prefixes: call hf_kvopt.enable(model, prefix_sharing=True) first")
+    return override.sharing.store_for(model)
+
+
+def _keep(cache: PrefixSharedCache, sequences: Tensor | None, *, close: bool) -> None:
+    """Keep what a finished, or broken, call computed; a model that changed meanwhile keeps nothing."""
+    if cache.texts is None or cache.is_committed:
+        return
+    try:
+        cache.store.keep(cache, sequences, close=close)
+    except CacheStateError as error:
+        _say_once(str(error))
+        cache.close()
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    logger.warning("prefixes are not shared: %s", reason)
+
+
+def _returns_prompt(config: GenerationConfig) -> bool:
+    """Whether the caller is given something of every position of the prompt, so that all must be computed."""
+    return bool(config.output_hidden_states or config.output_attentions)
+
+
+def _says_all(input_ids: Tensor, model_kwargs: dict[str, Any]) -> bool:
+    """Whether the tokens of each row, behind padding on the left, alone decide about keys and values."""
+    given = [value for name, value in model_kwargs.items() if name not in _HARMLESS]
+    # generate() hands models of images and text an empty dict where there is no image.
+    if any(value is not None and not (isinstance(value, dict) and not value) for value in given):
+        return False
+    mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
+    if input_ids.shape[1] == 0 or positions is None or positions.dim() != 2:
+        return False
+    if positions.shape[1] != input_ids.shape[1]:
+        return False
+    if mask is None:
+        return bool((positions == torch.arange(input_ids.shape[1], device=input_ids.device)).all())
+    if mask.shape != input_ids.shape:
+        return False
+    # As attention reads it, whatever its dtype: positions that were counted from other numbers are no usual ones.
+    is_token = mask.bool()
+    counted = is_token.cumsum(dim=-1)
+    # No gap after the first token of a row, and a last token.
+    if not bool((is_token == (counted > 0)).all()) or not bool(is_token[:, -1].all()):
+        return False
+    # Whatever stands at padding is nobody's position.
+    return bool(((positions == counted - 1) | ~is_token).all())

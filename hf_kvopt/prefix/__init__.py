@@ -1,0 +1,1 @@
+"""Prompts whose keys and values outlive a call."""

@@ -1,0 +1,258 @@
+"""PrefixSharedCache: a paged cache over the blocks of a store, filled with what the store knows of a prompt.
+
+    columns    0 ........ 4095 | 4096 ... n-1 | n ...            known blocks are shared, by reference
+    row 0      [ known blocks ][ generate() computes the rest, then decodes ]
+    row 1      ----[ known    ][              ]                  left padding is not stored: rows begin later
+
+The length that `generate` is told is one for the batch, always below the prompt's, and the first forward must bring
+just the columns that are missing: whatever would drop a token of the prompt, or feed it twice, is refused.
+"""
+
+import copy
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING, Any, Self
+
+from torch import Tensor
+
+from hf_kvopt import compat
+from hf_kvopt.cache.layer import PagedLayer
+from hf_kvopt.cache.paged import PagedCache
+from hf_kvopt.errors import CacheStateError
+from hf_kvopt.pool.block_table import BlockTable
+
+if TYPE_CHECKING:
+    from hf_kvopt.prefix.store import PrefixStore
+
+Row = list[int]  # of blocks
+
+
+class PrefixSharedCache(PagedCache):
+    """What `PrefixStore.cache` returns; hand it to `generate` once, then to `PrefixStore.commit`.
+
+    Between calls: every row holds references on its blocks, and gives them back when the cache is committed or
+    dropped. Its own last block is copied before it is written where anybody shares it.
+    """
+
+    def __init__(self, store: "PrefixStore") -> None:
+        self.store = store
+        self.key: Hashable = None  # what the prompts are filed under, the namespace included
+        self.namespace: Hashable = None
+        self.texts: list[list[int]] | None = None  # the prompt of each row, without padding; None while blank
+        self.pads: list[int] = []
+        self.prompt_columns = 0
+        # Handed to a caller, who may change the model before it is used.
+        self.is_to_check = False
+        self.is_committed = self.is_reordered = self._is_used = False
+        self._filled = self._chunk = self._seen = 0
+        super().__init__(store.config, block_size=store.block_size, max_tokens=store.max_tokens, formats=store.formats)
+        # An early exit (`assistant_early_exit`) leaves layers of the config out.
+        self.is_whole = len(self.layers) == store.num_layers
+        for idx, layer in enumerate(self.layers):
+            # Caches before this one know which layers a forward writes.
+            if isinstance(layer, PagedLayer) and idx in store.pools:
+                layer.pool, layer.in_step = store.pools[idx], True
+
+    @property
+    def num_shared(self) -> int:
+        """Columns that were filled before `generate` began."""
+        return self._filled
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether it belongs to no prompt yet and holds nothing."""
+        return self.texts is None and not self.get_seq_length()
+
+    @property
+    def is_only_filled(self) -> bool:
+        """Whether it holds a part of its prompt, and no forward has written to it."""
+        return self._filled > 0 and not self._is_used
+
+    def begin(self, key: Hashable, namespace: Hashable, texts: list[list[int]], pads: list[int]) -> None:
+        """Make this cache one for the prompts `texts`, of which nothing is held yet."""
+        self.key, self.namespace, self.texts, self.pads = key, namespace, texts, pads
+        self.prompt_columns = pads[0] + len(texts[0])
+
+    def fill(self, rows: Sequence[Sequence[Row]], lags: Sequence[int], columns: int) -> None:
+        """Take over `rows` (for each table, one row of retained blocks a text), which reach up to `columns`."""
+        if not columns and not any(lags):
+            return  # rows that begin with the first forward are laid out by it
+        self.append_passes()
+        for table, held in zip(self._tables.values(), rows, strict=True):
+            table.adopt(held, lags, columns)
+        for idx, layer in enumerate(self.layers):
+            if isinstance(layer, PagedLayer):
+                layer.clock, layer.pool = columns, self.store.pools.get(idx)
+        self._filled = self._seen = columns
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """See `PagedCache.update`.
+
+        Raises:
+            CacheStateError: also where the cache was committed, is fed other columns than it lacks, or was made before
+                the model changed.
+        """
+        layer = self.layers[layer_idx]
+        assert isinstance(layer, PagedLayer)  # the store takes no model with other layers that hold anything
+        # The store's pools may be replaced by larger ones: never between planning a write and making it.
+        with self.store.lock:
+            self._require_open()
+            if self.texts is not None and layer.clock == self._seen:
+                self._begin_forward(len(key_states), key_states.shape[2])
+            if layer.is_empty:
+                self._choose_pool(layer, layer_idx, key_states, value_states)
+            try:
+                states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            finally:
+                # Also where it broke off behind the write: the tokens are kept, so others must find them.
+                if layer.pool is not None:
+                    self.store.pools.setdefault(layer_idx, layer.pool)
+            self._is_used = True
+        self._seen = max(self._seen, layer.clock)
+        return states
+
+    def crop(self, tokens_to_remove: int) -> None:
+        with self.store.lock:
+            self._require_open()
+            super().crop(tokens_to_remove)
+            self._seen = self.get_seq_length()
+
+    def crop_rows(self, lengths: Sequence[int]) -> None:
+        with self.store.lock:
+            self._require_open()
+            super().crop_rows(lengths)
+            self._seen = self.get_seq_length()
+
+    def keep_paths(self, num_tokens: int, paths: Sequence[Sequence[int]]) -> None:
+        with self.store.lock:
+            self._require_open()
+            super().keep_paths(num_tokens, paths)
+            self._seen = self.get_seq_length()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        # What beams hold is no longer in the order of the texts that generate() returns.
+        self.is_reordered = True
+        super().reorder_cache(beam_idx)
+
+    def reset(self) -> None:
+        """Forget all tokens and the prompt; the store keeps what it knows."""
+        with self.store.lock:
+            super().reset()
+        self.texts, self.pads, self.key = None, [], None
+        self.prompt_columns = self._filled = self._chunk = self._seen = 0
+        self.is_to_check = self.is_reordered = self.is_committed = self._is_used = False
+
+    def free(self) -> None:
+        """Like `reset`: the memory is the store's."""
+        self.reset()
+
+    @property
+    def is_current(self) -> bool:
+        """Whether what this cache wrote lies where the store's other caches would look for it."""
+        return all(layer.pool is self.store.pools.get(idx) for idx, layer in self._written())
+
+    def rows_held(self, *, is_prompt_whole: bool) -> tuple[list[list[Row]], list[int]]:
+        """Return for each table the rows of blocks, and how many tokens of each row all layers have written.
+
+        Args:
+            is_prompt_whole: the forward over the prompt is known to have ended, so that the model never writes those
+                layers that were not written.
+        """
+        tables = list(self._tables.values())
+        # A forward that broke off may never have come to the layers of some table.
+        if not tables or not all(table.rows for table in tables):
+            return [[] for _ in tables], []
+        clocks = [layer.clock for _, layer in self._written()]
+        if not is_prompt_whole:
+            clocks.append(self._paged_layers()[-1].clock)
+        columns = min(clocks, default=0)
+        lengths = [max(0, columns - lag) for lag in tables[0].lags]
+        return [table.rows for table in tables], lengths
+
+    def close(self) -> None:
+        """Give all blocks back and refuse any further use."""
+        with self.store.lock:
+            super().reset()
+        self.is_committed = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("a PrefixSharedCache lives in its store: got a request to pickle one; use store.save(path)")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        with self.store.lock:
+            return super().__deepcopy__(memo)
+
+    def _written(self) -> list[tuple[int, PagedLayer]]:
+        """The layers that were ever written, with their numbers."""
+        numbered = [(idx, layer) for idx, layer in enumerate(self.layers) if isinstance(layer, PagedLayer)]
+        return [(idx, layer) for idx, layer in numbered if layer.pool is not None]
+
+    def _choose_pool(self, layer: PagedLayer, layer_idx: int, key_states: Tensor, value_states: Tensor) -> None:
+        """Let a layer that holds nothing write where the store's other caches do.
+
+        Where the model computes in another dtype or on another device than it did, all texts are forgotten: no later
+        cache can go on with them.
+        """
+        pool = self.store.pools.get(layer_idx)
+        if pool is not None and not pool.matches(key_states, value_states):
+            layer.is_first = pool.keys.is_first
+            self.store.forget_pool(layer_idx)
+            pool = None
+        layer.pool = pool
+
+    def _table_for(self, window: int | None) -> BlockTable:
+        if window not in self._tables:
+            table = BlockTable(self.store.allocator_for(window), self.cache_config.block_size, window)
+            table.keeps_all = True
+            self._tables[window] = table
+            self._watch_tables()
+        return self._tables[window]
+
+    def _select(self, indices: Sequence[int]) -> None:
+        with self.store.lock:
+            super()._select(indices)
+        if self.texts is not None:
+            self.texts, self.pads = [self.texts[i] for i in indices], [self.pads[i] for i in indices]
+
+    def _rollback(self, clock: int) -> None:
+        with self.store.lock:
+            super()._rollback(clock)
+        self._seen = min(self._seen, clock)
+
+    def append_passes(self) -> None:
+        """Append the layers that the model would: it cannot copy what is filled with a known text."""
+        if self.is_whole:
+            sources = compat.appended_layers(self.store.config.get_text_config(decoder=True))
+            missing = sources[len(self.layers) - self.store.num_layers :]
+            self.layers += [copy.deepcopy(self.layers[idx]) for idx in missing]
+
+    def _require_open(self) -> None:
+        if self.is_committed:
+            raise CacheStateError(
+                "this cache was committed to its store, which shares its blocks now: got a further use of it; call "
+                "store.cache(input_ids, attention_mask) for the next turn"
+            )
+        self.store.require_alive()
+
+    def _begin_forward(self, batch: int, num_tokens: int) -> None:
+        """Check what the first forwards bring, and give each beam or returned sequence a row of its own."""
+        assert self.texts is not None
+        if self.is_to_check and not self._is_used and self._filled:
+            self.store.require_unchanged(self)
+        if not self._is_used and batch != len(self.texts) and batch % len(self.texts) == 0:
+            repeats = batch // len(self.texts)
+            self._select([row for row in range(len(self.texts)) for _ in range(repeats)])
+        missing = self.prompt_columns - self._seen
+        if not self._filled or missing <= 0 or num_tokens == missing:
+            return
+        # Chunks of one size, the last of which may be smaller, are a chunked prefill; single tokens are not.
+        is_chunk = 1 < num_tokens < missing and num_tokens == (self._chunk or num_tokens)
+        if not is_chunk:
+            raise CacheStateError(
+                f"{num_tokens} tokens a row were fed behind the {self._seen} that are cached of a prompt of "
+                f"{self.prompt_columns}: got {'more' if num_tokens > missing else 'less'} than the {missing} that are "
+                "missing; pass generate() the whole input_ids and attention_mask that the cache was made for, and no "
+                "assistant_model"
+            )
+        self._chunk = num_tokens

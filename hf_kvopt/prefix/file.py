@@ -1,0 +1,221 @@
+"""Prefix stores on disk: one safetensors file, with a manifest in its header that says what the tensors are.
+
+    "layer 0 keys"  [num_blocks, block_size, num_kv_heads, width]     the tree's blocks in the manifest's order
+    "layer 0 keys scale"  [num_blocks, block_size, num_kv_heads]      where the format has scales
+    "layer 0 keys centre"  [num_blocks, num_kv_heads, head_dim]       what was taken from coarse keys before
+
+The manifest holds the tree (tokens and parent of each block), the model's fingerprint, format and versions, and a
+SHA-256 of itself and of every tensor: a truncated or changed file is refused before anything is allocated.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Hashable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_kvopt.errors import CacheStateError
+from hf_kvopt.pool.storage import KVPool, Plane
+from hf_kvopt.prefix.identity import fingerprint
+from hf_kvopt.prefix.index import descendants
+
+if TYPE_CHECKING:
+    from hf_kvopt.prefix.index import Node
+    from hf_kvopt.prefix.store import PrefixStore
+
+VERSION = 1
+Store = TypeVar("Store", bound="PrefixStore")
+
+
+def save(store: "PrefixStore", path: Path) -> None:
+    """Write the store's tree and its blocks; the file appears whole or not at all."""
+    if store.model is None:
+        raise CacheStateError(
+            "a store is saved with the identity of its model: got one made from a config; make it from the model"
+        )
+    model, key = fingerprint(store.model), store.key_of(None)
+    assert key is not None  # a model without a key has no fingerprint
+    nodes = [
+        node
+        for root_key, root in store.index.roots.items()
+        if isinstance(root_key, tuple) and root_key[0] == key[0]
+        for node in descendants(root)
+    ]
+    tensors = {}
+    for layer_idx, pool in store.pools.items():
+        space = next(i for i, allocator in enumerate(store.allocators) if pool in allocator.pools)
+        blocks = torch.tensor([node.blocks[space] for node in nodes], dtype=torch.long)
+        for name, plane in zip(("keys", "values"), pool.planes, strict=True):
+            for part, tensor in _parts(plane):
+                picked = _as_bytes(tensor)[blocks.to(tensor.device)].contiguous().cpu()
+                tensors[f"layer {layer_idx} {name}{part}"] = picked
+            if plane.centres is not None:
+                tensors[f"layer {layer_idx} {name} centre"] = plane.centres.of_blocks(blocks.tolist()).cpu()
+    manifest = {
+        "version": VERSION,
+        "model": model,
+        "block_size": store.block_size,
+        "max_tokens": store.max_tokens,
+        "formats": {
+            "format": store.formats.format,
+            "skip_layers": list(store.formats.skip_layers),
+            "layer_formats": list(store.formats.layer_formats.items()),
+        },
+        "pools": {str(idx): [_describe(plane) for plane in pool.planes] for idx, pool in store.pools.items()},
+        "nodes": _tree(store, nodes),
+        "tensors": {name: _digest(tensor) for name, tensor in tensors.items()},
+    }
+    text = json.dumps(manifest, sort_keys=True)
+    header = {"manifest": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, temporary, metadata=header)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(cls: type[Store], path: Path, model: PreTrainedModel, max_tokens: int | str | None) -> Store:
+    """A new store with what the file holds."""
+    manifest, tensors = _read(path)
+    if manifest["model"] != fingerprint(model):
+        raise _refused(path, "it was written for another model, or for other weights")
+    options = manifest["formats"]
+    store = cls(
+        model,
+        max_tokens=manifest["max_tokens"] if max_tokens is None else max_tokens,
+        block_size=manifest["block_size"],
+        format=options["format"],
+        skip_layers=tuple(options["skip_layers"]),
+        layer_formats=dict(options["layer_formats"]),
+    )
+    with store.lock:
+        num_blocks = len(manifest["nodes"])
+        for allocator in store.allocators:
+            allocator.ensure_free(num_blocks)
+        rows = [allocator.allocate(num_blocks) for allocator in store.allocators]
+        _fill_pools(store, manifest, tensors, rows)
+        _plant(store, manifest["nodes"], rows)
+        for allocator, row in zip(store.allocators, rows, strict=True):
+            allocator.release(row)
+    return store
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Manifest and tensors of a file, every byte of which was checked."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            text = header.get("manifest", "")
+            if hashlib.sha256(text.encode()).hexdigest() != header.get("sha256"):
+                raise _refused(path, "its manifest is missing or damaged")
+            manifest: dict[str, Any] = json.loads(text)
+            if manifest["version"] != VERSION:
+                raise _refused(path, f"it has version {manifest['version']}, not {VERSION}")
+            names = set(file.keys())
+            if names != set(manifest["tensors"]):
+                raise _refused(path, "tensors are missing or were added")
+            tensors = {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise _refused(path, f"it is no whole safetensors file ({error})") from error
+    damaged = [name for name, tensor in tensors.items() if _digest(tensor) != manifest["tensors"][name]]
+    if damaged:
+        raise _refused(path, f"{damaged[0]} is damaged")
+    return manifest, tensors
+
+
+def _fill_pools(store: Any, manifest: dict[str, Any], tensors: dict[str, Tensor], rows: list[list[int]]) -> None:
+    """Make the pools that the file had, and copy the blocks to their new places."""
+    cache = store.new_cache()
+    cache.append_passes()
+    layers = cache.layers
+    spaces = store.allocators
+    for idx, planes in sorted(manifest["pools"].items(), key=lambda item: int(item[0])):
+        layer, allocator = layers[int(idx)], layers[int(idx)].table.allocator
+        device = _device_of(store.model, int(idx))
+        states = [
+            torch.empty(1, plane["num_heads"], 0, plane["dim"], dtype=getattr(torch, plane["dtype"]), device=device)
+            for plane in planes
+        ]
+        pool = KVPool(states[0], states[1], store.block_size, allocator.num_blocks, layer.format)
+        pool.keys.is_first = not allocator.pools
+        blocks = torch.tensor(rows[spaces.index(allocator)], dtype=torch.long, device=device)
+        for name, plane in zip(("keys", "values"), pool.planes, strict=True):
+            for part, tensor in _parts(plane):
+                _as_bytes(tensor)[blocks] = tensors[f"layer {idx} {name}{part}"].to(device)
+            if plane.centres is not None:
+                plane.centres.put_blocks(blocks.tolist(), tensors[f"layer {idx} {name} centre"])
+        allocator.pools.append(pool)
+        store.pools[int(idx)] = pool
+
+
+def _plant(store: Any, entries: list[dict[str, Any]], rows: list[list[int]]) -> None:
+    """Insert every text of the tree; parents come before children."""
+    paths: list[tuple[Hashable, list[int], list[int]]] = []
+    state, _ = store.key_of(None)
+    for i, entry in enumerate(entries):
+        if entry["parent"] is None:
+            owner = (state, entry["namespace"])
+            path = (owner, entry["tokens"], [i])
+        else:
+            owner, tokens, indices = paths[entry["parent"]]
+            path = (owner, tokens + entry["tokens"], [*indices, i])
+        paths.append(path)
+        store.index.insert(path[0], path[1], [[row[j] for j in path[2]] for row in rows])
+
+
+def _tree(store: Any, nodes: "list[Node]") -> list[dict[str, Any]]:
+    """Tokens and parent of each node; children of a root name their namespace."""
+    numbers = {id(node): i for i, node in enumerate(nodes)}
+    keys = {id(root): key for key, root in store.index.roots.items()}
+    entries = []
+    for node in nodes:
+        entry: dict[str, Any] = {"tokens": list(node.tokens), "parent": numbers.get(id(node.parent))}
+        if entry["parent"] is None:
+            namespace = keys[id(node.parent)][1]
+            if not isinstance(namespace, str | int | None):
+                raise CacheStateError(f"only namespaces of text or numbers can be saved: got {namespace!r}")
+            entry["namespace"] = namespace
+        entries.append(entry)
+    return entries
+
+
+def _parts(plane: Plane) -> list[tuple[str, Tensor]]:
+    """The tensors of a plane, by the ending of their names."""
+    return list(zip(("", " scale"), plane.tensors, strict=False))
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    """Float8 cannot be indexed: its bytes can."""
+    is_float8 = tensor.dtype.is_floating_point and tensor.itemsize == 1
+    return tensor.view(torch.uint8) if is_float8 else tensor
+
+
+def _describe(plane: Plane) -> dict[str, Any]:
+    return {"num_heads": plane.num_heads, "dim": plane.dim, "dtype": str(plane.dtype).removeprefix("torch.")}
+
+
+def _digest(tensor: Tensor) -> str:
+    head = f"{tensor.dtype} {tuple(tensor.shape)}".encode()
+    return hashlib.sha256(head + tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def _device_of(model: PreTrainedModel, layer_idx: int) -> torch.device:
+    """Where a layer computes, also where layers lie on several devices."""
+    layers = getattr(model.get_decoder(), "layers", None)
+    if layers is None or layer_idx >= len(layers):
+        return model.device
+    return next(layers[layer_idx].parameters()).device
+
+
+def _refused(path: Path, reason: str) -> CacheStateError:
+    return CacheStateError(f"{path} is not loaded: {reason}; save the store again from the model that is to use it")

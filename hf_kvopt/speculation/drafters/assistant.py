@@ -1,0 +1,130 @@
+"""An assistant model as drafter: a smaller model of the same tokenizer, with a paged cache of its own, any batch size.
+
+Source: Leviathan et al., arXiv:2211.17192; Chen et al., arXiv:2302.01318.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_kvopt.cache.paged import PagedCache
+from hf_kvopt.speculation.drafters.base import Draft, Drafter, DraftSession, Plan, Read, Sampler
+from hf_kvopt.speculation.loop.reader import Reader
+
+
+class AssistantDrafter(Drafter):
+    """Drafts with a whole model.
+
+    Args:
+        model: the assistant.
+        tokenizer, assistant_tokenizer: of target and assistant, to tell a padded vocabulary from another one.
+
+    Raises:
+        ValueError: the tokenizers differ.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        assistant_tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        self.model = model
+        self.is_known_equal = tokenizer is not None and assistant_tokenizer is not None
+        if tokenizer is not None and assistant_tokenizer is not None:
+            ours, theirs = tokenizer.get_vocab(), assistant_tokenizer.get_vocab()
+            if ours != theirs:
+                raise ValueError(
+                    f"the assistant must have the target's tokenizer: got {len(ours)} and {len(theirs)} tokens "
+                    "that differ; use an assistant of the same family, or a draft head"
+                )
+
+    def check(self, target: PreTrainedModel) -> None:
+        ours, theirs = (m.config.get_text_config(decoder=True).vocab_size for m in (target, self.model))
+        if ours != theirs and not self.is_known_equal:
+            raise ValueError(
+                f"the assistant must have the target's tokenizer: got vocabularies of {ours} (target) and {theirs} "
+                "(assistant); if they differ by padding only, pass tokenizer= and assistant_tokenizer= to speculative()"
+            )
+        if self.model.config.is_encoder_decoder:
+            raise ValueError("the assistant must be a decoder: got an encoder-decoder model")
+
+    def begin(self, target: PreTrainedModel, batch_size: int) -> DraftSession:
+        return _AssistantSession(self.model, target.config.get_text_config(decoder=True).vocab_size, batch_size)
+
+
+class _AssistantSession(DraftSession):
+    """The assistant's cache holds each row up to, and without, the tokens that it was not shown yet."""
+
+    def __init__(self, model: PreTrainedModel, vocab_size: int, batch_size: int) -> None:
+        cache = PagedCache(config=model.config.get_text_config(decoder=True))
+        cache.activate_past_recording()
+        self.reader = Reader(model, cache, [0] * batch_size, None, [0] * batch_size, torch.device("cpu"))
+        self.vocab_size = vocab_size
+        self.unread: list[list[int]] = [[] for _ in range(batch_size)]  # ends with the root
+        self.drafted: list[Tensor] = []  # [batch] tokens behind the root that the cache holds, until the next `extend`
+
+    def extend(self, read: Read) -> None:
+        following = read.following.tolist()
+        kept = [_common(mine, new[: n - 1]) for mine, new, n in zip(self._tried(), following, read.counts, strict=True)]
+        if self.drafted:
+            num_tried = len(self.drafted)
+            self.reader.read_lens = [length - num_tried for length in self.reader.read_lens]
+            self.reader.keep(num_tried, [list(range(n)) for n in kept])
+            self.drafted = []
+        firsts = read.tokens[:, :1].tolist()
+        for row, new in enumerate(following):
+            if not self.unread[row] and not self.reader.read_lens[row]:
+                self.unread[row] += firsts[row]
+            self.unread[row] += new[kept[row] : read.counts[row]]
+
+    def propose(self, plan: Plan, sample: Sampler) -> Draft:
+        logits = self._catch_up()
+        tokens, qs = [], []  # type: tuple[list[Tensor], list[Tensor | None]]
+        for depth in range(plan.gamma):
+            if depth:
+                logits = self._logits(self.reader.forward(tokens[-1][:, None]).logits[:, -1])
+                self.reader.read_lens = [length + 1 for length in self.reader.read_lens]
+                self.drafted.append(tokens[-1])
+            token, q = sample(logits)
+            tokens.append(token)
+            qs.append(q)
+        has_q = qs[0] is not None
+        return Draft(torch.stack(tokens, dim=1), q=torch.stack(qs, dim=1) if has_q else None)  # type: ignore[arg-type]
+
+    def select(self, rows: Sequence[int]) -> None:
+        self.unread = [self.unread[row] for row in rows]
+        self.reader.select(rows)
+
+    def close(self) -> None:
+        self.reader.cache.free()
+
+    def _tried(self) -> list[list[int]]:
+        """Of each row, the drafted tokens that the cache holds."""
+        if not self.drafted:
+            return [[] for _ in self.unread]
+        return torch.stack(self.drafted, dim=1).tolist()
+
+    def _catch_up(self) -> Tensor:
+        """Read what is new, the root last: logits [batch, vocab] behind it."""
+        unread, width = self.unread, max(len(row) for row in self.unread)
+        fed = torch.tensor([row + [0] * (width - len(row)) for row in unread], device=self.reader.device)
+        outputs = self.reader.forward(fed)
+        lens = [len(row) for row in unread]
+        self.reader.keep(width, [list(range(n)) for n in lens])
+        self.unread = [[] for _ in unread]
+        return self._logits(outputs.logits[range(len(lens)), [n - 1 for n in lens]])
+
+    def _logits(self, logits: Tensor) -> Tensor:
+        """[batch, vocab] over the target's ids: padding of either vocabulary is never drafted."""
+        missing = self.vocab_size - logits.shape[-1]
+        if missing > 0:
+            return torch.nn.functional.pad(logits, (0, missing), value=float("-inf"))
+        return logits[:, : self.vocab_size]
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

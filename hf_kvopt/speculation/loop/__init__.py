@@ -1,0 +1,1 @@
+"""Draft, verify, keep: one generate() call."""

@@ -1,0 +1,300 @@
+"""The speculation loop: draft gamma tokens, verify all of them with one forward of the target, keep what it accepts.
+
+    Read ──► session.extend          the tokens that the target read and kept, and their features
+             session.propose ──► x_1 .. x_gamma ~ q      (or a tree)
+             target(root, x_1 .. x_gamma) ──► p_0 .. p_gamma
+             accept ──► alpha tokens and one more from p   (Leviathan et al., arXiv:2211.17192)
+             cache.keep_paths            rows keep unlike numbers of tokens
+
+Every row has its own length; a finished row leaves the batch, unless its cache is handed back to the caller. Where
+something may depend on rows that go on together, they do (see `lockstep`).
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.generation import GenerationConfig
+
+from hf_kvopt.errors import OutOfBlocks
+from hf_kvopt.speculation.drafters.base import Draft, Drafter, DraftSession, Plan, Read
+from hf_kvopt.speculation.loop.lockstep import walk
+from hf_kvopt.speculation.loop.output import Output
+from hf_kvopt.speculation.loop.policy import Policy
+from hf_kvopt.speculation.loop.reader import Reader
+from hf_kvopt.speculation.loop.reads import Pending, features_of, packed
+from hf_kvopt.speculation.loop.requirements import counts_columns, reads_trees
+from hf_kvopt.speculation.loop.scores import DraftSampler, NodeScores
+from hf_kvopt.speculation.loop.tree import TreeShape, shape_of
+from hf_kvopt.speculation.loop.verify import (
+    Verdict,
+    greedy_chain,
+    greedy_tree,
+    sampled_chain,
+    sampled_tree,
+    typical_tree,
+)
+
+
+class Accepted(NamedTuple):
+    """What one verification gave to each row."""
+
+    paths: list[list[int]]  # nodes that stay in the cache, the root first; none where the row was done
+    following: list[list[int]]  # tokens behind them
+    taken: list[list[int]]  # what the output took
+    num_drafted: list[int]  # accepted tokens of the draft
+
+
+class Speculation:
+    """One generate() call.
+
+    Args:
+        reader: the target and its cache, which has read `input_ids` but for nothing: see `run`.
+        drafter: whose session drafts.
+        policy: how much.
+        output: where tokens go.
+        scores: logits processors.
+        config: of this call.
+        is_typical: Medusa's acceptance instead of the lossless one.
+        rows_may_leave: whether the cache is nobody else's, so that finished rows are dropped from it.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        drafter: Drafter,
+        policy: Policy,
+        output: Output,
+        scores: NodeScores,
+        config: GenerationConfig,
+        is_typical: bool,
+        rows_may_leave: bool,
+    ) -> None:
+        self.reader, self.drafter, self.policy, self.output, self.scores = reader, drafter, policy, output, scores
+        self.do_sample = bool(config.do_sample)
+        self.is_typical = is_typical
+        self.in_lockstep = self._needs_lockstep()
+        self.rows_may_leave = rows_may_leave and not self.in_lockstep
+        self.reads_trees = reads_trees(reader.model)
+        self.num_skipped = reader.read_lens[0] - output.prompt_len  # columns of a text that only the cache knows
+        reader.last_column = output.max_length - 2 + self.num_skipped
+        # A token that is drawn from the target's scores alone meets the likeliest draft best.
+        self.sampler = DraftSampler(scores, self.do_sample and not self.in_lockstep)
+        self.rows = list(range(len(output.lens)))  # row of the output of each row of the reader
+        self.pending = Pending()
+        self.is_first_draft = True
+        sampling = (config.temperature, config.top_k, config.top_p, config.min_p) if self.do_sample else None
+        policy.begin(sampling, self.rows_may_leave)
+        self.extra = {"output_hidden_states": True} if drafter.feature_layers else {}
+
+    def run(self, prefill: Any, prompt: Read, session: DraftSession) -> None:
+        """Decode until every row is done; `prefill` are the target's outputs for the prompt.
+
+        `prompt.following` lacks its last column, which is sampled here.
+        """
+        accepted = self._accept(Draft(self._roots()[:, :0]), None, self._roots(), self._logits(prefill)[:, -1:])
+        columns = torch.tensor(prompt.counts, device=prompt.tokens.device) - 1
+        prompt.following[torch.arange(len(columns)), columns] = torch.tensor(
+            [row[-1] for row in accepted.following], device=columns.device
+        )
+        self.pending.add(prompt)
+        self._let_go(session)
+        while self.output.active:
+            self._step(session)
+
+    def _step(self, session: DraftSession) -> None:
+        batch, started = len(self.rows), time.perf_counter()
+        plan = self.policy.plan(self.rows, self.output.remaining)
+        if not self.reads_trees:
+            plan = plan._replace(num_nodes=min(plan.gamma, plan.num_nodes))
+        draft, shape = self._draft(session, plan)
+        fed, drafted = self._fed(draft), time.perf_counter()
+        try:
+            outputs = self.reader.forward(fed, shape, **self.extra)
+        except OutOfBlocks:
+            if fed.shape[1] == 1:
+                raise
+            # A capped pool has room for the tokens that will stay, not for those that are only tried.
+            draft, shape, fed = Draft(fed[:, :0]), None, fed[:, :1]
+            outputs = self.reader.forward(fed, None, **self.extra)
+        accepted = self._accept(draft, shape, fed, self._logits(outputs))
+        self.reader.keep(fed.shape[1], accepted.paths)
+        self.pending.add(self._read(fed, accepted, outputs))
+        proposed = [draft.tokens.shape[1] if shape is None else max(shape.depths)] * batch
+        if shape is None and draft.lengths is not None:
+            proposed = list(draft.lengths)
+        depths = {
+            self.rows[i]: (proposed[i], accepted.num_drafted[i]) for i, taken in enumerate(accepted.taken) if taken
+        }
+        num_tokens, ended = sum(len(taken) for taken in accepted.taken), time.perf_counter()
+        draft_s = None if self.is_first_draft else drafted - started
+        self.is_first_draft = self.is_first_draft and not plan.num_nodes
+        self.policy.note_step(plan, batch, fed.shape[1], draft_s, ended - drafted, depths, num_tokens)
+        self._let_go(session)
+
+    def _draft(self, session: DraftSession, plan: Plan) -> tuple[Draft, TreeShape | None]:
+        """What the drafter proposes, and its shape where it is a tree; nothing where nothing is planned."""
+        if not plan.num_nodes:
+            return Draft(self._roots()[:, :0]), None
+        started = time.perf_counter()
+        # A drafter's many small steps are bound by what torch books for each tensor.
+        with torch.inference_mode():
+            if self.pending:
+                session.extend(self.pending.take())
+            draft = _on(session.propose(plan, self.sampler), self.output.ids.device)
+        if draft.parents is not None and not self.reads_trees:
+            draft = draft.first_chain()
+        num_nodes, shape = draft.tokens.shape[1], None
+        if draft.parents is not None and num_nodes:
+            shape = shape_of(draft.parents[0].tolist(), num_nodes)
+        depth = num_nodes if shape is None else max(shape.depths)
+        seconds = time.perf_counter() - started
+        self.policy.note_draft(plan, len(self.rows), depth, seconds, is_first=self.is_first_draft)
+        return draft, shape
+
+    def _verify(
+        self, draft: Draft, shape: TreeShape | None, logits: Tensor, prefixes: Sequence[Sequence[Tensor]] | None
+    ) -> Verdict:
+        scores = self.scores(logits, prefixes, self.rows)
+        self.last_scores = scores
+        if not self.do_sample:
+            choices = scores.argmax(dim=-1)
+            self.choices = choices
+            if shape is None:
+                return greedy_chain(draft.tokens, choices, draft.lengths)
+            return greedy_tree(draft.tokens[0].tolist(), shape, choices[0].tolist())
+        p = torch.softmax(scores, dim=-1)
+        self.choices = p.argmax(dim=-1)
+        if self.is_typical and shape is None and len(p) == 1 and draft.tokens.shape[1]:
+            length = draft.lengths[0] if draft.lengths is not None else draft.tokens.shape[1]
+            shape = shape_of(range(-1, length - 1), length)
+        if shape is None:
+            return sampled_chain(draft.tokens, p, draft.q, draft.lengths)
+        if self.is_typical:
+            return typical_tree(draft.tokens[0].tolist(), shape, p[0], _draw_one)
+        return sampled_tree(draft.tokens[0].tolist(), shape, p[0])
+
+    def _accept(self, draft: Draft, shape: TreeShape | None, fed: Tensor, logits: Tensor) -> Accepted:
+        """Hand to the output what the target accepts of `fed`, roots and draft, and what it gives behind."""
+        output = self.output
+        if self.in_lockstep:
+            self.choices = logits.argmax(dim=-1)
+            path, following, taken = walk(fed, logits, shape, output, self.scores, self.do_sample)
+            batch = len(fed)
+            return Accepted([path] * batch, following, taken, [len(path) - 1] * batch)
+        verdict = self._verify(draft, shape, logits, self._prefixes(fed, shape))
+        tokens: list[list[int]] = [[] for _ in output.lens]
+        for i, row in enumerate(self.rows):
+            if not output.is_done[row]:
+                tokens[row] = verdict.tokens[i]
+                nodes = [0, *verdict.paths[i]]
+                output.record(row, self.last_scores[i, nodes], logits[i, nodes])
+        all_taken = output.commit(tokens)
+        taken = [all_taken[row] for row in self.rows]
+        paths = [[0, *verdict.paths[i]][: len(row)] for i, row in enumerate(taken)]
+        return Accepted(paths, taken, taken, [len(path) for path in verdict.paths])
+
+    def _read(self, fed: Tensor, accepted: Accepted, outputs: Any) -> Read:
+        """What the drafter is told; a row that is done and cannot leave is told something or other."""
+        features = features_of(outputs, self.drafter.feature_layers)
+        nodes = [path or [0] for path in accepted.paths]
+        following = [
+            (tokens + [0] * len(path))[: len(path)] for tokens, path in zip(accepted.following, nodes, strict=True)
+        ]
+        firsts = [n - len(path) for n, path in zip(self.reader.read_lens, accepted.paths, strict=True)]
+        positions = [first + offset for first, offset in zip(firsts, self.reader.offsets, strict=True)]
+        device = self.reader.device
+        return packed(fed.to(device), following, nodes, positions, features, self.choices.to(device))
+
+    def _fed(self, draft: Draft) -> Tensor:
+        """[batch, 1 + num_nodes]: the roots, and the draft behind them; in lockstep padding where rows are done."""
+        fed = torch.cat([self._roots(), draft.tokens], dim=1)
+        if self.in_lockstep and any(self.output.is_done):
+            fed[torch.tensor(self.output.is_done, device=fed.device), 1:] = self.output.pad
+        return fed
+
+    def _roots(self) -> Tensor:
+        """[batch, 1]: the last token of each row, in lockstep of the last column."""
+        output = self.output
+        if self.in_lockstep:
+            return output.ids[:, output.width - 1, None]
+        return output.ids[self.rows, [output.lens[row] - 1 for row in self.rows]][:, None]
+
+    def _prefixes(self, fed: Tensor, shape: TreeShape | None) -> list[list[Tensor]] | None:
+        """What plain decoding would have before each node's next token, where a processor looks at it."""
+        if not self.scores.needs_prefix:
+            return None
+        prefixes = []
+        for row, tokens in zip(self.rows, fed, strict=True):
+            text = self.output.ids[row, : self.output.lens[row]]
+            if shape is None:
+                whole = torch.cat([text, tokens[1:]])
+                prefixes.append([whole[: len(text) + node] for node in range(len(tokens))])
+            else:
+                prefixes.append([torch.cat([text, tokens[shape.path_to(n)]]) for n in range(len(tokens))])
+        return prefixes
+
+    def _logits(self, outputs: Any) -> Tensor:
+        """[batch, q_len, vocab] float32, where the tokens are."""
+        return outputs.logits.to(self.output.ids.device, torch.float32)
+
+    def _needs_lockstep(self) -> bool:
+        """Whether something may tell rows that go on by themselves from those of plain decoding."""
+        output, is_fixed = self.output, self.reader.cache.cache_config.compileable
+        sees_scores = bool(output.others) and output.scores is not None
+        is_tied = is_fixed or sees_scores or counts_columns(self.reader.model)
+        return not self.is_typical and (self.scores.needs_lockstep or (len(output.lens) > 1 and is_tied))
+
+    def align(self) -> None:
+        """Leave every row of the cache with all tokens but the last, as plain decoding does: padding behind ended rows.
+
+        Their scores and logits are those behind the padding.
+        """
+        output, reader, width = self.output, self.reader, self.output.width - 1
+        if self.in_lockstep:
+            return
+        held = [length - self.num_skipped for length in reader.read_lens]
+        # A row that a criterion ended late may hold what was taken back.
+        right = [min(n, length - 1) for n, length in zip(held, output.lens, strict=True)]
+        reader.drop([n - kept for n, kept in zip(held, right, strict=True)])
+        most = width - min(right)
+        if not most:
+            return
+        ids = torch.nn.functional.pad(output.ids, (0, most), value=output.pad)
+        fed = torch.stack([row[n : n + most] for row, n in zip(ids, right, strict=True)])
+        logits = self._logits(reader.forward(fed))
+        reader.keep(most, [list(range(width - n)) for n in right])
+        if output.scores is None and output.logits is None:
+            return
+        prefixes = [[row[: n + 1 + node] for node in range(most)] for row, n in zip(ids, right, strict=True)]
+        scores = self.scores(logits, prefixes, self.rows)
+        for row, (n, length) in enumerate(zip(right, list(output.lens), strict=True)):
+            behind = slice(length - 1 - n, width - n)
+            output.record(row, scores[row, behind], logits[row, behind])
+
+    def _let_go(self, session: DraftSession) -> None:
+        """Drop finished rows from the batch."""
+        done = self.output.is_done
+        if not self.rows_may_leave or not any(done[row] for row in self.rows):
+            return
+        left = [i for i, row in enumerate(self.rows) if not done[row]]
+        if not left:
+            return
+        self.rows = [self.rows[i] for i in left]
+        self.reader.select(left)
+        with torch.inference_mode():
+            if self.pending:
+                session.extend(self.pending.take())
+            session.select(left)
+
+
+def _draw_one(p: Tensor) -> Tensor:
+    """[rows] drawn from p [rows, vocab]."""
+    return torch.multinomial(p, 1)[:, 0]
+
+
+def _on(draft: Draft, device: torch.device) -> Draft:
+    """`draft` where the target's scores are."""
+    return draft._replace(tokens=draft.tokens.to(device), q=None if draft.q is None else draft.q.to(device))

@@ -1,0 +1,97 @@
+"""What a draft head is trained on: the target's own distribution, at every step of a draft.
+
+    L = sum_i 0.8^i mean_t CE(p(. | x_<=t+1+i), q_i(. | t))        q_i: the head's i-th guess from position t
+
+p is the target's softmax over the draft vocabulary; positions whose most likely token the head cannot propose are left
+out. For EAGLE-3 q_i is rolled out over the head's own features (training-time test), for Medusa it is head i + 1.
+
+Source: EAGLE-3, arXiv:2503.01840 (0.8^i as in its authors' code); Medusa-1, arXiv:2401.10774, section 2.2.1.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_kvopt.speculation.heads.base import HeadBase
+
+
+class Seen(NamedTuple):
+    """What the target made of a batch of rows."""
+
+    features: Tensor  # [batch, row_len, num_features * hidden_size]
+    logits: Tensor  # [batch, row_len, draft_vocab_size], of the tokens that the head can propose
+    best: Tensor  # [batch, row_len] int64: the target's arg max, of its whole vocabulary
+
+
+class Outcome(NamedTuple):
+    """What the head made of it."""
+
+    loss: Tensor  # scalar
+    hits: Tensor  # [num_steps, batch, positions] bool: the guess is the target's arg max
+
+
+@torch.no_grad()
+def look(target: PreTrainedModel, head: HeadBase, input_ids: Tensor) -> Seen:
+    """Run the target over rows [batch, row_len] and keep what the head learns from."""
+    out = target(input_ids=input_ids, use_cache=False, output_hidden_states=True)
+    features = torch.cat([out.hidden_states[layer] for layer in head.feature_layers], dim=-1)
+    logits = out.logits
+    if head.d2t is not None:
+        logits = logits[..., head.to_target(torch.arange(len(head.d2t), device=logits.device))]
+    return Seen(features, logits, out.logits.argmax(-1))
+
+
+class RolledOutLoss(nn.Module):
+    """The loss as a module, so that it can be compiled and wrapped for several processes."""
+
+    def __init__(self, head: HeadBase, num_steps: int, decay: float = 0.8) -> None:
+        super().__init__()
+        self.head, self.num_steps, self.decay = head, num_steps, decay
+
+    def forward(self, input_ids: Tensor, seen: Seen) -> Outcome:
+        """Loss and hits over rows [batch, row_len]; all positions but the last `num_steps` count."""
+        head, length = self.head, input_ids.shape[1] - self.num_steps
+        p = torch.softmax(seen.logits.float(), dim=-1)
+        reachable = torch.ones_like(seen.best, dtype=torch.float32)
+        if head.t2d is not None:
+            reachable = head.t2d[seen.best].float()
+        loss, hits = p.new_zeros(()), []
+        for step, logits in enumerate(head.rollout(seen.features, input_ids, self.num_steps)):
+            here = slice(1 + step, 1 + step + length)
+            logits = logits.float()
+            cross_entropy = torch.logsumexp(logits, dim=-1) - (p[:, here] * logits).sum(-1)
+            loss = loss + self.decay**step * (reachable[:, here] * cross_entropy).mean()
+            hits.append(head.to_target(logits.argmax(-1)) == seen.best[:, here])
+        return Outcome(loss, torch.stack(hits))
+
+
+def accepted_lengths(outcome: Outcome, input_ids: Tensor, best: Tensor) -> Tensor:
+    """[batch, positions]: tokens of a greedy chain from each position that the target would accept.
+
+    A chain is followed as long as the text itself goes on with the target's arg max: exact on the target's own greedy
+    continuations, a lower bound on any other text.
+    """
+    num_steps, _, length = outcome.hits.shape
+    alive = torch.ones_like(outcome.hits[0])
+    accepted = torch.zeros_like(outcome.hits[0], dtype=torch.long)
+    for step in range(num_steps):
+        if step:
+            # This step was fed the text's own token in the place of the one guessed before.
+            alive = alive & (input_ids[:, 1 + step : 1 + step + length] == best[:, step : step + length])
+        alive = alive & outcome.hits[step]
+        accepted += alive
+    return accepted
+
+
+def walk(accepted: Sequence[Sequence[int]], start: int) -> list[int]:
+    """Tokens gained by each step of decoding the rows of `accepted_lengths` from `start` on, bonus token counted."""
+    gains = []
+    for row in accepted:
+        position = start
+        while position < len(row):
+            gains.append(row[position] + 1)
+            position += gains[-1]
+    return gains

@@ -1,0 +1,42 @@
+"""Whole speculative generate() calls with heads: the tokens of plain decoding, on every supported transformers."""
+
+import pytest
+import torch
+
+import hf_kvopt
+from tests.helpers import eager_tokens, prompt, tiny_model
+from tests.speculation.heads import KINDS, tiny_head
+
+NEW = 16
+PLANS = {"chain": {"gamma": 3, "num_nodes": 0}, "tree": {"gamma": 3, "num_nodes": 8, "top_k": 3}, "chosen": {}}
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("lengths", [(9,), (9, 6, 14)], ids=["batch 1", "batch 3, padded"])
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_heads_give_the_tokens_of_plain_decoding(kind: str, plan: dict[str, int], lengths: tuple[int, ...]) -> None:
+    wanted = eager_tokens("full", *lengths, max_new_tokens=NEW)
+    spec = hf_kvopt.speculative(tiny_head(kind), **plan, fallback=False)
+    for _ in range(2):
+        got = tiny_model().generate(**prompt(*lengths), custom_generate=spec, max_new_tokens=NEW, do_sample=False)
+        assert torch.equal(got, wanted)
+    assert spec.stats.steps > 0
+
+
+@pytest.mark.smoke
+def test_a_head_in_another_dtype_drafts_for_the_same_tokens() -> None:
+    wanted = eager_tokens("full", 9, 6, max_new_tokens=NEW)
+    spec = hf_kvopt.speculative(tiny_head("eagle3").to(torch.bfloat16), gamma=3, fallback=False)
+    got = tiny_model().generate(**prompt(9, 6), custom_generate=spec, max_new_tokens=NEW, do_sample=False)
+    assert torch.equal(got, wanted)
+    assert spec.stats.steps > 0
+
+
+@pytest.mark.smoke
+def test_an_enabled_model_speculates_in_plain_generate() -> None:
+    model, spec = tiny_model(), hf_kvopt.speculative("prompt_lookup", fallback=False)
+    hf_kvopt.enable(model, draft=spec)
+    got = model.generate(**prompt(9, 6), max_new_tokens=NEW, do_sample=False)
+    assert torch.equal(got, eager_tokens("full", 9, 6, max_new_tokens=NEW))
+    assert spec.stats.calls == 1

@@ -1,0 +1,195 @@
+"""`python -m hf_kvopt train-draft` on tiny models: data, runs, resuming, several processes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import hf_kvopt
+from hf_kvopt.__main__ import COMMANDS, main
+from hf_kvopt.speculation.training.data import TokenRows, count_tokens
+from tests.helpers import VOCAB, generate, tiny_model, unpadded
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Words w0 ... w96, the last of which ends a text."""
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w96", unk_token="w0")
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("target")
+    tiny_model().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Texts that the target wrote itself."""
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    prompts = torch.randint(3, VOCAB, (40, 4), generator=torch.Generator().manual_seed(0))
+    rows = generate(tiny_model(), unpadded(prompts), max_new_tokens=28)
+    path.write_text("\n".join(json.dumps({"input_ids": row}) for row in rows.tolist()))
+    return path
+
+
+def train(target, data, out, *options):
+    """Run the command in this process; returns the rows of its log."""
+    args = ["--model", target, "--data", data, "--out", out, "--row-len", 32, "--batch-size", 4, "--steps", 3, "--cpu"]
+    assert main(["train-draft", *map(str, [*args, *options])]) == 0
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "eagle1", "medusa", "medusa --shared-lm-head --medusa-layers 2"])
+def test_training_learns_to_draft_what_the_target_writes(kind, target, data, tmp_path):
+    layers = ["--layers", 0, 1, -1] if kind == "eagle3" else []
+    options = ["--head", *kind.split(), "--heldout", data, "--max-steps", 40, "--eval-every", 20, "--lr", 1e-2]
+    log = train(target, data, tmp_path, *options, *layers)
+    assert [row["step"] for row in log] == [20, 40]
+    assert log[1]["loss"] < log[0]["loss"]
+    assert log[1]["heldout_loss"] < log[0]["heldout_loss"]
+    assert log[1]["accepted"] > 1.15
+    assert len(log[1]["by_depth"]) == 3
+    head = hf_kvopt.DraftHead.from_pretrained(tmp_path)
+    head.check(tiny_model())
+
+
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(target, data, tmp_path):
+    options = ["--layers", 0, 1, -1, "--draft-vocab", 41, "--optimizer", "muon", "--save-every", 5, "--eval-every", 100]
+    train(target, data, tmp_path / "whole", *options, "--max-steps", 12)
+    # Past the end of the first epoch of ten batches; the schedule is that of twelve steps in both.
+    interrupted = tmp_path / "parts"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_kvopt.speculation.training.train.Trainer.save", stop_after_save(10))
+        with pytest.raises(KeyboardInterrupt):
+            train(target, data, interrupted, *options, "--max-steps", 12)
+    train(target, data, interrupted, *options, "--max-steps", 12)
+    whole, parts = (hf_kvopt.DraftHead.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def stop_after_save(step):
+    from hf_kvopt.speculation.training.train import Trainer
+
+    save = Trainer.save
+
+    def save_and_stop(self):
+        save(self)
+        if self.step == step:
+            raise KeyboardInterrupt
+
+    return save_and_stop
+
+
+def test_the_draft_vocabulary_is_the_most_frequent_of_the_data(target, data, tmp_path):
+    train(target, data, tmp_path, "--layers", 0, 1, -1, "--draft-vocab", 41, "--max-steps", 1)
+    head = hf_kvopt.DraftHead.from_pretrained(tmp_path)
+    tokens = [t for line in data.read_text().splitlines() for t in json.loads(line)["input_ids"]]
+    counts = torch.bincount(torch.tensor(tokens), minlength=VOCAB)
+    assert counts[head.t2d].min() >= counts[~head.t2d].max()
+
+
+def test_two_processes_train_one_head(target, data, tmp_path):
+    args = ["--model", target, "--data", data, "--out", tmp_path, "--row-len", 32, "--batch-size", 2, "--steps", 2]
+    args += ["--layers", 0, 1, -1, "--max-steps", 6, "--eval-every", 3, "--heldout", data, "--cpu", "--accumulate", 2]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch += ["-m", "hf_kvopt", "train-draft"]
+    done = subprocess.run([*launch, *map(str, args)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log] == [3, 6]
+    # Two processes of two rows, two batches a step: eight rows a step, of the forty that there are.
+    state = torch.load(tmp_path / "state" / "trainer.pt")
+    assert (state["epoch"], state["batch"]) == (1, 2)
+    hf_kvopt.DraftHead.from_pretrained(tmp_path).check(tiny_model())
+
+
+def rows_of(sources, row_len=4, **options):
+    return [row.tolist() for row in TokenRows([str(s) for s in sources], tokenizer(), row_len, seed=None, **options)]
+
+
+def test_texts_follow_one_another_with_their_end_between(tmp_path):
+    (tmp_path / "a.txt").write_text("w1 w2\nw3")
+    (tmp_path / "b.txt").write_text("w4 w5 w6 w7")
+    assert rows_of([tmp_path]) == [[1, 2, 3, 96], [4, 5, 6, 7]]
+    assert rows_of([tmp_path / "b.txt", tmp_path / "a.txt"], 3) == [[4, 5, 6], [7, 96, 1], [2, 3, 96]]
+
+
+def test_records_are_tokens_text_or_messages(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"input_ids": [5, 6, 7, 8]}\n{"input_ids": [9, 10, 11, 12]}')
+    assert rows_of([tmp_path / "a.jsonl"]) == [[5, 6, 7, 8], [9, 10, 11, 12]]
+    (tmp_path / "b.json").write_text('{"body": "w1 w2 w3"}')
+    assert rows_of([tmp_path / "b.json"], text_column="body") == [[1, 2, 3, 96]]
+    (tmp_path / "c.jsonl").write_text('{"messages": [{"role": "user", "content": "w1 w2"}]}')
+    rows = TokenRows([str(tmp_path / "c.jsonl")], tokenizer(), 3)
+    rows._tokenizer.chat_template = "w9 {{ messages[0]['content'] }}"
+    assert [row.tolist() for row in rows] == [[9, 1, 2]]
+
+
+def test_each_epoch_has_an_order_of_its_own(data):
+    rows = TokenRows([str(data)], tokenizer(), 32)
+    first, again = torch.stack(list(rows)), torch.stack(list(rows))
+    rows.set_epoch(1)
+    second = torch.stack(list(rows))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second)
+    assert sorted(first.tolist()) == sorted(second.tolist())
+    assert count_tokens(rows, 10**6, VOCAB).sum() == first.numel()
+
+
+def test_data_that_cannot_be_read_is_refused(tmp_path, target, data):
+    with pytest.raises(ValueError, match=r"missing\.txt' is not there"):
+        rows_of([tmp_path / "missing.txt"])
+    with pytest.raises(ValueError, match="hold no file"):
+        rows_of([tmp_path])
+    (tmp_path / "a.jsonl").write_text('{"body": "w1"}')
+    with pytest.raises(ValueError, match=r"got \['body'\]; name the text with --text-column"):
+        rows_of([tmp_path / "a.jsonl"])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--layers", 0, 1, -1, "--batch-size", 400], "must fill one batch of 400 rows"),
+        (["--layers", 0, 1, 2], "target_layer_ids"),
+        ([], "at least 4 layers"),
+        (["--data", "nowhere.txt"], "nowhere.txt' is not there"),
+        (["--model", "no/such/model"], "no/such/model"),
+        (["--batch-size", 0], "whole number of at least 1: got '0'"),
+        (["--lr", "-1"], "above 0: got '-1'"),
+        (["--lr", "fast"], "above 0: got 'fast'"),
+        (["--warmup", 2], "from 0 to 1: got '2'"),
+        (["--dtype", "float33"], "float33"),
+        (["--steps", 32], "--steps must be below --row-len: got 32 and 32"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_trained_is_refused_in_one_line(options, said, target, data, tmp_path, capfd):
+    with pytest.raises(SystemExit) as stopped:
+        train(target, data, tmp_path / "out", *options)
+    assert stopped.value.code == 2
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith("python -m hf_kvopt train-draft: error: ")
+    assert said in last
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "said"), [([], 0, "train-draft"), (["--help"], 0, "train-draft"), (["x"], 2, "'x'")]
+)
+def test_the_command_line_lists_its_commands(args, status, said, capsys):
+    assert main(args) == status
+    out = capsys.readouterr()
+    assert said in (out.err if status else out.out)
+    assert all(name in out.out + out.err for name in COMMANDS)
