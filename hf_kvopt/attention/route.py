@@ -16,13 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_kvopt.attention.mla import LatentKV
-from hf_kvopt.kernels import ops as dispatch
 from hf_kvopt.kernels.cpu.codes import decode_codes
 from hf_kvopt.kernels.cpu.dense import attend
 from hf_kvopt.kernels.cpu.paged_attention import attend_blocks, can_attend
 from hf_kvopt.kernels.cpu.pieces import attend_pieces, can_attend_pieces
+from hf_kvopt.kernels.devices import runs_kernel
+from hf_kvopt.kernels.library import define_op
 from hf_kvopt.kernels.paged_kv import PagedKV
 from hf_kvopt.kernels.pattern import Pattern
+from hf_kvopt.kernels.triton import ops as dispatch
 from hf_kvopt.pool.handle import KVHandle, handle_on
 
 logger = logging.getLogger(__name__)
@@ -36,7 +38,7 @@ def run(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, dropout: fl
     """Attention, [batch, q_len, num_heads, v_head_dim] contiguous; sinks may be [batch, num_heads, q_len, 1] too."""
     if isinstance(key, LatentKV) and isinstance(value, LatentKV):
         key, value = key.expand_both()
-    if not dispatch.runs_kernel(query):
+    if not runs_kernel(query):
         return _torch_path(query, key, value, pattern, dropout)
     obstacle = _obstacle(query, key, value, pattern, dropout)
     if obstacle is not None:
@@ -229,7 +231,7 @@ def _say_once(obstacle: str) -> None:
     logger.warning("hf_kvopt attention takes PyTorch's SDPA instead of its Triton kernels: got %s", obstacle)
 
 
-dispatch.define_op(
+define_op(
     "attend_fixed",
     "(Tensor query, Tensor key_codes, Tensor? key_scale, Tensor value_codes, Tensor? value_scale, Tensor block_table, "
     "Tensor seq_lens, Tensor? centre, SymInt kv_len, ScalarType key_dtype, ScalarType value_dtype, bool rotates, "

@@ -229,7 +229,7 @@ class PagedLayer(CacheLayerMixin):
         """What a query of this step sees of its own states."""
         if self.exact_prefill:
             return key_states, value_states
-        return pool.keys.as_stored(key_states, self.table), pool.values.as_stored(value_states, self.table)
+        return pool.as_stored(key_states, value_states, self.table)
 
     def _past_dense(self, pool: KVPool, first: int) -> tuple[Tensor, ...] | None:
         """What a query sees of the past, copied before the table lets go of it; the first layer of a step finds it in

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from hf_kvopt.errors import CacheStateError
-from hf_kvopt.kernels.cpu.paged_attention import Place, place_of
+from hf_kvopt.kernels.blocks import row_views
+from hf_kvopt.kernels.cpu.place import Place, place_of
 from hf_kvopt.pool.lazy import LazyTensor
 from hf_kvopt.pool.slots import RowTensors
 from hf_kvopt.quant import Format, Quantized, dequantize, format_of, get_format, rotate, unguarded
@@ -245,11 +246,6 @@ def handle_on(
     shape = (len(block_table), codes.shape[2], kv_len, codes.shape[3] * fmt.codes_per_byte)
     spec = HandleSpec(shape, dtype, fmt.name, rotates)
     return KVHandle(codes, scale, block_table, seq_lens, spec, centre=centre, place=place_of(codes, scale))
-
-
-def row_views(x: Tensor, batch: int) -> Tensor:
-    """[batch, num_kv_heads, row capacity, ...] view of x [num_blocks, block_size, num_kv_heads, ...], rows in order."""
-    return x.view(batch, -1, *x.shape[2:]).transpose(1, 2)
 
 
 @cache
