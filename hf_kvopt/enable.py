@@ -7,6 +7,7 @@
 import functools
 import inspect
 import logging
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,37 @@ from hf_kvopt.overrides.instance import InstanceOverride
 from hf_kvopt.overrides.sharing import Sharing, install
 from hf_kvopt.overrides.speculation import DraftingGenerate
 from hf_kvopt.prefix.store import PrefixStore
+from hf_kvopt.presets import PRESETS, resolve
 from hf_kvopt.speculation.drafters.base import Drafter
 from hf_kvopt.speculation.speculative import SpeculativeDecoding, speculative
 
 logger = logging.getLogger(__name__)
 
 _STATE = "_hf_kvopt_state"
+
+
+@dataclass(frozen=True)
+class Enabled:
+    """What `enable` set on a model; its repr says it in one line."""
+
+    cache: str | None  # as named in the call, or as a preset chose it
+    attention: bool  # whether our attention was set
+    prefix_sharing: bool
+    draft: str | None  # the drafter's name
+    options: dict[str, Any]  # of the cache
+    previous_attention: str = field(repr=False)  # what `disable` puts back
+
+    def __repr__(self) -> str:
+        said = f"cache={self.cache!r}, attention={self.attention}, prefix_sharing={self.prefix_sharing}"
+        options = "".join(f", {name}={value!r}" for name, value in self.options.items())
+        return f"Enabled({said}, draft={self.draft!r}{options})"
+
+
+def _name_of(draft: Any) -> str | None:
+    """Name what drafts: as it was written, or by its class."""
+    if draft is None or isinstance(draft, str):
+        return draft
+    return str(draft) if isinstance(draft, Path) else type(getattr(draft, "drafter", draft)).__name__
 
 
 def enable(
@@ -47,8 +73,9 @@ def enable(
 
     Args:
         model: a transformers model that can generate.
-        cache: "paged"; a format of `QuantizedPagedCache` ("int8", "fp8_e4m3", "fp8_e5m2", "int4", "k8v4"); or None to
-            keep transformers' cache.
+        cache: "paged"; a format of `QuantizedPagedCache` ("int8", "fp8_e4m3", "fp8_e5m2", "int4", "k8v4"); None to keep
+            transformers' cache; or a preset ("chat", "long", "throughput", "lowest memory"), which asks the planner for
+            this model and machine, prints in one line what it chose, and yields to arguments that are given beside it.
         attention: whether to set `attn_implementation="hf_kvopt"` too. None does so where the model takes it; where it
             does not (its attention is written into the model, or selects keys sparsely), the model's own attention is
             used with this cache, which is said once.
@@ -74,14 +101,26 @@ def enable(
     Examples:
         >>> model = enable(model, cache="int8", prefix_sharing=True)
         >>> output = model.generate(**inputs)
+        >>> enabled(model)
+        Enabled(cache='int8', attention=True, prefix_sharing=True, draft=None)
         >>> model = disable(model)
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"enable takes a transformers model: got {type(model).__name__}; unwrap it first, e.g. pipe.model"
         )
+    if cache in PRESETS:
+        chosen = resolve(cache, model)
+        given = {"prefix_sharing": prefix_sharing, "draft": draft}
+        settings = chosen.options | {name: value for name, value in given.items() if value} | cache_options
+        print(chosen.said)
+        return enable(model, chosen.cache, attention=attention, **settings)
     if cache is not None and cache not in CACHES:
-        raise ValueError(f"unknown cache {cache!r}: expected one of {sorted(CACHES)} or None{nearest(cache, CACHES)}")
+        known = [*CACHES, *PRESETS]
+        raise ValueError(
+            f"unknown cache {cache!r}: expected one of {sorted(CACHES)}, a preset of {list(PRESETS)}, or None"
+            f"{nearest(cache, known)}"
+        )
     _check_options(cache, cache_options)
     if cache is None and cache_options:
         raise ValueError(f"cache=None takes no options: got {sorted(cache_options)}; name a cache or drop them")
@@ -115,14 +154,20 @@ def enable(
         install(model, sharing, generates)
     elif generates is not None:
         model.__dict__["generate"] = generates
-    setattr(model, _STATE, previous)
+    state = Enabled(cache, attention, sharing is not None, _name_of(draft), cache_options, previous)
+    setattr(model, _STATE, state)
     return model
+
+
+def enabled(model: PreTrainedModel) -> Enabled | None:
+    """Return what `enable` set on `model`; None where it is not enabled."""
+    return getattr(model, _STATE, None)
 
 
 def disable(model: PreTrainedModel) -> PreTrainedModel:
     """Put back what `enable` changed; a no-op on a model that is not enabled."""
     if hasattr(model, _STATE):
-        previous = getattr(model, _STATE)
+        previous = getattr(model, _STATE).previous_attention
         delattr(model, _STATE)
         for name in (compat.MAKE_CACHE, compat.PREPARE_INPUTS, compat.PREFILL, "generate"):
             if isinstance(model.__dict__.get(name), InstanceOverride):
