@@ -14,10 +14,8 @@ class BuildWithEvals(build_py):
         """Build the package, then copy what git keeps of the evals but their results."""
         super().run()
         if not self.editable_mode:
-            target = Path(self.build_lib, "hf_kvopt/_evals/evals")
-            shutil.copytree(
-                "evals", target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__", "results")
-            )
+            target, left_out = Path(self.build_lib, "hf_kvopt/_evals/evals"), ("__pycache__", "results")
+            shutil.copytree("evals", target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*left_out))
 
 
 setup(cmdclass={"build_py": BuildWithEvals})
