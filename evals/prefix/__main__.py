@@ -58,13 +58,13 @@ def run(args: argparse.Namespace) -> int:
     stream = token_stream(subject, load_texts(args), 3 * max(args.lengths) * (max(args.batches) + 1))
     facts, results = provenance(subject.model.device), {}
     out = args.out or RESULTS / f"prefix-{subject.model.device.type}.json"
-    append_rows(out, [])  # a file that cannot be appended to is said before anything is measured
     with progress(len(cells)) as advance:
         for cell in cells:
             timings = results[cell] = measure(subject, cell, stream, args.repeats)
             if timings.is_equal:
                 append_rows(out, [{**_row(subject, args.dtype, cell, timings), **facts}])
             advance(f"{cell.length} tokens, batch {cell.batch}, {cell.hit:.0%} known")
+    append_rows(out, [])  # the file is there also where no cell gave a row
     _show(subject, results)
     latest = {(row["length"], row["batch"], row["hit"]): row for row in read_rows(out)}
     if latest:
