@@ -51,8 +51,8 @@ def attention_forward(
         if kwargs.get("indices") is not None:
             attention_mask = select_keys(attention_mask, kwargs["indices"], query.shape[2], key.shape[2])
         pattern = take_apart(module, query, key, attention_mask, is_causal, sliding_window, scoring)
-        if isinstance(handle, KVHandle) and handle.starts is not None:
-            pattern = hide_before(handle.starts, pattern, key.shape[2])
+        if isinstance(handle, KVHandle) and handle.table is not None and handle.table.is_ragged:
+            pattern = hide_before(handle.starts or [], pattern, key.shape[2])
     except (KVOptError, ValueError):
         if isinstance(handle, KVHandle) and handle.guard is not None and handle.table is not None:
             handle.guard.undo(handle.table)
@@ -84,11 +84,13 @@ def _refuse_what_is_wrong(
             f"{type(module).__name__} selects blocks of keys (`block_indices`), which hf_kvopt's attention does not "
             "read: load this model with attn_implementation='eager' or 'sdpa', and pass the cache alone"
         )
-    check_weights(kwargs.get("output_attentions"))
+    if kwargs.get("output_attentions"):
+        check_weights(True)
     if dropout and not module.training:
         raise ValueError(
             f"attention dropout must be 0 outside of training: got {dropout}; call model.train() or set it to 0"
         )
     if isinstance(handle, KVHandle):
         check_ownership(module, handle, kwargs, attention_mask)
-        check_window(module, handle, attention_mask, sliding_window)
+        if handle.reads is not None and handle.reads.slides is not False:
+            check_window(module, handle, attention_mask, sliding_window)

@@ -36,13 +36,14 @@ def check_ownership(module: nn.Module, handle: KVHandle, kwargs: dict[str, Any],
             f"this cache was filled by another model ({type(owner).__name__} at another place): got "
             f"{type(module).__name__}; use one cache a model, or cache.free() before handing it on"
         )
-    _check_positions(handle, kwargs.get("position_ids"), mask)
+    if reads.is_first:
+        _check_positions(handle, kwargs.get("position_ids"), mask)
 
 
 def _check_positions(handle: KVHandle, position_ids: Tensor | None, attention_mask: Tensor | None) -> None:
     """A first position before the end of what is cached means that cached tokens came again."""
-    table, reads = handle.table, handle.reads
-    if table is None or reads is None or not reads.is_first or position_ids is None or position_ids.dim() != 2:
+    table = handle.table
+    if table is None or position_ids is None or position_ids.dim() != 2:
         return
     q_len = position_ids.shape[1]
     past = table.clock - q_len

@@ -33,7 +33,8 @@ def take_apart(
     if isinstance(attention_mask, LazyMask) and attention_mask.sizes[2:] == (q_len, kv_len):
         causal, window = attention_mask.pattern
         if attention_mask.padding is None:
-            return _ordered(scoring, causal, window)
+            # A copy at every layer and step would be a tenth of what attention costs beside its products.
+            return scoring if causal and window is None else scoring._replace(is_causal=causal, window=window)
         starts = key.starts if isinstance(key, KVHandle) and key.scale is None else None
         if starts is not None and starts == attention_mask.starts:
             return _ordered(scoring, causal, window)  # what the table does not hold needs no mask
@@ -96,8 +97,7 @@ def _check_mask(query: Tensor, key: Tensor, mask: Tensor) -> None:
 
 
 def _ordered(scoring: Pattern, is_causal: bool, window: int | None) -> Pattern:
-    # A copy at every layer and step would be a tenth of what attention costs beside its products.
-    return scoring if is_causal and window is None else scoring._replace(is_causal=is_causal, window=window)
+    return scoring._replace(is_causal=is_causal, window=window)
 
 
 def hide_before(starts: list[int], pattern: Pattern, kv_len: int) -> Pattern:

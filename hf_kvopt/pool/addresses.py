@@ -76,7 +76,8 @@ class Addresses:
 
     def tensors_up_to(self, columns: int, device: torch.device) -> RowTensors:
         """`rows_on` without what lies behind the first `columns` columns that are held."""
-        rows = self.rows_on(device)
+        known = self._rows_on
+        rows = known[1] if known is not None and known[0] == device else self.rows_on(device)
         late = self.clock - self.base - columns
         return (rows[0], (rows[1] - late).clamp(min=0), rows[2]) if late else rows
 

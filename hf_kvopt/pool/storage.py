@@ -130,7 +130,7 @@ class Plane:
         spec = KVSpec((batch, self.num_heads, tokens, self.dim), self.dtype, self.format.name, self.rotates)
         return restored(Quantized(*parts), spec, centre)
 
-    def view(self, table: BlockTable, kv_len: int, skip: int, states: Tensor | None = None) -> KVView:
+    def view(self, table: BlockTable, kv_len: int, skip: int = 0, states: Tensor | None = None) -> KVView:
         """Return `kv_len` tokens of every row, `skip` tokens in, by reference; see `KVView`."""
         centre = None if self.centres is None else self.centres.of_rows(table)
         spec = KVSpec((len(table.rows), self.num_heads, kv_len, self.dim), self.dtype, self.format.name, self.rotates)
