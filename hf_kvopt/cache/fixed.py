@@ -15,7 +15,7 @@ from hf_kvopt.cache.layer import PagedLayer
 from hf_kvopt.errors import CacheStateError, OutOfBlocks
 from hf_kvopt.pool.block_table import BlockTable
 from hf_kvopt.pool.fixed_rows import FixedCentres, next_slots, require_room
-from hf_kvopt.pool.handle import HandleSpec, KVHandle
+from hf_kvopt.pool.handle import FixedRows, KVHandle, KVSpec, KVView, Stored
 from hf_kvopt.pool.slots import writable
 from hf_kvopt.pool.storage import Plane
 from hf_kvopt.quant import NATIVE_KV, KVFormat
@@ -188,16 +188,15 @@ class FixedLayer(PagedLayer):
 
     def _handle(self, plane: Plane, kv_len: int, states: Tensor | None = None) -> KVHandle:
         shape = (self.table.batch_size, plane.num_heads, kv_len, plane.dim)
-        spec = HandleSpec(shape, plane.dtype, plane.format.name, plane.rotates)
+        spec = KVSpec(shape, plane.dtype, plane.format.name, plane.rotates)
+        rows = FixedRows(self.block_table, self.seq_lens)
+        is_graph, centres = torch.compiler.is_compiling(), plane.row_centres
         # An address must not be guarded on: the graph serves any cache of this shape.
-        is_graph = torch.compiler.is_compiling()
-        place = None if is_graph else plane.place
+        stored = Stored(plane.codes, plane.scale, plane.rotates) if is_graph else plane.stored
         centre = None
-        if plane.row_centres is not None:
-            centre = plane.row_centres.in_graph() if is_graph else plane.row_centres.of_rows()
-        return KVHandle(
-            plane.codes, plane.scale, self.block_table, self.seq_lens, spec, states=states, centre=centre, place=place
-        )
+        if centres is not None:
+            centre = centres.in_graph() if is_graph else centres.of_rows()
+        return KVHandle(KVView(stored, rows, spec, centre=centre, states=states))
 
     def _learn(self, key_states: Tensor) -> Tensor | None:
         """Return what is taken from keys; rows that begin now learn it."""

@@ -6,6 +6,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+# A `kernels.pattern.Pattern` in a schema: its fields in their order.
+PATTERN = (
+    "float scale, bool is_causal=True, int? window=None, float? softcap=None, Tensor? sinks=None, "
+    "Tensor? starts=None, Tensor? mask=None"
+)
+
 
 def define_op(
     name: str,

@@ -53,8 +53,8 @@ def store_plane(
     slot_mapping: Tensor,  # [batch * tokens] int64, -1 to skip
 ) -> None:
     """Quantize and scatter keys or values without Triton, outside of a graph."""
-    plane = Stored(pool, scale, format_of(pool.dtype), place=place_of(pool, scale))
-    call = StoreCall((PlaneWrite(plane, states),), lambda: slot_mapping)
+    plane = Stored(pool, scale, place=place_of(pool, scale))
+    call = StoreCall((PlaneWrite(plane, format_of(pool.dtype), states),), lambda: slot_mapping)
     (_COMPILED if compiled.accepts(call) else _TORCH).run(call)
 
 

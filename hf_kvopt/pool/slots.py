@@ -103,10 +103,6 @@ def is_one_run(row: Sequence[int]) -> bool:
     return row[-1] - row[0] == len(row) - 1 and row == list(range(row[0], row[-1] + 1))
 
 
-# Block table [batch, max_blocks], tokens held [batch] and columns before the first one [batch], or None; all int32.
-RowTensors = tuple[Tensor, Tensor, Tensor | None]
-
-
 class Step(NamedTuple):
     """What one forward adds to a table, in columns; the same for all layers that have written as many."""
 

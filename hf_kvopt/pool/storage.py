@@ -16,15 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_kvopt.kernels.blocks import gathered, row_views, strided
-from hf_kvopt.kernels.calls import PlaneWrite, StoreCall
+from hf_kvopt.kernels.blocks import row_views, strided
+from hf_kvopt.kernels.calls import KVSpec, KVView, PlaneWrite, StoreCall, Stored, restored
 from hf_kvopt.kernels.cpu.place import place_of
 from hf_kvopt.kernels.devices import require_format, require_format_somewhere, runs_kernel
 from hf_kvopt.kernels.store import writer_for
 from hf_kvopt.pool.block_table import BlockTable
 from hf_kvopt.pool.centres import Centres
 from hf_kvopt.pool.fixed_rows import FixedCentres
-from hf_kvopt.pool.handle import HandleSpec, KVHandle
 from hf_kvopt.pool.slots import shared_runs, writable
 from hf_kvopt.quant import (
     NATIVE,
@@ -35,9 +34,7 @@ from hf_kvopt.quant import (
     Guard,
     KVFormat,
     Quantized,
-    dequantize,
     guard_for,
-    unguarded,
 )
 
 
@@ -69,20 +66,31 @@ class Plane:
         self.is_first = False  # the first layer that made a pool: the one at which a whole forward is checked
         self.slides: bool | None = None  # whether transformers' own cache would slide here; not known at first
         self.owner: weakref.ref[object] | None = None  # the attention module that filled it
-        self._hold(*self._blocks(num_blocks, states.device))
         self.rotates = guard.rotates
+        self._hold(*self._blocks(num_blocks, states.device))
         self.centres = Centres(self.num_heads, self.dim, num_blocks, states.device) if guard.centres else None
         self.row_centres: FixedCentres | None = None  # in place of those where rows are of fixed capacity
 
     def __getstate__(self) -> dict[str, object]:
-        state = {**self.__dict__, "owner": None, "place": None}
-        if self.codes.dtype.is_floating_point and self.codes.itemsize == 1:
-            state["codes"] = self.codes.view(torch.uint8)  # torch 2.13 pickles float8 tensors, but cannot read them
-        return state
+        codes = self.codes
+        if codes.dtype.is_floating_point and codes.itemsize == 1:
+            codes = codes.view(torch.uint8)  # torch 2.13 pickles float8 tensors, but cannot read them
+        return {**self.__dict__, "owner": None, "stored": (codes, self.scale)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._hold(self.codes.view(self.format.code_dtype or self.dtype), self.scale)
+        codes, scale = state["stored"]
+        self._hold(codes.view(self.format.code_dtype or self.dtype), scale)
+
+    @property
+    def codes(self) -> Tensor:
+        """[num_blocks, block_size, num_kv_heads, width]."""
+        return self.stored.codes
+
+    @property
+    def scale(self) -> Tensor | None:
+        """[num_blocks, block_size, num_kv_heads, *scale_shape]; None for native storage."""
+        return self.stored.scale
 
     @property
     def num_blocks(self) -> int:
@@ -92,7 +100,7 @@ class Plane:
     @property
     def tensors(self) -> list[Tensor]:
         """All that holds memory: the codes and, where there are any, the scales."""
-        return [self.codes] if self.scale is None else [self.codes, self.scale]
+        return self.stored.tensors
 
     @property
     def num_bytes(self) -> int:
@@ -104,6 +112,10 @@ class Plane:
         """[batch, num_kv_heads, 0, head_dim]: states such as this plane holds, but none."""
         return torch.empty(batch, self.num_heads, 0, self.dim, dtype=self.dtype, device=self.home)
 
+    def write_of(self, states: Tensor, centre: Tensor | None = None) -> PlaneWrite:
+        """Return a write of states [batch, num_kv_heads, tokens, head_dim], less centre [batch, heads, dim]."""
+        return PlaneWrite(self.stored, self.format, states, centre)
+
     def centre_of(self, table: BlockTable) -> Tensor | None:
         """[batch, num_kv_heads, head_dim] that was taken from each row of `table`; None where nothing was."""
         return None if self.centres is None else self.centres.of_rows(table)
@@ -114,39 +126,19 @@ class Plane:
         A view of native storage where rows lie evenly in the pool, else a copy; a column without a token reads as some
         other, finite one.
         """
-        return self._restored(self.read_codes(table, kv_len, skip), self.centre_of(table))
+        return self.view(table, kv_len, skip).dense()
 
     def read_even(self, batch: int, tokens: int, centre: Tensor | None) -> Tensor:
         """[batch, num_kv_heads, tokens, head_dim] of rows that lie one behind the other from slot 0 on."""
         parts = [strided(x, 0, tokens, batch, tokens) for x in self.tensors]
-        return self._restored(Quantized(*parts), centre)
+        spec = KVSpec((batch, self.num_heads, tokens, self.dim), self.dtype, self.format.name, self.rotates)
+        return restored(Quantized(*parts), spec, centre)
 
-    def _restored(self, codes: Quantized, centre: Tensor | None) -> Tensor:
-        """Return what the model sees of codes: keys as they were before centring and rotation."""
-        if self.centres is None and not self.rotates:
-            return dequantize(*codes, self.format, self.dtype)
-        return unguarded(dequantize(*codes, self.format), self.rotates, centre).to(self.dtype)
-
-    def read_codes(self, table: BlockTable, kv_len: int, skip: int = 0) -> Quantized:
-        """The same as codes [batch, num_kv_heads, kv_len, width] and scales [batch, num_kv_heads, kv_len]."""
-        span = table.span()
-        if span is not None:
-            parts = [strided(x, span[0] + skip, span[1], table.batch_size, kv_len) for x in self.tensors]
-        else:
-            slots = table.gather_slots(skip, kv_len, self.codes.device)
-            parts = [gathered(x, slots) for x in self.tensors]
-        return Quantized(parts[0], parts[1] if self.format.has_scale else None)
-
-    def handle(
-        self, table: BlockTable, kv_len: int, skip: int, is_fresh: bool, states: Tensor | None = None
-    ) -> KVHandle:
-        """`kv_len` tokens of every row, `skip` tokens in, by reference."""
-        shape = (len(table.rows), self.num_heads, kv_len, self.dim)
-        spec = HandleSpec(shape, self.dtype, self.format.name, self.rotates)
+    def view(self, table: BlockTable, kv_len: int, skip: int, states: Tensor | None = None) -> KVView:
+        """Return `kv_len` tokens of every row, `skip` tokens in, by reference; see `KVView`."""
         centre = None if self.centres is None else self.centres.of_rows(table)
-        return KVHandle(
-            self.codes, self.scale, None, None, spec, self, table, skip, is_fresh, states, centre, self.place
-        )
+        spec = KVSpec((len(table.rows), self.num_heads, kv_len, self.dim), self.dtype, self.format.name, self.rotates)
+        return KVView(self.stored, table, spec, skip, table.version, centre, states)
 
     def resize(self, num_blocks: int, src: list[int], dst: list[int]) -> None:
         """Move to `num_blocks` blocks, block `src[i]` becoming `dst[i]`; the rest is zero."""
@@ -191,8 +183,9 @@ class Plane:
 
     def _hold(self, codes: Tensor, scale: Tensor | None) -> None:
         """Take these tensors for storage."""
-        self.codes, self.scale = writable(codes), None if scale is None else writable(scale)
-        self.place = place_of(self.codes, self.scale)
+        codes, scale = writable(codes), None if scale is None else writable(scale)
+        # One value: whoever took it before keeps tensors and addresses that belong together.
+        self.stored = Stored(codes, scale, self.rotates, place_of(codes, scale))
 
     def _blocks(self, num_blocks: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Zeros for codes and scales."""
@@ -245,7 +238,7 @@ class KVPool:
 
     def _choose_writer(self) -> None:
         """Take the first backend that writes states such as this pool holds."""
-        parts = tuple(PlaneWrite(plane, plane.no_tokens(1)) for plane in self.planes)
+        parts = tuple(plane.write_of(plane.no_tokens(1)) for plane in self.planes)
         self.writer = writer_for(StoreCall(parts, lambda: torch.empty(0, dtype=torch.int64)))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -291,7 +284,8 @@ class KVPool:
         even: tuple[int, int] | None = None,  # see `StoreCall`
     ) -> None:
         """Store states [batch, num_kv_heads, tokens, head_dim] at `slots`."""
-        parts = PlaneWrite(self.keys, key_states, centre), PlaneWrite(self.values, value_states)
+        k, v = self.keys, self.values
+        parts = PlaneWrite(k.stored, k.format, key_states, centre), PlaneWrite(v.stored, v.format, value_states)
         call = StoreCall(parts, slots, even)
         is_usual = type(key_states) is Tensor is type(value_states) and not torch.compiler.is_compiling()
         (self.writer if is_usual else writer_for(call)).run(call)
@@ -315,7 +309,7 @@ class KVPool:
         for row, block, keys in anew:
             first = block * self.keys.block_size
             slots = partial(torch.arange, first, first + keys.shape[1], device=keys.device)
-            part = PlaneWrite(self.keys, keys[None], None if centre is None else centre[row : row + 1])
+            part = self.keys.write_of(keys[None], None if centre is None else centre[row : row + 1])
             call = StoreCall((part,), slots)
             writer_for(call).run(call)
         return centre

@@ -1,8 +1,7 @@
 """Attention of a few queries over blocks on a CPU, in machine code made at first use (kernels/cpu/jit/).
 
 Keys and values are read where they lie, through the block table: rows that share blocks, end at unlike lengths or lie
-scattered cost what one contiguous row costs. `can_attend` says whether a call can be taken; kernels/cpu/dense.py takes
-the others.
+scattered cost what one contiguous row costs. `can_attend` says whether a call can be taken.
 """
 
 import threading
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_kvopt.kernels.calls import AttentionCall, KVView
 from hf_kvopt.kernels.cpu.jit.spec import BOOL_MASK, CHUNK, FLOAT_MASK, NO_MASK, NO_WINDOW, Spec, part_items
 from hf_kvopt.kernels.cpu.place import Place
 from hf_kvopt.kernels.cpu.program import bits_of, can_compile, compiled, lanes, num_threads
@@ -27,6 +27,32 @@ _KEPT_SCRATCH = 1 << 16  # float32 values: what decoding takes
 _THREAD = threading.local()
 # Products (queries x tokens x channels) below which one thread is done before a second has begun.
 _SERIAL_WORK = 1 << 18
+
+
+def accepts(call: AttentionCall) -> bool:
+    """Take calls over blocks alone, of queries that a thread can keep."""
+    q, k, v, _, dropout = call
+    if (
+        not isinstance(k, KVView)
+        or not isinstance(v, KVView)
+        or dropout
+        or k.states is not None
+        or v.states is not None
+    ):
+        return False
+    if k.plane.place is None or v.plane.place is None or (k.centre is not None and call.needs_centre):
+        return False
+    return can_attend(q, k.plane.place, v.plane.place)
+
+
+def run(call: AttentionCall) -> Tensor:
+    """Read keys and values where they lie."""
+    q, k, v, pattern, _ = call
+    assert isinstance(k, KVView)
+    assert isinstance(v, KVView)
+    k.check_valid()
+    q = k.for_codes(q) if k.spec.rotates else q
+    return attend_blocks(q, k.plane.place, v.plane.place, *k.row_tensors(), pattern, skip=k.skip)  # type: ignore[arg-type]
 
 
 def can_attend(

@@ -35,12 +35,12 @@ def accepts(call: StoreCall) -> bool:
 def run(call: StoreCall) -> None:
     """Write each plane; a native pool whose rows lie evenly takes one copy of torch's."""
     if call.even is not None and all(part.plane.scale is None for part in call.parts):
-        for plane, states, _ in call.parts:
+        for plane, _, states, _ in call.parts:
             strided(plane.codes, *call.even, states.shape[0], states.shape[2]).copy_(states)
         return
     left = []
     for part in call.parts:
-        plane, states, centre = part
+        plane, _, states, centre = part
         if plane.place is None:
             left.append(part)
         else:

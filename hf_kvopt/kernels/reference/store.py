@@ -38,7 +38,7 @@ def run(call: StoreCall) -> None:
 def _encoded(parts: Sequence[PlaneWrite]) -> list[Quantized]:
     """Return states as they are stored; in one pass where keys and values are stored alike."""
     states = [guarded(part.states, part.plane.rotates, part.centre) for part in parts]
-    formats = [part.plane.format for part in parts]
+    formats = [part.format for part in parts]
     is_one_pass = len(parts) == 2 and formats[0] is formats[1] and states[0].shape == states[1].shape
     if not is_one_pass or not formats[0].has_scale or states[0].numel() > _ONE_PASS:
         dtypes = [SCALE_DTYPE if part.plane.scale is None else part.plane.scale.dtype for part in parts]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hf_kvopt.errors import KVOptError
 from hf_kvopt.kernels.devices import runs_kernel
-from hf_kvopt.kernels.library import define_op
+from hf_kvopt.kernels.library import PATTERN, define_op
 from hf_kvopt.kernels.packed import Packed
 from hf_kvopt.kernels.paged_kv import PagedKV, empty_results
 from hf_kvopt.kernels.pattern import Pattern
@@ -27,12 +27,8 @@ from hf_kvopt.kernels.triton import merge_state as _merge_state
 from hf_kvopt.kernels.triton import paged_decode as _paged_decode
 from hf_kvopt.kernels.triton import paged_prefill as _paged_prefill
 
-# Flat, in the field order of PagedKV and Pattern: the ops know tensors and numbers only.
+# Flat, in the field order of PagedKV: the ops know tensors and numbers only.
 _PAGED = "Tensor q, Tensor k_pool, Tensor v_pool, Tensor block_table, Tensor seq_lens, Tensor? k_scale, Tensor? v_scale"
-PATTERN = (
-    "float scale, bool is_causal=True, int? window=None, float? softcap=None, Tensor? sinks=None, "
-    "Tensor? starts=None, Tensor? mask=None"
-)
 _FLASH_PREFILL = (
     f"(Tensor q, Tensor k, Tensor v, {PATTERN}, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
     "SymInt? max_q_len=None) -> (Tensor, Tensor)"
