@@ -6,7 +6,7 @@ attention runs over the latents themselves, as over one shared KV head, and W_uv
 
     softmax(scale * [W_uk^T q_nope, q_rope] . [c, r]) c W_uv^T              (DeepSeek-V2, arXiv:2405.04434, 2.1.2)
 
-`overrides.expand_kv` lets a model's expansion hand on what it was given; any other attention gets the expansion.
+`overrides.latents` lets a model's expansion hand on what it was given; any other attention gets the expansion.
 """
 
 from typing import Any, NamedTuple
