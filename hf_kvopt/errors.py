@@ -11,6 +11,7 @@ Every message says what, got, expected, and what to do. A cache stays usable aft
 
 import difflib
 from collections import abc
+from typing import Self
 
 
 def nearest(name: object, known: abc.Iterable[str]) -> str:
@@ -28,6 +29,17 @@ class KVOptError(RuntimeError):
 
 class OutOfBlocks(KVOptError):
     """Room for more tokens was asked for than the pool's cap leaves, in whole blocks; nothing was taken."""
+
+    @classmethod
+    def asked_for(cls, num_blocks: int, num_left: int, num_total: int, block_size: int) -> Self:
+        """Make the error of `num_blocks` blocks where `num_left` of `num_total` are left, told in tokens first."""
+        asked, left, total = (number * block_size for number in (num_blocks, num_left, num_total))
+        return cls(
+            f"room for {asked:,} more tokens was asked for: got {left:,} of {total:,} left (in blocks of "
+            f"{block_size}: {num_blocks:,} asked for, {num_left:,} of {num_total:,} left); raise max_tokens to "
+            f"{total - left + asked:,} or more, generate fewer rows or tokens at once, or free() caches that share "
+            "this pool"
+        )
 
 
 class CacheStateError(KVOptError):
