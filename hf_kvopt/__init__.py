@@ -17,9 +17,10 @@ from hf_kvopt.config import CacheConfig
 from hf_kvopt.enable import disable, enable
 from hf_kvopt.errors import CacheStateError, KVOptError, OutOfBlocks, UnsupportedDevice, UnsupportedModel
 from hf_kvopt.overrides.sharing import prefix_store
-from hf_kvopt.packaged import model_source
+from hf_kvopt.packaged import model_source, packaged_texts
 from hf_kvopt.prefix.cache import PrefixSharedCache
 from hf_kvopt.prefix.store import PrefixStore
+from hf_kvopt.quant import KV_FORMATS
 from hf_kvopt.speculation.heads.auto import DraftHead
 from hf_kvopt.speculation.loop.stats import SpeculationStats
 from hf_kvopt.speculation.speculative import speculative
@@ -33,6 +34,7 @@ __all__ = [
     "CacheStats",
     "DraftHead",
     "KVOptError",
+    "KV_FORMATS",
     "OutOfBlocks",
     "PagedCache",
     "PrefixSharedCache",
@@ -45,6 +47,7 @@ __all__ = [
     "disable",
     "enable",
     "model_source",
+    "packaged_texts",
     "plan",
     "prefix_store",
     "speculative",
