@@ -17,7 +17,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
     def run(self, body: Callable[[argparse.Namespace], int], argv: Sequence[str] | None) -> int:
-        """Parse `argv`, run `body` and return its exit status; a packaged model's name becomes the folder that holds it."""
+        """Parse `argv`, put a packaged model's folder for its name, run `body` and return its exit status."""
         args = self.parse_args(argv)
         try:
             if "model" in args:
