@@ -1,4 +1,4 @@
-"""Token windows to prompt with: the bundled held-out text, a data set by name, or random ids."""
+"""Token windows to prompt with: a bundled or packaged text, a data set by name, or random ids."""
 
 import argparse
 from collections.abc import Iterable
@@ -8,18 +8,23 @@ from datasets import load_dataset
 from torch import Tensor
 
 from evals._common.cli import BadArgumentError
+from evals._common.corpora import CORPORA, PARTS
 from evals._common.models import Subject
-from evals.reference_model import heldout_texts
 
 # The name that papers use, which the hub has moved.
 ALIASES = {"wikitext-2": "Salesforce/wikitext:wikitext-2-raw-v1"}
 
 
-def add_text_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add `--dataset`, `--split` and `--column`."""
+def add_text_arguments(parser: argparse.ArgumentParser, part: str = "all") -> None:
+    """Add `--text` and `--part`, or `--dataset`, `--split` and `--column` instead."""
+    parser.add_argument("--text", choices=sorted(CORPORA), default="programs", help="which text (%(default)s)")
     parser.add_argument(
-        "--dataset", help="wikitext-2, or NAME or NAME:CONFIG for datasets.load_dataset (the bundled held-out text)"
+        "--part",
+        choices=PARTS,
+        default=part,
+        help="settings are chosen on one part of --text, judged on another (%(default)s)",
     )
+    parser.add_argument("--dataset", help="wikitext-2, or NAME or NAME:CONFIG for datasets.load_dataset, not --text")
     parser.add_argument("--split", default="test", help="split of --dataset (%(default)s)")
     parser.add_argument("--column", default="text", help="text column of --dataset (%(default)s)")
 
@@ -31,7 +36,7 @@ def load_texts(args: argparse.Namespace) -> Iterable[str]:
         BadArgumentError: the data set, its split or its column is not there.
     """
     if args.dataset is None:
-        return heldout_texts()
+        return CORPORA[args.text](args.part)
     name, _, config = ALIASES.get(args.dataset, args.dataset).partition(":")
     try:
         rows = load_dataset(name, config or None, split=args.split)
@@ -40,6 +45,12 @@ def load_texts(args: argparse.Namespace) -> Iterable[str]:
     if args.column not in rows.column_names:
         raise BadArgumentError(f"no column {args.column!r} in {args.dataset!r}: it has {', '.join(rows.column_names)}")
     return (row[args.column] for row in rows)
+
+
+def text_facts(args: argparse.Namespace) -> dict[str, str | None]:
+    """Name the text of a run for its row and its title."""
+    own = args.dataset is None
+    return {"dataset": args.dataset, "text": args.text if own else None, "part": args.part if own else None}
 
 
 def token_stream(
