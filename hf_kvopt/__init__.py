@@ -12,6 +12,7 @@ from hf_kvopt.attention.register import ATTENTION_NAME, register
 from hf_kvopt.cache.paged import PagedCache
 from hf_kvopt.cache.quantized import QuantizedPagedCache
 from hf_kvopt.cache.stats import CacheStats, PrefixStats
+from hf_kvopt.calibration import Calibration, FormatLoss, calibrate
 from hf_kvopt.compat import CACHE_KEYWORD
 from hf_kvopt.config import CacheConfig
 from hf_kvopt.enable import Enabled, disable, enable, enabled
@@ -33,8 +34,10 @@ __all__ = [
     "CacheConfig",
     "CacheStateError",
     "CacheStats",
+    "Calibration",
     "DraftHead",
     "Enabled",
+    "FormatLoss",
     "KVOptError",
     "OutOfBlocks",
     "PagedCache",
@@ -45,6 +48,7 @@ __all__ = [
     "SpeculationStats",
     "UnsupportedDevice",
     "UnsupportedModel",
+    "calibrate",
     "disable",
     "enable",
     "enabled",
