@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from datasets import load_dataset
@@ -16,15 +17,17 @@ ALIASES = {"wikitext-2": "Salesforce/wikitext:wikitext-2-raw-v1"}
 
 
 def add_text_arguments(parser: argparse.ArgumentParser, part: str = "all") -> None:
-    """Add `--text` and `--part`, or `--dataset`, `--split` and `--column` instead."""
-    parser.add_argument("--text", choices=sorted(CORPORA), default="programs", help="which text (%(default)s)")
+    """Add `--corpus` and `--part`, and instead of them `--text`, or `--dataset`, `--split` and `--column`."""
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--corpus", choices=sorted(CORPORA), default="programs", help="which text (%(default)s)")
+    which.add_argument("--text", type=Path, help="a text file of yours, instead of a corpus")
+    which.add_argument("--dataset", help="wikitext-2, or NAME or NAME:CONFIG for datasets.load_dataset, instead")
     parser.add_argument(
         "--part",
         choices=PARTS,
         default=part,
-        help="settings are chosen on one part of --text, judged on another (%(default)s)",
+        help="settings are chosen on one part of a corpus, judged on another (%(default)s)",
     )
-    parser.add_argument("--dataset", help="wikitext-2, or NAME or NAME:CONFIG for datasets.load_dataset, not --text")
     parser.add_argument("--split", default="test", help="split of --dataset (%(default)s)")
     parser.add_argument("--column", default="text", help="text column of --dataset (%(default)s)")
 
@@ -33,10 +36,12 @@ def load_texts(args: argparse.Namespace) -> Iterable[str]:
     """Give the texts that the arguments of `add_text_arguments` chose.
 
     Raises:
-        BadArgumentError: the data set, its split or its column is not there.
+        BadArgumentError: the file, the data set, its split or its column is not there, or the file is no text.
     """
+    if args.text is not None:
+        return [_read(args.text)]
     if args.dataset is None:
-        return CORPORA[args.text](args.part)
+        return CORPORA[args.corpus](args.part)
     name, _, config = ALIASES.get(args.dataset, args.dataset).partition(":")
     try:
         rows = load_dataset(name, config or None, split=args.split)
@@ -48,9 +53,25 @@ def load_texts(args: argparse.Namespace) -> Iterable[str]:
 
 
 def text_facts(args: argparse.Namespace) -> dict[str, str | None]:
-    """Name the text of a run for its row and its title."""
-    own = args.dataset is None
-    return {"dataset": args.dataset, "text": args.text if own else None, "part": args.part if own else None}
+    """Name the text of a run, for its rows."""
+    other = text_name(args)
+    corpus, part = (args.corpus, args.part) if other is None else (None, None)
+    return {"dataset": other, "corpus": corpus, "part": part}
+
+
+def text_name(args: argparse.Namespace) -> str | None:
+    """Name the text that was chosen, None for a corpus of the evals."""
+    return str(args.text) if args.text is not None else args.dataset
+
+
+def _read(path: Path) -> str:
+    try:
+        text = path.expanduser().read_text(encoding="utf8")
+    except (OSError, ValueError) as error:
+        raise BadArgumentError(f"cannot read --text {str(path)!r}: {error}; expected a text file in UTF-8") from error
+    if not text.strip():
+        raise BadArgumentError(f"--text {str(path)!r} holds no text: expected a text file in UTF-8")
+    return text
 
 
 def token_stream(

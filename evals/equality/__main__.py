@@ -52,10 +52,12 @@ def run(args: argparse.Namespace) -> int:
     check_length(subject, args.prompt_len + args.new_tokens)
     scenarios = [scenario for scenario in SCENARIOS if scenario.name in args.scenarios]
     with progress(len(scenarios) * (1 + len(sides))) as advance:
-        results = list(_results(args, subject, baseline, sides, scenarios, advance))
+        results = []
+        for result in _results(args, subject, baseline, sides, scenarios, advance):
+            results.append(result)
+            append_rows(args.out, [_row(args, subject, baseline, result)])  # a run that is cut off keeps them
     must_equal = args.dtype == "float32"
     _show(args, subject, baseline, results, must_equal)
-    append_rows(args.out, [_row(args, subject, baseline, result) for result in results])
     return int(must_equal and not all(result.comparison.is_equal for result in results))
 
 

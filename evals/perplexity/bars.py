@@ -88,7 +88,7 @@ REAL: Mapping[str, Sequence[Bar]] = {
 
 def bars_for(args: argparse.Namespace) -> Sequence[Bar]:
     """Give the bars that a run with these arguments is judged by; losses behind a prompt, or of others, have none."""
-    if args.shape is not None or args.dataset is not None or args.prefill:
+    if args.shape is not None or args.text is not None or args.dataset is not None or args.prefill:
         return MEMORY
     if args.model is not None:
         return (*(REAL.get(args.model, ()) if not args.outliers else ()), *MEMORY)

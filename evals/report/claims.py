@@ -94,7 +94,7 @@ def _speed_bars(rows: Sequence[Found]) -> list[Claim]:
 
 
 # What tells one reading of a text from another.
-_READ_AS = ("model", "side", "chunk", "context", "outliers", "dataset", "text", "part", "dtype", "prefill")
+_READ_AS = ("model", "side", "chunk", "context", "outliers", "dataset", "corpus", "part", "dtype", "prefill")
 
 
 def _perplexity(rows: Sequence[Found]) -> list[Claim]:
@@ -105,7 +105,7 @@ def _perplexity(rows: Sequence[Found]) -> list[Claim]:
         f = row.fields
         what = f"{f['side']}, {f['model']}, segments of {f['context']} tokens in chunks of {f['chunk']}"
         what += f" behind {f['prefill']} at once" if f.get("prefill") else ""
-        what += f" of {f['text']}" if f.get("text") else ""
+        what += f" of {f['corpus']}" if f.get("corpus") else ""
         bars = f.get("bars") or []
         claims += [_claim(row, f"{what}: {_NAMES.get(b['metric'], b['metric'])}", *_bar(b)) for b in bars]
         if not bars and f.get("side") != f.get("baseline") and isinstance(f.get("delta"), float):
