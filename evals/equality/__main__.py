@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from evals._common.cli import Parser, add_output_argument, at_least
 from evals._common.models import Subject, add_model_arguments, check_length, load_subject
 from evals._common.noise import LOGIT_NOISE
-from evals._common.prompts import add_text_arguments, load_texts, text_name, token_stream
+from evals._common.prompts import add_text_arguments, load_texts, text_facts, token_stream
 from evals._common.rows import append_rows, provenance
 from evals._common.screen import Advance, progress, show_table
 from evals._common.sides import Side, add_sides_argument, parse_side
@@ -110,7 +110,7 @@ def _row(args: argparse.Namespace, subject: Subject, baseline: Side, result: Res
         "baseline": str(baseline),
         "scenario": result.scenario.name,
         "dtype": args.dtype,
-        "dataset": text_name(args),
+        **text_facts(args),
         "prompt_len": args.prompt_len,
         "new_tokens": args.new_tokens,
         "seed": args.seed,

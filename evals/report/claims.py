@@ -93,14 +93,19 @@ def _speed_bars(rows: Sequence[Found]) -> list[Claim]:
     return claims
 
 
+# What tells one reading of a text from another.
+_READ_AS = ("model", "side", "chunk", "context", "outliers", "dataset", "corpus", "part", "dtype", "prefill")
+
+
 def _perplexity(rows: Sequence[Found]) -> list[Claim]:
     claims = []
     # Rows from before there was a prefill have none.
     rows = [row._replace(fields={"prefill": 0, **row.fields}) for row in rows]
-    for row in newest(rows, "model", "side", "chunk", "context", "outliers", "dataset", "dtype", "prefill"):
+    for row in newest(rows, *_READ_AS):
         f = row.fields
         what = f"{f['side']}, {f['model']}, segments of {f['context']} tokens in chunks of {f['chunk']}"
         what += f" behind {f['prefill']} at once" if f.get("prefill") else ""
+        what += f" of {f['corpus']}" if f.get("corpus") else ""
         bars = f.get("bars") or []
         claims += [_claim(row, f"{what}: {_NAMES.get(b['metric'], b['metric'])}", *_bar(b)) for b in bars]
         if not bars and f.get("side") != f.get("baseline") and isinstance(f.get("delta"), float):
@@ -110,6 +115,8 @@ def _perplexity(rows: Sequence[Found]) -> list[Claim]:
 
 _NAMES = {
     "delta": "loss of perplexity",
+    "kl_mean": "KL divergence",
+    "top1_lost": "share of other first choices",
     "bf16_share": "KV bytes over bfloat16's",
     "mean_accepted_length": "tokens a verification",
     "speedup_dynamic": "speed over DynamicCache's",

@@ -54,6 +54,16 @@ def model_traits(config_class: type[PreTrainedConfig]) -> ModelTraits:
     return ModelTraits(calls_interface, selects_keys, calls_interface and (hands_on or not base), masks_windows)
 
 
+def attention_obstacle(model: PreTrainedModel) -> str | None:
+    """Say why our attention cannot be set on `model`, as the end of a sentence about it; None where it can."""
+    traits = model_traits(type(model.config.get_text_config(decoder=True)))  # type: ignore[arg-type]
+    if not traits.calls_interface:
+        return "has its attention written into the model, so that no other can be chosen"
+    if traits.selects_keys:
+        return "attends to a sparse selection of keys, in which hf_kvopt's kernels have nothing to gain"
+    return None
+
+
 def _modelling_module(config_class: type[PreTrainedConfig]) -> ModuleType | None:
     name = config_class.__module__
     return sys.modules.get(name.replace("configuration_", "modeling_")) if "configuration_" in name else None

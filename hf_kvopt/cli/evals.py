@@ -20,6 +20,7 @@ EVALS = {
     "speed": "prefill and decode against transformers' caches, interleaved",
     "perplexity": "loss of each cache, read through it in chunks",
     "needle": "what is found again through a cache, by depth and context",
+    "drift": "long greedy answers: first other token, and errors that add up",
     "prefix": "first token with and without shared prompts",
     "fragmentation": "1,000 completions over a fixed pool: waste, concurrency",
     "memory": "KV bytes: textbook figures, and predicted against held by live caches",

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from hf_kvopt.errors import KVOptError
+from hf_kvopt.packaged import model_source
 from hf_kvopt.plan import BadInput
 
 
@@ -16,9 +17,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
     def run(self, body: Callable[[argparse.Namespace], int], argv: Sequence[str] | None) -> int:
-        """Parse `argv`, run `body` and return its exit status."""
+        """Parse `argv`, put a packaged model's folder for its name, run `body` and return its exit status."""
         args = self.parse_args(argv)
         try:
+            if "model" in args:
+                args.model = model_source(args.model)
             return body(args)
         except (BadInput, KVOptError) as error:
             self.error(str(error))
@@ -35,7 +38,7 @@ def model_parser(command: str, description: str, examples: str, context: str) ->
     """Describe a command that asks about a model in use: what, how long, how many, where, in what, as JSON or text."""
     form = argparse.RawDescriptionHelpFormatter
     parser = Parser(f"python -m hf_kvopt {command}", description=description, epilog=examples, formatter_class=form)
-    parser.add_argument("model", metavar="MODEL", help="hub id, folder or config.json")
+    parser.add_argument("model", metavar="MODEL", help="hub id, folder, config.json, or smollm2 (from a wheel)")
     parser.add_argument("--context", default=context, help="tokens a row, prompt and new ones (%(default)s)")
     parser.add_argument("--batch", type=whole_number, default=1, help="rows (%(default)s)")
     parser.add_argument("--device", help="such as H200, A100-40, RTX4090, cpu or auto; 0.9 of its memory is the budget")
