@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from hf_kvopt.attention.mask import LazyMask, Pattern
 from hf_kvopt.compat import slides
 from hf_kvopt.errors import CacheStateError, UnsupportedModel
-from hf_kvopt.pool.handle import KVHandle
+from hf_kvopt.pool.handle import KVHandle, view_of
 
 
 def check_weights(are_wanted: object) -> None:
@@ -51,7 +51,7 @@ def _check_positions(handle: KVHandle, position_ids: Tensor | None, attention_ma
     # A dense mask does not say where the rows start.
     starts = attention_mask.starts if isinstance(attention_mask, LazyMask) else None
     starts = [0] if attention_mask is None else starts
-    if starts is not None and int(position_ids[:, 0].max()) < past - table.base - handle.skip - max(starts):
+    if starts is not None and int(position_ids[:, 0].max()) < past - table.base - view_of(handle).skip - max(starts):
         raise CacheStateError(
             f"{q_len} tokens from position {int(position_ids[:, 0].max())} on were fed to a cache that already holds "
             f"{past}: got a cache that is not shorter than the prompt, which transformers then feeds again; call "
