@@ -54,8 +54,8 @@ def attention_forward(
         if isinstance(handle, KVHandle) and handle.starts is not None:
             pattern = hide_before(handle.starts, pattern, key.shape[2])
     except (KVOptError, ValueError):
-        if isinstance(handle, KVHandle) and handle.table is not None:
-            handle.table.refuse()
+        if isinstance(handle, KVHandle) and handle.guard is not None and handle.table is not None:
+            handle.guard.undo(handle.table)
         raise
     if position_bias is not None:
         bias = position_bias[..., -key.shape[2] :]

@@ -6,7 +6,7 @@ q_nope) . c, attention runs over the latents as over one shared KV head, and W_u
 
     softmax(scale * [W_uk^T q_nope, q_rope] . [c, r]) c W_uv^T              (DeepSeek-V2, arXiv:2405.04434, 2.1.2)
 
-`overrides.expand_kv` makes a model pass its latents on unexpanded; any attention but ours gets the expansion.
+`overrides.latents` makes a model pass its latents on unexpanded; any attention but ours gets the expansion.
 """
 
 from typing import Any, NamedTuple

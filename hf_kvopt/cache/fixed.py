@@ -15,7 +15,7 @@ from hf_kvopt.cache.layer import PagedLayer
 from hf_kvopt.errors import CacheStateError, OutOfBlocks
 from hf_kvopt.pool.block_table import BlockTable
 from hf_kvopt.pool.fixed_rows import FixedCentres, next_slots, require_room
-from hf_kvopt.pool.handle import FixedRows, KVHandle, KVSpec, KVView, Stored
+from hf_kvopt.pool.handle import EqualRows, KVHandle, KVSpec, KVView, Stored
 from hf_kvopt.pool.slots import writable
 from hf_kvopt.pool.storage import Plane
 from hf_kvopt.quant import NATIVE_KV, KVFormat
@@ -189,7 +189,7 @@ class FixedLayer(PagedLayer):
     def _handle(self, plane: Plane, kv_len: int, states: Tensor | None = None) -> KVHandle:
         shape = (self.table.batch_size, plane.num_heads, kv_len, plane.dim)
         spec = KVSpec(shape, plane.dtype, plane.format.name, plane.rotates)
-        rows = FixedRows(self.block_table, self.seq_lens)
+        rows = EqualRows(self.block_table, self.seq_lens)
         is_graph, centres = torch.compiler.is_compiling(), plane.row_centres
         # An address must not be guarded on: the graph serves any cache of this shape.
         stored = Stored(plane.codes, plane.scale, plane.rotates) if is_graph else plane.stored

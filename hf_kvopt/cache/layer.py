@@ -79,7 +79,7 @@ class PagedLayer(CacheLayerMixin):
         self.table.keep_contiguous = key_states.device.type == "cpu"
         self.pool = KVPool(key_states, value_states, self.table.block_size, allocator.num_blocks, self.format)
         self.is_first = self.is_first or not allocator.pools
-        self.pool.keys.is_first = self.is_first
+        self.pool.reads.is_first = self.is_first
         allocator.pools.append(self.pool)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -115,8 +115,8 @@ class PagedLayer(CacheLayerMixin):
         elif start == 0 and (self.exact_prefill or self.format.is_native):
             keys, values = key_states, value_states
         return (
-            KVHandle(pool.keys.view(table, step.kv_len, step.skip, keys), pool.keys, table, True),
-            KVHandle(pool.values.view(table, step.kv_len, step.skip, values), pool.values, table, True),
+            KVHandle(pool.keys.view(table, step.kv_len, step.skip, keys), pool.reads, True),
+            KVHandle(pool.values.view(table, step.kv_len, step.skip, values), pool.reads, True),
         )
 
     def claim(self, batch_size: int, num_tokens: int) -> None:
@@ -225,7 +225,7 @@ class PagedLayer(CacheLayerMixin):
         plane: Plane = getattr(self.pool, name)
         first = self.table.visible_start(self.clock)
         view = plane.view(self.table, self._num_columns() - first, first - self.table.base)
-        return KVHandle(view, plane, self.table)
+        return KVHandle(view, self.pool.reads)
 
     def _as_read(self, pool: KVPool, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """What a query of this step sees of its own states."""
@@ -260,7 +260,7 @@ class PagedLayer(CacheLayerMixin):
                 "(store.clear() for a PrefixStore that was made without its model)"
             )
         # Forks may read the old pool; without any its memory is free before the new one takes its own.
-        self.is_first = self.is_first or pool.keys.is_first
+        self.is_first = self.is_first or pool.reads.is_first
         del pool
         self.pool = None
         self.lazy_initialization(key_states, value_states)

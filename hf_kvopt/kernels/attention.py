@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_kvopt.kernels.calls import AttentionCall, FixedRows, KVSpec, KVView, Reader, Stored
+from hf_kvopt.kernels.calls import AttentionCall, EqualRows, KVSpec, KVView, Reader, Stored
 from hf_kvopt.kernels.cpu import codes, dense
 from hf_kvopt.kernels.cpu import paged_attention as compiled
 from hf_kvopt.kernels.cpu.place import place_of
@@ -44,7 +44,7 @@ def _run_in_graph(call: AttentionCall) -> Tensor:
     k, v = call.k, call.v
     assert isinstance(k, KVView)
     assert isinstance(v, KVView)
-    assert isinstance(k.rows, FixedRows)
+    assert isinstance(k.rows, EqualRows)
     out: Tensor = torch.ops.hf_kvopt.attend_fixed(
         call.q, k.plane.codes, k.plane.scale, v.plane.codes, v.plane.scale, *k.rows, k.centre,
         k.spec.shape[2], k.spec.dtype, v.spec.dtype, k.spec.rotates, *call.pattern,
@@ -55,7 +55,7 @@ def _run_in_graph(call: AttentionCall) -> Tensor:
 def fixed_view(
     codes: Tensor,
     scale: Tensor | None,
-    rows: FixedRows,
+    rows: EqualRows,
     kv_len: int,
     dtype: torch.dtype,
     rotates: bool = False,
@@ -87,7 +87,7 @@ def _attend_fixed(
     # On a CPU it costs nothing to look; elsewhere whoever made the handle left out what is not needed.
     if centre is not None and centre.device.type == "cpu" and not bool(centre.any()):
         centre = None
-    rows = FixedRows(block_table, seq_lens)
+    rows = EqualRows(block_table, seq_lens)
     k = fixed_view(key_codes, key_scale, rows, kv_len, key_dtype, rotates, centre)
     v = fixed_view(value_codes, value_scale, rows, kv_len, value_dtype)
     return attend(AttentionCall(query, k, v, Pattern(*pattern)))

@@ -63,7 +63,7 @@ class Rows(Protocol):
         ...
 
 
-class FixedRows(NamedTuple):
+class EqualRows(NamedTuple):
     """Rows of fixed capacity: row r owns the r-th equal share of the blocks, and lengths live on the device."""
 
     block_table: Tensor  # [batch, max_blocks] int32

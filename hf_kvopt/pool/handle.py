@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 from hf_kvopt.errors import CacheStateError
-from hf_kvopt.kernels.calls import FixedRows, KVSpec, KVView, Stored
+from hf_kvopt.kernels.calls import EqualRows, KVSpec, KVView, Stored
 from hf_kvopt.pool.lazy import LazyTensor
+from hf_kvopt.pool.reads import LayerReads, StepGuard
 
 if TYPE_CHECKING:
     from hf_kvopt.pool.block_table import BlockTable
-    from hf_kvopt.pool.storage import Plane
 
 # The tensors of a handle in a compiled graph.
 _PARTS = ("codes", "scale", "block_table", "seq_lens", "centre")
 logger = logging.getLogger(__name__)
-__all__ = ["FixedRows", "KVHandle", "KVSpec", "KVView", "Stored"]
+__all__ = ["EqualRows", "KVHandle", "KVSpec", "KVView", "Stored"]
 
 
 class KVHandle(LazyTensor):
@@ -31,9 +31,11 @@ class KVHandle(LazyTensor):
 
     Args:
         view: what it stands for.
-        plane: the storage as the cache holds it, and
-        table: the rows; both None for rows of fixed capacity, whose handles are made of tensors alone.
+        reads: what is known of the reads of this layer; None for rows of fixed capacity, whose handles are made of
+            tensors alone.
         is_fresh: set by `update`, cleared by the attention that follows it: the one that owns this layer of the cache.
+
+    `guard` is how a reader has the cache take the step back; the cache sets it.
     """
 
     codes: Tensor
@@ -42,27 +44,25 @@ class KVHandle(LazyTensor):
     seq_lens: Tensor | None
     centre: Tensor | None
     spec: KVSpec
-    plane: "Plane | None"
     table: "BlockTable | None"
+    reads: LayerReads | None
     is_fresh: bool
+    guard: StepGuard | None
     _view: KVView
 
     @staticmethod
-    def __new__(
-        cls: type,
-        view: KVView,
-        plane: "Plane | None" = None,
-        table: "BlockTable | None" = None,
-        is_fresh: bool = False,
-    ) -> "KVHandle":
+    def __new__(cls: type, view: KVView, reads: LayerReads | None = None, is_fresh: bool = False) -> "KVHandle":
         """See the class."""
         spec, stored, rows = view.spec, view.plane, view.rows
         codes = stored.codes
         handle: Any = torch.Tensor._make_wrapper_subclass(KVHandle, spec.shape, dtype=spec.dtype, device=codes.device)
         # One by one: a compiled graph sees tensors that are attributes, and no others.
         handle.codes, handle.scale, handle.centre, handle.spec = codes, stored.scale, view.centre, spec
-        handle.block_table, handle.seq_lens = rows if isinstance(rows, FixedRows) else (None, None)
-        handle._view, handle.plane, handle.table, handle.is_fresh = view, plane, table, is_fresh
+        if isinstance(rows, EqualRows):
+            handle.block_table, handle.seq_lens, handle.table = *rows, None
+        else:
+            handle.block_table, handle.seq_lens, handle.table = None, None, rows
+        handle._view, handle.reads, handle.is_fresh, handle.guard = view, reads, is_fresh, None
         return handle
 
     @property
@@ -82,12 +82,14 @@ class KVHandle(LazyTensor):
         return self._view.dense().contiguous()
 
     def before_fallback(self, op: str) -> None:
-        if self.plane is not None:
-            self.plane.num_fallbacks += 1
+        if self.reads is not None:
+            self.reads.num_fallbacks += 1
         _say_once(op)
 
     def rewrap(self) -> "KVHandle":
-        return KVHandle(self._view, self.plane, self.table, self.is_fresh)
+        twin = KVHandle(self._view, self.reads, self.is_fresh)
+        twin.guard = self.guard
+        return twin
 
     def __repr__(self, *_: Any, **__: Any) -> str:  # type: ignore[override]
         return f"KVHandle(shape={self.spec.shape}, dtype={self.spec.dtype}, format={self.spec.format!r})"
@@ -103,7 +105,7 @@ class KVHandle(LazyTensor):
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], spec: KVSpec, *_: Any) -> "KVHandle":
         plane = Stored(inner["codes"], inner.get("scale"), spec.rotates)
-        rows = FixedRows(inner["block_table"], inner["seq_lens"])
+        rows = EqualRows(inner["block_table"], inner["seq_lens"])
         return KVHandle(KVView(plane, rows, spec, centre=inner.get("centre")))
 
 
@@ -113,7 +115,7 @@ def view_of(handle: KVHandle) -> KVView:
         return handle._view
     assert handle.block_table is not None
     assert handle.seq_lens is not None
-    stored, rows = Stored(handle.codes, handle.scale), FixedRows(handle.block_table, handle.seq_lens)
+    stored, rows = Stored(handle.codes, handle.scale), EqualRows(handle.block_table, handle.seq_lens)
     return KVView(stored, rows, handle.spec, centre=handle.centre)
 
 

@@ -8,7 +8,6 @@ copied or shared carries everything with it. What is read is codes * scale, the 
 are stored less their row's centre and rotated (`quant.guard`).
 """
 
-import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -24,6 +23,7 @@ from hf_kvopt.kernels.store import writer_for
 from hf_kvopt.pool.block_table import BlockTable
 from hf_kvopt.pool.centres import Centres
 from hf_kvopt.pool.fixed_rows import FixedCentres
+from hf_kvopt.pool.reads import LayerReads
 from hf_kvopt.pool.slots import shared_runs, writable
 from hf_kvopt.quant import (
     NATIVE,
@@ -62,10 +62,6 @@ class Plane:
         self.block_size, self.format = block_size, fmt
         # Of where it computes: offloaded blocks that grow in CPU memory come back as kernels want them.
         self.heads_first = not runs_kernel(states)
-        self.num_fallbacks = 0
-        self.is_first = False  # the first layer that made a pool: the one at which a whole forward is checked
-        self.slides: bool | None = None  # whether transformers' own cache would slide here; not known at first
-        self.owner: weakref.ref[object] | None = None  # the attention module that filled it
         self.rotates = guard.rotates
         self._hold(*self._blocks(num_blocks, states.device))
         self.centres = Centres(self.num_heads, self.dim, num_blocks, states.device) if guard.centres else None
@@ -75,7 +71,7 @@ class Plane:
         codes = self.codes
         if codes.dtype.is_floating_point and codes.itemsize == 1:
             codes = codes.view(torch.uint8)  # torch 2.13 pickles float8 tensors, but cannot read them
-        return {**self.__dict__, "owner": None, "stored": (codes, self.scale)}
+        return {**self.__dict__, "stored": (codes, self.scale)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -234,6 +230,7 @@ class KVPool:
         self.keys = Plane(key_states, block_size, num_blocks, format.k, guard)
         self.values = Plane(value_states, block_size, num_blocks, format.v)
         self.format, self.is_native = format, format.is_native
+        self.reads = LayerReads()
         self._choose_writer()
 
     def _choose_writer(self) -> None:
