@@ -1,8 +1,8 @@
 """Multi-head latent attention without expanding the cache.
 
 MLA models cache a latent c [R] and one rotary key r [Dr] of each token, and expand them to keys and values of every
-head: k = [W_uk c, r], v = W_uv c. A decode step can avoid that: with the query absorbed, q_nope . (W_uk c) = (W_uk^T
-q_nope) . c, attention runs over the latents as over one shared KV head, and W_uv is applied after the sum:
+head: k = [W_uk c, r], v = W_uv c. A decode step can avoid that: q_nope . (W_uk c) = (W_uk^T q_nope) . c. With the query
+absorbed, attention runs over the latents as over one shared KV head, and W_uv is applied after the sum:
 
     softmax(scale * [W_uk^T q_nope, q_rope] . [c, r]) c W_uv^T              (DeepSeek-V2, arXiv:2405.04434, 2.1.2)
 

@@ -235,7 +235,7 @@ def _drafter_of(
                 "a model"
             )
         head = DraftHead.from_pretrained(draft)
-        head.follows_target = True  # whoever names a folder cannot move what is in it
+        head.follows_target = True  # the caller has no head to move
         return head
     if isinstance(draft, Drafter):
         return draft

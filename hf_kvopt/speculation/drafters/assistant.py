@@ -15,7 +15,7 @@ from hf_kvopt.speculation.loop.reader import Reader
 
 
 class AssistantDrafter(Drafter):
-    """Draft with a whole model.
+    """Drafter that runs a whole model.
 
     Args:
         model: the assistant.
@@ -57,7 +57,7 @@ class AssistantDrafter(Drafter):
 
 
 class _AssistantSession(DraftSession):
-    """Session of an assistant whose cache holds every token that was told, except those in `unread`."""
+    """Session of an assistant, whose cache holds the tokens of `extend` except those in `unread`."""
 
     def __init__(self, model: PreTrainedModel, vocab_size: int, batch_size: int) -> None:
         cache = PagedCache(config=model.config.get_text_config(decoder=True))

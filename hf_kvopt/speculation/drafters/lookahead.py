@@ -18,7 +18,7 @@ _NUM_NGRAMS = 4096
 
 
 class Lookahead(Drafter):
-    """Draft from the target's own guesses.
+    """Drafter that proposes the target's own guesses.
 
     Args:
         ngram: length of the collected n-grams in tokens.

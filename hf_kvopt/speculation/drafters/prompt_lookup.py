@@ -12,7 +12,7 @@ from hf_kvopt.speculation.drafters.base import Draft, Drafter, DraftSession, Pla
 
 
 class PromptLookup(Drafter):
-    """Draft from the row's own text.
+    """Drafter that copies from the row's own text.
 
     Args:
         max_ngram: tokens that must match at most; the longest match wins, then the latest.

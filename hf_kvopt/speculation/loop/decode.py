@@ -241,7 +241,7 @@ class Speculation:
         return outputs.logits.to(self.output.ids.device, torch.float32)
 
     def _needs_lockstep(self) -> bool:
-        """Return whether processors, criteria or the model could tell rows of unlike lengths from plain decoding."""
+        """Return whether processors, criteria or the model can tell rows of different lengths from plain decoding."""
         output, is_fixed = self.output, self.reader.cache.cache_config.compileable
         sees_scores = bool(output.others) and output.scores is not None
         is_tied = is_fixed or sees_scores or counts_columns(self.reader.model)

@@ -53,7 +53,7 @@ class Output:
         own = (MaxLengthCriteria, EosTokenCriteria)
         self.others = StoppingCriteriaList([criterion for criterion in criteria if type(criterion) not in own])
         self.rows_end = any(hasattr(criterion, "eos_token_id") for criterion in criteria)  # as transformers tests it
-        self.is_met = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)  # by the others, if rows go on
+        self.is_met = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)  # by `others`, unless rows end
         self.pad = compat.pad_token(config)
         self.ids = input_ids.new_full((batch, self.max_length), self.pad)
         self.ids[:, :prompt_len] = input_ids

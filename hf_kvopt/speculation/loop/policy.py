@@ -30,7 +30,7 @@ _KEEP = 4  # steps for which a choice stands: choosing costs as much as several 
 _TRUST, _TRIAL = 16, 8  # speculative steps before the first judgement, and after a pause; texts are uneven
 _HELD_UP = 2.0  # longest counted step, in medians: a longer one was delayed from outside
 _PAUSE, _LONGEST_PAUSE = 32, 256  # plain steps until speculation is tried again
-_MOST_SAMPLINGS = 16  # sampling settings that are told apart
+_MOST_SAMPLINGS = 16  # sampling settings with measurements of their own
 _WARM_UP = 3  # steps that are not measured, with drafts and without: the first ones compile and load code
 # Least, before measurements, most: see `Policy._confidence`. A head's q is flatter than the target's first choice
 # deserves, so costs alone would end drafts too early (measured on the reference model).
