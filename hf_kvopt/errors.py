@@ -1,4 +1,4 @@
-"""Errors that hf_kvopt raises for state; wrong arguments raise `ValueError` or `TypeError`.
+"""Errors of hf_kvopt about state; wrong arguments raise `ValueError` or `TypeError`.
 
     KVOptError
     ├── OutOfBlocks          the pool's cap on tokens is reached
@@ -6,7 +6,7 @@
     ├── UnsupportedModel     the model needs something that this attention or cache does not have
     └── UnsupportedDevice    the device cannot run the format or kernel that was asked for
 
-Every message says what, got, expected, and what to do. A cache stays usable after any of them.
+Every message states what, got, expected, and what to do. A cache stays usable after any of them.
 """
 
 import difflib
@@ -15,7 +15,7 @@ from typing import Self
 
 
 def nearest(name: object, known: abc.Iterable[str]) -> str:
-    """Return "; did you mean 'block_size'?" for the end of a message on an unknown name; "" where none is alike."""
+    """Return "; did you mean 'block_size'?" to end a message about an unknown name; "" if no known name is similar."""
     by_lower = {each.lower(): each for each in sorted(known)}
     said = str(name).lower()
     longer = [each for each in by_lower if said and each.startswith(said)]
@@ -28,7 +28,7 @@ class KVOptError(RuntimeError):
 
 
 class OutOfBlocks(KVOptError):
-    """Room for more tokens was asked for than the pool's cap leaves, in whole blocks; nothing was taken."""
+    """A request for more tokens, in whole blocks, than the pool's cap leaves; nothing was taken."""
 
     @classmethod
     def asked_for(cls, num_blocks: int, num_left: int, num_total: int, block_size: int) -> Self:
@@ -43,12 +43,12 @@ class OutOfBlocks(KVOptError):
 
 
 class CacheStateError(KVOptError):
-    """The cache does not fit the call: other model, other batch, or a length that would corrupt the output."""
+    """A cache that does not fit the call: other model, other batch, or a length that would corrupt the output."""
 
 
 class UnsupportedModel(KVOptError):
-    """The model needs something that hf_kvopt cannot give without risking a wrong token."""
+    """A model that needs something that hf_kvopt cannot provide without risking a wrong token."""
 
 
 class UnsupportedDevice(KVOptError):
-    """The device lacks what the requested format or kernel needs."""
+    """A device that lacks what the requested format or kernel needs."""
