@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_kvopt.attention.guards import check_ownership, check_weights, check_window
+from hf_kvopt.attention.checks import check_ownership, check_weights, check_window
 from hf_kvopt.attention.masking import add_bias, hide_before, select_keys, take_apart
 from hf_kvopt.attention.mla import LatentKV, attend_latent, is_absorbable
 from hf_kvopt.errors import KVOptError, UnsupportedModel

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.kernels.blocks import row_views
-from hf_kvopt.kernels.cpu.place import Place
+from hf_kvopt.kernels.cpu.address import PoolAddress
 from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.quant import Format, Quantized, dequantize, get_format, rotate, unguarded
 
@@ -28,13 +28,13 @@ class Stored(NamedTuple):
         codes: [num_blocks, block_size, num_kv_heads, width].
         scale: [num_blocks, block_size, num_kv_heads, *scale_shape]; None for native storage.
         rotates: whether vectors are rotated before they are stored.
-        place: where the tensors lie, for the compiled kernels of a CPU; None where those cannot read or write them.
+        address: where the tensors lie, for the compiled kernels of a CPU; None where those cannot read or write them.
     """
 
     codes: Tensor
     scale: Tensor | None
     rotates: bool = False
-    place: Place | None = None
+    address: PoolAddress | None = None
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hf_kvopt.kernels.blocks import gathered, strided
 from hf_kvopt.kernels.calls import RowTensors
-from hf_kvopt.pool.slots import Layout, Memo, Step, padded_rows
+from hf_kvopt.pool.slots import RowLayout, Step, TensorCache, padded_rows
 
 _UNKNOWN = (-1, -1)
 
@@ -28,10 +28,10 @@ class Addresses:
         self.lags: list[int] = []  # columns before the first token of each row
         self.clock = self.base = 0
         self.version = 0  # counts changes: a handle made before one is out of date
-        self._tensors = Memo()
+        self._tensors = TensorCache()
         self._step: tuple[tuple[int, int, int], Step] | None = None
         self._rows_on: tuple[torch.device, RowTensors] | None = None
-        self._layout: Layout | None = None
+        self._layout: RowLayout | None = None
         self._span: tuple[int, int] | None = _UNKNOWN
 
     @property
@@ -56,10 +56,10 @@ class Addresses:
         return self._span
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> RowLayout:
         """How the rows lie in memory."""
         if self._layout is None:
-            self._layout = Layout(self.rows, self.block_size)
+            self._layout = RowLayout(self.rows, self.block_size)
         return self._layout
 
     def rows_on(self, device: torch.device) -> RowTensors:
@@ -118,7 +118,7 @@ class Addresses:
 
     def _rows_changed(self) -> None:
         self.version += 1
-        self._tensors = Memo()
+        self._tensors = TensorCache()
         self._step, self._rows_on, self._layout, self._span = None, None, None, _UNKNOWN
 
     def _lengths_changed(self) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hf_kvopt.kernels.blocks import row_views, strided
 from hf_kvopt.kernels.calls import KVSpec, KVView, PlaneWrite, Stored, restored
-from hf_kvopt.kernels.cpu.place import place_of
+from hf_kvopt.kernels.cpu.address import address_of
 from hf_kvopt.kernels.devices import require_format, runs_kernel
 from hf_kvopt.pool.block_table import BlockTable
 from hf_kvopt.pool.centres import Centres
@@ -166,7 +166,7 @@ class Plane:
         """Take these tensors for storage."""
         codes, scale = writable(codes), None if scale is None else writable(scale)
         # One value: whoever took it before keeps tensors and addresses that belong together.
-        self.stored = Stored(codes, scale, self.rotates, place_of(codes, scale))
+        self.stored = Stored(codes, scale, self.rotates, address_of(codes, scale))
 
     def _blocks(self, num_blocks: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Zeros for codes and scales."""

@@ -50,7 +50,7 @@ class Step(NamedTuple):
     skip: int  # columns held before the first of those
 
 
-class Memo:
+class TensorCache:
     """Tensors made from the rows of a table, for all layers of a step; by what they are and the device they are on."""
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class Memo:
         self._known = {key: tensor for key, tensor in self._known.items() if key[0] == name}
 
 
-class Layout:
+class RowLayout:
     """How rows of blocks lie in memory; valid until a row changes."""
 
     def __init__(self, rows: Sequence[Sequence[int]], block_size: int) -> None:
