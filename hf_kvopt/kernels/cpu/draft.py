@@ -225,7 +225,7 @@ class Drafting:
             known = self._grown[name] = _floats(size)
         return known
 
-    def _attend_with(self, held: Held, seq_lens: Tensor, spec: Spec) -> array:
+    def _attend_with(self, held: Held, seq_lens: Tensor, spec: Spec) -> "array[int]":
         """The arguments of attention."""
         w, table = self._weights, held.block_table
         splits = -(-(table.shape[1] << held.k.block_shift) // CHUNK)
