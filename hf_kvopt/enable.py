@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from hf_kvopt import compat
 from hf_kvopt.attention.register import ATTENTION_NAME
-from hf_kvopt.attention.traits import attention_obstacle
+from hf_kvopt.attention.support import attention_obstacle
 from hf_kvopt.cache.paged import PagedCache
 from hf_kvopt.cache.quantized import QuantizedPagedCache, option_names
 from hf_kvopt.calibration import choose, warn_of_loss

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_kvopt import compat
-from hf_kvopt.attention.traits import takes_boolean_masks
+from hf_kvopt.attention.support import takes_boolean_masks
 from hf_kvopt.errors import CacheStateError, UnsupportedModel
 from hf_kvopt.pool.lazy import LazyTensor
 

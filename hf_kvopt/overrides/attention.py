@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from transformers import PreTrainedModel
 
 from hf_kvopt.attention.register import ATTENTION_NAME
-from hf_kvopt.attention.traits import attention_obstacle
+from hf_kvopt.attention.support import attention_obstacle
 from hf_kvopt.overrides import latents
 
 

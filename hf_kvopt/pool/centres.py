@@ -24,7 +24,7 @@ _SPARE = 64
 _SAME = 1e-3  # of a key's largest channel: what rounding may make of one key in two places
 
 
-class Rewrite(NamedTuple):
+class Anew(NamedTuple):
     """The first tokens of a row, to be stored once more by the row's centre."""
 
     row: int
@@ -60,7 +60,7 @@ class Centres:
 
     def before_write(
         self, states: Tensor, table: BlockTable, start: int, stop: int
-    ) -> tuple[Tensor | None, list[Rewrite]]:
+    ) -> tuple[Tensor | None, list[Anew]]:
         """The centres of the rows for states [batch, num_kv_heads, stop - start, head_dim] at these columns.
 
         A row that begins here learns its centre from them; the others go on with that of the block before. Beside them
@@ -81,7 +81,7 @@ class Centres:
             if known is not None and (past <= 0 or known.shape[1] == CENTRE_TOKENS):
                 before, number = number, self._learn(known, number)
                 if past > 0 and number != before:
-                    anew.append(Rewrite(i, row[0], known[:, :past]))
+                    anew.append(Anew(i, row[0], known[:, :past]))
             for block in row[max(0, past) // table.block_size : -(-last // table.block_size)]:
                 self.ids[block] = number
                 self.early.pop(block, None)

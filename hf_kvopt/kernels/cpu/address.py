@@ -17,7 +17,7 @@ class PoolAddress(NamedTuple):
     """Where a pool lies, as the kernel takes it; holds as long as the pool's tensors stay."""
 
     arguments: tuple[int, ...]  # address and strides in bytes: of blocks, tokens and heads, of scales' blocks and heads
-    code: str  # how it is stored, a name in decoder.DECODERS
+    code: str  # how it is stored, a name in decoder.CODECS
     dim: int
     scale_bits: int
     num_heads: int

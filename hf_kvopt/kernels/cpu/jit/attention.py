@@ -16,11 +16,11 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from hf_kvopt.kernels.cpu.jit.attention_function import AttentionFunction
-from hf_kvopt.kernels.cpu.jit.attention_tasks import AttentionTasks
+from hf_kvopt.kernels.cpu.jit.body import Body
 from hf_kvopt.kernels.cpu.jit.emitter import F32, I64, NEG_INF, PTR
 from hf_kvopt.kernels.cpu.jit.kernel import VOID
 from hf_kvopt.kernels.cpu.jit.spec import Spec
+from hf_kvopt.kernels.cpu.jit.worker import Worker
 from hf_kvopt.kernels.pattern import LOG2E
 
 
@@ -40,13 +40,13 @@ def define(module: ir.Module, spec: Spec) -> tuple[ir.Function, ir.Function]:
     )
     finish.linkage = work.linkage = "internal"
     _emit_finish(finish, spec)
-    AttentionTasks(work, spec, finish).emit()
+    Worker(work, spec, finish).emit()
     return work, finish
 
 
 def _emit_run(function: ir.Function, work: ir.Function, finish: ir.Function, spec: Spec) -> None:
     """Work, then merge."""
-    e = AttentionFunction(function, spec)
+    e = Body(function, spec)
     e.share_out(work)
     splits = e.number("splits")
     is_split = e.b.icmp_signed(">", splits, e.integer(1))
@@ -57,7 +57,7 @@ def _emit_run(function: ir.Function, work: ir.Function, finish: ir.Function, spe
 
 def _emit_finish(function: ir.Function, spec: Spec) -> None:
     """Merge the parts of one row and KV head, let the sinks join the denominator, divide, and write the output."""
-    e = AttentionFunction(function, spec)
+    e = Body(function, spec)
     pair, splits, num_kv_heads = function.args[1], e.number("splits"), e.number("num_kv_heads")
     where = e.b.udiv(pair, num_kv_heads), e.b.urem(pair, num_kv_heads)
     with e.loop(e.integer(0), e.num_rows(), 1) as query:
@@ -86,7 +86,7 @@ def _emit_finish(function: ir.Function, spec: Spec) -> None:
     e.b.ret_void()
 
 
-def _write(e: AttentionFunction, where: tuple[ir.Value, ir.Value], query: ir.Value, values: list[ir.Value]) -> None:
+def _write(e: Body, where: tuple[ir.Value, ir.Value], query: ir.Value, values: list[ir.Value]) -> None:
     """Store a query's output, [batch, q_len, num_heads, v_dim] contiguous."""
     row, kv_head = where
     q_len, group = e.number("q_len"), e.number("group")

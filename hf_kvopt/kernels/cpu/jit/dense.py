@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from llvmlite import ir
 
-from hf_kvopt.kernels.cpu.jit.decoder import DECODERS, Decoder
+from hf_kvopt.kernels.cpu.jit.codec import CODECS, Codec
 from hf_kvopt.kernels.cpu.jit.emitter import F32, I32, I64
 from hf_kvopt.kernels.cpu.jit.kernel import VOID, Kernel
 from hf_kvopt.kernels.pattern import LOG2E
@@ -27,14 +27,14 @@ class Dense(Kernel):
         function: an empty function of (arguments, thread, threads, ...).
         lanes: float32 values in a vector register.
         names: of the arguments.
-        weights: how weights are stored, a name in decoder.DECODERS.
+        weights: how weights are stored, a name in codec.CODECS.
         eps: of the norms.
     """
 
     def __init__(self, function: ir.Function, lanes: int, names: Sequence[str], weights: str, eps: float) -> None:
         super().__init__(function, lanes, names)
         self.thread, self.threads = function.args[1:3]
-        self.decoder, self.eps = DECODERS[weights], eps
+        self.codec, self.eps = CODECS[weights], eps
         self._products = self.alloca(F32, _TOGETHER * lanes)
 
     def barrier(self) -> None:
@@ -60,19 +60,19 @@ class Dense(Kernel):
 
     def weight_row(self, base: ir.Value, row: ir.Value, size: int) -> ir.Value:
         """Address of a row of `size` weights."""
-        return self.at(base, self.b.mul(row, self.integer(size * self.decoder.bits // 8)))
+        return self.at(base, self.b.mul(row, self.integer(size * self.codec.bits // 8)))
 
-    def rms_norm(self, source: ir.Value, decoder: Decoder, weight: ir.Value, size: int, target: ir.Value) -> None:
+    def rms_norm(self, source: ir.Value, codec: Codec, weight: ir.Value, size: int, target: ir.Value) -> None:
         """target = source / rms(source) * weight, of `size` values, the target in float32."""
         total = self.var(self.splat(0.0))
         with self.loop(self.integer(0), self.integer(size), self.lanes) as i:
-            x = self._load(decoder, source, i)
+            x = self._load(codec, source, i)
             total.set(self.fma(x, x, total.get()))
         mean = self.b.fdiv(self.fold(total.get(), "add"), ir.Constant(F32, float(size)))
         root = self.b.call(self._sqrt(), [self.b.fadd(mean, ir.Constant(F32, self.eps))])
         inverse = self.splat(self.b.fdiv(ir.Constant(F32, 1.0), root))
         with self.loop(self.integer(0), self.integer(size), self.lanes) as i:
-            x = self.b.fmul(self.b.fmul(self._load(decoder, source, i), inverse), self._load(self.decoder, weight, i))
+            x = self.b.fmul(self.b.fmul(self._load(codec, source, i), inverse), self._load(self.codec, weight, i))
             self.store(x, self.item(target, F32, i))
 
     def blocks(self, count: ir.Value, body: Callable[[list[ir.Value]], None]) -> None:
@@ -85,7 +85,7 @@ class Dense(Kernel):
 
     def products(self, weight: ir.Value, size: int, xs: Sequence[ir.Value]) -> list[ir.Value]:
         """A vector for each of one or four tokens: products of its `size` values with as many rows from `weight` on."""
-        count, row_bytes = len(xs), size * self.decoder.bits // 8
+        count, row_bytes = len(xs), size * self.codec.bits // 8
         # Few rows at a time, each for several vectors: memory is read in long stretches.
         rows = self.lanes // count if count > 1 else _TOGETHER
         steps = self.lanes // (rows * count)
@@ -99,7 +99,7 @@ class Dense(Kernel):
                     i = self.b.add(start, self.integer(step * self.lanes))
                     values = [self.load(self.item(x, F32, i)) for x in xs]
                     for row in range(rows):
-                        column = self._load(self.decoder, self.at(base, self.integer(row * row_bytes)), i)
+                        column = self._load(self.codec, self.at(base, self.integer(row * row_bytes)), i)
                         for token, value in enumerate(values):
                             total = sums[step * count + token][row]
                             total.set(self.fma(value, column, total.get()))
@@ -124,8 +124,8 @@ class Dense(Kernel):
         top = self.b.select(is_negative, self.b.fmul(x, power), x)
         return self.b.fdiv(top, self.b.fadd(self.splat(1.0), power))
 
-    def _load(self, decoder: Decoder, base: ir.Value, first: ir.Value) -> ir.Value:
-        return decoder.load(self, self.at(base, self.b.mul(first, self.integer(decoder.bits // 8))), 0, self.lanes)
+    def _load(self, codec: Codec, base: ir.Value, first: ir.Value) -> ir.Value:
+        return codec.load(self, self.at(base, self.b.mul(first, self.integer(codec.bits // 8))), 0, self.lanes)
 
     def _sqrt(self) -> ir.Function:
         return external(self.function.module, "llvm.sqrt.f32", F32, F32)

@@ -20,10 +20,10 @@ from llvmlite import ir
 
 from hf_kvopt.kernels.cpu.jit.attention import define
 from hf_kvopt.kernels.cpu.jit.choose import TokenChoice
-from hf_kvopt.kernels.cpu.jit.decoder import DECODERS
+from hf_kvopt.kernels.cpu.jit.codec import CODECS
+from hf_kvopt.kernels.cpu.jit.coder import stored
 from hf_kvopt.kernels.cpu.jit.dense import team
 from hf_kvopt.kernels.cpu.jit.emitter import F32, I32, I64, PTR
-from hf_kvopt.kernels.cpu.jit.encoder import stored
 from hf_kvopt.kernels.cpu.jit.kernel import VOID, Kernel
 from hf_kvopt.kernels.cpu.jit.phase import Phase
 from hf_kvopt.kernels.cpu.jit.spec import ARGUMENTS, DRAFT_ARGUMENTS, DraftSpec
@@ -146,9 +146,9 @@ class Layer(Phase):
             x = self._input(i)
             token = self.index(self.tokens, i)
             embedding = self.at(self.pointer("embeds"), self.b.mul(token, self.number("embeds_row")))
-            self.rms_norm(embedding, DECODERS[self.spec.embeds], self.pointer("input_norm"), hidden, x)
+            self.rms_norm(embedding, CODECS[self.spec.embeds], self.pointer("input_norm"), hidden, x)
             feature, half = self.row(self.features, i, hidden), self.item(x, F32, self.integer(hidden))
-            self.rms_norm(feature, DECODERS["float32"], self.pointer("hidden_norm"), hidden, half)
+            self.rms_norm(feature, CODECS["float32"], self.pointer("hidden_norm"), hidden, half)
 
     def _input(self, i: ir.Value) -> ir.Value:
         return self.row(self.inputs, i, 2 * self.spec.hidden)
@@ -210,7 +210,7 @@ class Layer(Phase):
         address = self.pointer(name)
         for index, stride in ((block, "block"), (offset, "token"), (head, "head")):
             address = self.at(address, self.b.mul(index, self.number(f"{name}_{stride}")))
-        size = DECODERS[self.spec.store].bits // 8
+        size = CODECS[self.spec.store].bits // 8
         for i, x in enumerate(vectors):
             self.store(stored(self, x, self.spec.store), self.at(address, self.integer(i * self.lanes * size)))
 

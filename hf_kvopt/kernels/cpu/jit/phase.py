@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from llvmlite import ir
 
-from hf_kvopt.kernels.cpu.jit.decoder import DECODERS
+from hf_kvopt.kernels.cpu.jit.codec import CODECS
 from hf_kvopt.kernels.cpu.jit.dense import Dense
 from hf_kvopt.kernels.cpu.jit.spec import DRAFT_ARGUMENTS, DraftSpec
 
@@ -26,7 +26,7 @@ class Phase(Dense):
         """Rows of hidden states of the batch, normed, for this thread."""
         with self.loop(self.integer(0), self.number("num_rows"), 1) as row:
             x, y = (self.row(base, row, self.spec.hidden) for base in (source, target))
-            self.rms_norm(x, DECODERS["float32"], self.pointer(norm), self.spec.hidden, y)
+            self.rms_norm(x, CODECS["float32"], self.pointer(norm), self.spec.hidden, y)
 
     def outputs(self, count: int, rows: ir.Value, body: Callable[[ir.Value, list[ir.Value]], None]) -> None:
         """`body` of this thread's outputs, a vector's worth of them from a first one on, and some of the rows."""

@@ -10,7 +10,7 @@ class Spec(NamedTuple):
         rows: queries that share the reads of a key, 1 to 4: as many as stay in registers with four keys.
         k_dim: channels of a key.
         v_dim: channels of a value.
-        k_code: how keys are stored, a name in decoder.DECODERS.
+        k_code: how keys are stored, a name in codec.CODECS.
         v_code: how values are stored.
         scale_bits: of a stored scale, 16 or 32.
         lanes: float32 values in a vector register: 16 (AVX-512) or 8 (AVX2).
@@ -57,8 +57,8 @@ class StoreSpec(NamedTuple):
 
     Args:
         dim: channels of a vector.
-        source: how states come, a name in decoder.DECODERS.
-        code: how they are stored, a name in encoder.ENCODERS.
+        source: how states come, a name in codec.CODECS.
+        code: how they are stored, a name in coder.CODERS.
         rotates: whether they are rotated before.
         is_centred: whether a centre is taken from them before.
         lanes: see `Spec`.
@@ -95,7 +95,7 @@ class DraftSpec(NamedTuple):
         num_kv_heads: of keys and values.
         head_dim: channels of a head.
         vocab: tokens that can be proposed.
-        weights: how they are stored, a name in decoder.DECODERS.
+        weights: how they are stored, a name in codec.CODECS.
         embeds: how the embeddings are.
         store: how keys and values are: float32, bfloat16 or float16.
         is_normed_residual: whether the residual is the normed feature.

@@ -14,9 +14,9 @@ from typing import Any
 
 from llvmlite import ir
 
-from hf_kvopt.kernels.cpu.jit.decoder import DECODERS
+from hf_kvopt.kernels.cpu.jit.codec import CODECS
+from hf_kvopt.kernels.cpu.jit.coder import CODERS, stored
 from hf_kvopt.kernels.cpu.jit.emitter import F16, I32, I64, PTR
-from hf_kvopt.kernels.cpu.jit.encoder import ENCODERS, stored
 from hf_kvopt.kernels.cpu.jit.kernel import VOID, Kernel
 from hf_kvopt.kernels.cpu.jit.spec import STORE_ARGUMENTS, STORE_CHUNK, StoreSpec
 from hf_kvopt.quant.reference import FLOAT16_NUDGE
@@ -40,8 +40,8 @@ class Store(Kernel):
     def __init__(self, function: ir.Function, spec: StoreSpec) -> None:
         super().__init__(function, spec.lanes, STORE_ARGUMENTS)
         self.spec = spec
-        self.encoder: Any = ENCODERS.get(spec.code)  # None: stored as they come
-        self.scales = ir.ArrayType(F16, self.encoder.num_scales if self.encoder else 0)  # of one token and head
+        self.coder: Any = CODERS.get(spec.code)  # None: stored as they come
+        self.scales = ir.ArrayType(F16, self.coder.num_scales if self.coder else 0)  # of one token and head
         self.ints = ir.VectorType(I32, spec.lanes)
         self.doubles = ir.VectorType(ir.DoubleType(), spec.lanes)
 
@@ -89,9 +89,9 @@ class Store(Kernel):
         channels = []
         for first in range(0, self.spec.dim, self.lanes):
             count = min(self.lanes, self.spec.dim - first)
-            x = DECODERS[self.spec.source].load(self, states, first, count)
+            x = CODECS[self.spec.source].load(self, states, first, count)
             if centre is not None:
-                x = self.b.fsub(x, DECODERS["float32"].load(self, centre, first, count))
+                x = self.b.fsub(x, CODECS["float32"].load(self, centre, first, count))
             channels.append(x)
         return self._rotated(channels) if self.spec.rotates else channels
 
@@ -122,22 +122,22 @@ class Store(Kernel):
 
     def _write(self, channels: list[ir.Value], codes: ir.Value, scales: ir.Value) -> None:
         """Quantize a vector where it is to be, and store its codes and its scales."""
-        if self.encoder is None:
-            size = DECODERS[self.spec.code].bits // 8
+        if self.coder is None:
+            size = CODECS[self.spec.code].bits // 8
             for first, x in zip(range(0, self.spec.dim, self.lanes), channels, strict=True):
                 part = self.narrow(stored(self, x, self.spec.code), 0, min(self.lanes, self.spec.dim - first))
                 self.store(part, self.at(codes, self.integer(first * size)))
             return
         extreme = self._extreme(channels)
-        scale = self._nearest(channels, [self._rounded(extreme, divisor) for divisor in self.encoder.divisors])
+        scale = self._nearest(channels, [self._rounded(extreme, divisor) for divisor in self.coder.divisors])
         halves = self.b.fptrunc(scale, ir.VectorType(F16, self.lanes))
-        self.store(self.narrow(halves, 0, self.encoder.num_scales), scales)
+        self.store(self.narrow(halves, 0, self.coder.num_scales), scales)
         for i, x in enumerate(channels):
             first = i * self.lanes
             count = min(self.lanes, self.spec.dim - first)
-            packed = self.encoder.pack(self, self.encoder.steps(self, x, scale))
-            offset = self.integer(first * self.encoder.bits // 8)
-            self.store(self.narrow(packed, 0, count * self.encoder.bits // 8), self.at(codes, offset))
+            packed = self.coder.pack(self, self.coder.steps(self, x, scale))
+            offset = self.integer(first * self.coder.bits // 8)
+            self.store(self.narrow(packed, 0, count * self.coder.bits // 8), self.at(codes, offset))
 
     def _extreme(self, channels: list[ir.Value]) -> ir.Value:
         """The channel of the largest magnitude, of those with the same scale in each lane; NaN where there is one.
@@ -148,8 +148,8 @@ class Store(Kernel):
         greatest = ir.Constant(self.ints, None)
         for x in channels:
             greatest = self._larger(self._shifted(self.b.bitcast(x, self.ints), 1, 31), greatest)
-        greatest = self.folded(greatest, self._larger, self.encoder.num_scales)
-        is_signed = self.encoder.chooses
+        greatest = self.folded(greatest, self._larger, self.coder.num_scales)
+        is_signed = self.coder.chooses
         bits = self._shifted(greatest, 31, 1) if is_signed else self.b.lshr(greatest, self._integers(1))
         return self.b.bitcast(bits, self.vec)
 
@@ -185,6 +185,6 @@ class Store(Kernel):
     def _error(self, channels: list[ir.Value], scale: ir.Value) -> ir.Value:
         total = self.splat(0.0)
         for x in channels:
-            error = self.b.fsub(self.b.fmul(self.encoder.steps(self, x, scale), scale), x)
+            error = self.b.fsub(self.b.fmul(self.coder.steps(self, x, scale), scale), x)
             total = self.b.fadd(total, self.b.fmul(error, error))
-        return self.folded(total, self.b.fadd, self.encoder.num_scales)
+        return self.folded(total, self.b.fadd, self.coder.num_scales)

@@ -10,7 +10,7 @@ from llvmlite import ir
 from hf_kvopt.kernels.cpu.jit.emitter import F16, F32, I8, I16, I32, Emitter
 
 
-class Decoder(NamedTuple):
+class Codec(NamedTuple):
     """How `count` channels are read.
 
     Args:
@@ -77,12 +77,12 @@ def _e4m3(e: Emitter, address: ir.Value, count: int) -> ir.Value:
     return e.b.fpext(e.b.bitcast(e.b.or_(sign, rest), ir.VectorType(F16, count)), ir.VectorType(F32, count))
 
 
-DECODERS = {
-    "float32": Decoder(32, _float32),
-    "bfloat16": Decoder(16, _bfloat16),
-    "float16": Decoder(16, _float16),
-    "int8": Decoder(8, _int8, num_scales=1),
-    "uint8": Decoder(4, _int4, num_scales=2, offset=-8.0),
-    "float8_e4m3fn": Decoder(8, _e4m3, num_scales=1, gain=256.0),
-    "float8_e5m2": Decoder(8, _e5m2, num_scales=1),
+CODECS = {
+    "float32": Codec(32, _float32),
+    "bfloat16": Codec(16, _bfloat16),
+    "float16": Codec(16, _float16),
+    "int8": Codec(8, _int8, num_scales=1),
+    "uint8": Codec(4, _int4, num_scales=2, offset=-8.0),
+    "float8_e4m3fn": Codec(8, _e4m3, num_scales=1, gain=256.0),
+    "float8_e5m2": Codec(8, _e5m2, num_scales=1),
 }

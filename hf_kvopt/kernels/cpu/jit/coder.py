@@ -13,7 +13,7 @@ from hf_kvopt.quant.formats import FP8_E4M3, FP8_E5M2, INT4, INT8, Format
 from hf_kvopt.quant.reference import INT4_DIVISORS
 
 
-class Encoder(NamedTuple):
+class Coder(NamedTuple):
     """How a vector of channels is quantized.
 
     Args:
@@ -83,15 +83,15 @@ def _floats(e: Emitter, steps: ir.Value, fmt: Format) -> ir.Value:
     return e.b.trunc(code, ir.VectorType(I8, e.lanes))
 
 
-def _bytes(fmt: Format, pack: Callable[[Emitter, ir.Value], ir.Value]) -> Encoder:
-    return Encoder(pack, (fmt.qmax,), -fmt.qmax, fmt.qmax)
+def _bytes(fmt: Format, pack: Callable[[Emitter, ir.Value], ir.Value]) -> Coder:
+    return Coder(pack, (fmt.qmax,), -fmt.qmax, fmt.qmax)
 
 
-ENCODERS = {
+CODERS = {
     "int8": _bytes(INT8, _integers),
     "float8_e4m3fn": _bytes(FP8_E4M3, partial(_floats, fmt=FP8_E4M3)),
     "float8_e5m2": _bytes(FP8_E5M2, partial(_floats, fmt=FP8_E5M2)),
-    "uint8": Encoder(_nibbles, INT4_DIVISORS, -8.0, 7.0, bits=INT4.bits or 0, num_scales=2),
+    "uint8": Coder(_nibbles, INT4_DIVISORS, -8.0, 7.0, bits=INT4.bits or 0, num_scales=2),
 }
 
 

@@ -9,7 +9,7 @@ from hf_kvopt.kernels.cpu.jit.kernel import Kernel
 from hf_kvopt.kernels.cpu.jit.spec import ARGUMENTS, Spec, part_items
 
 
-class AttentionFunction(Kernel):
+class Body(Kernel):
     """A function of the kernel."""
 
     def __init__(self, function: ir.Function, spec: Spec) -> None:

@@ -6,9 +6,9 @@ from contextlib import AbstractContextManager
 
 from llvmlite import ir
 
-from hf_kvopt.kernels.cpu.jit.attention_function import AttentionFunction
 from hf_kvopt.kernels.cpu.jit.block_reader import BlockReader
-from hf_kvopt.kernels.cpu.jit.decoder import DECODERS
+from hf_kvopt.kernels.cpu.jit.body import Body
+from hf_kvopt.kernels.cpu.jit.codec import CODECS
 from hf_kvopt.kernels.cpu.jit.emitter import F32, I8, I32, I64, NEG_INF
 from hf_kvopt.kernels.cpu.jit.spec import BOOL_MASK, CHUNK, FLOAT_MASK, TILE, Spec
 from hf_kvopt.kernels.pattern import LOG2E
@@ -18,13 +18,13 @@ _ACCUMULATORS = {16: 16, 8: 8}
 _LEAST_FLOAT = -3.4028234663852886e38
 
 
-class AttentionTasks(AttentionFunction):
+class Worker(Body):
     """Takes tasks until none is left."""
 
     def __init__(self, function: ir.Function, spec: Spec, finish: ir.Function) -> None:
         super().__init__(function, spec)
         self.finish = finish
-        self.k_decoder, self.v_decoder = DECODERS[spec.k_code], DECODERS[spec.v_code]
+        self.k_codec, self.v_codec = CODECS[spec.k_code], CODECS[spec.v_code]
         accumulators = _ACCUMULATORS[spec.lanes]
         # Tokens whose products with all rows are in registers at once: a power of two.
         self.unit = accumulators // (1 << (spec.rows - 1).bit_length())
@@ -45,8 +45,8 @@ class AttentionTasks(AttentionFunction):
         row, kv_head = self.b.udiv(pair, num_kv_heads), self.b.urem(pair, num_kv_heads)
         self.where = row, kv_head
         self.part_of_task = self.part(pair, split)
-        self.k = BlockReader(self, "k", self.k_decoder, row, kv_head)
-        self.v = BlockReader(self, "v", self.v_decoder, row, kv_head)
+        self.k = BlockReader(self, "k", self.k_codec, row, kv_head)
+        self.v = BlockReader(self, "v", self.v_codec, row, kv_head)
         self._bounds(row, split)
         self._prepare()
         with self.loop(self.round_down(self.begin, TILE), self.end, TILE) as tile:
@@ -118,11 +118,8 @@ class AttentionTasks(AttentionFunction):
         return self.loop(self.round_down(self.first, self.lanes), self.stop, self.lanes)
 
     def _load_scales(self) -> None:
-        for plane, decoder, scales in (
-            (self.k, self.k_decoder, self.k_scales),
-            (self.v, self.v_decoder, self.v_scales),
-        ):
-            if decoder.num_scales == 1:
+        for plane, codec, scales in ((self.k, self.k_codec, self.k_scales), (self.v, self.v_codec, self.v_scales)):
+            if codec.num_scales == 1:
                 with self._vectors() as token:
                     self.store(plane.scales(token), self.item(scales, F32, self.b.sub(token, self.tile)))
 
@@ -130,7 +127,7 @@ class AttentionTasks(AttentionFunction):
         """One step of `rows` queries over one tile of tokens."""
         with self.loop(self.round_down(self.first, self.unit), self.stop, self.unit) as token:
             self._products(query, token)
-        if self.k_decoder.num_scales == 1:
+        if self.k_codec.num_scales == 1:
             with self._vectors() as token:
                 self._rescale(token)
         is_capped = self.b.icmp_signed("!=", self.number("softcap"), self.integer(0))
@@ -153,7 +150,7 @@ class AttentionTasks(AttentionFunction):
             count = min(self.lanes, self.spec.k_dim - i * self.lanes)
             queries = [self.load(self._query(self.b.add(query, self.integer(q)), i)) for q in self._rows]
             for t, (address, pair) in enumerate(zip(keys, pairs, strict=True)):
-                key = self._paired(self.k_decoder.load(self, address, i * self.lanes, count), pair)
+                key = self._paired(self.k_codec.load(self, address, i * self.lanes, count), pair)
                 for q in self._rows:
                     sums[q][t] = self.fma(queries[q], key, sums[q][t])
         flat = [value for row in sums for value in row]
@@ -162,7 +159,7 @@ class AttentionTasks(AttentionFunction):
             self._store_scores(self.sums(flat[first : first + self.lanes]), first, token)
 
     def _pair(self, plane: BlockReader, token: ir.Value) -> tuple[ir.Value, ir.Value] | None:
-        return plane.pair(token) if plane.decoder.num_scales == 2 else None
+        return plane.pair(token) if plane.codec.num_scales == 2 else None
 
     def _paired(self, numbers: ir.Value, pair: tuple[ir.Value, ir.Value] | None) -> ir.Value:
         """Channels with scales of their own; other scales touch the scores and the weights instead."""
@@ -227,7 +224,7 @@ class AttentionTasks(AttentionFunction):
             for q, pivot in enumerate(pivots):
                 weights = self.exp2(self.b.fsub(self.load(self._score(q, token)), self.splat(pivot)))
                 totals[q].set(self.b.fadd(totals[q].get(), weights))
-                if self.v_decoder.num_scales == 1:
+                if self.v_codec.num_scales == 1:
                     scales = self.load(self.item(self.v_scales, F32, self.b.sub(token, self.tile)))
                     weights = self.b.fmul(weights, scales)
                 self.store(weights, self._score(q, token))
@@ -291,7 +288,7 @@ class AttentionTasks(AttentionFunction):
                 pair = self._pair(self.v, token)
                 for j, i in enumerate(vectors):
                     count = min(self.lanes, self.spec.v_dim - i * self.lanes)
-                    values = self._paired(self.v_decoder.load(self, address, i * self.lanes, count), pair)
+                    values = self._paired(self.v_codec.load(self, address, i * self.lanes, count), pair)
                     for q in self._rows:
                         acc[q][j].set(self.fma(weights[q], values, acc[q][j].get()))
         for of_row, sums in zip(slots, acc, strict=True):
