@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_kvopt.attention.mask import LazyMask, MaskPattern
+from hf_kvopt.attention.mask import LazyMask, Pattern
 from hf_kvopt.compat import slides
 from hf_kvopt.errors import CacheStateError, UnsupportedModel
 from hf_kvopt.pool.handle import KVHandle, view_of
@@ -75,7 +75,7 @@ def check_window(
     if not reads.slides or sliding_window is not None:
         return
     # A full pattern is cross attention, whose layer has the number of a layer of self-attention.
-    if isinstance(attention_mask, LazyMask) and attention_mask.pattern != MaskPattern(is_causal=True, window=None):
+    if isinstance(attention_mask, LazyMask) and attention_mask.pattern != Pattern(is_causal=True, window=None):
         return
     if isinstance(attention_mask, LazyMask) or attention_mask is None:
         raise UnsupportedModel(

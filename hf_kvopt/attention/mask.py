@@ -18,7 +18,7 @@ from hf_kvopt.errors import CacheStateError, UnsupportedModel
 from hf_kvopt.pool.lazy import LazyTensor
 
 
-class MaskPattern(NamedTuple):
+class Pattern(NamedTuple):
     """Visible keys as a pattern: query i of q_len is at key position kv_len - q_len + i."""
 
     is_causal: bool
@@ -37,7 +37,7 @@ class LazyMask(LazyTensor):
     """
 
     sizes: tuple[int, int, int, int]  # the shape, faster to read than a tensor's
-    pattern: MaskPattern
+    pattern: Pattern
     padding: Tensor | None
     make_dense: Callable[[], Tensor | None]
 
@@ -46,7 +46,7 @@ class LazyMask(LazyTensor):
         cls: type,
         shape: tuple[int, int, int, int],
         device: torch.device,
-        pattern: MaskPattern,
+        pattern: Pattern,
         padding: Tensor | None,
         make_dense: Callable[[], Tensor | None],
     ) -> "LazyMask":
@@ -120,7 +120,7 @@ def lazy_mask(
     q_offset = int(q_offset)
     pattern = describe(mask_function)
     is_aligned = q_offset + q_length == kv_offset + kv_length
-    if pattern is None or (not is_aligned and pattern != MaskPattern(False, None)):
+    if pattern is None or (not is_aligned and pattern != Pattern(False, None)):
         return compat.sdpa_mask(**arguments)
     if pattern.is_causal and attention_mask is not None and attention_mask.shape[-1] < q_offset + q_length:
         raise CacheStateError(
@@ -139,17 +139,17 @@ def lazy_mask(
     return LazyMask(shape, torch.device(device), pattern, padding, lambda: compat.sdpa_mask(**arguments))
 
 
-def describe(mask_function: Callable[..., Any]) -> MaskPattern | None:
+def describe(mask_function: Callable[..., Any]) -> Pattern | None:
     """Return the pattern that one of transformers' mask functions implements; None for any other function."""
     if mask_function is compat.causal_mask_function:
-        return MaskPattern(is_causal=True, window=None)
+        return Pattern(is_causal=True, window=None)
     if mask_function is compat.bidirectional_mask_function:
-        return MaskPattern(is_causal=False, window=None)
+        return Pattern(is_causal=False, window=None)
     parts = _closure(mask_function, _and_mask()).get("mask_functions", ())
     if len(parts) == 2 and parts[1] is compat.causal_mask_function:
         window = _closure(parts[0], _sliding()).get("sliding_window")
         if isinstance(window, int):
-            return MaskPattern(is_causal=True, window=window)
+            return Pattern(is_causal=True, window=window)
     return None
 
 

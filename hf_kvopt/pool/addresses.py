@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hf_kvopt.kernels.blocks import gathered, strided
 from hf_kvopt.kernels.calls import RowTensors
-from hf_kvopt.pool.slots import RowLayout, Step, TensorCache, padded_rows
+from hf_kvopt.pool.slots import Memo, RowLayout, Step, padded_rows
 
 _UNKNOWN = (-1, -1)
 
@@ -28,7 +28,7 @@ class Addresses:
         self.lags: list[int] = []  # columns before the first token of each row
         self.clock = self.base = 0
         self.version = 0  # counts changes: a handle made before one is out of date
-        self._tensors = TensorCache()
+        self._tensors = Memo()
         self._step: tuple[tuple[int, int, int], Step] | None = None
         self._rows_on: tuple[torch.device, RowTensors] | None = None
         self._layout: RowLayout | None = None
@@ -118,7 +118,7 @@ class Addresses:
 
     def _rows_changed(self) -> None:
         self.version += 1
-        self._tensors = TensorCache()
+        self._tensors = Memo()
         self._step, self._rows_on, self._layout, self._span = None, None, None, _UNKNOWN
 
     def _lengths_changed(self) -> None:

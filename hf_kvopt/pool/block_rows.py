@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from hf_kvopt.pool.addresses import Addresses
 from hf_kvopt.pool.allocator import BlockAllocator
-from hf_kvopt.pool.slots import TensorCache
+from hf_kvopt.pool.slots import Memo
 
 
 class BlockRows(Addresses):
@@ -102,7 +102,7 @@ class BlockRows(Addresses):
     def __getstate__(self) -> dict[str, object]:
         state = self.__dict__.copy()
         del state["_finalizer"]
-        state["_tensors"], state["_rows_on"] = TensorCache(), None
+        state["_tensors"], state["_rows_on"] = Memo(), None
         return state
 
     def __setstate__(self, state: dict[str, object]) -> None:

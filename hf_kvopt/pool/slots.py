@@ -50,7 +50,7 @@ class Step(NamedTuple):
     skip: int  # columns held before the first of those
 
 
-class TensorCache:
+class Memo:
     """Tensors made from the rows of a table, for all layers of a step; by what they are and the device they are on."""
 
     def __init__(self) -> None:

@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, masking_utils
 from transformers.masking_utils import sdpa_mask
 
-from hf_kvopt.attention.mask import LazyMask, MaskPattern, describe, lazy_mask
+from hf_kvopt.attention.mask import LazyMask, Pattern, describe, lazy_mask
 from hf_kvopt.errors import CacheStateError, UnsupportedModel
 from tests.attention.dense import attend_like
 
@@ -33,10 +33,10 @@ FUNCTIONS = {
     ),
 }
 PATTERNS = {
-    "causal": MaskPattern(is_causal=True, window=None),
-    "full": MaskPattern(is_causal=False, window=None),
-    "window": MaskPattern(is_causal=True, window=4),
-    "window of one": MaskPattern(is_causal=True, window=1),
+    "causal": Pattern(is_causal=True, window=None),
+    "full": Pattern(is_causal=False, window=None),
+    "window": Pattern(is_causal=True, window=4),
+    "window of one": Pattern(is_causal=True, window=1),
 }
 PADDINGS = {
     "no padding": None,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_kvopt.speculation.drafters.base import Draft, Drafter, DraftPlan, DraftSession, Read, Sampler
+from hf_kvopt.speculation.drafters.base import Draft, Drafter, DraftSession, Plan, Read, Sampler
 from tests.helpers import tiny_model
 
 
@@ -43,7 +43,7 @@ class _ForestSession(DraftSession):
         for row, count in enumerate(read.counts):
             self.lens[row] += count + (self.lens[row] == 0)
 
-    def propose(self, plan: DraftPlan, sample: Sampler) -> Draft:
+    def propose(self, plan: Plan, sample: Sampler) -> Draft:
         tokens: list[int] = []
         parents: list[int] = []
         above = -1
@@ -77,7 +77,7 @@ class Oracle(Drafter):
 
 
 class _OracleSession(_ForestSession):
-    def propose(self, plan: DraftPlan, sample: Sampler) -> Draft:
+    def propose(self, plan: Plan, sample: Sampler) -> Draft:
         return Draft(torch.tensor([[self._token(i, row, depth) for depth in range(plan.gamma)]
                                    for i, row in enumerate(self.rows)]))  # fmt: skip
 

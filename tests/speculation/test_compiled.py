@@ -8,7 +8,7 @@ from torch import nn
 
 from hf_kvopt.kernels.cpu.draft import MAX_FIRST
 from hf_kvopt.kernels.cpu.program import can_compile
-from hf_kvopt.speculation.drafters.base import DraftPlan, Read
+from hf_kvopt.speculation.drafters.base import Plan, Read
 from hf_kvopt.speculation.heads.compiled import CompiledSteps, weights_of
 from hf_kvopt.speculation.heads.config import EagleConfig
 from hf_kvopt.speculation.heads.eagle import EagleHead
@@ -43,7 +43,7 @@ class Pair:
         for session in (self.compiled, self.plain):
             session.extend(read)
 
-    def check(self, plan: DraftPlan) -> None:
+    def check(self, plan: Plan) -> None:
         mine, theirs = (session.propose(plan, Greedy()) for session in (self.compiled, self.plain))
         assert torch.equal(mine.tokens, theirs.tokens)
         assert (mine.parents is None) == (theirs.parents is None)
@@ -56,7 +56,7 @@ class Pair:
             session.select(rows)
 
 
-CHAIN, TREE = DraftPlan(4, 4), DraftPlan(3, 8, 3)
+CHAIN, TREE = Plan(4, 4), Plan(3, 8, 3)
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +81,7 @@ def test_chains_end_alike(limit):
     pair = Pair(2)
     pair.extend(9, 7)
     for counts in ((1, 2), (3, 3), (2, 1)):
-        pair.check(DraftPlan(6, 6, min_confidence=limit))
+        pair.check(Plan(6, 6, min_confidence=limit))
         pair.extend(*counts)
 
 
@@ -189,9 +189,9 @@ def test_there_are_rotations_for_padding_too():
     pair = Pair(2)
     pair.firsts = [4094 - 9, 0]
     pair.extend(9, 9)
-    pair.check(DraftPlan(1, 1))
+    pair.check(Plan(1, 1))
     pair.extend(1, 9)
-    pair.check(DraftPlan(1, 1))
+    pair.check(Plan(1, 1))
     # The first row's last token is at 4094, its padding goes on to 4102.
     assert len(pair.head.rotary.reserve(0, torch.device("cpu"), torch.float32)) > 4102
 

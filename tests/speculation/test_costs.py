@@ -2,11 +2,11 @@
 
 import pytest
 
-from hf_kvopt.speculation.loop.costs import Rates, TimeBySize
+from hf_kvopt.speculation.loop.costs import Rates, Times
 
 
 def test_sizes_that_were_not_met_are_read_off_the_line() -> None:
-    times = TimeBySize(growth=1.0)
+    times = Times(growth=1.0)
     for size in (2, 4, 8):
         for _ in range(3):
             times.note(size, 0.001 + 0.002 * size)
@@ -14,7 +14,7 @@ def test_sizes_that_were_not_met_are_read_off_the_line() -> None:
 
 
 def test_one_size_is_guessed_by_its_growth() -> None:
-    dear, cheap = TimeBySize(growth=1.0), TimeBySize(growth=0.1)
+    dear, cheap = Times(growth=1.0), Times(growth=0.1)
     for times in (dear, cheap):
         times.note(4, 0.02)
     assert dear.line().at(8) == pytest.approx(0.04)
@@ -22,7 +22,7 @@ def test_one_size_is_guessed_by_its_growth() -> None:
 
 
 def test_a_size_that_was_met_once_does_not_bend_the_line() -> None:
-    times = TimeBySize(growth=1.0)
+    times = Times(growth=1.0)
     for size in (1, 2):
         for _ in range(2):
             times.note(size, 0.01 * size)
@@ -31,7 +31,7 @@ def test_a_size_that_was_met_once_does_not_bend_the_line() -> None:
 
 
 def test_a_line_never_falls() -> None:
-    times = TimeBySize(growth=1.0)
+    times = Times(growth=1.0)
     for _ in range(2):
         times.note(1, 0.02)
         times.note(8, 0.01)

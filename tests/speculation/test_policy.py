@@ -6,17 +6,15 @@ import pytest
 import torch
 
 from hf_kvopt import speculative
-from hf_kvopt.speculation.drafters.base import DraftPlan
-from hf_kvopt.speculation.loop.costs import TimeBySize
+from hf_kvopt.speculation.drafters.base import Plan
+from hf_kvopt.speculation.loop.costs import Times
 from hf_kvopt.speculation.loop.policy import NOTHING, Policy
 from tests.helpers import eager_tokens, generate, prompt, tiny_model
 from tests.speculation.drafters import Forest
 from tests.speculation.test_equality import drafter
 
 
-def simulate(
-    policy: Policy, steps: int, alpha: float, draft_s: float, read_s: float, batch: int = 1
-) -> list[DraftPlan]:
+def simulate(policy: Policy, steps: int, alpha: float, draft_s: float, read_s: float, batch: int = 1) -> list[Plan]:
     """Run steps of a machine with 10 ms a forward and `read_s` a token; alpha is the acceptance of a drafted token."""
     generator = torch.Generator().manual_seed(0)
     plans = []
@@ -68,7 +66,7 @@ def test_it_comes_back_when_drafts_become_good() -> None:
 def test_a_step_that_was_held_up_is_no_reason_to_stop() -> None:
     policy = make()
     simulate(policy, 12, alpha=0.8, draft_s=0.0005, read_s=0.0002)
-    policy.note_step(DraftPlan(3, 3), 1, 4, 0.001, 5.0, {0: (3, 2)}, 3)
+    policy.note_step(Plan(3, 3), 1, 4, 0.001, 5.0, {0: (3, 2)}, 3)
     assert NOTHING not in simulate(policy, 40, alpha=0.8, draft_s=0.0005, read_s=0.0002)
 
 
@@ -85,13 +83,13 @@ def test_first_drafts_are_not_measured() -> None:
     for _ in range(6):
         policy.note_step(NOTHING, 1, 1, None, 0.01, {0: (0, 0)}, 1)
     for seconds in (2.0, 1.0, 0.5, 0.012, 0.012):
-        policy.note_draft(DraftPlan(4, 4), 1, 4, seconds)
-        policy.note_step(DraftPlan(4, 4), 1, 5, seconds, seconds, {0: (4, 3)}, 4)
+        policy.note_draft(Plan(4, 4), 1, 4, seconds)
+        policy.note_step(Plan(4, 4), 1, 5, seconds, seconds, {0: (4, 3)}, 4)
     assert policy.read_times.at(5) == pytest.approx(0.012)
     assert policy.known.draft_times[1, True].at(4) == pytest.approx(0.012)
 
 
-def uneven(policy: Policy, steps: int, gains: list[int], rows_leave: bool = True) -> list[DraftPlan]:
+def uneven(policy: Policy, steps: int, gains: list[int], rows_leave: bool = True) -> list[Plan]:
     """Run steps in which row i accepts `gains[i]` tokens of any draft, and each step is as slow as it reads tokens."""
     policy.begin(None, rows_leave)
     plans, rows = [], range(len(gains))
@@ -196,7 +194,7 @@ def test_generation_goes_on_equal_through_pauses() -> None:
 
 
 def test_what_was_measured_is_not_extrapolated_to_nothing() -> None:
-    times = TimeBySize(growth=0.1)
+    times = Times(growth=0.1)
     for size, seconds in ((4, 1e-3), (4, 1e-3), (8, 9e-3), (8, 9e-3)):  # a line that would be below zero at 1
         times.note(size, seconds)
     assert times.at(1) > 1e-4

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_kvopt.speculation.drafters.base import Draft, DraftPlan
+from hf_kvopt.speculation.drafters.base import Draft, Plan
 from hf_kvopt.speculation.heads.eagle import EagleHead
 from hf_kvopt.speculation.heads.growth import TreeGrowth
 from tests.helpers import VOCAB, tiny_model
@@ -67,9 +67,9 @@ def begin(head, target, *rows: Tensor):
 def test_a_chain_is_what_the_head_says_over_the_whole_text(kind):
     target, head, row = tiny_model(), tiny_head(kind), text(19)
     session = begin(head, target, row)
-    assert session.propose(DraftPlan(4, 4), Greedy()).tokens.tolist() == [greedy_chain(head, target, row, 4)]
+    assert session.propose(Plan(4, 4), Greedy()).tokens.tolist() == [greedy_chain(head, target, row, 4)]
     # Drafting twice gives one draft.
-    assert session.propose(DraftPlan(4, 4), Greedy()).tokens.tolist() == [greedy_chain(head, target, row, 4)]
+    assert session.propose(Plan(4, 4), Greedy()).tokens.tolist() == [greedy_chain(head, target, row, 4)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -78,10 +78,10 @@ def test_what_was_not_kept_is_forgotten(kind):
     session = begin(head, target, whole[:19])
     at = 19
     for kept in (1, 3, 2, 5):
-        session.propose(DraftPlan(4, 4), Greedy())
+        session.propose(Plan(4, 4), Greedy())
         session.extend(read_of(head, target, [whole[: at + kept]], [at - 1]))
         at += kept
-        draft = session.propose(DraftPlan(3, 3), Greedy())
+        draft = session.propose(Plan(3, 3), Greedy())
         assert draft.tokens.tolist() == [greedy_chain(head, target, whole[:at], 3)]
 
 
@@ -92,7 +92,7 @@ def test_rows_of_different_lengths_do_not_see_each_other(kind):
     lengths = [7, 21, 18]
     session = begin(head, target, *(whole[:n] for whole, n in zip(wholes, lengths, strict=True)))
     for kept in ((1, 3, 2), (4, 1, 1), (2, 2, 2)):
-        draft = session.propose(DraftPlan(3, 3), Greedy())
+        draft = session.propose(Plan(3, 3), Greedy())
         expected = [greedy_chain(head, target, w[:n], 3) for w, n in zip(wholes, lengths, strict=True)]
         assert draft.tokens.tolist() == expected
         starts = [n - 1 for n in lengths]
@@ -101,11 +101,11 @@ def test_rows_of_different_lengths_do_not_see_each_other(kind):
         session.extend(read_of(head, target, rows, starts))
     session.select([2, 0])
     left = [wholes[2][: lengths[2]], wholes[0][: lengths[0]]]
-    draft = session.propose(DraftPlan(3, 3), Greedy())
+    draft = session.propose(Plan(3, 3), Greedy())
     assert draft.tokens.tolist() == [greedy_chain(head, target, row, 3) for row in left]
 
 
-def grown_by_hand(head, target, row: Tensor, plan: DraftPlan) -> dict[tuple[int, ...], float]:
+def grown_by_hand(head, target, row: Tensor, plan: Plan) -> dict[tuple[int, ...], float]:
     """Grow EAGLE-2's tree as in the paper: return paths of target ids with their joint log probability."""
     frontier: dict[tuple[int, ...], float] = {(): 0.0}
     candidates: dict[tuple[int, ...], float] = {}
@@ -131,9 +131,7 @@ def paths(draft: Draft, row: int) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "plan", [DraftPlan(3, 8, 3), DraftPlan(4, 10, 2), DraftPlan(1, 3, 3)], ids=["wide", "deep", "flat"]
-)
+@pytest.mark.parametrize("plan", [Plan(3, 8, 3), Plan(4, 10, 2), Plan(1, 3, 3)], ids=["wide", "deep", "flat"])
 def test_a_tree_is_eagle_2s(kind, plan):
     target, head = tiny_model(), tiny_head(kind)
     rows = [text(19), text(12, 1)] if kind == "medusa" else [text(19)]
@@ -142,14 +140,12 @@ def test_a_tree_is_eagle_2s(kind, plan):
     for i, row in enumerate(rows):
         assert set(paths(draft, i)) == set(grown_by_hand(head, target, row, plan))
     # The nodes of a tree leave no trace in the next draft.
-    assert session.propose(DraftPlan(3, 3), Greedy()).tokens.tolist() == [
-        greedy_chain(head, target, row, 3) for row in rows
-    ]
+    assert session.propose(Plan(3, 3), Greedy()).tokens.tolist() == [greedy_chain(head, target, row, 3) for row in rows]
 
 
 @pytest.mark.parametrize("kind", EAGLES)
 def test_trees_of_several_rows_of_different_lengths(kind):
-    target, head, plan = tiny_model(), tiny_head(kind), DraftPlan(3, 7, 3)
+    target, head, plan = tiny_model(), tiny_head(kind), Plan(3, 7, 3)
     rows = [text(9), text(23, 1)]
     draft = begin(head, target, *rows).propose(plan, Greedy())
     for i, row in enumerate(rows):
@@ -159,7 +155,7 @@ def test_trees_of_several_rows_of_different_lengths(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_drawn_token_comes_with_the_very_distribution_it_was_drawn_from(kind):
     target, head, row = tiny_model(), tiny_head(kind), text(19)
-    draft = begin(head, target, row).propose(DraftPlan(3, 3), Stochastic())
+    draft = begin(head, target, row).propose(Plan(3, 3), Stochastic())
     tokens = draft.tokens[0].tolist()
     assert draft.q is not None
     for depth in range(3):
@@ -172,13 +168,13 @@ def test_medusa_drafts_no_deeper_than_it_has_heads():
     head = tiny_head("medusa")
     assert head.max_gamma == 4
     session = begin(head, tiny_model(), text(9))
-    assert session.propose(DraftPlan(9, 9), Greedy()).tokens.shape == (1, 4)
+    assert session.propose(Plan(9, 9), Greedy()).tokens.shape == (1, 4)
 
 
 @pytest.mark.parametrize("kind", EAGLES)
 def test_a_closed_session_holds_no_memory(kind):
     session = begin(tiny_head(kind), tiny_model(), text(30))
-    session.propose(DraftPlan(3, 9, 3), Greedy())
+    session.propose(Plan(3, 9, 3), Greedy())
     cache = session._cache
     cache.check_integrity()
     session.close()
@@ -186,7 +182,7 @@ def test_a_closed_session_holds_no_memory(kind):
 
 
 def test_ties_keep_parents_before_children():
-    growth = TreeGrowth(1, DraftPlan(3, 5, 2), torch.device("cpu"))
+    growth = TreeGrowth(1, Plan(3, 5, 2), torch.device("cpu"))
     certain = torch.tensor([[[0.0, float("-inf"), -50.0]]])
     nodes = 1
     for _ in range(3):
@@ -206,7 +202,7 @@ def test_chains_end_where_the_head_does_not_believe_in_them(kind):
         joints[i] = torch.stack([log_q(head, target, row, chain[:depth]).max() for depth in range(4)]).cumsum(0).exp()
     mean = joints.mean(0).tolist()
     for limit in (value * factor for value in mean for factor in (0.99, 1.01)):
-        draft = session.propose(DraftPlan(4, 4, 1, limit), Greedy())
+        draft = session.propose(Plan(4, 4, 1, limit), Greedy())
         length = sum(value >= limit for value in mean)
         assert draft.tokens.tolist() == [chain[:length] for chain in chains]
         assert draft.lengths is None
@@ -219,7 +215,7 @@ def test_a_drawn_token_is_never_dropped_for_its_own_value(kind):
     session = begin(head, target, *rows)
     seen = set()
     for seed in range(20):
-        draft = session.propose(DraftPlan(4, 4, 1, 0.05), Stochastic(seed))
+        draft = session.propose(Plan(4, 4, 1, 0.05), Stochastic(seed))
         joints = draft.q.gather(2, draft.tokens[:, :, None])[:, :, 0].cumprod(1).mean(0).tolist()
         assert draft.lengths is None
         assert len(joints) == min(4, 1 + sum(joint >= 0.05 for joint in joints))
@@ -230,7 +226,7 @@ def test_a_drawn_token_is_never_dropped_for_its_own_value(kind):
 @pytest.mark.parametrize("kind", ["eagle3", "medusa"])
 def test_a_tree_leaves_out_what_the_head_does_not_believe_in(kind):
     target, head, rows = tiny_model(), tiny_head(kind), [text(19), text(12, 1)]
-    plan = DraftPlan(3, 9, 3)
+    plan = Plan(3, 9, 3)
     session = begin(head, target, *rows)
     nodes = [grown_by_hand(head, target, row, plan) for row in rows]
     for limit in [exp(score) * 0.99 for score in nodes[0].values()]:
@@ -248,4 +244,4 @@ def test_a_session_drafts_for_the_target_that_it_was_begun_for():
         target = tiny_model(seed=seed)
         session = head.begin(target, 1)
         session.extend(read_of(head, target, [row]))
-        assert session.propose(DraftPlan(3, 3), Greedy()).tokens.tolist() == [greedy_chain(head, target, row, 3)]
+        assert session.propose(Plan(3, 3), Greedy()).tokens.tolist() == [greedy_chain(head, target, row, 3)]

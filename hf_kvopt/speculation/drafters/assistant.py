@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_kvopt.cache.paged import PagedCache
-from hf_kvopt.speculation.drafters.base import Draft, Drafter, DraftPlan, DraftSession, Read, Sampler
+from hf_kvopt.speculation.drafters.base import Draft, Drafter, DraftSession, Plan, Read, Sampler
 from hf_kvopt.speculation.loop.reader import Reader
 
 
@@ -81,7 +81,7 @@ class _AssistantSession(DraftSession):
                 self.unread[row] += firsts[row]
             self.unread[row] += new[kept[row] : read.counts[row]]
 
-    def propose(self, plan: DraftPlan, sample: Sampler) -> Draft:
+    def propose(self, plan: Plan, sample: Sampler) -> Draft:
         logits = self._catch_up()
         tokens, qs = [], []  # type: tuple[list[Tensor], list[Tensor | None]]
         for depth in range(plan.gamma):

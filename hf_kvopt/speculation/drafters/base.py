@@ -35,7 +35,7 @@ class Read(NamedTuple):
     choices: Tensor | None = None
 
 
-class DraftPlan(NamedTuple):
+class Plan(NamedTuple):
     """Size of a draft: a chain if num_nodes <= gamma, else a tree."""
 
     gamma: int  # depth: tokens of the longest path
@@ -98,7 +98,7 @@ class DraftSession(ABC):
         """Take in what the target kept, and forget the drafted tokens that it did not keep."""
 
     @abstractmethod
-    def propose(self, plan: DraftPlan, sample: Sampler) -> Draft:
+    def propose(self, plan: Plan, sample: Sampler) -> Draft:
         """Draft after the root of each row; a drafter without trees returns a chain for any plan."""
 
     @abstractmethod

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from hf_kvopt.speculation.drafters.base import Draft, Drafter, DraftPlan, DraftSession, Read, Sampler
+from hf_kvopt.speculation.drafters.base import Draft, Drafter, DraftSession, Plan, Read, Sampler
 
 _NUM_NGRAMS = 4096
 
@@ -59,7 +59,7 @@ class _LookaheadSession(DraftSession):
             if choices is not None and self.drafted[row]:
                 self._follow(row, choices[row], len(new))
 
-    def propose(self, plan: DraftPlan, sample: Sampler) -> Draft:
+    def propose(self, plan: Plan, sample: Sampler) -> Draft:
         self.drafted = [self._guess(row, plan.gamma) for row in range(len(self.texts))]
         return Draft(torch.tensor(self.drafted, dtype=torch.long, device=self.device))
 

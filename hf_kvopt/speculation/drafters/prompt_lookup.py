@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from hf_kvopt.speculation.drafters.base import Draft, Drafter, DraftPlan, DraftSession, Read, Sampler
+from hf_kvopt.speculation.drafters.base import Draft, Drafter, DraftSession, Plan, Read, Sampler
 
 
 class PromptLookup(Drafter):
@@ -47,7 +47,7 @@ class _LookupSession(DraftSession):
                     ends[tuple(text[-n:])] = len(text)
                 text.append(token)
 
-    def propose(self, plan: DraftPlan, sample: Sampler) -> Draft:
+    def propose(self, plan: Plan, sample: Sampler) -> Draft:
         found = [self._behind(row, plan.gamma) for row in range(len(self.texts))]
         width = max(len(tokens) for tokens in found)
         padded = [tokens + [0] * (width - len(tokens)) for tokens in found]

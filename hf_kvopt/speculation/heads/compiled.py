@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hf_kvopt.cache.paged import PagedCache
 from hf_kvopt.kernels.cpu.draft import Drafting, DraftWeights, Entries, Held, can_draft
-from hf_kvopt.speculation.drafters.base import Draft, DraftPlan, Read, Sampler
+from hf_kvopt.speculation.drafters.base import Draft, Plan, Read, Sampler
 from hf_kvopt.speculation.heads.growth import ChainGrowth
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class CompiledSteps:
             self._drafting.run(held, self._rotations(read.positions, 1), self._entries(read, slots, counts))
         return self._drafting.states[:, None].to(self._head.dtype, copy=True), width
 
-    def chain(self, hidden: Tensor | None, position: Tensor, plan: DraftPlan, sample: Sampler) -> tuple[Draft, int]:
+    def chain(self, hidden: Tensor | None, position: Tensor, plan: Plan, sample: Sampler) -> tuple[Draft, int]:
         """Draft a chain after the root of each row; return it with the number of columns it added.
 
         `hidden` [batch, 1, hidden_size] is the state to continue from if torch read the last tokens, else None;

@@ -13,7 +13,7 @@ from torch import Tensor
 from hf_kvopt.attention.forward import attention_forward
 from hf_kvopt.cache.paged import PagedCache
 from hf_kvopt.kernels.cpu.draft import MAX_FIRST
-from hf_kvopt.speculation.drafters.base import Draft, DraftPlan, DraftSession, Read, Sampler
+from hf_kvopt.speculation.drafters.base import Draft, DraftSession, Plan, Read, Sampler
 from hf_kvopt.speculation.heads.compiled import CompiledSteps, weights_of
 from hf_kvopt.speculation.heads.growth import ChainGrowth, TreeGrowth
 from hf_kvopt.speculation.heads.layer import EagleLayer
@@ -78,7 +78,7 @@ class EagleSession(DraftSession):
         self._hidden = head.forward(read.following, hidden, rotation, attend, last)
         attend.lengths = None
 
-    def propose(self, plan: DraftPlan, sample: Sampler) -> Draft:
+    def propose(self, plan: Plan, sample: Sampler) -> Draft:
         if not plan.is_chain:
             self._settle()
             return self._tree(plan)
@@ -105,7 +105,7 @@ class EagleSession(DraftSession):
     def close(self) -> None:
         self._cache.free()
 
-    def _chain(self, plan: DraftPlan, sample: Sampler) -> Draft:
+    def _chain(self, plan: Plan, sample: Sampler) -> Draft:
         head, hidden, position = self._head, self._hidden, self._position
         assert hidden is not None  # extend comes first
         assert position is not None
@@ -120,7 +120,7 @@ class EagleSession(DraftSession):
                 break
         return chain.draft(hidden.device)
 
-    def _tree(self, plan: DraftPlan) -> Draft:
+    def _tree(self, plan: Plan) -> Draft:
         head, hidden, position = self._head, self._hidden, self._position
         assert hidden is not None  # extend comes first
         assert position is not None

@@ -1,7 +1,7 @@
 """Growth of drafts: chains token by token, trees level by level, while the head is confident enough.
 
 The joint probability of a node, the product of q along its path, estimates how likely the target accepts it. A chain
-ends where its mean over the rows falls below `DraftPlan.min_confidence`. A tree is EAGLE-2's: each level expands its
+ends where its mean over the rows falls below `Plan.min_confidence`. A tree is EAGLE-2's: each level expands its
 `top_k` best nodes by `top_k` children, and the `num_nodes` best of all levels are the draft, except those below the
 limit. A parent is never less likely than its child, so the nodes that remain form a tree.
 
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_kvopt.speculation.drafters.base import Draft, DraftPlan, Sampler
+from hf_kvopt.speculation.drafters.base import Draft, Plan, Sampler
 from hf_kvopt.speculation.heads.base import HeadBase
 
 
@@ -71,7 +71,7 @@ class Frontier(NamedTuple):
 class TreeGrowth:
     """Grows one tree for each row, level by level, and owns its candidates."""
 
-    def __init__(self, batch_size: int, plan: DraftPlan, device: torch.device) -> None:
+    def __init__(self, batch_size: int, plan: Plan, device: torch.device) -> None:
         self._plan = plan
         self._limit = log(plan.min_confidence) if plan.min_confidence > 0 else None
         self._tokens: list[Tensor] = []

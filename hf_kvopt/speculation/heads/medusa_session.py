@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hf_kvopt.speculation.drafters.base import Draft, DraftPlan, DraftSession, Read, Sampler
+from hf_kvopt.speculation.drafters.base import Draft, DraftSession, Plan, Read, Sampler
 from hf_kvopt.speculation.heads.growth import ChainGrowth, TreeGrowth
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class MedusaSession(DraftSession):
         last = torch.tensor(read.counts, device=read.features.device) - 1
         self._feature = read.features[torch.arange(len(last), device=last.device), last]
 
-    def propose(self, plan: DraftPlan, sample: Sampler) -> Draft:
+    def propose(self, plan: Plan, sample: Sampler) -> Draft:
         assert self._feature is not None  # extend comes first
         head, feature = self._head, self._feature
         logits = head(feature)[: plan.gamma]

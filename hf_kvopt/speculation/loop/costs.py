@@ -115,7 +115,7 @@ class Line(NamedTuple):
         return self.base + self.slope * x
 
 
-class TimeBySize:
+class Times:
     """Measured seconds by size, of one kind of work.
 
     Old measurements of a size expire: they may have been taken while something else ran, and would keep that size from

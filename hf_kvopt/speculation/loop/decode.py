@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.generation import GenerationConfig
 
 from hf_kvopt.errors import OutOfBlocks
-from hf_kvopt.speculation.drafters.base import Draft, Drafter, DraftPlan, DraftSession, Read
+from hf_kvopt.speculation.drafters.base import Draft, Drafter, DraftSession, Plan, Read
 from hf_kvopt.speculation.loop.lockstep import walk
 from hf_kvopt.speculation.loop.output import Output
 from hf_kvopt.speculation.loop.policy import Policy
@@ -134,7 +134,7 @@ class Speculation:
         self.policy.note_step(plan, batch, fed.shape[1], draft_s, ended - drafted, depths, num_tokens)
         self._let_go(session)
 
-    def _draft(self, session: DraftSession, plan: DraftPlan) -> tuple[Draft, TreeShape | None]:
+    def _draft(self, session: DraftSession, plan: Plan) -> tuple[Draft, TreeShape | None]:
         """Return the draft, with its shape if it is a tree; empty if the plan is."""
         if not plan.num_nodes:
             return Draft(self._roots()[:, :0]), None

@@ -13,13 +13,13 @@ from collections.abc import Collection, Hashable, Mapping, Sequence
 from functools import partial
 from statistics import median
 
-from hf_kvopt.speculation.drafters.base import DraftPlan
-from hf_kvopt.speculation.loop.costs import Line, Rates, RelativeAcceptance, TimeBySize
+from hf_kvopt.speculation.drafters.base import Plan
+from hf_kvopt.speculation.loop.costs import Line, Rates, RelativeAcceptance, Times
 from hf_kvopt.speculation.loop.stats import SpeculationStats
 
 logger = logging.getLogger(__name__)
 
-NOTHING = DraftPlan(0, 0)
+NOTHING = Plan(0, 0)
 _CHAINS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
 _TREES = ((3, 8), (4, 8), (4, 12), (5, 16), (6, 24), (6, 32), (7, 48))  # depth, nodes
 _TREE_GAIN = 1.15  # gain over the best chain that a tree must promise before one was measured
@@ -42,12 +42,10 @@ class Measurements:
 
     def __init__(self) -> None:
         self.rates: dict[int, Rates] = defaultdict(Rates)  # by nodes of the tree; 0: chains
-        self.draft_times: dict[tuple[int, bool], TimeBySize] = defaultdict(
-            partial(TimeBySize, 1.0)
-        )  # (batch, is chain)
+        self.draft_times: dict[tuple[int, bool], Times] = defaultdict(partial(Times, 1.0))  # (batch, is chain)
         # (tokens of a row, seconds) of the last speculative steps, by batch size
         self.recent: dict[int, deque[tuple[float, float]]] = defaultdict(_recent)
-        self.chosen: dict[int, tuple[int, DraftPlan]] = {}  # batch size: (step, plan)
+        self.chosen: dict[int, tuple[int, Plan]] = {}  # batch size: (step, plan)
         self.pause_left, self.pause, self.trust = 0, _PAUSE, _TRUST
 
 
@@ -67,17 +65,17 @@ class Policy:
         self, gamma: int | None, num_nodes: int | None, top_k: int, max_gamma: int, can_tree: bool, may_stop: bool
     ) -> None:
         chains = [gamma] if gamma is not None else [g for g in _CHAINS if g <= max_gamma]
-        self.chains = [DraftPlan(g, g) for g in chains]
+        self.chains = [Plan(g, g) for g in chains]
         shapes = _TREES if num_nodes is None else [(g, num_nodes) for g in range(2, max_gamma + 1)]
         if gamma is not None:
             shapes = [(gamma, n) for n in ([num_nodes] if num_nodes else sorted({n for _, n in _TREES}))]
         is_wanted = can_tree and num_nodes != 0
-        self.trees = [DraftPlan(g, n, top_k) for g, n in shapes if is_wanted and g < n and g <= (gamma or max_gamma)]
+        self.trees = [Plan(g, n, top_k) for g, n in shapes if is_wanted and g < n and g <= (gamma or max_gamma)]
         self.tree_is_asked = bool(num_nodes) and bool(self.trees)
         self.may_stop = may_stop
         self.stats = SpeculationStats()
         self.paces = RelativeAcceptance()
-        self.read_times = TimeBySize(_READ_GROWTH)  # by tokens of all rows
+        self.read_times = Times(_READ_GROWTH)  # by tokens of all rows
         self.num_steps = self.num_drafted = self.num_plain = 0
         self.known = Measurements()
         self._known: dict[Hashable, Measurements] = {None: self.known}
@@ -90,7 +88,7 @@ class Policy:
             del self._known[next(iter(self._known))]
         self.paces.begin(rows_leave)
 
-    def plan(self, rows: Sequence[int], remaining: int) -> DraftPlan:
+    def plan(self, rows: Sequence[int], remaining: int) -> Plan:
         """Return the plan for `rows`, numbered as in the call, which take at most `remaining` more tokens."""
         batch_size = len(rows)
         if remaining < 2:
@@ -109,7 +107,7 @@ class Policy:
             self.known.chosen[batch_size] = self.num_steps, best
         return _cut(best, remaining - 1)
 
-    def note_draft(self, plan: DraftPlan, batch_size: int, depth: int, seconds: float, is_first: bool = False) -> None:
+    def note_draft(self, plan: Plan, batch_size: int, depth: int, seconds: float, is_first: bool = False) -> None:
         """Note that a draft by `plan` reached `depth` in `seconds`; the first of a call also reads the prompt."""
         self.stats.draft_s += seconds
         if not is_first and self.num_drafted >= _WARM_UP:
@@ -117,7 +115,7 @@ class Policy:
 
     def note_step(
         self,
-        plan: DraftPlan,  # as asked for
+        plan: Plan,  # as asked for
         batch_size: int,
         num_read: int,  # tokens of each row
         draft_s: float | None,  # None: not measured, as the draft also read the prompt
@@ -144,7 +142,7 @@ class Policy:
         if plan.num_nodes and draft_s is not None and self.num_plain:
             stats.time_saved_s += tokens / rows / self._plain_rate(batch_size) - draft_s - step_s
 
-    def rate(self, plan: DraftPlan, rows: Sequence[int]) -> float:
+    def rate(self, plan: Plan, rows: Sequence[int]) -> float:
         """Return the expected tokens of a row a second under a plan that drafts."""
         batch_size = len(rows)
         read = self.read_times.line() if self.read_times else Line(1e-3, 0.0)
@@ -157,7 +155,7 @@ class Policy:
     def _plain_rate(self, batch_size: int) -> float:
         return 1 / self.read_times.at(batch_size) if self.read_times else 1e3
 
-    def _best(self, rows: Sequence[int]) -> DraftPlan:
+    def _best(self, rows: Sequence[int]) -> Plan:
         chains = [] if self.tree_is_asked and len(rows) == 1 else self.chains
         best = max(chains, key=lambda plan: self.rate(plan, rows), default=None)
         if len(rows) == 1 and self.trees and (best is None or self.known.draft_times[1, True].has_slope):
@@ -168,13 +166,13 @@ class Policy:
         assert best is not None
         return best._replace(min_confidence=self._confidence(best, rows))
 
-    def _is_known(self, plan: DraftPlan) -> bool:
+    def _is_known(self, plan: Plan) -> bool:
         return plan.is_chain or self.known.rates[plan.num_nodes].num_known >= _ENOUGH
 
-    def _rates_of(self, plan: DraftPlan) -> Rates:
+    def _rates_of(self, plan: Plan) -> Rates:
         return self.known.rates[0 if plan.is_chain or not self._is_known(plan) else plan.num_nodes]
 
-    def _confidence(self, plan: DraftPlan, rows: Sequence[int]) -> float:
+    def _confidence(self, plan: Plan, rows: Sequence[int]) -> float:
         """Return the joint probability below which a draft ends: the cost of one more token in token times."""
         (least, unknown, most), batch_size = _CONFIDENCE, len(rows)
         if not self.known.draft_times[batch_size, plan.is_chain].has_slope:
@@ -241,7 +239,7 @@ def _rate_of(steps: Collection[tuple[float, float]]) -> float:
     return sum(tokens for tokens, _ in steps) / max(1e-9, sum(min(seconds, longest) for _, seconds in steps))
 
 
-def _cut(plan: DraftPlan, depth: int) -> DraftPlan:
+def _cut(plan: Plan, depth: int) -> Plan:
     """Limit `plan` to rows that can take at most `depth` drafted tokens."""
     if plan.gamma <= depth:
         return plan
