@@ -21,7 +21,7 @@ PACKAGE = "hf_kvopt"
 ALLOWED = {
     "prefix": ("prefix", "cache", "pool", "quant", "config", "compat"),
     "cache": ("cache", "pool", "quant", "config", "compat"),
-    "attention": ("attention", "pool.handle", "pool.lazy", "kernels", "overrides.instance", "compat"),
+    "attention": ("attention", "pool.handle", "pool.lazy", "kernels", "compat"),
     "pool": ("pool", "kernels", "quant"),
     "kernels": ("kernels", "quant"),
     "quant": ("quant",),
@@ -32,7 +32,7 @@ ALLOWED = {
     "config": (),
     "errors": (),
     "packaged": (),
-    "calibration": ("calibration", "cache", "plan", "quant", "packaged", "prefix.identity", "attention.lent", "compat"),
+    "calibration": ("calibration", "cache", "plan", "quant", "packaged", "prefix.identity", "overrides.lent", "compat"),
 }
 # Only these speak to transformers; the rest is torch alone.
 WITH_TRANSFORMERS = (

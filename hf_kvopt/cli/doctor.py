@@ -19,8 +19,8 @@ from hf_kvopt import compat
 from hf_kvopt.cli.screen import Parser, as_json, pairs, table
 from hf_kvopt.cli.trial import Trial, run_trials
 from hf_kvopt.errors import UnsupportedDevice
-from hf_kvopt.kernels.checks import check_format_runs
 from hf_kvopt.kernels.cpu.program import can_compile
+from hf_kvopt.kernels.devices import check_format_runs
 from hf_kvopt.kernels.triton.launch import device_target
 from hf_kvopt.quant import FORMATS, Format
 

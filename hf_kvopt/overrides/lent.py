@@ -5,9 +5,9 @@ from contextlib import contextmanager
 
 from transformers import PreTrainedModel
 
-from hf_kvopt.attention import mla
 from hf_kvopt.attention.register import ATTENTION_NAME
 from hf_kvopt.attention.support import attention_obstacle
+from hf_kvopt.overrides import latents
 
 
 @contextmanager
@@ -18,9 +18,9 @@ def our_attention(model: PreTrainedModel) -> Iterator[None]:
         yield
         return
     model.set_attn_implementation(ATTENTION_NAME)
-    mla.install(model)
+    latents.install(model)
     try:
         yield
     finally:
-        mla.uninstall(model)
+        latents.uninstall(model)
         model.set_attn_implementation(previous)
