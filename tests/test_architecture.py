@@ -32,7 +32,16 @@ ALLOWED = {
     "config": (),
     "errors": (),
     "packaged": (),
-    "calibration": ("calibration", "cache", "plan", "quant", "packaged", "prefix.identity", "overrides.lent", "compat"),
+    "calibration": (
+        "calibration",
+        "cache",
+        "plan",
+        "quant",
+        "packaged",
+        "prefix.identity",
+        "overrides.attention",
+        "compat",
+    ),
 }
 # Only these speak to transformers; the rest is torch alone.
 WITH_TRANSFORMERS = (

@@ -12,7 +12,7 @@ from evals._common.cli import BadArgumentError
 from evals._common.corpora import CORPORA, PARTS
 from evals._common.models import Subject
 
-# The name that papers use, which the hub has moved.
+# The name that papers use; the hub has moved it.
 ALIASES = {"wikitext-2": "Salesforce/wikitext:wikitext-2-raw-v1"}
 
 
@@ -32,10 +32,10 @@ def add_text_arguments(parser: argparse.ArgumentParser, part: str = "all") -> No
 
 
 def load_texts(args: argparse.Namespace) -> Iterable[str]:
-    """Give the texts that the arguments of `add_text_arguments` chose.
+    """Return the texts that the arguments of `add_text_arguments` chose.
 
     Raises:
-        BadArgumentError: the file, the data set, its split or its column is not there, or the file is no text.
+        BadArgumentError: the file, the data set, its split or its column does not exist, or the file is no text.
     """
     corpus = corpus_of(args)
     if corpus is not None:
@@ -85,7 +85,7 @@ def token_stream(
     num_tokens: int,
     seed: int = 0,
 ) -> Tensor:  # [num_tokens] int64, on the CPU
-    """Encode texts one after another, over again where they run out; random ids without a tokenizer."""
+    """Encode texts one after another, repeating them if they are too short; random ids without a tokenizer."""
     if subject.tokenizer is None:
         vocab_size = subject.model.config.get_text_config().vocab_size
         generator = torch.Generator().manual_seed(seed)
@@ -105,7 +105,7 @@ def pad_left(
     prompts: list[Tensor],  # each [prompt_len] int64
     pad_token_id: int,
 ) -> tuple[Tensor, Tensor]:  # ids and mask, both [batch, longest prompt_len]
-    """Stack prompts of differing length with padding on the left."""
+    """Stack prompts of different lengths with padding on the left."""
     longest = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), longest), pad_token_id)
     mask = torch.zeros_like(ids)

@@ -23,12 +23,12 @@ _EIGHT_BITS, _FOUR_BITS, _FEWER_BITS = 0.1, 0.3, 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class CacheKind:
-    """How to make an empty cache for a model, given the most tokens that a row will hold."""
+    """Factory of an empty cache for a model, given the most tokens that a row will hold."""
 
     about: str
     make: CacheFactory
-    # How far rounding of what is stored may move a logit, as a share of the largest: a few times what random models
-    # show. It tells a broken cache from a coarse one, and no more; `evals.perplexity` says what a format costs.
+    # Limit on how far rounding of stored values may move a logit, as a share of the largest: a few times what random
+    # models show. It only tells a broken cache from a coarse one; `evals.perplexity` measures the loss of a format.
     loss: float = 0.0
 
 
@@ -74,7 +74,7 @@ CACHES: Mapping[str, CacheKind] = MappingProxyType(
         **{f"{name}_exact": _quantized(name, exact_prefill=True) for name in FORMATS},
         "transformers_fp8": _of_transformers("fp8"),
         "transformers_quanto": _of_transformers("quanto"),
-        # Groups of the states' last axis: hqq takes no other for a cache.
+        # Groups along the last axis of the states: hqq supports no other for a cache.
         "transformers_hqq": _of_transformers("hqq", axis_key=1, axis_value=1),
         "transformers_hqq8": _of_transformers("hqq", axis_key=1, axis_value=1, nbits=8),
     }
@@ -112,11 +112,11 @@ class Side(NamedTuple):
         return CACHES[self.cache].loss if self.cache in CACHES else 0.0
 
     def make_cache(self, model: PreTrainedModel, max_len: int) -> Cache:
-        """Make an empty cache that can hold `max_len` tokens a row."""
+        """Make an empty cache that can hold `max_len` tokens of each row."""
         return _factory(self.cache)(model, max_len)
 
     def attend(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Switch the model to this side's attention, and give it back."""
+        """Switch the model to this side's attention, and return it."""
         if model.config._attn_implementation == self.attention:
             return model
         try:
@@ -159,10 +159,10 @@ def add_sides_argument(parser: argparse.ArgumentParser, *default: str) -> None:
 
 
 def parse_side(text: str) -> Side:
-    """Read `cache+attention`.
+    """Parse `cache+attention`.
 
     Raises:
-        BadArgumentError: the form is another, or the cache or the attention is unknown.
+        BadArgumentError: another form, or an unknown cache or attention.
     """
     cache, plus, attention = text.rpartition("+")
     if not (cache and plus and attention):

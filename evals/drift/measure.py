@@ -20,7 +20,7 @@ from hf_kvopt import CACHE_KEYWORD
 
 
 class Drift(NamedTuple):
-    """What one side made of a batch of prompts."""
+    """Output of one side for a batch of prompts."""
 
     side: Side
     equal: Tensor  # [num_prompts, num_tokens] bool: the token of the baseline, in the same place

@@ -1,4 +1,4 @@
-"""What each storage format loses on one loaded model: measured once, kept in the user's cache folder."""
+"""Losses of each storage format on one loaded model: measured once, kept in the user's cache folder."""
 
 from hf_kvopt.calibration.choose import Chosen, choose, warn_of_loss
 from hf_kvopt.calibration.measure import calibrate

@@ -22,7 +22,7 @@ from hf_kvopt.cache.quantized import QuantizedPagedCache
 from hf_kvopt.calibration.record import Calibration, FormatLoss
 from hf_kvopt.calibration.text import text_ids
 from hf_kvopt.errors import KVOptError, UnsupportedDevice, UnsupportedModel
-from hf_kvopt.overrides.lent import our_attention
+from hf_kvopt.overrides.attention import our_attention
 from hf_kvopt.plan.memory import memory
 from hf_kvopt.quant import KV_FORMATS, get_kv_format
 

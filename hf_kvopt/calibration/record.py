@@ -22,7 +22,7 @@ from hf_kvopt.quant import KV_FORMATS
 
 @dataclass(frozen=True, kw_only=True)
 class FormatLoss:
-    """What one format lost.
+    """Loss of one format.
 
     kl: mean KL divergence of the next token from the unquantized cache's, nats.
     kl_error: half of its 95 % interval.

@@ -1,4 +1,4 @@
-"""Our attention on a model for the time of a measurement."""
+"""Set our attention on a model for the time of a measurement."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
