@@ -169,6 +169,7 @@ def _row(args: argparse.Namespace, subject: Subject, result: Result, verdicts: S
         "kv_bytes_per_token": result.held.used / result.num_cached,
         "kv_reserved_bytes_per_token": result.held.reserved / result.num_cached,
         "bf16_share": result.bf16_share,
+        "bf16_share_32k": _long_share(subject, result.side).get("bf16_share", (None,))[0],
         "bars": [{"metric": v.bar.metric, "limit": v.bar.limit, "value": v.value, "met": v.is_met} for v in own],
     }
 
