@@ -260,6 +260,9 @@ def test_losses_are_judged_on_models_that_have_bars() -> None:
         assert bars_for(namespace(model=name)) == (*REAL[name], *MEMORY)
         # Another model, and another question.
         assert bars_for(namespace(model=name, outliers=True)) == bars_for(namespace(model=name, prefill=5)) == MEMORY
+        assert bars_for(namespace(model=name, text="prose")) == (*REAL[name], *MEMORY)
+        assert bars_for(namespace(model=name, text="my.txt")) == bars_for(namespace(model=name, dataset="x")) == MEMORY
+    assert bars_for(namespace(text="prose")) == MEMORY
 
 
 def test_a_bar_is_met_at_its_limit_and_never_by_nan() -> None:
