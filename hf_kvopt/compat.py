@@ -50,6 +50,9 @@ EXPAND_KV = "expand_kv"  # of an MLA attention module: (latents, rotary keys) to
 _LONGROPES = ("longrope", "su")  # one scaling; "su" in older configs
 WITHOUT_KV = ("conv", "linear_attention", "dummy")
 """Kinds of layers without keys and values: states instead, or those of another layer."""
+_STATES_IN_MODULES = ("recurrent_gemma",)  # model types whose states lie in the modules and not in a cache
+HANDS_OUT_STATES = hasattr(Cache, "get_conv_state")
+"""Whether layers ask a cache for their states; before, whether there are any, and then read them from its layers."""
 PREFILL_CHUNKS_GO_ON = Version("5.21") <= VERSION
 """Whether a prefill in chunks begins where the cache ends; before, it began at the first token."""
 
@@ -146,6 +149,9 @@ def check() -> None:
             missing(f"{name} in GenerationMixin.generate")
     if not hasattr(cache_utils, "DYNAMIC_LAYER_TYPE_MAPPING"):
         missing("cache_utils.DYNAMIC_LAYER_TYPE_MAPPING")
+    for kind in WITHOUT_KV:
+        if kind not in cache_utils.DYNAMIC_LAYER_TYPE_MAPPING:
+            missing(f"{kind!r} in cache_utils.DYNAMIC_LAYER_TYPE_MAPPING")
     for found in (
         _layer_types_and_kwargs, sdpa_mask, eager_mask, causal_mask_function, prepare_padding_mask, _is_zero3, _is_fsdp,
     ):  # fmt: skip
@@ -289,6 +295,16 @@ def appended_layers(config: PreTrainedConfig) -> list[int]:
 def stock_layer(kind: str, options: dict[str, Any]) -> Any:
     """Make transformers' own cache layer of a kind."""
     return cache_utils.DYNAMIC_LAYER_TYPE_MAPPING[kind](**options)
+
+
+def holds_nothing(layer: object) -> bool:
+    """Whether a cache layer stands for one that reads another's keys and values, or has no attention."""
+    return isinstance(layer, cache_utils.DYNAMIC_LAYER_TYPE_MAPPING["dummy"])
+
+
+def keeps_states_in_modules(config: PreTrainedConfig) -> bool:
+    """Whether a decoder's modules keep states themselves, so that no cache says what text these are of."""
+    return config.model_type in _STATES_IN_MODULES
 
 
 def slides(config: PreTrainedConfig, layer_idx: int) -> bool:

@@ -55,7 +55,7 @@ class PagedLayer(CacheLayerMixin):
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
-        """[batch, num_kv_heads, tokens held, head_dim], by reference; None before the first update."""
+        """[batch, num_kv_heads, tokens held, head_dim], by reference; None before there is a pool."""
         return self._stored("keys")
 
     @property
@@ -219,9 +219,11 @@ class PagedLayer(CacheLayerMixin):
         return self.clock
 
     def _stored(self, name: str) -> Tensor | None:
-        if self.pool is None or not self.table.rows:
+        if self.pool is None:
             return None
         plane: Plane = getattr(self.pool, name)
+        if not self.table.rows:
+            return plane.no_tokens(0)  # initialized, which says that there is a tensor
         first = self.table.visible_start(self.clock)
         return plane.handle(self.table, self._num_columns() - first, first - self.table.base, is_fresh=False)
 
