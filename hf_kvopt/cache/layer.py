@@ -102,9 +102,7 @@ class PagedLayer(CacheLayerMixin):
         replaces = table.window is not None and table.replaces_window(num_tokens)
         past = self._past_dense(pool, table.visible_start(start)) if replaces else None
         step = table.advance(batch, start, num_tokens)
-        dropped = step.start - start
-        kept = (key_states[:, :, dropped:], value_states[:, :, dropped:]) if dropped else (key_states, value_states)
-        pool.write(*kept, table, step.start, step.stop)
+        pool.write(key_states, value_states, table, step.start, step.stop)
         self.clock = step.stop  # only now: what breaks off before this was not written
         keys, values = None, None
         if replaces:

@@ -131,8 +131,8 @@ class Plane:
         return None if self.centres is None else self.centres.of_rows(table)
 
     def learn(self, states: Tensor, table: BlockTable, start: int, stop: int) -> Tensor | None:
-        """[batch, num_kv_heads, head_dim] that is taken from states for the columns `start` to `stop`: rows that begin
-        there learn it."""
+        """[batch, num_kv_heads, head_dim] that is taken from states for the columns `start` to `stop`, the last ones
+        given: rows that begin with the first one given learn it."""
         if self.centres is None:
             return None
         centre, anew = self.centres.before_write(states, table, start, stop)
@@ -315,15 +315,18 @@ class KVPool:
         return sum(plane.num_bytes for plane in self.planes)
 
     def write(self, key_states: Tensor, value_states: Tensor, table: BlockTable, start: int, stop: int) -> None:
-        """Store the states of the columns `start` to `stop`: one launch where kernels run."""
+        """Store the states of the columns `start` to `stop`, the last ones given: one launch where kernels run."""
         is_kernel = runs_kernel(key_states)
+        given, dropped = key_states, key_states.shape[2] - (stop - start)
+        if dropped:
+            key_states, value_states = key_states[:, :, dropped:], value_states[:, :, dropped:]
         span = table.span() if self.is_native and not is_kernel else None
         if span is not None:
             where = span[0] + start - table.base, span[1], len(table.rows), stop - start
             strided(self.keys.codes, *where).copy_(key_states)
             strided(self.values.codes, *where).copy_(value_states)
             return
-        centre = self.keys.learn(key_states, table, start, stop)
+        centre = self.keys.learn(given, table, start, stop)
         if is_kernel:
             slots = table.slots(start, stop, key_states.device).reshape(-1)
             self.store(self.keys.guarded(key_states, centre), value_states, slots)
@@ -331,8 +334,8 @@ class KVPool:
         places = self.keys.place_for(key_states), self.values.place_for(value_states)
         if any(places):
             slots = table.slots(start, stop, key_states.device)
-            given = (self.keys, key_states, centre), (self.values, value_states, None)
-            for place, (plane, states, taken) in zip(places, given, strict=True):
+            parts = (self.keys, key_states, centre), (self.values, value_states, None)
+            for place, (plane, states, taken) in zip(places, parts, strict=True):
                 if place is not None:
                     store_states(states, place, slots, taken, plane.rotates)
                 else:
