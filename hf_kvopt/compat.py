@@ -104,6 +104,8 @@ class Call(NamedTuple):
     config: GenerationConfig  # of this call alone
     columns: int  # that the prompt has, with what the cache holds of it; -1: unknown
     num_ids: int  # columns of the tokens that were passed
+    ids: Tensor | None = None  # those
+    mask: Tensor | None = None  # the attention mask that was passed, or made
 
 
 def running_call(cache: Cache) -> Call | None:
@@ -111,18 +113,26 @@ def running_call(cache: Cache) -> Call | None:
 
     What it was asked for is told neither to the cache nor, by most models, to the attention: its own frame is read.
     """
+    known = _generate_locals()
+    if known is None:
+        return None
+    config, kwargs = known["generation_config"], known["model_kwargs"]
+    given = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+    if isinstance(given, EncoderDecoderCache):
+        is_given = given.self_attention_cache is cache or given.cross_attention_cache is cache
+        return Call(config, -1, 0) if is_given else None
+    mask, ids = kwargs.get("attention_mask"), known["input_ids"]
+    return Call(config, prompt_columns(config, mask), ids.shape[1], ids, mask) if given is cache else None
+
+
+def _generate_locals() -> dict[str, Any] | None:
+    """Return the local names of the innermost generate() that runs in this thread."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         # Of any class: some models bring a generate() of their own.
         known = frame.f_locals if frame.f_code.co_name == "generate" else {}
         if all(name in known for name in _GENERATE_LOCALS):
-            config, kwargs = known["generation_config"], known["model_kwargs"]
-            given = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
-            if isinstance(given, EncoderDecoderCache):
-                is_given = given.self_attention_cache is cache or given.cross_attention_cache is cache
-                return Call(config, -1, 0) if is_given else None
-            columns, ids = prompt_columns(config, kwargs.get("attention_mask")), known["input_ids"]
-            return Call(config, columns, ids.shape[1]) if given is cache else None
+            return known
         frame = frame.f_back
     return None
 
@@ -248,7 +258,9 @@ def next_inputs(
 
 
 def is_synced(model: PreTrainedModel) -> bool:
-    """Whether the ranks of a sharded model must run equally many forwards."""
+    """Whether the ranks of a sharded model must run equally many forwards: as found, or as generate() was told."""
+    if (_generate_locals() or {}).get("synced_gpus"):
+        return True
     distributed = torch.distributed
     if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
         return False

@@ -64,6 +64,8 @@ class BlockAllocator:
         stays_put: blocks keep their numbers for life, so that holders in several threads may read while one grows.
         on_shortage: told how many blocks are missing before the pools grow; it may release some (evict) instead.
         lock: one for all allocators that change together.
+        on_conflict: asked, where no block is left to copy them to, to let go of shared blocks that are to be written;
+            returns whether it did.
     """
 
     def __init__(
@@ -75,13 +77,14 @@ class BlockAllocator:
         stays_put: bool = False,
         on_shortage: Callable[["BlockAllocator", int], None] | None = None,
         lock: AbstractContextManager[Any] | None = None,
+        on_conflict: Callable[["BlockAllocator", list[int]], bool] | None = None,
     ) -> None:
         self.max_blocks = max_blocks
         self.extent, self.block_size = extent, block_size
         self.refcounts: list[int] = []
         self.pools = LivePools()
         self.holders: weakref.WeakSet[BlockHolder] = weakref.WeakSet()
-        self.stays_put, self.on_shortage = stays_put, on_shortage
+        self.stays_put, self.on_shortage, self.on_conflict = stays_put, on_shortage, on_conflict
         self.lock = lock if lock is not None else threading.RLock()
         self._run_ends: dict[int, int] = {}  # start of a maximal free run -> one past its end
         self._run_starts: dict[int, int] = {}  # the same runs, by their end
@@ -174,6 +177,10 @@ class BlockAllocator:
             needed = self.num_blocks + missing
             # Blocks that stay put are there to be kept over many calls: growing must be rare.
             self.relayout(needed + max(self.extent, needed if self.stays_put else needed // 4))
+
+    def let_go(self, blocks: list[int]) -> bool:
+        """Ask who keeps texts in shared `blocks` to let go of them; whether any was let go."""
+        return self.on_conflict is not None and self.on_conflict(self, blocks)
 
     def _refuse(self, num_blocks: int, num_left: int, num_total: int) -> NoReturn:
         """Raise OutOfBlocks for `num_blocks` blocks where `num_left` of `num_total` are left, told in tokens first."""

@@ -304,6 +304,7 @@ class PrefixStore:
                 stays_put=True,
                 on_shortage=self._make_room,
                 lock=self.lock,
+                on_conflict=self._let_go,
             )
         return self._allocators[window]
 
@@ -330,6 +331,10 @@ class PrefixStore:
         excess = allocator.num_blocks + missing - share
         if excess > 0:
             self.index.evict(excess)
+
+    def _let_go(self, allocator: BlockAllocator, blocks: list[int]) -> bool:
+        """Forget the ends of texts that lie in `blocks`: a row goes on in them, and there is no room for a copy."""
+        return self.index.forget(self.allocators.index(allocator), set(blocks)) > 0
 
     def key_of(self, namespace: Hashable) -> tuple[Hashable, Hashable] | None:
         """What texts are filed under: equal tokens give equal keys and values under equal keys alone.
