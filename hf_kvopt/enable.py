@@ -15,12 +15,12 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_kvopt import compat
-from hf_kvopt.attention import mla
 from hf_kvopt.attention.register import ATTENTION_NAME
 from hf_kvopt.attention.support import model_traits
 from hf_kvopt.cache.paged import PagedCache
 from hf_kvopt.cache.quantized import QuantizedPagedCache, option_names
 from hf_kvopt.errors import UnsupportedModel, nearest
+from hf_kvopt.overrides import latents
 from hf_kvopt.overrides.cache_maker import CACHES, KV_NAMES, LAYER_OPTIONS, CacheMaker, make_cache
 from hf_kvopt.overrides.inputs import CheckedPrefill, PreparedInputs
 from hf_kvopt.overrides.instance import InstanceOverride
@@ -140,7 +140,7 @@ def enable(
     previous = model.config._attn_implementation
     if attention:
         model.set_attn_implementation(ATTENTION_NAME)
-        mla.install(model)
+        latents.install(model)
     # In the instance's own dict: `generate` calls the methods through self (nn.Module would file them elsewhere).
     if compat.PREPARE_INPUTS not in model.__dict__:  # another library's, such as PEFT's soft prompts, stays
         model.__dict__[compat.PREPARE_INPUTS] = PreparedInputs(model)
@@ -172,7 +172,7 @@ def disable(model: PreTrainedModel) -> PreTrainedModel:
         for name in (compat.MAKE_CACHE, compat.PREPARE_INPUTS, compat.PREFILL, "generate"):
             if isinstance(model.__dict__.get(name), InstanceOverride):
                 del model.__dict__[name]
-        mla.uninstall(model)
+        latents.uninstall(model)
         if model.config._attn_implementation != previous:
             model.set_attn_implementation(previous)
     return model

@@ -21,7 +21,7 @@ PACKAGE = "hf_kvopt"
 ALLOWED = {
     "prefix": ("prefix", "cache", "pool", "quant", "config", "compat"),
     "cache": ("cache", "pool", "quant", "config", "compat"),
-    "attention": ("attention", "pool.handle", "pool.lazy", "kernels", "overrides.instance", "compat"),
+    "attention": ("attention", "pool.handle", "pool.lazy", "kernels", "compat"),
     "pool": ("pool", "kernels", "quant"),
     "kernels": ("kernels", "quant"),
     "quant": ("quant",),

@@ -7,7 +7,9 @@ from typing import NoReturn
 
 from hf_kvopt import KVOptError
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
+_FOLDER = Path(__file__).resolve().parents[1]
+# Beside the evals of a checkout; an installed wheel writes where the user is.
+RESULTS = _FOLDER / "results" if (_FOLDER.parent / "pyproject.toml").exists() else Path("hf_kvopt-results")
 
 
 class BadArgumentError(ValueError):

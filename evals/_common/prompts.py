@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from datasets import load_dataset
@@ -16,8 +17,10 @@ ALIASES = {"wikitext-2": "Salesforce/wikitext:wikitext-2-raw-v1"}
 
 
 def add_text_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add `--dataset`, `--split` and `--column`."""
-    parser.add_argument(
+    """Add `--text`, `--dataset`, `--split` and `--column`."""
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--text", type=Path, help="a text file of yours (the bundled held-out text)")
+    which.add_argument(
         "--dataset", help="wikitext-2, or NAME or NAME:CONFIG for datasets.load_dataset (the bundled held-out text)"
     )
     parser.add_argument("--split", default="test", help="split of --dataset (%(default)s)")
@@ -28,8 +31,10 @@ def load_texts(args: argparse.Namespace) -> Iterable[str]:
     """Give the texts that the arguments of `add_text_arguments` chose.
 
     Raises:
-        BadArgumentError: the data set, its split or its column is not there.
+        BadArgumentError: the file, the data set, its split or its column is not there, or the file is no text.
     """
+    if args.text is not None:
+        return [_read(args.text)]
     if args.dataset is None:
         return heldout_texts()
     name, _, config = ALIASES.get(args.dataset, args.dataset).partition(":")
@@ -40,6 +45,21 @@ def load_texts(args: argparse.Namespace) -> Iterable[str]:
     if args.column not in rows.column_names:
         raise BadArgumentError(f"no column {args.column!r} in {args.dataset!r}: it has {', '.join(rows.column_names)}")
     return (row[args.column] for row in rows)
+
+
+def text_name(args: argparse.Namespace) -> str | None:
+    """Name the text that was chosen, None for the bundled one."""
+    return str(args.text) if args.text is not None else args.dataset
+
+
+def _read(path: Path) -> str:
+    try:
+        text = path.expanduser().read_text(encoding="utf8")
+    except (OSError, ValueError) as error:
+        raise BadArgumentError(f"cannot read --text {str(path)!r}: {error}; expected a text file in UTF-8") from error
+    if not text.strip():
+        raise BadArgumentError(f"--text {str(path)!r} holds no text: expected a text file in UTF-8")
+    return text
 
 
 def token_stream(

@@ -80,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
     assistant = _assistant(args, dense)
     sides = make_sides(dense, paged, {**_heads(args), "prompt lookup": "prompt_lookup", "lookahead": "lookahead"},
                        assistant)  # fmt: skip
+    facts = {"eval": "acceptance", "model": subject.name, "dtype": args.dtype, **provenance(subject.model.device)}
     rows: list[dict[str, Any]] = []
     faults: dict[str, str] = {}
     with progress(len(args.batches) * len(args.temperatures) * len(sides) * args.repeats) as advance:
@@ -91,10 +92,11 @@ def run(args: argparse.Namespace) -> int:
             faults |= {f"{name}, batch {size}": fault for name, fault in wrong.items()}
             agreed = [side for side in these if side.name not in wrong]
             for temperature in args.temperatures:
-                rows += _measure(args, agreed, batches, {**settings, **_sampling(temperature)}, advance, temperature)
+                sampling = {**settings, **_sampling(temperature)}
+                measured = _measure(args, agreed, batches, sampling, advance, temperature)
+                append_rows(args.out, [{**row, "bars": bars_of(row), **facts} for row in measured])
+                rows += measured
     _show(subject, rows, faults)
-    facts = {"eval": "acceptance", "model": subject.name, "dtype": args.dtype, **provenance(subject.model.device)}
-    append_rows(args.out, [{**row, "bars": bars_of(row), **facts} for row in rows])
     draw(rows, args.plot or args.out.with_suffix(".png"))
     return int(bool(faults))
 
@@ -129,11 +131,12 @@ def _prompts(args: argparse.Namespace, subject: Subject) -> list[Tensor]:
         ]
     prompts: list[Tensor] = []
     for text in load_texts(args):
-        ids = subject.tokenizer(text, add_special_tokens=False)["input_ids"][
-            : max(1, args.prompt_tokens - len(prompts) % 7)
-        ]
-        if ids and len(prompts) < args.prompts:
-            prompts.append(torch.tensor(ids))
+        ids = subject.tokenizer(text, add_special_tokens=False)["input_ids"]
+        # One file of the user's gives all prompts, of a data set each text gives one.
+        starts = range(0, len(ids), args.prompt_tokens) if args.text is not None else range(min(1, len(ids)))
+        for start in starts:
+            if len(prompts) < args.prompts:
+                prompts.append(torch.tensor(ids[start : start + max(1, args.prompt_tokens - len(prompts) % 7)]))
     if len(prompts) < args.prompts:
         raise BadArgumentError(f"the texts give {len(prompts)} prompts: got --prompts {args.prompts}, use fewer")
     return prompts

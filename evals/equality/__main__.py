@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from evals._common.cli import Parser, add_output_argument, at_least
 from evals._common.models import Subject, add_model_arguments, check_length, load_subject
 from evals._common.noise import LOGIT_NOISE
-from evals._common.prompts import add_text_arguments, load_texts, token_stream
+from evals._common.prompts import add_text_arguments, load_texts, text_name, token_stream
 from evals._common.rows import append_rows, provenance
 from evals._common.screen import Advance, progress, show_table
 from evals._common.sides import Side, add_sides_argument, parse_side
@@ -52,10 +52,12 @@ def run(args: argparse.Namespace) -> int:
     check_length(subject, args.prompt_len + args.new_tokens)
     scenarios = [scenario for scenario in SCENARIOS if scenario.name in args.scenarios]
     with progress(len(scenarios) * (1 + len(sides))) as advance:
-        results = list(_results(args, subject, baseline, sides, scenarios, advance))
+        results = []
+        for result in _results(args, subject, baseline, sides, scenarios, advance):
+            results.append(result)
+            append_rows(args.out, [_row(args, subject, baseline, result)])  # a run that is cut off keeps them
     must_equal = args.dtype == "float32"
     _show(args, subject, baseline, results, must_equal)
-    append_rows(args.out, [_row(args, subject, baseline, result) for result in results])
     return int(must_equal and not all(result.comparison.is_equal for result in results))
 
 
@@ -108,7 +110,7 @@ def _row(args: argparse.Namespace, subject: Subject, baseline: Side, result: Res
         "baseline": str(baseline),
         "scenario": result.scenario.name,
         "dtype": args.dtype,
-        "dataset": args.dataset,
+        "dataset": text_name(args),
         "prompt_len": args.prompt_len,
         "new_tokens": args.new_tokens,
         "seed": args.seed,

@@ -136,7 +136,7 @@ def _where(options: argparse.Namespace, bench: Any) -> tuple[Path | None, Row]:
     from evals._common.rows import provenance
 
     head = provenance(bench.device)
-    folder = options.out or (None if bench.rehearsal else Path(__file__).parent / "results")
+    folder = options.out or (None if bench.rehearsal else Path(__file__).parents[1] / "results")
     if folder is None:
         return None, head
     folder.mkdir(parents=True, exist_ok=True)

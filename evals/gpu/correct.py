@@ -12,10 +12,11 @@ from evals.gpu.generate import generate_jobs
 from evals.gpu.jobs import Job
 from evals.gpu.states import check_paged_rows, compare, make_pools
 from evals.gpu.time import Bench, graphed
-from hf_kvopt.kernels import ops as dispatch
 from hf_kvopt.kernels.packed import Packed
 from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.kernels.reference.attention import AttentionOut, visible_pairs
+from hf_kvopt.kernels.store import store_kv
+from hf_kvopt.kernels.triton import ops as dispatch
 from hf_kvopt.kernels.triton.launch import target_of
 from hf_kvopt.kernels.triton.store_kv import store_kv_reference
 from hf_kvopt.quant import FORMATS, get_format
@@ -128,7 +129,7 @@ def check_store(bench: Bench, format_name: str) -> Row:
     k = bench.rand(1, tokens, heads, dim).transpose(1, 2)
     slots = torch.randperm(tokens, device=bench.device)
     codes, scales = [], []
-    for op, device in ((dispatch.store_kv, bench.device), (store_kv_reference, torch.device("cpu"))):
+    for op, device in ((store_kv, bench.device), (store_kv_reference, torch.device("cpu"))):
         shape = (tokens // 16, 16, heads)
         pool = torch.zeros(*shape, fmt.packed_dim(dim), dtype=fmt.code_dtype or k.dtype, device=device)
         scale = torch.zeros(*shape, *fmt.scale_shape, dtype=torch.float16, device=device)

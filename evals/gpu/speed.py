@@ -16,11 +16,11 @@ from evals.gpu.correct import usable_formats
 from evals.gpu.jobs import BYTES_PER_WORKER, Job
 from evals.gpu.states import check_paged_rows, compare, make_pools, used_bytes
 from evals.gpu.time import Bench, attempt, median_ms
-from hf_kvopt.kernels import ops as dispatch
 from hf_kvopt.kernels.paged_kv import PagedKV
 from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.kernels.reference.attention import AttentionOut
 from hf_kvopt.kernels.triton import flash_prefill
+from hf_kvopt.kernels.triton import ops as dispatch
 from hf_kvopt.kernels.triton.launch import Config
 
 Row = dict[str, Any]

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from evals.gpu.time import Bench
-from hf_kvopt.kernels import ops as dispatch
 from hf_kvopt.kernels.paged_kv import PagedKV
 from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.kernels.reference.attention import AttentionOut, attention_reference, gather_reference, visible_pairs
+from hf_kvopt.kernels.store import store_kv
 from hf_kvopt.quant import get_format
 
 Row = dict[str, Any]
@@ -55,7 +55,7 @@ def make_pools(
         positions = torch.arange(length, device=bench.device)
         slots = table[row].long()[positions // block_size] * block_size + positions % block_size
         k, v = (bench.rand(1, length, num_kv_heads, d, dtype=dtype).transpose(1, 2) for d in (k_dim, v_dim))
-        dispatch.store_kv(k, v, pools[0], pools[1], slots, scales[0], scales[1])
+        store_kv(k, v, pools[0], pools[1], slots, scales[0], scales[1])
     lens = torch.tensor(seq_lens, dtype=torch.int32, device=bench.device)
     return PagedKV(pools[0], pools[1], table, lens, scales[0], scales[1])
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from evals._common.cli import Parser, add_output_argument, at_least
 from evals._common.models import Subject, add_model_arguments, check_length, load_subject
 from evals._common.outliers import add_outliers
-from evals._common.prompts import add_text_arguments, load_texts
+from evals._common.prompts import add_text_arguments, load_texts, text_name
 from evals._common.reading import Scores, read_segments
 from evals._common.rows import append_rows, provenance
 from evals._common.screen import progress, show_table
@@ -130,7 +130,7 @@ def _row(args: argparse.Namespace, subject: Subject, side: Side, cells: Sequence
         "baseline": args.baseline,
         "task": args.task,
         "dtype": args.dtype,
-        "dataset": args.dataset,
+        "dataset": text_name(args),
         "outliers": args.outliers,
         "chunk": args.chunk,
         "samples": args.samples,

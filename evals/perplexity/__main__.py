@@ -19,7 +19,7 @@ from evals._common.cli import BadArgumentError, Parser, add_output_argument, at_
 from evals._common.memory import KVBytes
 from evals._common.models import Subject, add_model_arguments, check_length, load_subject
 from evals._common.outliers import add_outliers
-from evals._common.prompts import add_text_arguments, load_texts
+from evals._common.prompts import add_text_arguments, load_texts, text_name
 from evals._common.reading import Reading, join_scores, read_segments
 from evals._common.rows import append_rows, provenance
 from evals._common.screen import progress, show_table
@@ -137,7 +137,7 @@ def _row(args: argparse.Namespace, subject: Subject, result: Result, verdicts: S
         "side": str(result.side),
         "baseline": args.baseline,
         "dtype": args.dtype,
-        "dataset": args.dataset,
+        "dataset": text_name(args),
         "outliers": args.outliers,
         "chunk": result.chunk,
         "prefill": args.prefill,
@@ -172,7 +172,7 @@ def _show(args: argparse.Namespace, subject: Subject, results: Sequence[Result])
             ]
         )
     first = results[0].summary
-    where = args.dataset or "bundled held-out text"
+    where = text_name(args) or "bundled held-out text"
     behind = f", scored behind {args.prefill} read at once" if args.prefill else ""
     title = (
         f"{subject.name} in {args.dtype} on {where}: {first.num_segments} segments of {args.context} tokens{behind}, "

@@ -47,7 +47,13 @@ OUTLIERS = (Bar("int4", "delta", 16, 0.01),)
 
 def bars_for(args: argparse.Namespace) -> Sequence[Bar]:
     """Give the bars that a run with these arguments is judged by: losses of whole texts on the reference model only."""
-    if args.model is not None or args.shape is not None or args.dataset is not None or args.prefill:
+    if (
+        args.model is not None
+        or args.shape is not None
+        or args.dataset is not None
+        or args.text is not None
+        or args.prefill
+    ):
         return MEMORY
     return (*(OUTLIERS if args.outliers else ORDINARY), *MEMORY)
 

@@ -56,16 +56,16 @@ def run(args: argparse.Namespace) -> int:
     cells = [Cell(n, batch, hit) for n in args.lengths for batch in args.batches for hit in args.hits]
     check_length(subject, max(args.lengths) + 8)
     stream = token_stream(subject, load_texts(args), 3 * max(args.lengths) * (max(args.batches) + 1))
-    results = {}
+    facts, results = provenance(subject.model.device), {}
+    out = args.out or RESULTS / f"prefix-{subject.model.device.type}.json"
     with progress(len(cells)) as advance:
         for cell in cells:
-            results[cell] = measure(subject, cell, stream, args.repeats)
+            timings = results[cell] = measure(subject, cell, stream, args.repeats)
+            if timings.is_equal:
+                append_rows(out, [{**_row(subject, args.dtype, cell, timings), **facts}])
             advance(f"{cell.length} tokens, batch {cell.batch}, {cell.hit:.0%} known")
+    append_rows(out, [])  # the file is there also where no cell gave a row
     _show(subject, results)
-    facts = provenance(subject.model.device)
-    out = args.out or RESULTS / f"prefix-{subject.model.device.type}.json"
-    rows = [{**_row(subject, args.dtype, cell, t), **facts} for cell, t in results.items() if t.is_equal]
-    append_rows(out, rows)
     latest = {(row["length"], row["batch"], row["hit"]): row for row in read_rows(out)}
     if latest:
         draw(list(latest.values()), args.plot or out.with_suffix(".png"))

@@ -62,16 +62,19 @@ def run(args: argparse.Namespace) -> int:
         for context in args.contexts
     ]
     check_length(subject, max(work.max_len for work in works))
+    facts = provenance(subject.model.device)
+    out = args.out or RESULTS / f"speed-{subject.model.device.type}.json"
     with progress(len(works) * len(sides) * (args.repeats + 1)) as advance:
-        results = [_measure(args, subject, sides, work, advance) for work in works]
-    verdicts = [v for r in results for v in judge(r.work.context, r.timings)] if args.shape == "bench" else []
+        results, verdicts = [], []
+        for work in works:
+            result = _measure(args, subject, sides, work, advance)
+            judged = judge(work.context, result.timings) if args.shape == "bench" else []
+            rows = [*_rows(args, subject, sides, result), *(_bar_row(subject, verdict) for verdict in judged)]
+            append_rows(out, [{**row, **facts} for row in rows])  # a run that is cut off keeps them
+            results.append(result)
+            verdicts += judged
     _show(subject, args.dtype, results)
     _show_bars(verdicts)
-    facts = provenance(subject.model.device)
-    rows = [row for result in results for row in _rows(args, subject, sides, result)]
-    rows += [_bar_row(subject, verdict) for verdict in verdicts]
-    out = args.out or RESULTS / f"speed-{subject.model.device.type}.json"
-    append_rows(out, [{**row, **facts} for row in rows])
     return int(any(result.faults for result in results))
 
 

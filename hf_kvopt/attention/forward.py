@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from hf_kvopt.attention.guards import check_ownership, check_weights, check_window
 from hf_kvopt.attention.masking import add_bias, hide_before, select_keys, take_apart
 from hf_kvopt.attention.mla import LatentKV, attend_latent, is_absorbable
-from hf_kvopt.attention.route import run
 from hf_kvopt.errors import KVOptError, UnsupportedModel
+from hf_kvopt.kernels.attention import attend
+from hf_kvopt.kernels.calls import AttentionCall
 from hf_kvopt.kernels.pattern import Pattern
-from hf_kvopt.pool.handle import KVHandle
+from hf_kvopt.pool.handle import KVHandle, view_of
 
 
 def attention_forward(
@@ -53,15 +54,19 @@ def attention_forward(
         if isinstance(handle, KVHandle) and handle.starts is not None:
             pattern = hide_before(handle.starts, pattern, key.shape[2])
     except (KVOptError, ValueError):
-        if isinstance(handle, KVHandle) and handle.table is not None:
-            handle.table.refuse()
+        if isinstance(handle, KVHandle) and handle.guard is not None and handle.table is not None:
+            handle.guard.undo(handle.table)
         raise
     if position_bias is not None:
         bias = position_bias[..., -key.shape[2] :]
         pattern = pattern._replace(mask=add_bias(bias, pattern.mask))
     if isinstance(key, LatentKV) and is_absorbable(query, key):
         return attend_latent(query, key, pattern), None
-    return run(query, key, value, pattern, dropout), None
+    if isinstance(key, LatentKV) and isinstance(value, LatentKV):
+        key, value = key.expand_both()
+    k = view_of(key) if isinstance(key, KVHandle) else key
+    v = view_of(value) if isinstance(value, KVHandle) else value
+    return attend(AttentionCall(query, k, v, pattern, dropout)), None
 
 
 def _refuse_what_is_wrong(

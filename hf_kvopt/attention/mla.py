@@ -6,7 +6,7 @@ attention runs over the latents themselves, as over one shared KV head, and W_uv
 
     softmax(scale * [W_uk^T q_nope, q_rope] . [c, r]) c W_uv^T              (DeepSeek-V2, arXiv:2405.04434, 2.1.2)
 
-`install` lets a model's `expand_kv` hand on what it was given; whoever is not our attention gets the expansion.
+`overrides.latents` lets a model's expansion hand on what it was given; any other attention gets the expansion.
 """
 
 from typing import Any, NamedTuple
@@ -18,15 +18,14 @@ from torch import Tensor, nn
 from hf_kvopt import compat
 from hf_kvopt.kernels.cpu.dense import attend
 from hf_kvopt.kernels.pattern import Pattern
-from hf_kvopt.overrides.instance import InstanceOverride
-from hf_kvopt.pool.handle import KVHandle
+from hf_kvopt.pool.handle import KVHandle, view_of
 from hf_kvopt.pool.lazy import LazyTensor
 
 # Beyond this many queries a row, expanding once costs less than attending in the larger latent space.
 _MAX_ABSORBED_QUERIES = 16
 
 
-class _Heads(NamedTuple):
+class Heads(NamedTuple):
     """Channels of a head."""
 
     nope: int  # of a key, without rotation
@@ -43,7 +42,7 @@ class LatentKV(LazyTensor):
     latent: KVHandle
     rope: KVHandle
     weight: Tensor  # [num_heads * (nope + v_dim), R]
-    heads: _Heads
+    heads: Heads
     part: int
     module: nn.Module | None
 
@@ -53,7 +52,7 @@ class LatentKV(LazyTensor):
         latent: KVHandle,
         rope: KVHandle,
         weight: Tensor,
-        heads: _Heads,
+        heads: Heads,
         part: int,
         module: nn.Module | None = None,
     ) -> "LatentKV":
@@ -70,7 +69,7 @@ class LatentKV(LazyTensor):
         """Keys and values of all heads, dense."""
         latent, rope = self.latent.dense(), self.rope.dense()
         if self.module is not None:
-            return _expand(self.module, latent, rope)
+            return expand(self.module, latent, rope)
         nope, _, v_dim = self.heads
         both = F.linear(latent[:, 0], self.weight).unflatten(-1, (-1, nope + v_dim)).transpose(1, 2)
         keys, values = both.split([nope, v_dim], dim=-1)
@@ -82,31 +81,15 @@ class LatentKV(LazyTensor):
     def rewrap(self) -> "LatentKV":
         return LatentKV(self.latent, self.rope, self.weight, self.heads, self.part, self.module)
 
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[_Heads, int]]:
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Heads, int]]:
         return ["latent", "rope", "weight"], (self.heads, self.part)
 
     @staticmethod
-    def __tensor_unflatten__(inner: dict[str, Tensor], context: tuple[_Heads, int], *_: Any) -> "LatentKV":
+    def __tensor_unflatten__(inner: dict[str, Tensor], context: tuple[Heads, int], *_: Any) -> "LatentKV":
         return LatentKV(inner["latent"], inner["rope"], inner["weight"], *context)  # type: ignore[arg-type]
 
     def __repr__(self, *_: Any, **__: Any) -> str:  # type: ignore[override]
         return f"LatentKV(shape={tuple(self.shape)}, latent={self.latent!r})"
-
-
-def install(model: nn.Module) -> None:
-    """Override `expand_kv` on each MLA module of `model` whose up-projection can be absorbed."""
-    for module in model.modules():
-        projection = getattr(module, "kv_b_proj", None)
-        # A quantized, adapted or sharded projection has no plain weight to absorb.
-        is_plain = type(projection) is nn.Linear and projection.bias is None and type(projection.weight) is nn.Parameter
-        if hasattr(module, compat.EXPAND_KV) and is_plain:
-            module.__dict__[compat.EXPAND_KV] = _Expander(module)
-
-
-def uninstall(model: nn.Module) -> None:
-    """Undo `install`."""
-    for module in model.modules():
-        module.__dict__.pop(compat.EXPAND_KV, None)
 
 
 def is_absorbable(query: Tensor, key: Tensor) -> bool:
@@ -121,30 +104,13 @@ def attend_latent(query: Tensor, key: LatentKV, pattern: Pattern) -> Tensor:
     )
     q_nope, q_rope = query.split([key.heads.nope, key.heads.rotary], dim=-1)
     absorbed = torch.cat([torch.matmul(q_nope, w_uk), q_rope], dim=-1)
-    latent = key.latent.view_dense()
-    keys = torch.cat([latent, key.rope.view_dense()], dim=-1)
+    latent = view_of(key.latent).dense()
+    keys = torch.cat([latent, view_of(key.rope).dense()], dim=-1)
     out = attend(absorbed, keys, latent, pattern)
     return torch.einsum("bqhr,hdr->bqhd", out, w_uv)
 
 
-class _Expander(InstanceOverride):
-    """`expand_kv` that hands cached latents on as they are."""
-
-    def __call__(self, kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
-        module = self.module
-        if not isinstance(kv_nope, KVHandle) or not isinstance(k_rot, KVHandle):
-            return _expand(module, kv_nope, k_rot)
-        weight = module.kv_b_proj.weight
-        # An offloaded weight is here only while its own forward runs.
-        if weight.device != kv_nope.device:
-            return _expand(module, kv_nope, k_rot)
-        heads = _Heads(module.qk_nope_head_dim, module.qk_rope_head_dim, module.v_head_dim)
-        if torch.compiler.is_compiling():
-            return LatentKV(kv_nope, k_rot, weight, heads, 0), LatentKV(kv_nope, k_rot, weight, heads, 1)
-        return LatentKV(kv_nope, k_rot, weight, heads, 0, module), LatentKV(kv_nope, k_rot, weight, heads, 1, module)
-
-
-def _expand(module: nn.Module, kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
+def expand(module: nn.Module, kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
     """The model's own expansion."""
     keys, values = compat.original(module, compat.EXPAND_KV)(kv_nope, k_rot)
     return keys, values

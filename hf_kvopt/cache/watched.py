@@ -19,8 +19,10 @@ from hf_kvopt import compat
 from hf_kvopt.cache.forwards import KEYS, READ, ForwardLog
 from hf_kvopt.cache.layer import PagedLayer
 from hf_kvopt.cache.loop import Loop
+from hf_kvopt.cache.rows import CacheStep
 from hf_kvopt.cache.whole import columns_left, note_step, refusal, text_columns
 from hf_kvopt.errors import CacheStateError
+from hf_kvopt.pool.handle import KVHandle
 
 
 class WatchedCache(DynamicCache):
@@ -55,12 +57,15 @@ class WatchedCache(DynamicCache):
                 states = layer.update(key_states, value_states, *args, **kwargs)
             if is_watched and is_paged:
                 note_step(self._in_turn(), layer, num_tokens)
+                for handle in states:
+                    if isinstance(handle, KVHandle):
+                        handle.guard = self._step()
             return states
         except BaseException:
             # The layer that refused, or broke off, has not advanced: its clock is where this forward began. One that
             # holds less than others of its kind did before tells nothing of these.
             if is_paged and layer.clock >= layer.table.step_start:
-                self._rollback(layer.clock)
+                self._step().undo_to(layer.clock)
             if self._log is not None:
                 self._log.note_refusal()
             raise
@@ -115,8 +120,8 @@ class WatchedCache(DynamicCache):
         """The layer of that number."""
         raise NotImplementedError
 
-    def _rollback(self, clock: int) -> None:
-        """Undo a forward that was refused, back to column `clock`."""
+    def _step(self) -> CacheStep:
+        """The guard of the step that the cache is in."""
         raise NotImplementedError
 
     def _take_back(self, clock: int) -> None:

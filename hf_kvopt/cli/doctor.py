@@ -20,8 +20,8 @@ from hf_kvopt.cli.screen import Parser, as_json, pairs, table
 from hf_kvopt.cli.trial import Trial, run_trials
 from hf_kvopt.cli.watch import IDLE_S, run_while_busy
 from hf_kvopt.errors import UnsupportedDevice
-from hf_kvopt.kernels.checks import check_format_runs
 from hf_kvopt.kernels.cpu.program import can_compile
+from hf_kvopt.kernels.devices import check_format_runs
 from hf_kvopt.kernels.triton.launch import device_target
 from hf_kvopt.quant import FORMATS, Format
 

@@ -6,8 +6,10 @@ What is asked is kept until the rows or their lengths change: all layers of a st
 import torch
 from torch import Tensor
 
+from hf_kvopt.kernels.blocks import gathered, strided
+from hf_kvopt.kernels.calls import RowTensors
 from hf_kvopt.pool import slots as arithmetic
-from hf_kvopt.pool.slots import Layout, Memo, RowTensors, Step
+from hf_kvopt.pool.slots import Layout, Memo, Step
 
 _UNKNOWN = (-1, -1)
 
@@ -71,6 +73,20 @@ class Addresses:
             lags = self._tensors.of(("lags", device), lambda: self.lags, torch.int32) if self.is_ragged else None
             self._rows_on = device, (blocks, lens, lags)
         return self._rows_on[1]
+
+    def tensors_up_to(self, columns: int, device: torch.device) -> RowTensors:
+        """`rows_on` without what lies behind the first `columns` columns that are held."""
+        rows = self.rows_on(device)
+        late = self.clock - self.base - columns
+        return (rows[0], (rows[1] - late).clamp(min=0), rows[2]) if late else rows
+
+    def read(self, x: Tensor, skip: int, kv_len: int) -> Tensor:
+        """[batch, num_kv_heads, kv_len, ...] of x [num_blocks, block_size, num_kv_heads, ...], from column `skip` on: a
+        view where rows lie evenly, else a copy."""
+        span = self.span()
+        if span is None:
+            return gathered(x, self.gather_slots(skip, kv_len, x.device))
+        return strided(x, span[0] + skip, span[1], self.batch_size, kv_len)
 
     def slots(self, start: int, stop: int, device: torch.device) -> Tensor:
         """[batch, stop - start] int64 slots of the columns `start` to `stop`; -1 where a row has no token."""

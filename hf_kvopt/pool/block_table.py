@@ -12,7 +12,7 @@ before lags[i] (left padding, or what a row accepted less of than others) are ne
 """
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from hf_kvopt.errors import CacheStateError, OutOfBlocks
 from hf_kvopt.pool import slots as arithmetic
@@ -40,7 +40,6 @@ class BlockTable(Addresses):
         # What was held before a step that replaced all of it: layers still read it, a failed forward goes back to it.
         self.retired: BlockTable | None = None
         self.step_start = 0  # the clock before the last `reserve`
-        self.on_refusal: weakref.WeakMethod[Callable[[int], None]] | None = None  # the cache's way back
         allocator.add_holder(self)
         self._watch()
 
@@ -109,12 +108,6 @@ class BlockTable(Addresses):
         Not a token more than the window has, as some models slide by what their cache hands out alone.
         """
         return 0 if self.window is None else max(0, clock - self.window + 1)
-
-    def refuse(self) -> None:
-        """Whoever reads the step that was last reserved cannot take it: let the cache undo it in all its tables."""
-        undo = self.on_refusal() if self.on_refusal is not None else None
-        if undo is not None:
-            undo(self.step_start)
 
     def rollback(self, clock: int) -> None:
         """Undo the last `reserve`, back to `clock`, or go back to 0, after a forward that failed half way."""
@@ -351,7 +344,7 @@ class BlockTable(Addresses):
     def __getstate__(self) -> dict[str, object]:
         state = self.__dict__.copy()
         del state["_finalizer"]
-        state["_tensors"], state["_rows_on"], state["on_refusal"] = Memo(), None, None
+        state["_tensors"], state["_rows_on"] = Memo(), None
         return state
 
     def __setstate__(self, state: dict[str, object]) -> None:

@@ -80,23 +80,6 @@ def padded_rows(rows: Sequence[Sequence[int]]) -> list[list[int]]:
     return [[*row, *[0] * (width - len(row))] for row in rows]
 
 
-def strided(x: Tensor, first: int, pitch: int, batch: int, length: int) -> Tensor:
-    """[batch, num_kv_heads, length, ...] view of x [num_blocks, block_size, num_kv_heads, ...]: row r from slot
-    first + r * pitch on."""
-    _, slot, head, *tail = x.stride()
-    _, _, num_heads, *sizes = x.shape
-    return x.as_strided((batch, num_heads, length, *sizes), (pitch * slot, head, slot, *tail), first * slot)
-
-
-def gathered(x: Tensor, slots: Tensor) -> Tensor:
-    """[batch, num_kv_heads, kv_len, ...] of x [num_blocks, block_size, num_kv_heads, ...] at slots [batch, kv_len]."""
-    heads_first = x.movedim(2, 0)
-    if not heads_first.is_contiguous():
-        return x.flatten(0, 1)[slots].transpose(1, 2)
-    picked = heads_first.flatten(1, 2).index_select(1, slots.reshape(-1))
-    return picked.unflatten(1, tuple(slots.shape)).transpose(0, 1)
-
-
 def writable(x: Tensor) -> Tensor:
     """Return x, or a copy where it was made in inference mode and could not be written outside of it."""
     if not x.is_inference():
@@ -118,10 +101,6 @@ def shared_runs(src: list[int], dst: list[int]) -> list[tuple[int, int]]:
 def is_one_run(row: Sequence[int]) -> bool:
     """Whether the blocks of `row` follow each other in memory."""
     return row[-1] - row[0] == len(row) - 1 and row == list(range(row[0], row[-1] + 1))
-
-
-# Block table [batch, max_blocks], tokens held [batch] and columns before the first one [batch], or None; all int32.
-RowTensors = tuple[Tensor, Tensor, Tensor | None]
 
 
 class Step(NamedTuple):

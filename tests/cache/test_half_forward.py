@@ -133,8 +133,8 @@ def break_off_in_call(monkeypatch, owner, name, number):
 @pytest.mark.parametrize("number", range(1, 13))
 @pytest.mark.parametrize(
     ("owner", "name"),
-    [(KVPool, "write"), (Plane, "handle"), (BlockAllocator, "retain"), (PrefixIndex, "_touch")],
-    ids=["write", "handle", "retain", "touch"],
+    [(KVPool, "write"), (Plane, "view"), (BlockAllocator, "retain"), (PrefixIndex, "_touch")],
+    ids=["write", "view", "retain", "touch"],
 )
 @pytest.mark.parametrize("kind", ["full", "mixed"])
 def test_what_broke_off_is_not_shared(kind, owner, name, number, monkeypatch):

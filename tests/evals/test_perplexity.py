@@ -226,7 +226,7 @@ def test_wikitext_is_found_by_its_paper_name(monkeypatch: pytest.MonkeyPatch) ->
         return Dataset.from_dict({"text": ["a", "b"]})
 
     monkeypatch.setattr("evals._common.prompts.load_dataset", load)
-    texts = load_texts(Namespace(dataset="wikitext-2", split="test", column="text"))
+    texts = load_texts(Namespace(text=None, dataset="wikitext-2", split="test", column="text"))
     assert list(texts) == ["a", "b"]
     assert asked == [(("Salesforce/wikitext", "wikitext-2-raw-v1"), {"split": "test"})]
 
@@ -244,7 +244,9 @@ def test_a_backend_that_is_not_installed_is_one_line(
 
 
 def namespace(**given: object) -> Namespace:
-    return Namespace(**{"model": None, "shape": None, "dataset": None, "outliers": False, "prefill": 0, **given})
+    return Namespace(
+        **{"model": None, "shape": None, "text": None, "dataset": None, "outliers": False, "prefill": 0, **given}
+    )
 
 
 def test_losses_are_judged_on_the_reference_model_only() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_kvopt.kernels.cpu import draft as cpu_draft
 from hf_kvopt.kernels.cpu import program as cpu_program
 from hf_kvopt.kernels.cpu.draft import Drafting, DraftWeights, Entries, Held, can_draft
-from hf_kvopt.kernels.cpu.paged_attention import place_of
+from hf_kvopt.kernels.cpu.place import place_of
 from hf_kvopt.kernels.cpu.program import can_compile
 from tests.helpers import assert_in_a_forked_child
 

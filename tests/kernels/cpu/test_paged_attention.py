@@ -13,7 +13,8 @@ from torch import Tensor
 from hf_kvopt.kernels.cpu import paged_attention as cpu_jit
 from hf_kvopt.kernels.cpu import program as cpu_program
 from hf_kvopt.kernels.cpu.jit.spec import CHUNK, TILE
-from hf_kvopt.kernels.cpu.paged_attention import can_attend, place_of
+from hf_kvopt.kernels.cpu.paged_attention import can_attend
+from hf_kvopt.kernels.cpu.place import place_of
 from hf_kvopt.kernels.cpu.program import can_compile
 from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.kernels.reference.attention import visible_pairs

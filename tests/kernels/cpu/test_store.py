@@ -11,10 +11,9 @@ from torch import Tensor
 from hf_kvopt import QuantizedPagedCache
 from hf_kvopt.kernels.cpu import program as cpu_program
 from hf_kvopt.kernels.cpu import store as cpu_store
-from hf_kvopt.kernels.cpu.paged_attention import place_of
+from hf_kvopt.kernels.cpu.place import place_of
 from hf_kvopt.kernels.cpu.program import can_compile
 from hf_kvopt.kernels.cpu.store import can_store, store_states
-from hf_kvopt.pool import storage
 from hf_kvopt.quant import SCALE_DTYPE, Format, Quantized, dequantize, get_format, hadamard, quantize
 from tests.helpers import assert_in_a_forked_child
 
@@ -305,10 +304,10 @@ def test_a_cache_holds_the_bytes_that_torch_would_write(name, loud, monkeypatch)
         taken.append(1)
         return store_states(*args, **kwargs)
 
-    monkeypatch.setattr(storage, "store_states", counting)
+    monkeypatch.setattr(cpu_store, "store_states", counting)
     mine = cache_bytes(name, steps, loud=loud)
     assert len(taken) >= 2 * len(steps)
-    monkeypatch.setattr(storage, "can_store", lambda states, place: False)
+    monkeypatch.setattr(cpu_store, "can_store", lambda states, place: False)
     assert all(torch.equal(a, b) for a, b in zip(cache_bytes(name, steps, loud=loud), mine, strict=True))
 
 
