@@ -32,11 +32,21 @@ ALLOWED = {
     "config": (),
     "errors": (),
     "packaged": (),
+    "calibration": (
+        "calibration",
+        "cache",
+        "plan",
+        "quant",
+        "packaged",
+        "prefix.identity",
+        "overrides.attention",
+        "compat",
+    ),
 }
 # Only these speak to transformers; the rest is torch alone.
 WITH_TRANSFORMERS = (
     "cache", "prefix", "attention", "speculation", "enable", "overrides", "plan", "presets", "cli", "compat",
-    "packaged", "__main__",
+    "packaged", "calibration", "__main__",
 )  # fmt: skip
 # Rungs 2 and 3 of the proof compile and time the kernels, which are no public names.
 KERNEL_PROOFS = ("evals/gpu/", "evals/kernels.py")

@@ -1,12 +1,12 @@
 """Multi-head latent attention without expanding the cache.
 
-MLA models cache a latent c [R] and one rotary key r [Dr] a token, and expand them to keys and values of every head:
-k = [W_uk c, r], v = W_uv c. A decode step need not: with the query absorbed, q_nope . (W_uk c) = (W_uk^T q_nope) . c,
-attention runs over the latents themselves, as over one shared KV head, and W_uv comes after the sum:
+MLA models cache a latent c [R] and one rotary key r [Dr] of each token, and expand them to keys and values of every
+head: k = [W_uk c, r], v = W_uv c. A decode step can avoid that: q_nope . (W_uk c) = (W_uk^T q_nope) . c. With the query
+absorbed, attention runs over the latents as over one shared KV head, and W_uv is applied after the sum:
 
     softmax(scale * [W_uk^T q_nope, q_rope] . [c, r]) c W_uv^T              (DeepSeek-V2, arXiv:2405.04434, 2.1.2)
 
-`overrides.latents` lets a model's expansion hand on what it was given; any other attention gets the expansion.
+`overrides.latents` makes a model pass its latents on unexpanded; any attention but ours gets the expansion.
 """
 
 from typing import Any, NamedTuple
@@ -34,9 +34,9 @@ class Heads(NamedTuple):
 
 
 class LatentKV(LazyTensor):
-    """Keys (`part` 0) or values (1) of all heads, [batch, num_heads, kv_len, head_dim], as latents.
+    """Keys (`part` 0) or values (1) of all heads, [batch, num_heads, kv_len, head_dim], stored as latents.
 
-    `module` makes the dense tensors; a compiled graph, which holds tensors alone, has the weight of its up-projection.
+    `module` expands them to dense tensors; a compiled graph, which holds only tensors, uses the projection's weight.
     """
 
     latent: KVHandle
@@ -56,7 +56,7 @@ class LatentKV(LazyTensor):
         part: int,
         module: nn.Module | None = None,
     ) -> "LatentKV":
-        """See the class."""
+        """Make a lazy tensor from the arguments of the class."""
         batch, _, kv_len, _ = latent.shape
         nope, rotary, v_dim = heads
         num_heads, dim = weight.shape[0] // (nope + v_dim), v_dim if part else nope + rotary
@@ -66,7 +66,7 @@ class LatentKV(LazyTensor):
         return lazy
 
     def expand_both(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of all heads, dense."""
+        """Return dense keys and values of all heads."""
         latent, rope = self.latent.dense(), self.rope.dense()
         if self.module is not None:
             return expand(self.module, latent, rope)
@@ -93,12 +93,12 @@ class LatentKV(LazyTensor):
 
 
 def is_absorbable(query: Tensor, key: Tensor) -> bool:
-    """Whether attention can run over the latents and should."""
+    """Return whether attention can run over the latents and is faster there."""
     return isinstance(key, LatentKV) and query.shape[2] <= _MAX_ABSORBED_QUERIES and not torch.is_grad_enabled()
 
 
 def attend_latent(query: Tensor, key: LatentKV, pattern: Pattern) -> Tensor:
-    """[batch, q_len, num_heads, v_head_dim] of query [batch, num_heads, q_len, nope + rope] over the latents."""
+    """Attend over latents: query [batch, num_heads, q_len, nope + rope] to [batch, q_len, num_heads, v_head_dim]."""
     w_uk, w_uv = key.weight.unflatten(0, (-1, key.heads.nope + key.heads.v_dim)).split(
         [key.heads.nope, key.heads.v_dim], dim=1
     )
@@ -111,6 +111,6 @@ def attend_latent(query: Tensor, key: LatentKV, pattern: Pattern) -> Tensor:
 
 
 def expand(module: nn.Module, kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
-    """The model's own expansion."""
+    """Expand latents with the model's own method."""
     keys, values = compat.original(module, compat.EXPAND_KV)(kv_nope, k_rot)
     return keys, values

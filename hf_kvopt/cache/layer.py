@@ -14,7 +14,8 @@ from transformers.cache_utils import CacheLayerMixin
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.pool.block_table import BlockTable
 from hf_kvopt.pool.handle import KVHandle
-from hf_kvopt.pool.storage import KVPool, Plane
+from hf_kvopt.pool.plane import Plane
+from hf_kvopt.pool.storage import KVPool
 from hf_kvopt.quant import NATIVE_KV, KVFormat
 
 
@@ -112,10 +113,8 @@ class PagedLayer(CacheLayerMixin):
             keys, values = _behind(past, 0, new[0]), _behind(past, 1, new[1])
         elif start == 0 and (self.exact_prefill or self.format.is_native):
             keys, values = key_states, value_states
-        return (
-            KVHandle(pool.keys.view(table, step.kv_len, step.skip, keys), pool.reads, True),
-            KVHandle(pool.values.view(table, step.kv_len, step.skip, values), pool.reads, True),
-        )
+        k, v = pool.views(table, step.kv_len, step.skip, (keys, values))
+        return KVHandle(k, pool.reads, True), KVHandle(v, pool.reads, True)
 
     def claim(self, batch_size: int, num_tokens: int) -> None:
         """Make room for tokens whose keys and values a kernel writes itself, where `table.slots` says.

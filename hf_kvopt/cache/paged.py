@@ -30,7 +30,7 @@ from hf_kvopt.cache.hybrid import HybridLayer
 from hf_kvopt.cache.kinds import LayerMaker
 from hf_kvopt.cache.layer import PagedLayer
 from hf_kvopt.cache.loop import loop_of
-from hf_kvopt.cache.rows import CacheStep, FixedRows, GrowingRows, TableMaker
+from hf_kvopt.cache.rows import FixedRows, GrowingRows, TableMaker
 from hf_kvopt.cache.stats import CacheStats, measure
 from hf_kvopt.cache.watched import WatchedCache
 from hf_kvopt.config import CacheConfig
@@ -83,7 +83,6 @@ class PagedCache(WatchedCache):
             raise TypeError(f"config must be a model's config, e.g. model.config: got {type(config).__name__}")
         self.cache_config = CacheConfig(block_size=block_size, max_tokens=max_tokens, compileable=compileable)
         self._rows = self._make_rows()
-        self._guard: CacheStep | None = None
         self.owner: weakref.ref[object] | None = None  # the enabled model that it was handed to
         self.epoch = 0  # counts how often it was emptied
         kwargs: dict[str, Any] = {
@@ -276,25 +275,8 @@ class PagedCache(WatchedCache):
     def _select(self, indices: Sequence[int]) -> None:
         self._rows.select(indices, self._paged_layers())
 
-    def _layer_for(self, layer_idx: int) -> Any:
-        """The layer of that number, made where the config is not known."""
-        while self._makes_layers and len(self.layers) <= layer_idx:
-            self.layers.append(self._make_layer())
-        layer: Any = self.layers[layer_idx]
-        is_foreign = isinstance(layer, PagedLayer) and not self._rows.owns(layer)
-        if is_foreign and not torch.compiler.is_compiling():
-            raise CacheStateError(
-                f"layer {layer_idx} belongs to another cache: got rows unknown to this one; use copy.deepcopy(cache)"
-            )
-        return layer
-
     def _take_back(self, clock: int) -> None:
         self._rows.take_back(clock, self._paged_layers())
-
-    def _step(self) -> CacheStep:
-        if self._guard is None or self._guard.layers is not self.layers:
-            self._guard = CacheStep(self._rows, self.layers)
-        return self._guard
 
 
 def fork(cache: PagedCache, memo: dict[int, Any]) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_kvopt.kernels import devices
 from hf_kvopt.kernels.calls import AttentionCall, EqualRows, KVSpec, KVView, Reader, Stored
 from hf_kvopt.kernels.cpu import codes, dense
 from hf_kvopt.kernels.cpu import paged_attention as compiled
@@ -26,7 +27,8 @@ from hf_kvopt.quant import format_of
 
 def attend(call: AttentionCall) -> Tensor:
     """Compute an attention, [batch, q_len, num_heads, v_head_dim] contiguous."""
-    for reader in READERS:
+    # A CPU need not be asked for Triton at each layer of each step.
+    for reader in READERS if call.q.is_cuda or devices.INTERPRET else READERS[1:]:
         if reader.accepts(call):
             return reader.run(call)
     raise AssertionError("the last backend of the list takes every call")

@@ -126,7 +126,9 @@ class KVView(NamedTuple):
             )
 
     def row_tensors(self) -> RowTensors:
-        """Block table, lengths and lags: how attention finds the tokens of each row."""
+        """Block table, lengths and lags: how attention finds the tokens of each row; raises like `check_valid`."""
+        if self.version != self.rows.version:
+            self.check_valid()
         # A layer may hold fewer columns than its rows (it was not part of every forward).
         return self.rows.tensors_up_to(self.skip + self.spec.shape[2], self.plane.codes.device)
 

@@ -1,4 +1,4 @@
-"""Let latent attention (MLA) hand its cached latents on as they are; see `attention.mla`."""
+"""Override of `expand_kv` by which latent attention (MLA) passes cached latents on; see `attention.mla`."""
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +26,14 @@ def uninstall(model: nn.Module) -> None:
 
 
 class LatentExpansion(InstanceOverride):
-    """Hand cached latents on as `LatentKV`; expand everything else as the model does."""
+    """Passes cached latents on as `LatentKV`; expands everything else as the model does."""
 
     def __call__(self, kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
         module = self.module
         if not isinstance(kv_nope, KVHandle) or not isinstance(k_rot, KVHandle):
             return expand(module, kv_nope, k_rot)
         weight = module.kv_b_proj.weight
-        # An offloaded weight is here only while its own forward runs.
+        # An offloaded weight is present only while its own forward runs.
         if weight.device != kv_nope.device:
             return expand(module, kv_nope, k_rot)
         heads = Heads(module.qk_nope_head_dim, module.qk_rope_head_dim, module.v_head_dim)

@@ -22,7 +22,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_kvopt.errors import CacheStateError
-from hf_kvopt.pool.storage import KVPool, Plane
+from hf_kvopt.pool.plane import Plane
+from hf_kvopt.pool.storage import KVPool
 from hf_kvopt.prefix.identity import fingerprint
 from hf_kvopt.prefix.index import descendants
 

@@ -6,17 +6,17 @@ import pickle
 import torch
 
 from hf_kvopt.kernels.store import WRITERS
-from hf_kvopt.pool import storage
+from hf_kvopt.pool import plane
 from hf_kvopt.pool.storage import KVPool
 from hf_kvopt.quant import get_kv_format
 
 
 def test_blocks_that_grow_while_they_are_offloaded_stay_as_kernels_want_them(monkeypatch):
     states = torch.zeros(1, 3, 0, 32)
-    monkeypatch.setattr(storage, "runs_kernel", lambda tensor: True)
+    monkeypatch.setattr(plane, "runs_kernel", lambda tensor: True)
     pool = KVPool(states, states, 16, 4)
     assert pool.keys.codes.is_contiguous()
-    monkeypatch.setattr(storage, "runs_kernel", lambda tensor: False)  # as of CPU memory
+    monkeypatch.setattr(plane, "runs_kernel", lambda tensor: False)  # as of CPU memory
     pool.resize(9, [0, 1], [3, 4])
     assert pool.keys.codes.is_contiguous()
     assert not KVPool(states, states, 16, 4).keys.codes.is_contiguous()

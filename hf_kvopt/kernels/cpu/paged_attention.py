@@ -50,7 +50,6 @@ def run(call: AttentionCall) -> Tensor:
     q, k, v, pattern, _ = call
     assert isinstance(k, KVView)
     assert isinstance(v, KVView)
-    k.check_valid()
     q = k.for_codes(q) if k.spec.rotates else q
     return attend_blocks(q, k.plane.place, v.plane.place, *k.row_tensors(), pattern, skip=k.skip)  # type: ignore[arg-type]
 

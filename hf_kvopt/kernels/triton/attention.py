@@ -53,7 +53,6 @@ def run(call: AttentionCall) -> Tensor:
 
 
 def _over_blocks(q: Tensor, k: KVView, v: KVView, pattern: Pattern) -> Tensor:
-    k.check_valid()
     block_table, seq_lens, lags = k.row_tensors()
     if k.skip or lags is not None:
         pattern = _by_token(k, lags, pattern)
