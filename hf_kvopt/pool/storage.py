@@ -160,9 +160,12 @@ class KVPool:
             plane.resize(num_blocks, src, dst)
 
     def copy_blocks(self, src: list[int], dst: list[int]) -> None:
-        """See `Plane.copy_blocks`."""
+        """Copy block `src[i]` to `dst[i]`; see `Plane.copy_blocks`."""
+        index = torch.tensor([src, dst]).to(self.keys.codes.device, non_blocking=True)
         for plane in self.planes:
-            plane.copy_blocks(src, dst)
+            plane.copy_blocks(index[0], index[1])
+            if plane.centres is not None:
+                plane.centres.copy_blocks(src, dst)
 
     def move_slots(self, src: list[int], dst: list[int]) -> None:
         """See `Plane.move_slots`."""
