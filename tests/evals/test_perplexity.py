@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -29,6 +28,7 @@ from evals.perplexity.bars import BUNDLED, MEMORY, OUTLIERS, QWEN, REAL, Bar, ba
 from evals.perplexity.segments import make_segments
 from evals.perplexity.summary import summarize
 from hf_kvopt import CACHE_KEYWORD
+from hf_kvopt.cli.watch import run_while_busy
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = ["--context", "25", "--segments", "4", "--batch", "2", "--chunks", "5"]
@@ -359,10 +359,8 @@ def test_two_processes_give_the_figures_of_one(tmp_path: Path) -> None:
     options = ["--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
     launch = [sys.executable, "-m", "accelerate.commands.launch", *options, "--main_process_port=0"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launch, "-m", "evals.perplexity", *arguments, "--out", str(two)],
-        cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
+    done = run_while_busy([*launch, "-m", "evals.perplexity", *arguments, "--out", two], cwd=ROOT, env=env)
+    assert done is not None
     assert done.returncode == 0, done.stderr
     main([*arguments, "--out", str(one)])
     alone, shared = (json.loads(path.read_text()) for path in (one, two))
