@@ -52,7 +52,7 @@ def attention_forward(
             attention_mask = select_keys(attention_mask, kwargs["indices"], query.shape[2], key.shape[2])
         pattern = take_apart(module, query, key, attention_mask, is_causal, sliding_window, scoring)
         if isinstance(handle, KVHandle) and handle.table is not None and handle.table.is_ragged:
-            pattern = hide_before(handle.starts or [], pattern, key.shape[2])
+            pattern = hide_before(handle, pattern, key.shape[2])
     except (KVOptError, ValueError):
         if isinstance(handle, KVHandle) and handle.guard is not None and handle.table is not None:
             handle.guard.undo(handle.table)

@@ -3,6 +3,8 @@
 What is asked is kept until the rows or their lengths change: all layers of a step ask the same.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -92,6 +94,10 @@ class Addresses:
         """[batch, stop - start] int64 slots of the columns `start` to `stop`; -1 where a row has no token."""
         key = ("slots", device, start, stop)
         return self._tensors.of(key, lambda: self._column_slots(start, stop), torch.int64)
+
+    def numbers(self, numbers: Sequence[int], device: torch.device) -> Tensor:
+        """[len(numbers)] int32 on a device, copied there once a step for all layers."""
+        return self._tensors.of(("numbers", device, *numbers), lambda: list(numbers), torch.int32)
 
     def gather_slots(self, skip: int, num_columns: int, device: torch.device) -> Tensor:
         """[batch, num_columns] int64 slots from column base + `skip` on; some slot of the row where it has no token."""

@@ -18,7 +18,7 @@ from hf_kvopt.kernels.cpu.program import can_compile
 from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.kernels.reference.attention import visible_pairs
 from hf_kvopt.quant import Quantized, dequantize, get_format, quantize
-from tests.helpers import assert_in_a_forked_child
+from tests.helpers import assert_in_a_forked_child, join_while_working
 
 pytestmark = pytest.mark.skipif(not can_compile(), reason="needs llvmlite and AVX2")
 
@@ -270,18 +270,18 @@ def test_two_python_threads_may_attend_at_once(monkeypatch):
     monkeypatch.setattr(cpu_jit, "num_threads", lambda: 2)
     cases = [make_rows((CHUNK + 40 * i, 50), seed=i) for i in range(2)]
     wanted = [attend_blocks(*rows, scale=0.2) for rows in cases]
-    wrong = []
+    done = []
 
     def work(rows, want):
-        wrong.extend(i for i in range(50) if not torch.equal(attend_blocks(*rows, scale=0.2), want))
+        for _ in range(50):
+            done.append(torch.equal(attend_blocks(*rows, scale=0.2), want))
 
     threads = [threading.Thread(target=work, args=pair) for pair in zip(cases, wanted, strict=True)]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert not any(thread.is_alive() for thread in threads)
-    assert not wrong
+    join_while_working(threads, lambda: len(done))
+    assert all(done)
+    assert len(done) == 100
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
