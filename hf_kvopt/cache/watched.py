@@ -50,7 +50,10 @@ class WatchedCache(DynamicCache):
         is_watched = not torch.compiler.is_compiling()
         if is_watched:
             if is_paged:
-                self._require_whole(columns_left(self._in_turn(), layer, num_tokens))
+                in_turn = self._in_turn()
+                left = columns_left(in_turn, layer, num_tokens)
+                if left is not None:
+                    self._require_whole(left)
             self._before_write(layer_idx, KEYS if is_paged else "keys of its own", num_tokens)
         try:
             states: tuple[Tensor, Tensor]
@@ -59,7 +62,7 @@ class WatchedCache(DynamicCache):
             else:
                 states = layer.update(key_states, value_states, *args, **kwargs)
             if is_watched and is_paged:
-                note_step(self._in_turn(), layer, num_tokens)
+                note_step(in_turn, layer, num_tokens)
                 guard = self._step()
                 for handle in states:
                     if isinstance(handle, KVHandle):
