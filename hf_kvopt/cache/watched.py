@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationConfig
 
 from hf_kvopt import compat
+from hf_kvopt.cache.fixed import FixedLayer
 from hf_kvopt.cache.forwards import KEYS, READ, ForwardLog
 from hf_kvopt.cache.layer import PagedLayer
 from hf_kvopt.cache.loop import Loop
@@ -54,7 +55,7 @@ class WatchedCache(DynamicCache):
                 left = columns_left(in_turn, layer, num_tokens)
                 if left is not None:
                     self._require_whole(left)
-            self._before_write(layer_idx, KEYS if is_paged else "keys of its own", num_tokens)
+            self._before_write(layer_idx, KEYS if is_paged else "keys of its own", num_tokens, len(key_states))
         try:
             states: tuple[Tensor, Tensor]
             if self.offloading:
@@ -149,7 +150,7 @@ class WatchedCache(DynamicCache):
         """Undo a forward of which only some layers were written, back to column `clock`."""
         raise NotImplementedError
 
-    def _before_write(self, layer_idx: int, part: str, num_tokens: int) -> None:
+    def _before_write(self, layer_idx: int, part: str, num_tokens: int, batch: int = 0) -> None:
         """Refuse a write that would give a wrong token."""
         if torch.compiler.is_compiling():
             return
@@ -160,7 +161,7 @@ class WatchedCache(DynamicCache):
         # Not at each decode step of a call, which this would make longer.
         if begins and (num_tokens > 1 or self._call is None or self._call() is None):
             try:
-                self._check_call(num_tokens)
+                self._check_call(num_tokens, batch)
             except BaseException:
                 if log is not None and log.has_only_read:
                     log.take_back()
@@ -195,7 +196,7 @@ class WatchedCache(DynamicCache):
         """The layers, in the order in which a forward writes them."""
         return self.layers if self._loop is None else self._loop.in_turn(self.layers)
 
-    def _check_call(self, num_tokens: int) -> None:
+    def _check_call(self, num_tokens: int, batch: int) -> None:
         """Refuse what the running generate() call would feed on top of itself."""
         call = compat.running_call(self)
         if call is None:
@@ -210,6 +211,11 @@ class WatchedCache(DynamicCache):
         held = 0  # states alone do not say how many tokens they sum up
         if self.has_columns or not all(self.is_linear):
             held = self.num_columns if self.has_columns else int(self.get_seq_length())
+        if is_new and batch and call.longest:
+            for layer in self.layers:
+                if isinstance(layer, FixedLayer):
+                    layer.require_capacity(batch, call.longest)
+                    break
         if not is_new or not held:
             return
         if self._states_elsewhere:
