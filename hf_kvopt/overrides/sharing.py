@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation import GenerationConfig
 
-from hf_kvopt import compat
+from hf_kvopt import compat, ranks
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.overrides.inputs import prefill
 from hf_kvopt.overrides.instance import InstanceOverride
@@ -146,6 +146,10 @@ class _Prefill(SharingOverride):
             and (chunk_size is None or compat.PREFILL_CHUNKS_GO_ON)
         ):
             assert isinstance(cache, PrefixSharedCache)
+            # Prompts that have a part in common are read now; what the store knows decides how much of it.
+            stats = cache.store.stats()
+            known = f"{stats.num_blocks} blocks, {stats.hits} hits for {stats.rows} prompts"
+            ranks.require_alike(model, "prefix stores", known)
             if not cache.store.begin(cache, input_ids, model_kwargs.get("attention_mask"), chunk_size=chunk_size):
                 _say_once("rows go through adapters of their own, or something is put before the prompt")
         return prefill(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
