@@ -60,7 +60,7 @@ def test_what_ranks_are_asked_for_unlike_is_an_error_on_all(job: str, group: Gro
 def test_prefix_stores_that_differ_are_an_error_on_all(group: Groups) -> None:
     for error in errors(group(TOGETHER), "unlike_stores"):
         assert error.startswith("CacheStateError: ")
-        assert "stores that differ" in error
+        assert "prefix stores that differ" in error
 
 
 def test_a_store_of_a_divided_model_is_not_saved(group: Groups) -> None:
