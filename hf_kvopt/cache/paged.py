@@ -33,6 +33,7 @@ from hf_kvopt.cache.loop import loop_of
 from hf_kvopt.cache.rows import FixedRows, GrowingRows, TableMaker
 from hf_kvopt.cache.stats import CacheStats, measure
 from hf_kvopt.cache.watched import WatchedCache
+from hf_kvopt.cache.whole import require_undivided_layers
 from hf_kvopt.config import CacheConfig
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.pool.block_table import BlockTable
@@ -59,6 +60,7 @@ class PagedCache(WatchedCache):
 
     Raises:
         ValueError: a value cannot work.
+        UnsupportedModel: the layers of the model are divided over ranks (`pp_size`).
 
     Source: PagedAttention, arXiv:2309.06180; transformers issues #30536 (cat doubles the peak), #31717 (give memory
     back).
@@ -94,6 +96,7 @@ class PagedCache(WatchedCache):
             # Past DynamicCache's __init__, which would build its own layers.
             Cache.__init__(self, layer_class_to_replicate=PagedLayer, **kwargs)
         else:
+            require_undivided_layers(config)
             config = config.get_text_config(decoder=True)
             maker = self._layer_maker().resolved(config)
             self.formats = maker.formats

@@ -12,9 +12,12 @@ sat out a forward) tell nothing about it.
 from collections.abc import Sequence
 from typing import Any
 
+from transformers import PreTrainedConfig
+
+from hf_kvopt import compat
 from hf_kvopt.cache.fixed import FixedLayer
 from hf_kvopt.cache.layer import PagedLayer
-from hf_kvopt.errors import CacheStateError
+from hf_kvopt.errors import CacheStateError, UnsupportedModel
 from hf_kvopt.pool.fixed_rows import is_on_host
 
 
@@ -64,6 +67,19 @@ def text_columns(layers: Sequence[Any]) -> int:
     written = (layer for layer in layers if isinstance(layer, PagedLayer) and layer.pool is not None)
     first = _in_step(layers) or next(written, None)
     return 0 if first is None else _columns(first)
+
+
+def require_undivided_layers(config: PreTrainedConfig) -> None:
+    """Raise UnsupportedModel for a pipeline: a rank's cache would count the tokens of layers that it never sees.
+
+    Every rank refuses, before the first of them waits for another.
+    """
+    if compat.is_pipelined(config):
+        raise UnsupportedModel(
+            f"a cache counts the tokens of all layers: got {type(config).__name__} of a model whose layers are divided "
+            "over ranks (DistributedConfig(pp_size=...)); divide each layer, with tp_size, or spread the layers "
+            'over the devices of one process with device_map="auto"'
+        )
 
 
 def _in_step(layers: Any) -> PagedLayer | None:
