@@ -9,6 +9,12 @@ Importing registers the attention and its mask under "hf_kvopt", once, and touch
 
 from hf_kvopt import plan
 from hf_kvopt.attention.register import ATTENTION_NAME, register
+from hf_kvopt.batching.batcher import Batcher
+from hf_kvopt.batching.many import generate_many
+from hf_kvopt.batching.request import Request, RequestStats
+from hf_kvopt.batching.rules import TokenLogprob
+from hf_kvopt.batching.settings import BatchConfig
+from hf_kvopt.batching.stats import BatchStats
 from hf_kvopt.cache.paged import PagedCache
 from hf_kvopt.cache.quantized import QuantizedPagedCache
 from hf_kvopt.cache.stats import CacheStats, PrefixStats
@@ -28,6 +34,9 @@ __version__ = "0.1.0"
 __all__ = [
     "ATTENTION_NAME",
     "CACHE_KEYWORD",
+    "BatchConfig",
+    "BatchStats",
+    "Batcher",
     "CacheConfig",
     "CacheStateError",
     "CacheStats",
@@ -39,11 +48,15 @@ __all__ = [
     "PrefixStats",
     "PrefixStore",
     "QuantizedPagedCache",
+    "Request",
+    "RequestStats",
     "SpeculationStats",
+    "TokenLogprob",
     "UnsupportedDevice",
     "UnsupportedModel",
     "disable",
     "enable",
+    "generate_many",
     "model_source",
     "plan",
     "prefix_store",

@@ -299,6 +299,15 @@ def slides(config: PreTrainedConfig, layer_idx: int) -> bool:
     return layer_idx < len(kinds) and kinds[layer_idx] == "sliding_attention"
 
 
+def is_chunked(module: torch.nn.Module) -> bool:
+    """Whether an attention module attends within chunks of the text: its config names its layer so."""
+    config, layer_idx = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    if config is None or layer_idx is None or getattr(config, "attention_chunk_size", None) is None:
+        return False
+    kinds, _ = layer_types(config)
+    return layer_idx < len(kinds) and kinds[layer_idx] == "chunked_attention"
+
+
 def length_dependent_rope(config: PreTrainedConfig) -> dict[str, int]:
     """Return the rotary scalings of a decoder by which a token's keys depend on the length of the whole text.
 

@@ -21,7 +21,7 @@ from hf_kvopt import compat
 from hf_kvopt.attention import mla
 from hf_kvopt.attention.guards import check_weights
 from hf_kvopt.attention.register import ATTENTION_NAME
-from hf_kvopt.attention.support import model_traits
+from hf_kvopt.attention.support import attention_obstacle
 from hf_kvopt.cache.paged import PagedCache
 from hf_kvopt.cache.quantized import QuantizedPagedCache, option_names
 from hf_kvopt.cache.watched import require_shorter
@@ -288,7 +288,7 @@ def _takes_attention(model: PreTrainedModel, wanted: bool | None, is_all: bool) 
         wanted: what the user said, None for nothing.
         is_all: whether nothing else would change.
     """
-    obstacle = None if wanted is False else _attention_obstacle(model)
+    obstacle = None if wanted is False else attention_obstacle(model)
     if obstacle is None:
         return wanted is not False
     if wanted or is_all:
@@ -298,15 +298,6 @@ def _takes_attention(model: PreTrainedModel, wanted: bool | None, is_all: bool) 
         )
     _say_once(type(model).__name__, obstacle)
     return False
-
-
-def _attention_obstacle(model: PreTrainedModel) -> str | None:
-    traits = model_traits(type(model.config.get_text_config(decoder=True)))  # type: ignore[arg-type]
-    if not traits.calls_interface:
-        return "has its attention written into the model, so that no other can be chosen"
-    if traits.selects_keys:
-        return "attends to a sparse selection of keys, in which hf_kvopt's kernels have nothing to gain"
-    return None
 
 
 @functools.cache

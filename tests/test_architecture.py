@@ -21,7 +21,8 @@ PACKAGE = "hf_kvopt"
 ALLOWED = {
     "prefix": ("prefix", "cache", "pool", "quant", "config", "compat"),
     "cache": ("cache", "pool", "quant", "config", "compat"),
-    "attention": ("attention", "pool.handle", "pool.lazy", "kernels", "overrides.instance", "compat"),
+    "attention": ("attention", "pool.handle", "pool.lazy", "pool.packed", "kernels", "overrides.instance", "compat"),
+    "batching": ("batching", "speculation", "attention", "prefix", "cache", "pool", "quant", "config", "compat"),
     "pool": ("pool", "kernels", "quant"),
     "kernels": ("kernels", "quant"),
     "quant": ("quant",),
@@ -34,7 +35,7 @@ ALLOWED = {
 }
 # Only these speak to transformers; the rest is torch alone.
 WITH_TRANSFORMERS = (
-    "cache", "prefix", "attention", "speculation", "enable", "overrides", "plan", "cli", "compat",
+    "cache", "prefix", "attention", "batching", "speculation", "enable", "overrides", "plan", "cli", "compat",
     "packaged", "__main__",
 )  # fmt: skip
 # Rungs 2 and 3 of the proof compile and time the kernels, which are no public names.

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from hf_kvopt.attention.guards import check_ownership, check_weights, check_window
 from hf_kvopt.attention.masking import add_bias, hide_before, select_keys, take_apart
 from hf_kvopt.attention.mla import LatentKV, attend_latent, is_absorbable
+from hf_kvopt.attention.packed import attend_packed
 from hf_kvopt.attention.route import run
 from hf_kvopt.errors import KVOptError, UnsupportedModel
 from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.pool.handle import KVHandle
+from hf_kvopt.pool.packed import PackedKV
 
 
 def attention_forward(
@@ -42,6 +44,10 @@ def attention_forward(
         ValueError: weights were asked for, dropout outside of training, or a mask of a shape that has no meaning here.
         CacheStateError: a cache that belongs to another model, or was filled with this very prompt.
     """
+    if isinstance(key, PackedKV) and isinstance(value, PackedKV):
+        kwargs |= {"is_causal": is_causal, "sliding_window": sliding_window, "position_bias": position_bias}
+        kwargs |= {"dropout": dropout, "scaling": scaling, "softcap": softcap, "s_aux": s_aux}
+        return attend_packed(attention_forward, module, query, key, value, attention_mask, **kwargs)
     handle = key.latent if isinstance(key, LatentKV) else key
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     scoring = Pattern(scale, True, None, softcap, s_aux if s_aux is not None else kwargs.get("sinks"))

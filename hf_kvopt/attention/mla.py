@@ -21,6 +21,7 @@ from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.overrides.instance import InstanceOverride
 from hf_kvopt.pool.handle import KVHandle
 from hf_kvopt.pool.lazy import LazyTensor
+from hf_kvopt.pool.packed import PackedKV
 
 # Beyond this many queries a row, expanding once costs less than attending in the larger latent space.
 _MAX_ABSORBED_QUERIES = 16
@@ -132,6 +133,8 @@ class _Expander(InstanceOverride):
 
     def __call__(self, kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
         module = self.module
+        if isinstance(kv_nope, PackedKV) and isinstance(k_rot, PackedKV):
+            return kv_nope.map(self, k_rot)
         if not isinstance(kv_nope, KVHandle) or not isinstance(k_rot, KVHandle):
             return _expand(module, kv_nope, k_rot)
         weight = module.kv_b_proj.weight

@@ -29,6 +29,16 @@ def takes_boolean_masks(config_class: type[PreTrainedConfig]) -> bool:
     return model_traits(config_class).takes_boolean_masks  # type: ignore[arg-type]
 
 
+def attention_obstacle(model: PreTrainedModel) -> str | None:
+    """Why this library's attention is not for a model, as the end of a sentence; None where it is."""
+    traits = model_traits(type(model.config.get_text_config(decoder=True)))  # type: ignore[arg-type]
+    if not traits.calls_interface:
+        return "has its attention written into the model, so that no other can be chosen"
+    if traits.selects_keys:
+        return "attends to a sparse selection of keys, in which hf_kvopt's kernels have nothing to gain"
+    return None
+
+
 @cache
 def model_traits(config_class: type[PreTrainedConfig]) -> ModelTraits:
     """Traits of the modelling file that belongs to `config_class`; an unknown file is taken to be current."""

@@ -174,6 +174,19 @@ class BlockTable(Addresses):
         other.clear()
         self._rows_changed()
 
+    def join(self, other: "BlockTable") -> None:
+        """Take the rows of `other`, a table over the same blocks, behind these and empty it; all end together."""
+        assert self.allocator is other.allocator
+        assert self.base == other.base == 0
+        self._drop_retired()
+        clock = max(self.clock, other.clock)
+        self.lags = [lag + clock - table.clock for table in (self, other) for lag in table.lags]
+        self.rows += [list(row) for row in other.rows]
+        other.rows.clear()
+        other.clear()
+        self.clock = self.step_start = clock
+        self._rows_changed()
+
     def keep(self, num_tokens: int, paths: Sequence[Sequence[int]]) -> None:
         """Of the last `num_tokens` tokens of row i keep those numbered in `paths[i]`, moved together, in that order.
 

@@ -27,7 +27,7 @@ from hf_kvopt.prefix import file as prefix_file
 from hf_kvopt.prefix.cache import PrefixSharedCache
 from hf_kvopt.prefix.fill import fill_from
 from hf_kvopt.prefix.identity import ModelIdentity, require_shareable
-from hf_kvopt.prefix.index import PrefixIndex
+from hf_kvopt.prefix.index import Match, PrefixIndex
 from hf_kvopt.prefix.texts import as_text, end_tokens, require_mask, texts_of, until
 from hf_kvopt.quant import FormatPolicy
 from hf_kvopt.quant.policy import LayerName
@@ -164,6 +164,30 @@ class PrefixStore:
         self._prompt_tokens += sum(map(len, texts))
         self._hit_tokens += sum(known)
         return True
+
+    def open(self, text: Sequence[int], key: Hashable) -> PrefixSharedCache:
+        """A cache of one row with what is known of `text`, less its last token, under a key of `key_of`; the rest may
+        come in any portions."""
+        cache = self.new_cache()
+        with self.lock:
+            match = self.index.match(key, text[:-1]) if key is not None else Match([], 0)
+            cache.fill([[row] for row in self.index.take(match)], [0], match.length)
+            self._rows += 1
+            self._hits += match.length > 0
+            self._prompt_tokens += len(text)
+            self._hit_tokens += match.length
+        return cache
+
+    def file(self, key: Hashable, text: Sequence[int], cache: PrefixSharedCache, row: int) -> int:
+        """Keep the first tokens of a text that row `row` of an open cache holds; returns the number of new blocks.
+
+        Nothing is kept of a model that changed since `key` was made.
+        """
+        with self.lock:
+            if key is None or not cache.is_current or key != self.key_of(key[1]):  # type: ignore[index]
+                return 0
+            rows = [table.rows[row] for table in cache._tables.values()]
+            return self.index.insert(key, text, rows)
 
     def commit(self, cache: PrefixSharedCache, output_ids: Tensor) -> int:
         """Keep what `generate` computed with `cache`, and close it.

@@ -1,0 +1,198 @@
+"""Engine: one packed forward a step over decoding rows, drafts and prompts that are being filled; no threads.
+
+    plan      which jobs, how many tokens of each                        Scheduler
+    forward   [1, tokens] through the model, each token to the cache of its row
+    choose    the next token of each row, and of each prompt that was read to its end
+    settle    rows that are done leave and are filed, filled prompts join
+
+Iteration-level scheduling as in Orca (OSDI 2022), over blocks as in PagedAttention (arXiv:2309.06180), prompts in
+chunks beside decoding rows as in Sarathi-Serve (arXiv:2403.02310).
+"""
+
+import itertools
+import time
+from collections.abc import Hashable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_kvopt.batching.job import Job
+from hf_kvopt.batching.reader import Fed, PackedReader
+from hf_kvopt.batching.request import Request
+from hf_kvopt.batching.rows import Rows
+from hf_kvopt.batching.rules import Rules
+from hf_kvopt.batching.scheduler import Scheduler, StepPlan
+from hf_kvopt.batching.stats import BatchStats, Counts
+from hf_kvopt.errors import CacheStateError
+from hf_kvopt.prefix.store import PrefixStore
+
+
+class Engine:
+    """Runs the jobs of one model; one thread at a time.
+
+    Args:
+        model: with this library's attention, in evaluation mode.
+        store: of the model, and of nobody else: what is counted before a step must be there in it.
+        max_rows: jobs that are filled or decode at a time.
+        prefill_chunk: prompt tokens of one step.
+        shares: whether texts are found again.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, store: PrefixStore, max_rows: int, prefill_chunk: int, shares: bool = True
+    ) -> None:
+        self.model, self.store = model, store
+        self.rows = Rows(store)
+        self.scheduler = Scheduler(store, self.rows, max_rows, prefill_chunk, shares)
+        self.counts = Counts()
+        self._numbers = itertools.count()
+        self.reader = PackedReader(model)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no job is left."""
+        return self.scheduler.is_idle
+
+    def job(self, request: Request, rules: Rules, priority: float = 0.0, namespace: Hashable = None) -> Job:
+        """A job for a request; it counts as if it had come `priority` seconds earlier."""
+        return Job(request, rules, (request.submitted_at - priority, next(self._numbers)), namespace)
+
+    def add(self, job: Job) -> None:
+        """Queue a job."""
+        self.scheduler.add(job)
+
+    @torch.no_grad()
+    def step(self) -> bool:
+        """Compute one forward, and take what it gives; returns whether there was anything to compute.
+
+        Raises:
+            CacheStateError: the model is in training mode now.
+            Exception: whatever the model raises; the engine is to be closed then.
+        """
+        if self.model.training:
+            raise CacheStateError("the model is in training mode: got a batch that runs; call model.eval() first")
+        self._drop_ended()
+        plan = self.scheduler.plan([[] for _ in self.rows.jobs])
+        if plan.is_empty:
+            return False
+        started = time.monotonic()
+        logits = self._forward(plan)
+        self._decode(plan, logits)
+        self._fill(plan, logits[sum(1 + len(draft) for draft in plan.drafts) :])
+        self._leave()
+        self.counts.note(plan, time.monotonic() - started)
+        return True
+
+    @property
+    def stats(self) -> BatchStats:
+        """What was done so far, and what is held now; from any thread."""
+        scheduler, counts, prefixes = self.scheduler, self.counts, self.store.stats()
+        with self.store.lock:
+            spaces = [(a.num_blocks, a.num_blocks - a.num_free) for a in self.store.allocators]
+            known = self.store.index.num_evictable(sum(size for size, _ in spaces)) * len(spaces)
+        used = sum(number for _, number in spaces)
+        return BatchStats(
+            waiting=len(scheduler.waiting),
+            filling=len(scheduler.filling),
+            decoding=len(self.rows.jobs),
+            finished=counts.finished,
+            steps=counts.steps,
+            computed_tokens=counts.computed_tokens,
+            prompt_tokens=prefixes.prompt_tokens,
+            cached_tokens=prefixes.hit_tokens,
+            new_tokens=counts.new_tokens,
+            preemptions=scheduler.num_preempted,
+            drafted_tokens=counts.drafted_tokens,
+            accepted_tokens=counts.accepted_tokens,
+            tokens_per_s=counts.tokens_per_s,
+            num_blocks=sum(size for size, _ in spaces),
+            used_blocks=used,
+            row_blocks=used - known,
+            evictions=prefixes.evictions,
+        )
+
+    def close(self, reason: str, error: BaseException | None = None) -> None:
+        """End all jobs, and give all blocks back."""
+        for job in self.scheduler.jobs:
+            job.close()
+            job.request.finish(reason, error)
+        self.scheduler.waiting, self.scheduler.filling = [], []
+        self.rows.close()
+        self.store.free()
+
+    def _drop_ended(self) -> None:
+        """Let cancelled jobs go, and those whose time is over."""
+        for job in self.scheduler.jobs:
+            if not job.request.is_done and (job.request.is_cancelled or job.rules.is_late()):
+                job.request.finish("cancelled" if job.request.is_cancelled else "time")
+        for queue in (self.scheduler.waiting, self.scheduler.filling):
+            for job in [job for job in queue if job.request.is_done]:
+                self.scheduler.file(job)
+                job.close()
+                queue.remove(job)
+                self.counts.finished += 1
+        self._leave()
+
+    def _forward(self, plan: StepPlan) -> Tensor:
+        """Float32 logits [places, vocab]: of each decoding row and its draft, then of each prompt read to its end."""
+        fed, places, num_fed = [], [], 0  # type: list[Fed], list[int], int
+        if self.rows.jobs:
+            tokens = [[job.text[-1], *draft] for job, draft in zip(self.rows.jobs, plan.drafts, strict=True)]
+            fed.append(Fed(self.rows.cache, tokens, self.rows.lengths))
+            num_fed = sum(map(len, tokens))
+            places += range(num_fed)
+        for job, number in plan.portions:
+            assert job.cache is not None
+            job.request.begin()
+            start = job.num_held
+            fed.append(Fed(job.cache, [job.text[start : start + number]], [start]))
+            num_fed += number
+            if number == job.num_missing:
+                places.append(num_fed - 1)
+        return self.reader.read(fed, places).logits
+
+    def _decode(self, plan: StepPlan, logits: Tensor) -> None:
+        """Take the tokens behind the decoding rows, drafted ones as far as they are what is chosen."""
+        first = 0
+        best = logits.argmax(-1).tolist()
+        for job, draft in zip(self.rows.jobs, plan.drafts, strict=True):
+            self._take(job, draft, logits[first : first + 1 + len(draft)], best[first : first + 1 + len(draft)])
+            first += 1 + len(draft)
+        self.rows.cut_back(1 + max(map(len, plan.drafts), default=0))
+
+    def _take(self, job: Job, draft: list[int], logits: Tensor, best: list[int]) -> None:
+        """Take tokens, of logits [1 + len(draft), vocab] whose largest are `best`, until one is not as drafted."""
+        for place in range(1 + len(draft)):
+            try:
+                token = job.take(logits[place], best[place])
+            except Exception as error:  # of the request's own processors and criteria: nobody else's business
+                job.request.finish("error", error)
+                return
+            self.counts.new_tokens += 1
+            if job.request.is_done or place == len(draft) or token != draft[place]:
+                return
+
+    def _fill(self, plan: StepPlan, logits: Tensor) -> None:
+        """File what was read of prompts; of those that are filled take the first token, and let them join."""
+        best = logits.argmax(-1).tolist() if len(logits) else []
+        place = 0
+        for job, _ in plan.portions:
+            self.scheduler.file(job)
+            if job.num_missing:
+                continue
+            self.scheduler.filling.remove(job)
+            self._take(job, [], logits[place : place + 1], best[place : place + 1])
+            place += 1
+            if job.request.is_done:
+                job.close()
+                self.counts.finished += 1
+            else:
+                self.rows.join(job)
+
+    def _leave(self) -> None:
+        """File the rows of requests that are done, and let them go."""
+        leaving = [row for row, job in enumerate(self.rows.jobs) if job.request.is_done]
+        self.counts.finished += len(leaving)
+        self.scheduler.file_rows(leaving)
+        self.rows.leave(leaving)
