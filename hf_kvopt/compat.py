@@ -50,6 +50,8 @@ EXPAND_KV = "expand_kv"  # of an MLA attention module: (latents, rotary keys) to
 _LONGROPES = ("longrope", "su")  # one scaling; "su" in older configs
 WITHOUT_KV = ("conv", "linear_attention", "dummy")
 """Kinds of layers without keys and values: states instead, or those of another layer."""
+DUMMY_LAYERS: tuple[type, ...] = tuple(filter(None, [getattr(cache_utils, "DummyLayer", None)]))
+"""Cache layers that hold nothing, as their model layers read those of others; none before 5.23."""
 PREFILL_CHUNKS_GO_ON = Version("5.21") <= VERSION
 """Whether a prefill in chunks begins where the cache ends; before, it began at the first token."""
 

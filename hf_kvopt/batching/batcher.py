@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 
 from hf_kvopt.batching.job import Job
 from hf_kvopt.batching.request import Request
-from hf_kvopt.batching.requirements import as_prompt
 from hf_kvopt.batching.rules import Rules, rules_for
 from hf_kvopt.batching.settings import BatchConfig, Runtime
 from hf_kvopt.batching.stats import BatchStats
@@ -97,7 +96,7 @@ class Batcher:
         model = worker.runtime.model
         if model.training:
             raise CacheStateError("the model is in training mode: got a request for it; call model.eval() first")
-        prompt = as_prompt(model, input_ids)
+        prompt = worker.runtime.prompt(input_ids)
         rules = rules_for(model, prompt, seed=seed, logprobs=logprobs, **settings)
         rules = rules._replace(max_new_tokens=worker.runtime.require_room(len(prompt), rules.max_new_tokens))
         return self._queue(prompt, rules, priority, namespace)

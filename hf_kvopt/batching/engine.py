@@ -64,7 +64,7 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> bool:
-        """Compute one forward, and take what it gives; returns whether there was anything to compute.
+        """Compute one forward, and take what it gives; returns whether there was anything to do.
 
         Raises:
             CacheStateError: the model is in training mode now.
@@ -72,17 +72,19 @@ class Engine:
         """
         if self.model.training:
             raise CacheStateError("the model is in training mode: got a batch that runs; call model.eval() first")
-        self._drop_ended()
+        ended = self._drop_ended()
         plan = self.scheduler.plan([[] for _ in self.rows.jobs])
-        if plan.is_empty:
-            return False
-        started = time.monotonic()
-        logits = self._forward(plan)
-        self._decode(plan, logits)
-        self._fill(plan, logits[sum(1 + len(draft) for draft in plan.drafts) :])
-        self._leave()
-        self.counts.note(plan, time.monotonic() - started)
-        return True
+        if not plan.is_empty:
+            started = time.monotonic()
+            logits = self._forward(plan)
+            self._decode(plan, logits)
+            ended += self._fill(plan, logits[sum(1 + len(draft) for draft in plan.drafts) :])
+            ended += self._leave()
+            self.counts.note(plan, time.monotonic() - started)
+        self.counts.finished += len(ended)
+        for job in ended:
+            job.tell()
+        return bool(ended) or not plan.is_empty
 
     @property
     def stats(self) -> BatchStats:
@@ -114,25 +116,30 @@ class Engine:
 
     def close(self, reason: str, error: BaseException | None = None) -> None:
         """End all jobs, and give all blocks back."""
-        for job in self.scheduler.jobs:
+        jobs = self.scheduler.jobs
+        for job in jobs:
             job.close()
-            job.request.finish(reason, error)
         self.scheduler.waiting, self.scheduler.filling = [], []
         self.rows.close()
         self.store.free()
+        for job in jobs:
+            if not job.is_done:
+                job.end(reason, error)
+            job.tell()
 
-    def _drop_ended(self) -> None:
-        """Let cancelled jobs go, and those whose time is over."""
+    def _drop_ended(self) -> list[Job]:
+        """Let cancelled jobs go, and those whose time is over; returns them."""
         for job in self.scheduler.jobs:
-            if not job.request.is_done and (job.request.is_cancelled or job.rules.is_late()):
-                job.request.finish("cancelled" if job.request.is_cancelled else "time")
+            if job.request.is_cancelled or job.rules.is_late():
+                job.end("cancelled" if job.request.is_cancelled else "time")
+        ended = self._leave()
         for queue in (self.scheduler.waiting, self.scheduler.filling):
-            for job in [job for job in queue if job.request.is_done]:
+            for job in [job for job in queue if job.is_done]:
                 self.scheduler.file(job)
                 job.close()
                 queue.remove(job)
-                self.counts.finished += 1
-        self._leave()
+                ended.append(job)
+        return ended
 
     def _forward(self, plan: StepPlan) -> Tensor:
         """Float32 logits [places, vocab]: of each decoding row and its draft, then of each prompt read to its end."""
@@ -167,16 +174,20 @@ class Engine:
             try:
                 token = job.take(logits[place], best[place])
             except Exception as error:  # of the request's own processors and criteria: nobody else's business
-                job.request.finish("error", error)
+                job.end("error", error)
                 return
             self.counts.new_tokens += 1
-            if job.request.is_done or place == len(draft) or token != draft[place]:
+            if job.is_done or place == len(draft) or token != draft[place]:
                 return
 
-    def _fill(self, plan: StepPlan, logits: Tensor) -> None:
-        """File what was read of prompts; of those that are filled take the first token, and let them join."""
+    def _fill(self, plan: StepPlan, logits: Tensor) -> list[Job]:
+        """File what was read of prompts; take the first token of those that are filled, and let them join.
+
+        Returns:
+            The jobs that are done with it.
+        """
         best = logits.argmax(-1).tolist() if len(logits) else []
-        place = 0
+        place, ended = 0, []  # type: int, list[Job]
         for job, _ in plan.portions:
             self.scheduler.file(job)
             if job.num_missing:
@@ -184,15 +195,17 @@ class Engine:
             self.scheduler.filling.remove(job)
             self._take(job, [], logits[place : place + 1], best[place : place + 1])
             place += 1
-            if job.request.is_done:
+            if job.is_done:
                 job.close()
-                self.counts.finished += 1
+                ended.append(job)
             else:
                 self.rows.join(job)
+        return ended
 
-    def _leave(self) -> None:
-        """File the rows of requests that are done, and let them go."""
-        leaving = [row for row, job in enumerate(self.rows.jobs) if job.request.is_done]
-        self.counts.finished += len(leaving)
+    def _leave(self) -> list[Job]:
+        """File the rows of jobs that are done, and let them go; returns these jobs."""
+        leaving = [row for row, job in enumerate(self.rows.jobs) if job.is_done]
+        ended = [self.rows.jobs[row] for row in leaving]
         self.scheduler.file_rows(leaving)
         self.rows.leave(leaving)
+        return ended

@@ -29,6 +29,17 @@ class Job:
         self.text = list(request.prompt)
         self.key: tuple[Hashable, Hashable] | None = None  # what its text is filed under, since it was admitted
         self.cache: PrefixSharedCache | None = None  # while filling
+        self.reason: str | None = None
+        self.error: BaseException | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it takes no further token; its request is told once its blocks are given back."""
+        return self.reason is not None
+
+    def end(self, reason: str, error: BaseException | None = None) -> None:
+        """Take no further token."""
+        self.reason, self.error = reason, error
 
     @property
     def num_new(self) -> int:
@@ -57,7 +68,7 @@ class Job:
         reason = self.rules.ending(self.text, self.num_new)
         self.request.put(token, logprob)
         if reason is not None:
-            self.request.finish(reason)
+            self.end(reason)
         return token
 
     def close(self) -> None:
@@ -65,3 +76,7 @@ class Job:
         if self.cache is not None:
             self.cache.close()
             self.cache = None
+
+    def tell(self) -> None:
+        """Tell whoever waits that it is done."""
+        self.request.finish(self.reason or "cancelled", self.error)

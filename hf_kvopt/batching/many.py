@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 
 from hf_kvopt.batching.job import Job
 from hf_kvopt.batching.request import Request
-from hf_kvopt.batching.requirements import as_prompt
 from hf_kvopt.batching.rules import rules_for
 from hf_kvopt.batching.settings import BatchConfig, Runtime
 from hf_kvopt.errors import OutOfBlocks
@@ -87,7 +86,7 @@ def _jobs(
 ) -> Iterator[Job]:
     """A job for each sample of each prompt; its request is added to `requests`."""
     for input_ids in prompts:
-        prompt = as_prompt(runtime.model, input_ids)
+        prompt = runtime.prompt(input_ids)
         for _ in range(num_samples):
             drawn = None if seed is None else seed + len(requests)
             rules = rules_for(runtime.model, prompt, seed=drawn, **settings)

@@ -7,6 +7,8 @@ What no config tells (a layer that mixes neighbours, positions that are counted 
 with outside of the attention) shows here as another logit, or as an error, and the model is refused.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -47,8 +49,8 @@ def require_equal(model: PreTrainedModel, store: PrefixStore) -> None:
     if not most <= _TOLERANCE.get(model.dtype, _COARSE):
         raise UnsupportedModel(
             f"{name} cannot be batched continuously: got logits of packed rows that differ from those of each row "
-            f"alone by {most:.1%} of the largest one, so that its tokens depend on their neighbours; use model.generate, "
-            "with enable(model) for its cache"
+            f"alone by {most:.1%} of the largest one, so that its tokens depend on their neighbours; use "
+            "model.generate, with enable(model) for its cache"
         )
 
 
@@ -75,9 +77,11 @@ def _alone(model: PreTrainedModel, store: PrefixStore, texts: list[list[int]]) -
     rows = []
     for text in texts:
         cache = store.new_cache()
+        inputs: dict[str, Any] = {compat.cache_keyword(model): cache, "use_cache": True, "return_dict": True}
         ids = torch.tensor([text], device=model.device)
         try:
-            outputs = model(input_ids=ids, use_cache=True, return_dict=True, **{compat.cache_keyword(model): cache})
+            # With the positions that generate() passes: some models count others by themselves.
+            outputs = model(input_ids=ids, position_ids=torch.arange(len(text), device=model.device)[None], **inputs)
             rows.append(outputs.logits[0, -2:].float())
         finally:
             cache.close()

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.generation import GenerationMixin
 
 from hf_kvopt import compat
-from hf_kvopt.attention.support import attention_obstacle
+from hf_kvopt.attention.support import attention_obstacle, model_traits
 from hf_kvopt.errors import UnsupportedModel
 
 _PACKED_KINDS = ("full_attention", "sliding_attention", "chunked_attention", "dummy")
@@ -44,8 +45,13 @@ def _obstacle(model: PreTrainedModel) -> str | None:
     config = model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder:
         return "has an encoder, whose output its tokens depend on"
+    if getattr(type(model), "generate", None) is not GenerationMixin.generate:
+        return "generates in a way of its own"
     if not compat.uses_standard_cache(type(model), model.config):
         return "keeps its past in a cache of its own, or keeps none"
+    windows = {options.get("sliding_window") for options in compat.layer_types(config)[1]}
+    if windows != {None} and not model_traits(type(config)).masks_windows:  # type: ignore[arg-type]
+        return "leaves it to its cache to hide what lies behind a window, so that its tokens depend on how they come in"
     kinds = sorted(set(compat.layer_types(config)[0]) - set(_PACKED_KINDS))
     if kinds:
         return f"has layers of kind {', '.join(kinds)}, whose states sum up one text and take no packed one"

@@ -11,7 +11,7 @@ from hf_kvopt.attention import mla
 from hf_kvopt.attention.register import ATTENTION_NAME
 from hf_kvopt.batching.engine import Engine
 from hf_kvopt.batching.probe import require_equal
-from hf_kvopt.batching.requirements import num_positions, require_packable
+from hf_kvopt.batching.requirements import as_prompt, num_positions, require_packable
 from hf_kvopt.errors import nearest
 from hf_kvopt.prefix.store import PrefixStore
 from hf_kvopt.quant import KV_FORMATS
@@ -78,18 +78,27 @@ class Runtime:
             self.close("error")
             raise
 
+    def prompt(self, input_ids: Any) -> list[int]:
+        """The tokens of a prompt.
+
+        Raises:
+            TypeError, ValueError: see `as_prompt`; or there are more than the model has positions for.
+        """
+        prompt = as_prompt(self.model, input_ids)
+        if self.max_positions is not None and len(prompt) >= self.max_positions:
+            raise ValueError(
+                f"{type(self.model).__name__} has a table of {self.max_positions:,} positions: got a prompt of "
+                f"{len(prompt):,} tokens; shorten it"
+            )
+        return prompt
+
     def require_room(self, prompt_len: int, max_new_tokens: int) -> int:
         """Return how many new tokens a prompt may get at most.
 
         Raises:
-            ValueError: the prompt, or the prompt and its new tokens, are more than the batcher may ever hold.
+            ValueError: the prompt and its new tokens are more than the batcher may ever hold.
         """
         if self.max_positions is not None:
-            if prompt_len >= self.max_positions:
-                raise ValueError(
-                    f"{type(self.model).__name__} has a table of {self.max_positions:,} positions: got a prompt of "
-                    f"{prompt_len:,} tokens; shorten it"
-                )
             max_new_tokens = min(max_new_tokens, self.max_positions - prompt_len)
         limit, size = self.engine.store.max_tokens, self.config.block_size
         if limit is None:

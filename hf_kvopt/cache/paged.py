@@ -23,6 +23,7 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
+from hf_kvopt import compat
 from hf_kvopt.cache.fixed import FixedLayer
 from hf_kvopt.cache.forwards import ForwardLog
 from hf_kvopt.cache.hybrid import HybridLayer
@@ -303,7 +304,8 @@ class PagedCache(WatchedCache):
         self._watch_tables()
 
     def _require_rows_of_their_own(self, name: str) -> None:
-        if self.cache_config.compileable or self._stock_layers():
+        has_states = not all(isinstance(layer, compat.DUMMY_LAYERS) for layer in self._stock_layers())
+        if self.cache_config.compileable or has_states:
             raise CacheStateError(
                 f"{name} needs a growing cache of attention layers alone: got one of fixed capacity, or with states "
                 "that have no token axis; use crop"
