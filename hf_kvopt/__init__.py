@@ -20,7 +20,7 @@ from hf_kvopt.cache.quantized import QuantizedPagedCache
 from hf_kvopt.cache.stats import CacheStats, PrefixStats
 from hf_kvopt.compat import CACHE_KEYWORD
 from hf_kvopt.config import CacheConfig
-from hf_kvopt.enable import disable, enable
+from hf_kvopt.enable import Enabled, disable, enable, enabled
 from hf_kvopt.errors import CacheStateError, KVOptError, OutOfBlocks, UnsupportedDevice, UnsupportedModel
 from hf_kvopt.overrides.sharing import prefix_store
 from hf_kvopt.packaged import model_source
@@ -41,6 +41,7 @@ __all__ = [
     "CacheStateError",
     "CacheStats",
     "DraftHead",
+    "Enabled",
     "KVOptError",
     "OutOfBlocks",
     "PagedCache",
@@ -56,6 +57,7 @@ __all__ = [
     "UnsupportedModel",
     "disable",
     "enable",
+    "enabled",
     "generate_many",
     "model_source",
     "plan",

@@ -28,6 +28,7 @@ ALLOWED = {
     "quant": ("quant",),
     "speculation": ("speculation", "attention", "cache", "prefix", "kernels.cpu.draft", "config", "compat"),
     "plan": ("plan", "quant", "config", "compat", "prefix.identity"),
+    "presets": ("plan",),
     "compat": (),
     "config": (),
     "errors": (),
@@ -35,7 +36,8 @@ ALLOWED = {
 }
 # Only these speak to transformers; the rest is torch alone.
 WITH_TRANSFORMERS = (
-    "cache", "prefix", "attention", "batching", "speculation", "enable", "overrides", "plan", "cli", "compat",
+    "cache", "prefix", "attention", "batching", "speculation", "enable", "overrides", "plan", "presets", "cli",
+    "compat",
     "packaged", "__main__",
 )  # fmt: skip
 # Rungs 2 and 3 of the proof compile and time the kernels, which are no public names.

@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from hf_kvopt import compat
-from hf_kvopt.enable import CACHES, disable, enable
+from hf_kvopt.enable import disable, enable
 from hf_kvopt.errors import UnsupportedDevice
+from hf_kvopt.overrides.cache_maker import CACHES
 
 PROMPT_LEN, NEW_TOKENS = 14, 12  # over a border of a block of 16
 # What `enable` is called with, by the name that is shown: each cache, then what builds on a paged one.

@@ -94,6 +94,8 @@ def compile(w: Weighing) -> Choice:
     reason = None
     if not setup.device.is_gpu:
         reason = "generate() compiles on GPUs alone"
+    elif not setup.fixed:
+        reason = "a cache of fixed addresses was ruled out"
     elif setup.has_states:
         reason = "recurrent states are not in fixed memory"
     elif not setup.weights.compiles:

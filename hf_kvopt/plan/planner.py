@@ -106,6 +106,7 @@ def plan(
     head: bool = False,
     budget: int | str | None = None,
     dtype: torch.dtype | str | None = None,
+    fixed: bool = True,
 ) -> Plan:
     """Choose attention, cache, format, block size, prefix sharing, speculation, compilation and parallelism.
 
@@ -119,6 +120,7 @@ def plan(
         head: whether a trained draft head for this model is at hand.
         budget: bytes a device may use; 0.9 of its memory by default.
         dtype: of the weights; the config's, or bfloat16.
+        fixed: whether a cache of fixed addresses, which a compiled step needs, may be chosen.
 
     Raises:
         BadInput: the question cannot be understood, or nothing fits.
@@ -127,7 +129,7 @@ def plan(
     Source: arithmetic over bytes and operations; published host times and accepted lengths are named in
     `hf_kvopt.plan.steps` and `workloads`, facts of cards in `devices`.
     """
-    setup = set_up(model, device, context, batch, workload, goal, budget, dtype)
+    setup = set_up(model, device, context, batch, workload, goal, budget, dtype, fixed)
     smallest = min(holding_of(setup, plain(name), setup.batch).most_bytes for name in setup.formats)
     layout = require_layout(setup, smallest)
     held = {option: largest_holding(setup, option, layout) for option in _options(setup, layout, head)}
@@ -225,7 +227,9 @@ def _options(setup: Setup, layout: Layout, head: bool) -> Iterator[Option]:
     )
     drafts = ["none", *(["prompt_lookup", "head"] if head else ["prompt_lookup"] if setup.work.copies else [])]
     # A graph needs fixed addresses and lengths on the device: nothing is shared, no draft is cut back.
-    can_compile = setup.device.is_gpu and layout.count == 1 and not setup.has_states and setup.weights.compiles
+    can_compile = (
+        setup.fixed and setup.device.is_gpu and layout.count == 1 and not setup.has_states and setup.weights.compiles
+    )
     for name in setup.formats:
         for shares_prefix in (False, True) if can_share else (False,):
             for draft in drafts if can_draft else ["none"]:

@@ -44,6 +44,7 @@ class Setup:
     context: int
     encoder: int | None  # tokens of the encoder, None without one
     budget: int  # bytes a device
+    fixed: bool  # a cache of fixed addresses may be chosen
 
     @property
     def work(self) -> Workload:
@@ -135,6 +136,7 @@ def set_up(
     goal: str,
     budget: int | str | None,
     dtype: torch.dtype | str | None,
+    fixed: bool = True,
 ) -> Setup:
     """Check the question; see `plan` for the arguments.
 
@@ -166,6 +168,7 @@ def set_up(
         context=tokens,
         encoder=encoder_tokens(config, tokens, None),
         budget=parse_bytes(budget, "budget") if budget is not None else int(place.memory_bytes * CARD_SHARE),
+        fixed=fixed,
     )
 
 

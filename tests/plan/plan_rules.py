@@ -433,6 +433,7 @@ def compile_rules(f: Facts) -> list[Rule]:
         ),
         Rule("because the device works {time} of the eager step's {time}", works),
         Rule("because generate() compiles on GPUs alone", lambda: not f.device.is_gpu),
+        Rule("because a cache of fixed addresses was ruled out", lambda: not any(o.is_compiled for o in f.weighed)),
         Rule(
             "because generate() does not compile weights of this quantization",
             lambda: "quantization_config" in f.fields,
