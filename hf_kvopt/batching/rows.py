@@ -49,6 +49,7 @@ class Rows:
         if num_fed > 1:
             self.cache.crop_rows(self.lengths)
             self.cache.close_up()
+        self.cache.release_behind()
 
     def close(self) -> None:
         """Give all blocks back."""

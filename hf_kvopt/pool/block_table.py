@@ -18,6 +18,7 @@ from hf_kvopt.errors import CacheStateError
 from hf_kvopt.pool import slots as arithmetic
 from hf_kvopt.pool.addresses import Addresses
 from hf_kvopt.pool.allocator import BlockAllocator
+from hf_kvopt.pool.holes import Holes
 from hf_kvopt.pool.slots import Memo, Step
 
 
@@ -37,6 +38,7 @@ class BlockTable(Addresses):
         self.record_past = False
         self.keeps_all = False  # a window hides what is behind it, but frees nothing: others may share it
         self.keep_contiguous = True
+        self.holes = Holes(allocator)
         # What was held before a step that replaced all of it: layers still read it, a failed forward goes back to it.
         self.retired: BlockTable | None = None
         self.step_start = 0  # the clock before the last `reserve`
@@ -318,6 +320,13 @@ class BlockTable(Addresses):
             for (i, j), block in zip(places, copies, strict=True):
                 self.rows[i][j] = block
             self._rows_changed()
+
+    def release_behind(self) -> None:
+        """Give back, row by row, the blocks that lie wholly behind the window of the row's next query; see `Holes`."""
+        if self.window is not None and not self.record_past:
+            counts = [max(0, length - self.base - self.window + 1) // self.block_size for length in self.lengths]
+            if self.holes.release(self.rows, counts):
+                self._rows_changed()
 
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-max(0, num_tokens) // self.block_size)

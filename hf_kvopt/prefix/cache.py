@@ -167,6 +167,12 @@ class PrefixSharedCache(PagedCache):
                 super().reset()
                 self._seen = 0
 
+    def release_behind(self) -> None:
+        """Give back what no row looks at any more, as it lies behind its window."""
+        with self.store.lock:
+            for table in self.tables:
+                table.release_behind()
+
     def close_up(self) -> None:
         """Let columns go that no row has a token in."""
         if self.num_rows and all(min(table.lags) for table in self.tables):

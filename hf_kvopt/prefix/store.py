@@ -179,15 +179,15 @@ class PrefixStore:
         return cache
 
     def file(self, key: Hashable, text: Sequence[int], cache: PrefixSharedCache, row: int) -> int:
-        """Keep the first tokens of a text that row `row` of an open cache holds; returns the number of new blocks.
-
-        Nothing is kept of a model that changed since `key` was made.
-        """
+        """Keep the first tokens of a text that row `row` of an open cache holds; returns the number of new blocks: none
+        of a model that changed since `key` was made, nor where the row gave back blocks that are not known already."""
         with self.lock:
             if key is None or not cache.is_current or key != self.key_of(key[1]):  # type: ignore[index]
                 return 0
-            rows = [table.rows[row] for table in cache._tables.values()]
-            return self.index.insert(key, text, rows)
+            released = max(table.holes.count(table.rows[row]) for table in cache.tables)
+            if released and self.index.match(key, text).length < released * self.block_size:
+                return 0
+            return self.index.insert(key, text, [table.rows[row] for table in cache.tables])
 
     def commit(self, cache: PrefixSharedCache, output_ids: Tensor) -> int:
         """Keep what `generate` computed with `cache`, and close it.
