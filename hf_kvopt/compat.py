@@ -24,6 +24,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, cache_utils, masking
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationConfig, GenerationMixin
 from transformers.generation import utils as generation_utils
+from transformers.generation.continuous_batching import requests as batching_requests
 
 from hf_kvopt.errors import UnsupportedModel
 
@@ -48,6 +49,8 @@ _NEXT_KWARGS = "_update_model_kwargs_for_generation"  # (outputs, model_kwargs):
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")  # inputs of which generate() makes up those of new tokens
 EXPAND_KV = "expand_kv"  # of an MLA attention module: (latents, rotary keys) to keys and values
 _LONGROPES = ("longrope", "su")  # one scaling; "su" in older configs
+MAKE_MANAGER = "init_continuous_batching"  # (generation_config, continuous_batching_config, workload_hints)
+KEPT_MANAGER = "_cached_continuous_batching_manager"  # on a model: a manager that outlives a call
 WITHOUT_KV = ("conv", "linear_attention", "dummy")
 """Kinds of layers without keys and values: states instead, or those of another layer."""
 DUMMY_LAYERS: tuple[type, ...] = tuple(filter(None, [getattr(cache_utils, "DummyLayer", None)]))
@@ -87,6 +90,8 @@ prepare_padding_mask = _find(masking_utils, "prepare_padding_mask")
 _layer_types_and_kwargs = _find(cache_utils, "get_layer_types_and_kwargs")
 _is_zero3 = _find(generation_utils, "is_deepspeed_zero3_enabled")
 _is_fsdp = _find(generation_utils, "is_fsdp_managed_module")
+_batch_output = _find(batching_requests, "GenerationOutput")
+_batch_status = _find(batching_requests, "RequestStatus")
 _GENERATE_LOCALS = ("input_ids", "generation_config", "model_kwargs")
 _GENERATION = {
     _NEXT_KWARGS: ("outputs", "model_kwargs"),
@@ -231,6 +236,20 @@ def is_user_defined(cache: Cache) -> bool:
 def is_default_cache(cache: object) -> bool:
     """Whether generate() made `cache` itself, because none was asked for."""
     return type(cache) is DynamicCache and not is_user_defined(cache)
+
+
+def batch_output(
+    request_id: str, prompt: list[int], tokens: list[int], logprobs: list[float], error: str | None, status: str
+) -> Any:
+    """Make what a manager of transformers' continuous batching gives of a request; `status` by its name."""
+    return _batch_output(
+        request_id=request_id,
+        prompt_ids=prompt,
+        generated_tokens=tokens,
+        logprobs=logprobs,
+        error=error,
+        status=_batch_status[status],
+    )
 
 
 def next_inputs(

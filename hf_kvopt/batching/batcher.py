@@ -123,6 +123,11 @@ class Batcher:
         return self._worker.runtime.engine.stats
 
     @property
+    def error(self) -> BaseException | None:
+        """What ended the worker; None while it is well."""
+        return self._worker.error
+
+    @property
     def is_closed(self) -> bool:
         """Whether no request is taken any more."""
         return self._worker.is_closing

@@ -43,13 +43,13 @@ class Request:
         self.prompt = prompt
         self.is_cancelled = False
         self.tokens: list[int] = []
+        self.times: list[float] = []  # of each token, on `time.monotonic`
         self.logprobs: list[TokenLogprob] = []
         self.finish_reason: str | None = None
         self.error: BaseException | None = None
         self.cached_tokens = self.preemptions = self.drafted_tokens = self.accepted_tokens = 0
         self.submitted_at = time.monotonic()
         self.started_at: float | None = None
-        self.first_token_at: float | None = None
         self.finished_at: float | None = None
         self._keeps = keeps  # the batcher, which ends with the last who holds it
         self._changed = threading.Condition()
@@ -63,7 +63,7 @@ class Request:
     @property
     def stats(self) -> RequestStats:
         """Times and counts so far."""
-        times = (self.started_at, self.first_token_at, self.finished_at)
+        times = (self.started_at, self.times[0] if self.times else None, self.finished_at)
         queue_s, first_token_s, total_s = (None if at is None else at - self.submitted_at for at in times)
         return RequestStats(
             queue_s,
@@ -136,9 +136,8 @@ class Request:
     def put(self, token: int, logprob: TokenLogprob | None) -> None:
         """Add a token: for the batcher."""
         with self._changed:
-            if self.first_token_at is None:
-                self.first_token_at = time.monotonic()
             self.tokens.append(token)
+            self.times.append(time.monotonic())
             if logprob is not None:
                 self.logprobs.append(logprob)
             self._tell()

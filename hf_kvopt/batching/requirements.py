@@ -21,7 +21,6 @@ def require_packable(model: PreTrainedModel) -> None:
 
     Raises:
         TypeError: not a transformers model.
-        ValueError: a model in training mode.
         UnsupportedModel: a model whose tokens depend on more than the tokens before them and their positions, or whose
             attention is its own.
     """
@@ -36,8 +35,6 @@ def require_packable(model: PreTrainedModel) -> None:
             f"{type(model).__name__} cannot be batched continuously: got a model that {obstacle}; use model.generate, "
             "with enable(model) for its cache"
         )
-    if model.training:
-        raise ValueError("a batcher takes a model in evaluation mode: got one in training mode; call model.eval()")
 
 
 def _obstacle(model: PreTrainedModel) -> str | None:

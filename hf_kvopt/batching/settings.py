@@ -57,6 +57,8 @@ class Runtime:
 
     def __init__(self, model: PreTrainedModel, config: BatchConfig) -> None:
         require_packable(model)
+        if model.training:
+            raise ValueError("a batcher takes a model in evaluation mode: got one in training mode; call model.eval()")
         self.model, self.config = model, config
         store = PrefixStore(
             model,
