@@ -142,7 +142,7 @@ def enable(
         make_cache(model, CACHES[cache], cache_options)  # refuse bad options now, not in the first generate
     sharing = _sharing(model, cache, prefix_sharing, cache_options)
     drafting = _drafting(model, draft)
-    batch_config = _batching(model, cache, batching, cache_options)
+    batch_config = _batching(model, cache, batching, cache_options, drafting)
     disable(model)
     _require_unreplaced(model, "generate" if sharing is not None or drafting is not None else None)
     previous = model.config._attn_implementation
@@ -232,7 +232,7 @@ def _sharing(
 
 
 def _batching(
-    model: PreTrainedModel, cache: str | None, batching: bool | BatchConfig, options: dict[str, Any]
+    model: PreTrainedModel, cache: str | None, batching: bool | BatchConfig, options: dict[str, Any], draft: Any
 ) -> BatchConfig | None:
     """How `model` is batched, checked; None where it is not."""
     if batching is False:
@@ -250,7 +250,7 @@ def _batching(
     wrong = sorted(set(options) - {"max_tokens", "block_size", *LAYER_OPTIONS})
     if wrong:
         raise TypeError(f"batching takes max_tokens, block_size and the formats of layers: got {wrong} too")
-    return BatchConfig(cache=cache, **options)
+    return BatchConfig(cache=cache, draft=draft, **options)
 
 
 def _check_options(cache: str | None, options: dict[str, Any]) -> None:

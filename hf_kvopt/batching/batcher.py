@@ -38,6 +38,9 @@ class Batcher:
         prefix_sharing: find the beginnings of prompts again that were read before.
         skip_layers: layers that are not quantized; see `QuantizedPagedCache`.
         layer_formats: formats of single layers; see `QuantizedPagedCache`.
+        draft: speculate: a draft head, its folder, an assistant model, "prompt_lookup", "lookahead", or what
+            `speculative(...)` made. Each request drafts as deep as it gains by, up to a bound of tokens a step over all
+            of them. Tokens stay what they are without, sampled ones of a seed as well.
 
     Greedy tokens are those of `model.generate` on the prompt alone, with that cache. A request's tokens do not depend
     on what else is computed; in other dtypes than float32 that holds up to rounding, as for any batch.
@@ -57,8 +60,8 @@ class Batcher:
         'length'
     """
 
-    def __init__(self, model: PreTrainedModel, cache: str = "paged", **settings: Any) -> None:
-        self.config = BatchConfig(cache=cache, **settings)
+    def __init__(self, model: PreTrainedModel, cache: str = "paged", *, draft: Any = None, **settings: Any) -> None:
+        self.config = BatchConfig(cache=cache, draft=draft, **settings)
         self._worker = _Worker(Runtime(model, self.config))
         # Requests keep their batcher: one that nobody holds has none left.
         self._finalizer = weakref.finalize(self, self._worker.stop, cancel=True)

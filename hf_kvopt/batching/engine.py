@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_kvopt.batching.drafts import Drafts
 from hf_kvopt.batching.job import Job
-from hf_kvopt.batching.reader import Fed, PackedReader
+from hf_kvopt.batching.reader import Fed, Outputs, PackedReader
 from hf_kvopt.batching.request import Request
 from hf_kvopt.batching.rows import Rows
 from hf_kvopt.batching.rules import Rules
@@ -26,6 +27,9 @@ from hf_kvopt.batching.scheduler import Scheduler, StepPlan
 from hf_kvopt.batching.stats import BatchStats, Counts
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.prefix.store import PrefixStore
+from hf_kvopt.quant import CENTRE_TOKENS
+from hf_kvopt.speculation.drafters.base import Drafter
+from hf_kvopt.speculation.loop.reads import features_of
 
 
 class Engine:
@@ -37,17 +41,26 @@ class Engine:
         max_rows: jobs that are filled or decode at a time.
         prefill_chunk: prompt tokens of one step.
         shares: whether texts are found again.
+        drafter: what drafts; None: nothing.
     """
 
     def __init__(
-        self, model: PreTrainedModel, store: PrefixStore, max_rows: int, prefill_chunk: int, shares: bool = True
+        self,
+        model: PreTrainedModel,
+        store: PrefixStore,
+        max_rows: int,
+        prefill_chunk: int,
+        shares: bool = True,
+        drafter: Drafter | None = None,
     ) -> None:
         self.model, self.store = model, store
         self.rows = Rows(store)
         self.scheduler = Scheduler(store, self.rows, max_rows, prefill_chunk, shares)
         self.counts = Counts()
         self._numbers = itertools.count()
-        self.reader = PackedReader(model)
+        self.drafts = None if drafter is None else Drafts(drafter, model)
+        self.reader = PackedReader(model, self.drafts is not None and self.drafts.needs_features)
+        self._learns = store.formats.format != "native" or bool(store.formats.layer_formats)
 
     @property
     def is_idle(self) -> bool:
@@ -73,12 +86,12 @@ class Engine:
         if self.model.training:
             raise CacheStateError("the model is in training mode: got a batch that runs; call model.eval() first")
         ended = self._drop_ended()
-        plan = self.scheduler.plan([[] for _ in self.rows.jobs])
+        plan = self.scheduler.plan(self._propose())
+        self._forget_preempted()
         if not plan.is_empty:
             started = time.monotonic()
-            logits = self._forward(plan)
-            self._decode(plan, logits)
-            ended += self._fill(plan, logits[sum(1 + len(draft) for draft in plan.drafts) :])
+            outputs = self._forward(plan)
+            ended += self._take_all(plan, outputs)
             ended += self._leave()
             self.counts.note(plan, time.monotonic() - started)
         self.counts.finished += len(ended)
@@ -120,6 +133,8 @@ class Engine:
         for job in jobs:
             job.close()
         self.scheduler.waiting, self.scheduler.filling = [], []
+        if self.drafts is not None:
+            self.drafts.close()
         self.rows.close()
         self.store.free()
         for job in jobs:
@@ -141,8 +156,20 @@ class Engine:
                 ended.append(job)
         return ended
 
-    def _forward(self, plan: StepPlan) -> Tensor:
-        """Float32 logits [places, vocab]: of each decoding row and its draft, then of each prompt read to its end."""
+    def _propose(self) -> list[list[int]]:
+        """Tokens to try behind each decoding row."""
+        jobs = self.rows.jobs
+        # The first tokens of a row decide how its keys are stored: none must be among them that is taken back.
+        is_young = self._learns and min(self.rows.lengths, default=0) < CENTRE_TOKENS
+        return [[] for _ in jobs] if self.drafts is None or is_young else self.drafts.propose(jobs)
+
+    def _forget_preempted(self) -> None:
+        if self.drafts is not None:
+            for job in set(self.drafts.rows) - set(self.rows.jobs):
+                self.drafts.leave(job)
+
+    def _forward(self, plan: StepPlan) -> Outputs:
+        """Logits of each decoding row and its draft, then of each prompt that is read to its end."""
         fed, places, num_fed = [], [], 0  # type: list[Fed], list[int], int
         if self.rows.jobs:
             tokens = [[job.text[-1], *draft] for job, draft in zip(self.rows.jobs, plan.drafts, strict=True)]
@@ -157,55 +184,80 @@ class Engine:
             num_fed += number
             if number == job.num_missing:
                 places.append(num_fed - 1)
-        return self.reader.read(fed, places).logits
+        started = time.monotonic()
+        outputs = self.reader.read(fed, places)
+        if self.drafts is not None:
+            self.drafts.note_step(num_fed, time.monotonic() - started)
+        return outputs
 
-    def _decode(self, plan: StepPlan, logits: Tensor) -> None:
-        """Take the tokens behind the decoding rows, drafted ones as far as they are what is chosen."""
+    def _take_all(self, plan: StepPlan, outputs: Outputs) -> list[Job]:
+        """Take the next tokens of all rows, and of prompts that were read to their ends, which join.
+
+        Returns:
+            The jobs that were done with their prompt.
+        """
+        best: list[int] = outputs.logits.argmax(-1).tolist() if len(outputs.logits) else []
+        features = None if self.drafts is None else features_of(outputs, self.drafts.drafter.feature_layers)
         first = 0
-        best = logits.argmax(-1).tolist()
         for job, draft in zip(self.rows.jobs, plan.drafts, strict=True):
-            self._take(job, draft, logits[first : first + 1 + len(draft)], best[first : first + 1 + len(draft)])
+            here = slice(first, first + 1 + len(draft))
+            fed = [job.text[-1], *draft]
+            num_taken = self._take(job, draft, outputs.logits[here], best[here])
+            if self.drafts is not None and num_taken:
+                own = None if features is None else features[:, here]
+                self.counts.accepted_tokens += self.drafts.note(job, fed, num_taken, own, best[here])
+                self.counts.drafted_tokens += len(draft)
             first += 1 + len(draft)
         self.rows.cut_back(1 + max(map(len, plan.drafts), default=0))
+        place, ended = first, []  # type: int, list[Job]
+        for job, number in plan.portions:
+            self.scheduler.file(job)
+            if features is not None:
+                job.features.append(features[:, first : first + number])
+            first += number
+            if not job.num_missing:
+                self._take(job, [], outputs.logits[place : place + 1], best[place : place + 1])
+                place += 1
+                ended += self._join(job)
+        return ended
 
-    def _take(self, job: Job, draft: list[int], logits: Tensor, best: list[int]) -> None:
-        """Take tokens, of logits [1 + len(draft), vocab] whose largest are `best`, until one is not as drafted."""
+    def _join(self, job: Job) -> list[Job]:
+        """Let a job whose prompt is filled decode; returns it where it is done already."""
+        self.scheduler.filling.remove(job)
+        if job.is_done:
+            job.close()
+            return [job]
+        if self.drafts is not None:
+            features = torch.cat(job.features, dim=1) if job.features else None
+            self.drafts.join(job, job.read_from, features)
+            job.features = []
+        self.rows.join(job)
+        return []
+
+    def _take(self, job: Job, draft: list[int], logits: Tensor, best: list[int]) -> int:
+        """Take tokens, of logits [1 + len(draft), vocab] whose largest are `best`, until one is not as drafted.
+
+        Returns:
+            How many were taken.
+        """
         for place in range(1 + len(draft)):
             try:
                 token = job.take(logits[place], best[place])
             except Exception as error:  # of the request's own processors and criteria: nobody else's business
                 job.end("error", error)
-                return
+                return place
             self.counts.new_tokens += 1
             if job.is_done or place == len(draft) or token != draft[place]:
-                return
-
-    def _fill(self, plan: StepPlan, logits: Tensor) -> list[Job]:
-        """File what was read of prompts; take the first token of those that are filled, and let them join.
-
-        Returns:
-            The jobs that are done with it.
-        """
-        best = logits.argmax(-1).tolist() if len(logits) else []
-        place, ended = 0, []  # type: int, list[Job]
-        for job, _ in plan.portions:
-            self.scheduler.file(job)
-            if job.num_missing:
-                continue
-            self.scheduler.filling.remove(job)
-            self._take(job, [], logits[place : place + 1], best[place : place + 1])
-            place += 1
-            if job.is_done:
-                job.close()
-                ended.append(job)
-            else:
-                self.rows.join(job)
-        return ended
+                break
+        return place + 1
 
     def _leave(self) -> list[Job]:
         """File the rows of jobs that are done, and let them go; returns these jobs."""
         leaving = [row for row, job in enumerate(self.rows.jobs) if job.is_done]
         ended = [self.rows.jobs[row] for row in leaving]
+        if self.drafts is not None:
+            for job in ended:
+                self.drafts.leave(job)
         self.scheduler.file_rows(leaving)
         self.rows.leave(leaving)
         return ended

@@ -29,6 +29,8 @@ class Job:
         self.text = list(request.prompt)
         self.key: tuple[Hashable, Hashable] | None = None  # what its text is filed under, since it was admitted
         self.cache: PrefixSharedCache | None = None  # while filling
+        self.read_from = 0  # first token that is read since it was admitted
+        self.features: list[Tensor] = []  # [1, tokens, width] of what was read since then, for a drafter
         self.reason: str | None = None
         self.error: BaseException | None = None
 
@@ -73,6 +75,7 @@ class Job:
 
     def close(self) -> None:
         """Give the blocks of its own cache back."""
+        self.features = []
         if self.cache is not None:
             self.cache.close()
             self.cache = None

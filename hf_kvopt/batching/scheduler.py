@@ -157,6 +157,7 @@ class Scheduler:
                 return
             job.key = key
             job.cache = self.store.open(job.text, key)
+            job.read_from = job.num_held
             job.request.cached_tokens = max(job.request.cached_tokens, job.num_held)
             promised.append(self._rest(job))
             self.waiting.remove(job)

@@ -16,6 +16,8 @@ from hf_kvopt.errors import nearest
 from hf_kvopt.prefix.store import PrefixStore
 from hf_kvopt.quant import KV_FORMATS
 from hf_kvopt.quant.policy import LayerName
+from hf_kvopt.speculation.drafters.base import Drafter
+from hf_kvopt.speculation.speculative import SpeculativeDecoding, speculative
 
 _FORMATS = {"paged": None, **{name: name for name, fmt in KV_FORMATS.items() if not fmt.is_native}}
 
@@ -32,6 +34,7 @@ class BatchConfig:
     prefix_sharing: bool = True
     skip_layers: Collection[LayerName] = ("sliding",)
     layer_formats: Mapping[LayerName, str] = field(default_factory=lambda: MappingProxyType({}))
+    draft: Any = None
 
     def __post_init__(self) -> None:
         if self.cache not in _FORMATS:
@@ -42,6 +45,15 @@ class BatchConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1: got {value!r}")
+
+
+def _drafter(model: PreTrainedModel, draft: Any) -> Drafter | None:
+    """What drafts for `model`, checked; None where nothing does."""
+    if draft is None:
+        return None
+    made = draft if isinstance(draft, SpeculativeDecoding) else speculative(draft)
+    made.drafter.check(model)
+    return made.drafter
 
 
 class Runtime:
@@ -68,12 +80,13 @@ class Runtime:
             skip_layers=config.skip_layers,
             layer_formats=config.layer_formats,
         )
+        drafter = _drafter(model, config.draft)
         self.max_positions = num_positions(model)
         self._attention_before: Any = model.config._attn_implementation
         if self._attention_before != ATTENTION_NAME:
             model.set_attn_implementation(ATTENTION_NAME)
             mla.install(model)
-        self.engine = Engine(model, store, config.max_rows, config.prefill_chunk, config.prefix_sharing)
+        self.engine = Engine(model, store, config.max_rows, config.prefill_chunk, config.prefix_sharing, drafter)
         try:
             require_equal(model, store)
         except BaseException:
