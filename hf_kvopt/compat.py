@@ -8,6 +8,7 @@ Public classes that never moved (PreTrainedModel, GenerationConfig, DynamicCache
 """
 
 import functools
+import importlib
 import inspect
 import logging
 import sys
@@ -51,6 +52,8 @@ EXPAND_KV = "expand_kv"  # of an MLA attention module: (latents, rotary keys) to
 _LONGROPES = ("longrope", "su")  # one scaling; "su" in older configs
 MAKE_MANAGER = "init_continuous_batching"  # (generation_config, continuous_batching_config, workload_hints)
 KEPT_MANAGER = "_cached_continuous_batching_manager"  # on a model: a manager that outlives a call
+LOAD_MODEL = "_load_model"  # of the server's ModelManager
+READ_SETTINGS = "_build_generation_config"  # of the server's handlers: (body, model_generation_config, use_cb)
 WITHOUT_KV = ("conv", "linear_attention", "dummy")
 """Kinds of layers without keys and values: states instead, or those of another layer."""
 DUMMY_LAYERS: tuple[type, ...] = tuple(filter(None, [getattr(cache_utils, "DummyLayer", None)]))
@@ -92,6 +95,15 @@ _is_zero3 = _find(generation_utils, "is_deepspeed_zero3_enabled")
 _is_fsdp = _find(generation_utils, "is_fsdp_managed_module")
 _batch_output = _find(batching_requests, "GenerationOutput")
 _batch_status = _find(batching_requests, "RequestStatus")
+_SERVER_NAMES = {
+    "serve": ("Serve.start_server",),
+    "serving.model_manager": (f"ModelManager.{LOAD_MODEL}",),
+    "serving.utils": (
+        "GenerationState.get_manager", "CBGenerateManager.init_cb", "CBGenerateManager.generate_streaming",
+        "CBGenerateManager.generate_non_streaming", f"BaseHandler.{READ_SETTINGS}",
+    ),
+    "serving.server": ("build_server",),
+}  # fmt: skip
 _GENERATE_LOCALS = ("input_ids", "generation_config", "model_kwargs")
 _GENERATION = {
     _NEXT_KWARGS: ("outputs", "model_kwargs"),
@@ -250,6 +262,24 @@ def batch_output(
         error=error,
         status=_batch_status[status],
     )
+
+
+def server_modules() -> tuple[Any, Any, Any, Any]:
+    """Import transformers' server: its modules `serve`, `model_manager`, `utils` and `server`.
+
+    Raises:
+        ImportError: packages that it needs are not installed.
+        UnsupportedModel: a name that is built on is missing.
+    """
+    modules = [importlib.import_module(f"transformers.cli.{name}") for name in _SERVER_NAMES]
+    for module, names in zip(modules, _SERVER_NAMES.values(), strict=True):
+        for name in names:
+            owner, _, attribute = name.partition(".")
+            found = getattr(module, owner, None)
+            if found is None or (attribute and not hasattr(found, attribute)):
+                missing(f"{module.__name__}.{name}")
+    serve, model_manager, utils, server = modules
+    return serve, model_manager, utils, server
 
 
 def next_inputs(

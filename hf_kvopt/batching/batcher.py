@@ -94,15 +94,14 @@ class Batcher:
             ValueError, TypeError: a setting that cannot work, an empty prompt, or one that can never fit.
             CacheStateError: the batcher is closed, or the model in training mode.
         """
-        worker = self._worker
-        worker.require_open()
-        model = worker.runtime.model
-        if model.training:
-            raise CacheStateError("the model is in training mode: got a request for it; call model.eval() first")
-        prompt = worker.runtime.prompt(input_ids)
-        rules = rules_for(model, prompt, seed=seed, logprobs=logprobs, **settings)
-        rules = rules._replace(max_new_tokens=worker.runtime.require_room(len(prompt), rules.max_new_tokens))
-        return self._queue(prompt, rules, priority, namespace)
+        prompt, rules = self._prepared(input_ids, seed=seed, logprobs=logprobs, **settings)
+        request = Request(prompt, keeps=self)
+        self._worker.put(self._worker.runtime.engine.job(request, rules, priority, namespace))
+        return request
+
+    def check(self, input_ids: list[int] | Tensor, **settings: Any) -> None:
+        """Raise what `submit` would raise, and queue nothing."""
+        self._prepared(input_ids, **settings)
 
     def submit_samples(
         self, input_ids: list[int] | Tensor, n: int, *, seed: int | None = None, **settings: Any
@@ -151,11 +150,15 @@ class Batcher:
     ) -> None:
         self.close(cancel=kind is not None)
 
-    def _queue(self, prompt: list[int], rules: Rules, priority: float, namespace: Hashable) -> Request:
+    def _prepared(self, input_ids: list[int] | Tensor, **settings: Any) -> tuple[list[int], Rules]:
         worker = self._worker
-        request = Request(prompt, keeps=self)
-        worker.put(worker.runtime.engine.job(request, rules, priority, namespace))
-        return request
+        worker.require_open()
+        model = worker.runtime.model
+        if model.training:
+            raise CacheStateError("the model is in training mode: got a request for it; call model.eval() first")
+        prompt = worker.runtime.prompt(input_ids)
+        rules = rules_for(model, prompt, **settings)
+        return prompt, rules._replace(max_new_tokens=worker.runtime.require_room(len(prompt), rules.max_new_tokens))
 
 
 class _Worker:

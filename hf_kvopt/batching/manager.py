@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from hf_kvopt.batching.request import Request
 from hf_kvopt.batching.settings import BatchConfig
 from hf_kvopt.errors import CacheStateError
 
+SEED = "hf_kvopt_seed"  # on a generation config: of the draws of its request
 Handler = tuple[asyncio.AbstractEventLoop, Callable[[Any], None]]
 
 
@@ -50,6 +52,7 @@ class BatchManager:
         self.batcher: Batcher | None = None
         self._requests: dict[str, Request] = {}
         self._handlers: dict[str, Handler] = {}
+        self._settings: dict[str, GenerationConfig] = {}
         self._outputs: queue.Queue[Any] = queue.Queue()
         self._numbers = itertools.count()
         self._lock = threading.Lock()
@@ -99,9 +102,10 @@ class BatchManager:
             request.cancel()
         if not block:
             return
+        end = None if timeout is None else time.monotonic() + timeout
         for request in requests:
             with contextlib.suppress(Exception):  # told to whoever waits for the request
-                request.result(timeout)
+                request.result(None if end is None else max(0.0, end - time.monotonic()))
         if not keep_for_next_session:
             self.destroy()
         else:
@@ -135,7 +139,9 @@ class BatchManager:
         """
         name = request_id if request_id is not None else f"req_{next(self._numbers)}"
         given: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_token_id": eos_token_id, **settings}
-        config = self._config_with({key: value for key, value in given.items() if value is not None})
+        base = self._settings.pop(name, self.generation_config)
+        seed = getattr(base, SEED, None)
+        config = self._config_with(base, {key: value for key, value in given.items() if value is not None})
         num_samples, config.num_return_sequences = config.num_return_sequences or 1, 1
         # transformers names the samples of a prompt so; the last one has the name of the request itself.
         names = [*(f"{name}__child#{i}" for i in range(num_samples - 1)), name]
@@ -145,7 +151,7 @@ class BatchManager:
                     raise CacheStateError("this manager was stopped: got another request; call start() first")
                 assert self.batcher is not None
                 logprobs = 0 if self.return_logprobs else None
-                request = self.batcher.submit(list(input_ids), generation_config=config, logprobs=logprobs)
+                request = self.batcher.submit(list(input_ids), generation_config=config, logprobs=logprobs, seed=seed)
             except (ValueError, TypeError, CacheStateError) as error:
                 self._deliver(each, compat.batch_output(each, list(input_ids), [], [], f"{error}", "FAILED"))
                 continue
@@ -201,14 +207,41 @@ class BatchManager:
 
     def register_result_handler(self, request_id: str, callback: Callable[[Any], None]) -> None:
         """Call `callback` in the running event loop with each output of a request, instead of queueing it."""
+        loop = asyncio.get_running_loop()
+        early: list[Any] = []
+        others: list[Any] = []
         with self._lock:
-            self._handlers[request_id] = asyncio.get_running_loop(), callback
+            self._handlers[request_id] = loop, callback
+            while not self._outputs.empty():
+                output = self._outputs.get_nowait()
+                (early if output.request_id == request_id else others).append(output)
+            for output in others:
+                self._outputs.put(output)
+            if any(output.is_finished() for output in early):
+                del self._handlers[request_id]
+        for output in early:
+            loop.call_soon(callback, output)
 
-    def _config_with(self, given: dict[str, Any]) -> GenerationConfig:
+    def settle(self, request_id: str, config: GenerationConfig) -> None:
+        """Let the next request of a name have settings of its own, in place of those of the manager."""
+        self._settings[request_id] = config
+
+    def check(self, input_ids: Sequence[int], config: GenerationConfig) -> None:
+        """Raise what `add_request` would tell by an output of a request with these settings.
+
+        Raises:
+            ValueError, TypeError, CacheStateError: see `Batcher.submit`.
+        """
+        if self.batcher is not None:
+            self.batcher.check(list(input_ids), generation_config=self._config_with(config, {}))
+
+    def _config_with(self, base: GenerationConfig, given: dict[str, Any]) -> GenerationConfig:
         if given.get("eos_token_id") == -1:
             given["eos_token_id"] = []
-        config = GenerationConfig(**{**self.generation_config.to_dict(), **given})
-        if given.get("max_new_tokens") is not None:
+        config = GenerationConfig(**{**base.to_dict(), **given})
+        # transformers' server says by this that the manager has a cache of its own.
+        config.use_cache = True
+        if config.max_new_tokens is not None:
             config.max_length = None
         return config
 
@@ -218,9 +251,9 @@ class BatchManager:
             if output.is_finished():
                 self._requests.pop(name, None)
                 self._handlers.pop(name, None)
-        if handler is None:
-            self._outputs.put(output)
-            return
+            if handler is None:
+                self._outputs.put(output)
+                return
         loop, callback = handler
         with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits there any more
             loop.call_soon_threadsafe(callback, output)

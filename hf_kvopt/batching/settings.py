@@ -12,6 +12,7 @@ from hf_kvopt.attention.register import ATTENTION_NAME
 from hf_kvopt.batching.engine import Engine
 from hf_kvopt.batching.probe import require_equal
 from hf_kvopt.batching.requirements import as_prompt, num_positions, require_packable
+from hf_kvopt.config import CacheConfig
 from hf_kvopt.errors import nearest
 from hf_kvopt.prefix.store import PrefixStore
 from hf_kvopt.quant import KV_FORMATS
@@ -41,6 +42,7 @@ class BatchConfig:
             raise ValueError(
                 f"unknown cache {self.cache!r}: expected one of {sorted(_FORMATS)}{nearest(self.cache, _FORMATS)}"
             )
+        CacheConfig(block_size=self.block_size, max_tokens=self.max_tokens)  # refuses what cannot work
         for name in ("max_rows", "prefill_chunk"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -88,7 +90,7 @@ class Runtime:
             mla.install(model)
         self.engine = Engine(model, store, config.max_rows, config.prefill_chunk, config.prefix_sharing, drafter)
         try:
-            require_equal(model, store)
+            require_equal(model)
         except BaseException:
             self.close("error")
             raise

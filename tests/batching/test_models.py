@@ -1,13 +1,17 @@
 """Which models are batched, with equal tokens, and which are refused by one clear error."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from hf_kvopt import UnsupportedModel, generate_many
 from tests.batching.texts import alone
 from tests.models.cases import covered_cases
 from tests.models.tiny import build
 
+ROOT = Path(__file__).parents[2]
 CASES = {case.name: case for case in covered_cases()}
 # Full, sliding, chunked and latent attention, sinks, soft caps, shared keys, experts, learned and rotary positions.
 PACKED = (
@@ -44,3 +48,9 @@ def test_models_that_cannot_be_packed_are_refused_at_once(name: str) -> None:
     with pytest.raises(UnsupportedModel, match=REFUSED[name]):
         generate_many(model, [[5, 6, 7]])
     assert model.config._attn_implementation == "eager"
+
+
+def test_coarse_formats_are_not_taken_for_neighbours_that_matter() -> None:
+    model = AutoModelForCausalLM.from_pretrained(ROOT / "evals/reference_model/model", dtype="float32")
+    for cache in ("int8", "int4"):
+        assert generate_many(model, [[5, 6, 7]], cache=cache, max_new_tokens=2, do_sample=False)
