@@ -53,6 +53,7 @@ class BatchManager:
         self._requests: dict[str, Request] = {}
         self._handlers: dict[str, Handler] = {}
         self._settings: dict[str, GenerationConfig] = {}
+        self.tokenizer: Any = None  # for stop strings
         self._outputs: queue.Queue[Any] = queue.Queue()
         self._numbers = itertools.count()
         self._lock = threading.Lock()
@@ -150,8 +151,8 @@ class BatchManager:
                 if not self.is_running():
                     raise CacheStateError("this manager was stopped: got another request; call start() first")
                 assert self.batcher is not None
-                logprobs = 0 if self.return_logprobs else None
-                request = self.batcher.submit(list(input_ids), generation_config=config, logprobs=logprobs, seed=seed)
+                own = {"tokenizer": self.tokenizer, "logprobs": 0 if self.return_logprobs else None, "seed": seed}
+                request = self.batcher.submit(list(input_ids), generation_config=config, **own)
             except (ValueError, TypeError, CacheStateError) as error:
                 self._deliver(each, compat.batch_output(each, list(input_ids), [], [], f"{error}", "FAILED"))
                 continue
@@ -233,7 +234,8 @@ class BatchManager:
             ValueError, TypeError, CacheStateError: see `Batcher.submit`.
         """
         if self.batcher is not None:
-            self.batcher.check(list(input_ids), generation_config=self._config_with(config, {}))
+            config = self._config_with(config, {})
+            self.batcher.check(list(input_ids), generation_config=config, tokenizer=self.tokenizer)
 
     def _config_with(self, base: GenerationConfig, given: dict[str, Any]) -> GenerationConfig:
         if given.get("eos_token_id") == -1:

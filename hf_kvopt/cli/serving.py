@@ -113,13 +113,13 @@ def _state_class(utils: Any) -> Any:
         def generate_streaming(
             self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str, **kwargs: Any
         ) -> Any:
-            self._settle(inputs, gen_config, request_id)
+            self._settle(processor, inputs, gen_config, request_id)
             return super().generate_streaming(model, processor, inputs, gen_config, request_id=request_id, **kwargs)
 
         async def generate_non_streaming(
             self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str, **kwargs: Any
         ) -> Any:
-            self._settle(inputs, gen_config, request_id)
+            self._settle(processor, inputs, gen_config, request_id)
             try:
                 return await super().generate_non_streaming(
                     model, processor, inputs, gen_config, request_id=request_id, **kwargs
@@ -128,8 +128,9 @@ def _state_class(utils: Any) -> Any:
                 self._cb.cancel_request(request_id)
                 raise
 
-        def _settle(self, inputs: Any, config: Any, request_id: str) -> None:
+        def _settle(self, processor: Any, inputs: Any, config: Any, request_id: str) -> None:
             self._check_alive(request_id)
+            self._cb.tokenizer = getattr(processor, "tokenizer", processor)
             self._cb.check(inputs["input_ids"], config)
             self._cb.settle(request_id, config)
 

@@ -22,7 +22,7 @@ from hf_kvopt.__main__ import main
 openai = pytest.importorskip("openai", reason="pip install 'hf-kvopt[serving]'")
 
 ROOT = Path(__file__).parents[2]
-TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
 PROMPT = "def add(a, b):\n    return"
 
 
@@ -118,6 +118,17 @@ def test_chats_go_through_the_template(server: Live) -> None:
     )
     parts = [part.choices[0].delta.content or "" for part in stream if part.choices]
     assert "".join(parts) == answer.choices[0].message.content
+
+
+def test_a_stop_string_ends_a_chat(server: Live) -> None:
+    messages = [{"role": "user", "content": PROMPT}]
+    whole = server.complete(PROMPT)
+    stop = whole[4:7]
+    answer = server.client.chat.completions.create(
+        model=server.model, messages=messages, max_tokens=12, temperature=0, stop=[stop]
+    )
+    assert answer.choices[0].message.content == whole[: whole.index(stop)] + stop
+    assert answer.choices[0].finish_reason == "stop"
 
 
 def test_sixteen_clients_at_once_get_what_each_gets_alone(server: Live) -> None:
