@@ -21,8 +21,19 @@ PACKAGE = "hf_kvopt"
 ALLOWED = {
     "prefix": ("prefix", "cache", "pool", "quant", "config", "compat"),
     "cache": ("cache", "pool", "quant", "config", "compat"),
-    "attention": ("attention", "pool.handle", "pool.lazy", "pool.packed", "kernels", "overrides.instance", "compat"),
-    "batching": ("batching", "speculation", "attention", "prefix", "cache", "pool", "quant", "config", "compat"),
+    "attention": ("attention", "pool.handle", "pool.lazy", "pool.packed", "kernels", "compat"),
+    "batching": (
+        "batching",
+        "speculation",
+        "attention",
+        "prefix",
+        "cache",
+        "pool",
+        "quant",
+        "config",
+        "overrides.latents",
+        "compat",
+    ),
     "pool": ("pool", "kernels", "quant"),
     "kernels": ("kernels", "quant"),
     "quant": ("quant",),
@@ -33,12 +44,21 @@ ALLOWED = {
     "config": (),
     "errors": (),
     "packaged": (),
+    "calibration": (
+        "calibration",
+        "cache",
+        "plan",
+        "quant",
+        "packaged",
+        "prefix.identity",
+        "overrides.attention",
+        "compat",
+    ),
 }
 # Only these speak to transformers; the rest is torch alone.
 WITH_TRANSFORMERS = (
     "cache", "prefix", "attention", "batching", "speculation", "enable", "overrides", "plan", "presets", "cli",
-    "compat",
-    "packaged", "__main__",
+    "compat", "packaged", "calibration", "__main__",
 )  # fmt: skip
 # Rungs 2 and 3 of the proof compile and time the kernels, which are no public names.
 KERNEL_PROOFS = ("evals/gpu/", "evals/kernels.py")

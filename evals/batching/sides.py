@@ -1,4 +1,4 @@
-"""The same requests by each way to batch: ours under load and at once, static padded batches, transformers' own."""
+"""Sides of the comparison: ours under load and at once, static padded batches, and transformers' generate_batch."""
 
 import threading
 import time
@@ -14,7 +14,7 @@ from hf_kvopt import Batcher, BatchStats
 
 
 class Outcome(NamedTuple):
-    """What one way gave."""
+    """Results of one way to batch."""
 
     tokens: list[list[int]]
     seconds: float

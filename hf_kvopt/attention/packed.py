@@ -14,7 +14,7 @@ from hf_kvopt.attention.mask import LazyMask, Pattern
 from hf_kvopt.attention.mla import LatentKV
 from hf_kvopt.compat import is_chunked
 from hf_kvopt.errors import UnsupportedModel
-from hf_kvopt.pool.handle import KVHandle
+from hf_kvopt.pool.handle import KVHandle, view_of
 from hf_kvopt.pool.packed import PackedKV
 
 Attend = Callable[..., tuple[Tensor, None]]
@@ -65,14 +65,16 @@ def _pattern(module: nn.Module, mask: Tensor | None, kwargs: dict[str, Any]) -> 
 
 
 def _chunk_mask(keys: Tensor, q_len: int) -> Tensor:
-    """[rows, 1, q_len, kv_len] bool: each query sees the tokens of its own chunk, up to itself."""
+    """Make a mask [rows, 1, q_len, kv_len] bool by which each query sees the tokens of its own chunk, up to itself."""
     handle = keys.latent if isinstance(keys, LatentKV) else keys
     assert isinstance(handle, KVHandle)
     table, kv_len = handle.table, handle.shape[2]
     assert table is not None
     assert table.window is not None
     lags = torch.tensor(table.lags, device=handle.device)[:, None]
-    tokens = torch.arange(kv_len, device=handle.device) + table.base + handle.skip - lags  # their numbers in the row
+    tokens = (
+        torch.arange(kv_len, device=handle.device) + table.base + view_of(handle).skip - lags
+    )  # their numbers in the row
     queries = tokens[:, -q_len:, None]
     seen = (tokens[:, None] >= 0) & (tokens[:, None] <= queries)
     seen &= tokens[:, None] // table.window == queries // table.window

@@ -126,12 +126,12 @@ class Batcher:
 
     @property
     def error(self) -> BaseException | None:
-        """What ended the worker; None while it is well."""
+        """The error that ended the worker; None while it is well."""
         return self._worker.error
 
     @property
     def is_closed(self) -> bool:
-        """Whether no request is taken any more."""
+        """Tell whether no request is taken any more."""
         return self._worker.is_closing
 
     def check_integrity(self) -> None:

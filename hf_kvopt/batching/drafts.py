@@ -36,7 +36,7 @@ class Greedy:
     is_greedy = True
 
     def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[batch] tokens of logits [batch, vocab]."""
+        """Return the likeliest tokens [batch] of logits [batch, vocab]."""
         return logits.argmax(dim=-1), None
 
 
@@ -57,7 +57,7 @@ class Acceptance:
 
 
 class _Row:
-    """What drafting knows of one job."""
+    """A drafting session, what it was not told yet, and how much of its drafts was accepted; of one job."""
 
     def __init__(self, session: DraftSession) -> None:
         self.session, self.pending, self.acceptance = session, Pending(), Acceptance()
@@ -82,7 +82,7 @@ class Drafts:
 
     @property
     def needs_features(self) -> bool:
-        """Whether the drafter reads hidden states of the target."""
+        """Tell whether the drafter reads hidden states of the target."""
         return bool(self.drafter.feature_layers)
 
     @torch.inference_mode()
@@ -94,7 +94,7 @@ class Drafts:
         return drafts
 
     def depths(self, jobs: Sequence[Job]) -> list[int]:
-        """How deep to draft for each job."""
+        """Return how deep to draft for each job."""
         budget = self.budget if self.budget is not None else max(_LEAST, _PER_ROW * len(jobs))
         overall = self.overall.rate(_PRIOR)
         rates = [self.rows[job].acceptance.rate(overall) for job in jobs]

@@ -64,7 +64,7 @@ class Engine:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no job is left."""
+        """Tell whether no job is left."""
         return self.scheduler.is_idle
 
     def job(self, request: Request, rules: Rules, priority: float = 0.0, namespace: Hashable = None) -> Job:
@@ -101,7 +101,7 @@ class Engine:
 
     @property
     def stats(self) -> BatchStats:
-        """What was done so far, and what is held now; from any thread."""
+        """Counts of what was done so far and is held now; from any thread."""
         scheduler, counts, prefixes = self.scheduler, self.counts, self.store.stats()
         with self.store.lock:
             spaces = [(a.num_blocks, a.num_blocks - a.num_free) for a in self.store.allocators]

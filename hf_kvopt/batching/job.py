@@ -36,7 +36,7 @@ class Job:
 
     @property
     def is_done(self) -> bool:
-        """Whether it takes no further token; its request is told once its blocks are given back."""
+        """Tell whether it takes no further token; its request is told once its blocks are given back."""
         return self.reason is not None
 
     def end(self, reason: str, error: BaseException | None = None) -> None:

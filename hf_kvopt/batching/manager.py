@@ -61,12 +61,12 @@ class BatchManager:
 
     @property
     def background_thread_status(self) -> "BatchManager":
-        """Where `fatal_error` is looked for."""
+        """The object on which transformers looks for `fatal_error`."""
         return self
 
     @property
     def fatal_error(self) -> BaseException | None:
-        """What ended the worker; None while it is well."""
+        """The error that ended the worker; None while it is well."""
         return None if self.batcher is None else self.batcher.error
 
     def warmup(self) -> None:
@@ -79,7 +79,7 @@ class BatchManager:
         self._is_taking = True
 
     def is_running(self) -> bool:
-        """Whether requests are taken and worked on."""
+        """Tell whether requests are taken and worked on."""
         return self._is_taking and self.batcher is not None and not self.batcher.is_closed
 
     def stop(

@@ -1,11 +1,11 @@
 """`generate_many`: any number of prompts through one running batch, in the calling thread."""
 
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import fields
 from typing import Any
 
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_kvopt.batching.job import Job
@@ -55,14 +55,16 @@ def generate_many(
     requests: list[Request] = []
     try:
         jobs = _jobs(runtime, prompts, seed, num_return_sequences, settings, requests)
-        with tqdm(total=_length(prompts, num_return_sequences), disable=not progress, unit="prompt") as bar:
-            _run(runtime, jobs, bar, requests)
+        columns = (TextColumn("prompts"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, disable=not progress) as bar:
+            task = bar.add_task("", total=_length(prompts, num_return_sequences))
+            _run(runtime, jobs, lambda: bar.update(task, completed=runtime.engine.counts.finished))
         return [request.result() for request in requests]
     finally:
         runtime.close("cancelled")
 
 
-def _run(runtime: Runtime, jobs: Iterator[Job], bar: Any, requests: list[Request]) -> None:
+def _run(runtime: Runtime, jobs: Iterator[Job], show: Callable[[], None]) -> None:
     engine, config = runtime.engine, runtime.config
     is_more = True
     while is_more or not engine.is_idle:
@@ -73,7 +75,7 @@ def _run(runtime: Runtime, jobs: Iterator[Job], bar: Any, requests: list[Request
                 engine.add(job)
         if not engine.step() and not engine.is_idle:
             raise OutOfBlocks("no request can go on: got blocks that are held by none; this is a bug")
-        bar.update(engine.counts.finished - bar.n)
+        show()
 
 
 def _jobs(

@@ -1,4 +1,4 @@
-"""Whether a model computes the same of packed rows as of each row alone, tried once before anything is promised.
+"""Probe: does a model compute the same of packed rows as of each row alone? Tried once, before anything is promised.
 
     alone     [a0 a1 a2 a3]            packed     [a0 a1 a2 | b0 b1 b2 b3 b4]     then     [a3 | b5]
               [b0 b1 b2 b3 b4 b5]
@@ -73,7 +73,7 @@ def _packed(model: PreTrainedModel, store: PrefixStore, texts: list[list[int]]) 
 
 
 def _alone(model: PreTrainedModel, store: PrefixStore, texts: list[list[int]]) -> Tensor:
-    """The same logits, each text having a forward of its own."""
+    """Return the logits of `_packed`, each text having a forward of its own."""
     rows = []
     for text in texts:
         cache = store.new_cache()

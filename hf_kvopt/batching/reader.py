@@ -23,7 +23,7 @@ class Fed(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What a packed forward gives at the places that were asked for."""
+    """Results of a packed forward at the places that were asked for."""
 
     logits: Tensor  # [places, vocab] float32
     hidden_states: tuple[Tensor, ...] | None  # of all tokens, [1, tokens, hidden_size] behind each layer

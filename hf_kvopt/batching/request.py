@@ -15,7 +15,7 @@ from hf_kvopt.batching.rules import TokenLogprob
 
 
 class RequestStats(NamedTuple):
-    """What one request took so far; times in seconds, None for what did not happen yet."""
+    """Times and counts of one request so far; times in seconds, None for what did not happen yet."""
 
     queue_s: float | None  # from submit to the first forward over its prompt
     first_token_s: float | None  # from submit to the first token
@@ -57,7 +57,7 @@ class Request:
 
     @property
     def is_done(self) -> bool:
-        """Whether no further token comes."""
+        """Tell whether no further token comes."""
         return self.finish_reason is not None
 
     @property

@@ -1,4 +1,4 @@
-"""What continuous batching asks of a model and of a prompt, told before anything is computed."""
+"""Requirements of continuous batching on a model and a prompt, told before anything is computed."""
 
 import inspect
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ def require_packable(model: PreTrainedModel) -> None:
 
 
 def _obstacle(model: PreTrainedModel) -> str | None:
-    """Why a model cannot be packed, as the end of a sentence."""
+    """Say why a model cannot be packed, as the end of a sentence."""
     config = model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder:
         return "has an encoder, whose output its tokens depend on"

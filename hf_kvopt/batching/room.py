@@ -9,7 +9,6 @@ everything is counted, over all caches of the forward, and taken only where it f
 
 from collections.abc import Iterable, Sequence
 
-from hf_kvopt.pool import slots
 from hf_kvopt.pool.block_table import BlockTable
 from hf_kvopt.prefix.cache import PrefixSharedCache
 from hf_kvopt.prefix.store import PrefixStore
@@ -41,7 +40,7 @@ class Room:
         return -(-num_tokens // self.store.block_size)
 
     def has(self, wanted: Blocks) -> bool:
-        """Whether so many blocks can be had now; nothing is evicted for the answer."""
+        """Tell whether so many blocks can be had now; nothing is evicted for the answer."""
         spaces = list(zip(self.store.allocators, wanted, strict=True))
         for allocator, _ in spaces:
             allocator.reclaim()
@@ -67,7 +66,7 @@ def blocks_needed(table: BlockTable, num_tokens: int) -> int:
         return -(-num_tokens // table.block_size)
     ends = zip(table.lengths, table.rows, strict=True)
     grown = sum(max(0, -(-(length + num_tokens) // table.block_size) - len(row)) for length, row in ends)
-    return grown + len(slots.shared_places(table, table.clock, table.clock + 1))
+    return grown + table.num_shared(table.clock, table.clock + 1)
 
 
 def total(parts: Iterable[Sequence[int]], num_spaces: int) -> Blocks:

@@ -46,7 +46,7 @@ class TokenLogprob(NamedTuple):
 
 
 class Rules(NamedTuple):
-    """What one request was asked for."""
+    """Settings of one request."""
 
     max_new_tokens: int
     eos: frozenset[int]
@@ -59,7 +59,7 @@ class Rules(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
-        """Whether the next token is the one of the largest logit."""
+        """Tell whether the next token is the one of the largest logit."""
         return not self.do_sample and not self.processors
 
     def choose(self, text: Sequence[int], logits: Tensor) -> int:
@@ -73,7 +73,7 @@ class Rules(NamedTuple):
         return int(torch.multinomial(p, 1, generator=self.generator))
 
     def logprob_of(self, token: int, logits: Tensor) -> TokenLogprob | None:
-        """What is told beside a token, of its logits [vocab] in float32; None where nothing was asked for."""
+        """Return what is told beside a token, of its logits [vocab] in float32; None where nothing was asked for."""
         if self.logprobs is None:
             return None
         log_p = torch.log_softmax(logits, dim=-1)
@@ -81,7 +81,7 @@ class Rules(NamedTuple):
         return TokenLogprob(token, float(log_p[token]), list(zip(tokens.tolist(), values.tolist(), strict=True)))
 
     def ending(self, text: Sequence[int], num_new: int) -> str | None:
-        """Why a text ends with its last token, `num_new` of whose tokens are new; None where it goes on."""
+        """Say why a text ends with its last token, `num_new` of whose tokens are new; None where it goes on."""
         if text[-1] in self.eos or (self.criteria and self._is_met(text)):
             return "stop"
         if num_new >= self.max_new_tokens:
@@ -89,7 +89,7 @@ class Rules(NamedTuple):
         return "time" if self.is_late() else None
 
     def is_late(self) -> bool:
-        """Whether the time limit has passed."""
+        """Tell whether the time limit has passed."""
         return self.deadline is not None and time.monotonic() >= self.deadline
 
     def _is_met(self, text: Sequence[int]) -> bool:
@@ -98,7 +98,7 @@ class Rules(NamedTuple):
 
 
 class _Prepared(NamedTuple):
-    """What generate() made of its settings."""
+    """Results of a prepared generate() call."""
 
     config: GenerationConfig
     processors: LogitsProcessorList

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from hf_kvopt.batching.job import Job
 from hf_kvopt.batching.room import Blocks, Room, total
 from hf_kvopt.batching.rows import Rows
+from hf_kvopt.prefix.filing import file_row
 from hf_kvopt.prefix.index import Match
 from hf_kvopt.prefix.store import PrefixStore
 
@@ -31,14 +32,14 @@ class Portion(NamedTuple):
 
 
 class StepPlan(NamedTuple):
-    """What one forward computes."""
+    """Drafts and portions of prompts that one forward computes."""
 
     drafts: list[list[int]]  # tokens to try behind the last one of each decoding row
     portions: list[Portion]
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to compute."""
+        """Tell whether there is nothing to compute."""
         return not (self.drafts or self.portions)
 
 
@@ -62,7 +63,7 @@ class Scheduler:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no job is left."""
+        """Tell whether no job is left."""
         return not (self.waiting or self.filling or self.rows.jobs)
 
     @property
@@ -99,13 +100,13 @@ class Scheduler:
         """Let others find the whole blocks that a filling job holds of its text."""
         if self.shares and job.cache is not None and job.cache.num_rows:
             held = job.num_held - job.num_held % self.store.block_size
-            self.store.file(job.key, job.text[:held], job.cache, 0)
+            file_row(self.store, job.key, job.text[:held], job.cache, 0)
 
     def file_rows(self, leaving: list[int]) -> None:
         """Let others find all that leaving rows hold of their texts."""
         for row in leaving if self.shares else ():
             job = self.rows.jobs[row]
-            self.store.file(job.key, job.text[: self.rows.lengths[row]], self.rows.cache, row)
+            file_row(self.store, job.key, job.text[: self.rows.lengths[row]], self.rows.cache, row)
 
     def _decoding(self, num_drafted: int) -> Blocks:
         """Blocks that the decoding rows take in a step, `num_drafted` tokens being tried behind each at most."""
@@ -174,13 +175,13 @@ class Scheduler:
         return self.room.needed(job.cache, job.num_missing + 1)
 
     def _is_about_to_be_known(self, job: Job, key: object, known: int) -> bool:
-        """Whether a prompt that is being filled gives a job more whole blocks than are known now."""
+        """Tell whether a prompt that is being filled gives a job more whole blocks than are known now."""
         size = self.store.block_size
         shared = [_common(job.text[:-1], other.text) for other in self.filling if other.key == key]
         return max(shared, default=0) // size > known // size
 
     def _portions(self, num_drafted: int) -> list[Portion]:
-        """What of the filling prompts the next step reads: the oldest first, as far as tokens and blocks go."""
+        """Choose what of the filling prompts the next step reads: the oldest first, as far as tokens and blocks go."""
         left, portions = self.prefill_chunk, []  # type: int, list[Portion]
         for job in self.filling:
             portion = Portion(job, min(left, job.num_missing))

@@ -7,13 +7,13 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from hf_kvopt.attention import mla
 from hf_kvopt.attention.register import ATTENTION_NAME
 from hf_kvopt.batching.engine import Engine
 from hf_kvopt.batching.probe import require_equal
 from hf_kvopt.batching.requirements import as_prompt, num_positions, require_packable
 from hf_kvopt.config import CacheConfig
 from hf_kvopt.errors import nearest
+from hf_kvopt.overrides import latents
 from hf_kvopt.prefix.store import PrefixStore
 from hf_kvopt.quant import KV_FORMATS
 from hf_kvopt.quant.policy import LayerName
@@ -25,7 +25,7 @@ _FORMATS = {"paged": None, **{name: name for name, fmt in KV_FORMATS.items() if 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig:
-    """How a batcher keeps and shares keys and values, and how much it computes a step; see `Batcher`."""
+    """Settings of a batcher: how it keeps and shares keys and values, how much it computes a step; see `Batcher`."""
 
     cache: str = "paged"
     max_tokens: int | str | None = None
@@ -50,7 +50,7 @@ class BatchConfig:
 
 
 def _drafter(model: PreTrainedModel, draft: Any) -> Drafter | None:
-    """What drafts for `model`, checked; None where nothing does."""
+    """Return what drafts for `model`, checked; None where nothing does."""
     if draft is None:
         return None
     made = draft if isinstance(draft, SpeculativeDecoding) else speculative(draft)
@@ -87,7 +87,7 @@ class Runtime:
         self._attention_before: Any = model.config._attn_implementation
         if self._attention_before != ATTENTION_NAME:
             model.set_attn_implementation(ATTENTION_NAME)
-            mla.install(model)
+            latents.install(model)
         self.engine = Engine(model, store, config.max_rows, config.prefill_chunk, config.prefix_sharing, drafter)
         try:
             require_equal(model)
@@ -134,5 +134,5 @@ class Runtime:
         """End all jobs, give memory back, and let the model be as it was."""
         self.engine.close(reason, error)
         if self._attention_before != ATTENTION_NAME and self.model.config._attn_implementation == ATTENTION_NAME:
-            mla.uninstall(self.model)
+            latents.uninstall(self.model)
             self.model.set_attn_implementation(self._attention_before)

@@ -1,4 +1,4 @@
-"""What a batcher has done so far, and what it holds now."""
+"""Counts of what a batcher has done so far, and holds now."""
 
 from collections import deque
 from typing import NamedTuple

@@ -22,6 +22,7 @@ from hf_kvopt.cache.stats import PrefixStats
 from hf_kvopt.config import CacheConfig
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.pool.allocator import BlockAllocator
+from hf_kvopt.pool.block_table import BlockTable
 from hf_kvopt.pool.storage import KVPool
 from hf_kvopt.prefix import file as prefix_file
 from hf_kvopt.prefix.cache import PrefixSharedCache
@@ -178,17 +179,6 @@ class PrefixStore:
             self._hit_tokens += match.length
         return cache
 
-    def file(self, key: Hashable, text: Sequence[int], cache: PrefixSharedCache, row: int) -> int:
-        """Keep the first tokens of a text that row `row` of an open cache holds; returns the number of new blocks: none
-        of a model that changed since `key` was made, nor where the row gave back blocks that are not known already."""
-        with self.lock:
-            if key is None or not cache.is_current or key != self.key_of(key[1]):  # type: ignore[index]
-                return 0
-            released = max(table.holes.count(table.rows[row]) for table in cache.tables)
-            if released and self.index.match(key, text).length < released * self.block_size:
-                return 0
-            return self.index.insert(key, text, [table.rows[row] for table in cache.tables])
-
     def commit(self, cache: PrefixSharedCache, output_ids: Tensor) -> int:
         """Keep what `generate` computed with `cache`, and close it.
 
@@ -330,6 +320,12 @@ class PrefixStore:
                 lock=self.lock,
             )
         return self._allocators[window]
+
+    def table_for(self, window: int | None) -> BlockTable:
+        """A new table over the block space of all layers with one window (or none)."""
+        table = BlockTable(self.allocator_for(window), self.block_size, window)
+        table.keeps_all = True
+        return table
 
     def new_cache(self) -> PrefixSharedCache:
         """A cache without a prompt: `begin` makes it one for a prompt, else it is a plain paged cache."""

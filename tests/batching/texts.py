@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hf_kvopt import CACHE_KEYWORD, PagedCache, QuantizedPagedCache
+from hf_kvopt import CACHE_KEYWORD, Batcher, PagedCache, QuantizedPagedCache, Request
 from tests.helpers import VOCAB, tiny_model
 
 FORMATS = ("paged", "int8", "int4", "k8v4", "fp8_e4m3", "fp8_e5m2")
@@ -51,3 +51,9 @@ def expected(kind: str, format: str) -> list[list[int]]:
         assert isinstance(cache, PagedCache)
         outputs.append(alone(model_of(kind), prompt, max_new_tokens=new, **{CACHE_KEYWORD: cache}))
     return outputs
+
+
+def submit_all(batcher: Batcher) -> list[Request]:
+    """Submit all prompts before the first step, so that every run makes the same steps."""
+    with batcher._worker._changed:
+        return [batcher.submit(p, max_new_tokens=n, do_sample=False) for p, (_, n) in zip(PROMPTS, SPECS, strict=True)]
