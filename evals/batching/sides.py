@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
 from evals.batching.workload import Chat
 from hf_kvopt import Batcher, BatchStats
@@ -64,9 +64,12 @@ def static(model: Any, chats: Sequence[Chat], batch_size: int) -> Outcome:
     return Outcome(outputs, seconds, computed, computed - useful, [], [], None, [], True)
 
 
-def stock(model: Any, chats: Sequence[Chat]) -> Outcome:
-    """transformers' continuous batching, all requests at once."""
-    manager = model.init_continuous_batching(generation_config=GenerationConfig(do_sample=False, eos_token_id=-1))
+def stock(model: Any, chats: Sequence[Chat], num_blocks: int = 32, batch_tokens: int = 256) -> Outcome:
+    """Run transformers' continuous batching, all requests at once; by default it takes most of a CPU's memory."""
+    manager = model.init_continuous_batching(
+        generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
+        continuous_batching_config=ContinuousBatchingConfig(num_blocks=num_blocks, max_batch_tokens=batch_tokens),
+    )
     manager.start()
     started = time.perf_counter()
     names = [manager.add_request(chat.prompt, max_new_tokens=chat.num_new) for chat in chats]

@@ -3,7 +3,7 @@
 import pytest
 
 from hf_kvopt import Batcher, BatchStats, generate_many
-from tests.batching.texts import FORMATS, PROMPTS, SPECS, alone, expected, model_of
+from tests.batching.texts import FORMATS, PROMPTS, SPECS, alone, expected, model_of, submit_all
 from tests.helpers import KINDS, tiny_model
 
 TIGHT = {
@@ -16,7 +16,7 @@ TIGHT = {
 
 def run(kind: str, cache: str, **settings) -> tuple[list[list[int]], BatchStats]:
     batcher = Batcher(model_of(kind), cache, **settings)
-    requests = [batcher.submit(p, max_new_tokens=n, do_sample=False) for p, (_, n) in zip(PROMPTS, SPECS, strict=True)]
+    requests = submit_all(batcher)
     tokens = [request.result(60) for request in requests]
     batcher.check_integrity()
     stats = batcher.stats
