@@ -9,6 +9,12 @@ Importing registers the attention and its mask under "hf_kvopt", once, and touch
 
 from hf_kvopt import plan
 from hf_kvopt.attention.register import ATTENTION_NAME, register
+from hf_kvopt.batching.batcher import Batcher
+from hf_kvopt.batching.many import generate_many
+from hf_kvopt.batching.request import Request, RequestStats
+from hf_kvopt.batching.rules import TokenLogprob
+from hf_kvopt.batching.settings import BatchConfig
+from hf_kvopt.batching.stats import BatchStats
 from hf_kvopt.cache.paged import PagedCache
 from hf_kvopt.cache.quantized import QuantizedPagedCache
 from hf_kvopt.cache.stats import CacheStats, PrefixStats
@@ -31,6 +37,9 @@ __all__ = [
     "ATTENTION_NAME",
     "CACHE_KEYWORD",
     "KV_FORMATS",
+    "BatchConfig",
+    "BatchStats",
+    "Batcher",
     "CacheConfig",
     "CacheStateError",
     "CacheStats",
@@ -45,13 +54,17 @@ __all__ = [
     "PrefixStats",
     "PrefixStore",
     "QuantizedPagedCache",
+    "Request",
+    "RequestStats",
     "SpeculationStats",
+    "TokenLogprob",
     "UnsupportedDevice",
     "UnsupportedModel",
     "calibrate",
     "disable",
     "enable",
     "enabled",
+    "generate_many",
     "model_source",
     "packaged_texts",
     "plan",

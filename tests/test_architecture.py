@@ -21,7 +21,19 @@ PACKAGE = "hf_kvopt"
 ALLOWED = {
     "prefix": ("prefix", "cache", "pool", "quant", "config", "compat"),
     "cache": ("cache", "pool", "quant", "config", "compat"),
-    "attention": ("attention", "pool.handle", "pool.lazy", "kernels", "compat"),
+    "attention": ("attention", "pool.handle", "pool.lazy", "pool.packed", "kernels", "compat"),
+    "batching": (
+        "batching",
+        "speculation",
+        "attention",
+        "prefix",
+        "cache",
+        "pool",
+        "quant",
+        "config",
+        "overrides.latents",
+        "compat",
+    ),
     "pool": ("pool", "kernels", "quant"),
     "kernels": ("kernels", "quant"),
     "quant": ("quant",),
@@ -46,8 +58,8 @@ ALLOWED = {
 }
 # Only these speak to transformers; the rest is torch alone.
 WITH_TRANSFORMERS = (
-    "cache", "prefix", "attention", "speculation", "enable", "overrides", "plan", "presets", "cli", "compat",
-    "packaged", "calibration", "ranks", "__main__",
+    "cache", "prefix", "attention", "batching", "speculation", "enable", "overrides", "plan", "presets", "cli",
+    "compat", "packaged", "calibration", "ranks", "__main__",
 )  # fmt: skip
 # Rungs 2 and 4 of the proof compile and time the kernels, which are no public names.
 KERNEL_PROOFS = ("evals/gpu/", "evals/kernels.py")

@@ -269,7 +269,7 @@ class PagedCache(WatchedCache):
         return {**self.__dict__, "owner": None, "_call": None, "_guard": None}
 
     def _require_no_states(self, name: str) -> None:
-        if self._stock_layers():
+        if not all(isinstance(layer, compat.DUMMY_LAYERS) for layer in self._stock_layers()):
             raise CacheStateError(
                 f"{name} needs a growing cache of attention layers alone: got one of fixed capacity, or with states "
                 "that have no token axis; use crop"
