@@ -81,6 +81,9 @@ def _measure(subject: Subject, chats: Sequence[Chat], args: argparse.Namespace) 
     }
     with progress(7) as advance:
         want = alone(model, chats)
+        # The first forwards compile kernels and load things.
+        static(model, chats[:2], 2)
+        ours(model, chats[:2], [0.0, 0.0], **settings)
         advance("each request alone")
         if "static" not in args.without:
             outcomes["static batches", None] = static(model, chats, args.batch)

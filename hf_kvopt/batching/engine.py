@@ -85,12 +85,14 @@ class Engine:
         """
         if self.model.training:
             raise CacheStateError("the model is in training mode: got a batch that runs; call model.eval() first")
+        self.scheduler.forget_keys()
         ended = self._drop_ended()
         plan = self.scheduler.plan(self._propose())
         self._forget_preempted()
         if not plan.is_empty:
             started = time.monotonic()
             outputs = self._forward(plan)
+            self.scheduler.forget_keys()
             ended += self._take_all(plan, outputs)
             ended += self._leave()
             self.counts.note(plan, time.monotonic() - started)

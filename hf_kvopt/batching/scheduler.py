@@ -60,6 +60,7 @@ class Scheduler:
         self.waiting: list[Job] = []  # by rank
         self.filling: list[Job] = []  # by rank
         self.num_preempted = 0
+        self._keys: dict[Hashable, Key | None] = {}  # by namespace, of this moment: to look at a model takes a while
 
     @property
     def is_idle(self) -> bool:
@@ -100,13 +101,13 @@ class Scheduler:
         """Let others find the whole blocks that a filling job holds of its text."""
         if self.shares and job.cache is not None and job.cache.num_rows:
             held = job.num_held - job.num_held % self.store.block_size
-            file_row(self.store, job.key, job.text[:held], job.cache, 0)
+            file_row(self.store, job.key, self._key_of(job), job.text[:held], job.cache, 0)
 
     def file_rows(self, leaving: list[int]) -> None:
         """Let others find all that leaving rows hold of their texts."""
         for row in leaving if self.shares else ():
             job = self.rows.jobs[row]
-            file_row(self.store, job.key, job.text[: self.rows.lengths[row]], self.rows.cache, row)
+            file_row(self.store, job.key, self._key_of(job), job.text[: self.rows.lengths[row]], self.rows.cache, row)
 
     def _decoding(self, num_drafted: int) -> Blocks:
         """Blocks that the decoding rows take in a step, `num_drafted` tokens being tried behind each at most."""
@@ -142,11 +143,10 @@ class Scheduler:
         it may go first, until that prompt is filled.
         """
         promised = [self._decoding(num_drafted), *(self._rest(job) for job in self.filling)]
-        keys: dict[Hashable, Key | None] = {}  # by namespace: to look at a model takes a while
         for job in list(self.waiting):
             if len(self.filling) + len(self.rows.jobs) >= self.max_rows:
                 return
-            key = self._key_of(job, keys)
+            key = self._key_of(job)
             match = self.store.index.match(key, job.text[:-1]) if key is not None else Match([], 0)
             if key is not None and self._is_about_to_be_known(job, key, match.length):
                 continue
@@ -164,10 +164,14 @@ class Scheduler:
             self.waiting.remove(job)
             bisect.insort(self.filling, job, key=_rank)
 
-    def _key_of(self, job: Job, known: dict[Hashable, Key | None]) -> Key | None:
-        if self.shares and job.namespace not in known:
-            known[job.namespace] = self.store.key_of(job.namespace)
-        return known.get(job.namespace)
+    def forget_keys(self) -> None:
+        """Look at the model again before texts are next found or filed: it may have changed since."""
+        self._keys.clear()
+
+    def _key_of(self, job: Job) -> Key | None:
+        if self.shares and job.namespace not in self._keys:
+            self._keys[job.namespace] = self.store.key_of(job.namespace)
+        return self._keys.get(job.namespace)
 
     def _rest(self, job: Job) -> Blocks:
         """Blocks that a filling job takes until it has decoded one token."""

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 def file_row(
     store: "PrefixStore",
     key: tuple[Hashable, Hashable] | None,  # of `PrefixStore.key_of`, when the row began; None files nothing
+    current_key: tuple[Hashable, Hashable] | None,  # since the last forward
     text: Sequence[int],
     cache: PrefixSharedCache,
     row: int,
@@ -22,7 +23,7 @@ def file_row(
     that are not known already.
     """
     with store.lock:
-        if key is None or not cache.is_current or key != store.key_of(key[1]):
+        if key is None or not cache.is_current or key != current_key:
             return 0
         released = max(table.holes.count(table.rows[row]) for table in cache.tables)
         if released and store.index.match(key, text).length < released * store.block_size:
