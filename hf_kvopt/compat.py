@@ -107,6 +107,14 @@ class Call(NamedTuple):
     ids: Tensor | None = None  # those
     mask: Tensor | None = None  # the attention mask that was passed, or made
 
+    @property
+    def longest(self) -> int:
+        """Columns that a cache may hold at the end: the last token is not read. 0: unknown."""
+        limit = self.config.max_length
+        if self.columns < 0 or not self.num_ids or limit is None:
+            return 0
+        return max(self.columns, self.num_ids) + limit - self.num_ids - 1
+
 
 def running_call(cache: Cache) -> Call | None:
     """Return the generate() call in this thread that `cache` was given to, alone or as part of a pair.

@@ -50,7 +50,7 @@ WITH_TRANSFORMERS = (
     "cache", "prefix", "attention", "speculation", "enable", "overrides", "plan", "presets", "cli", "compat",
     "packaged", "calibration", "ranks", "compat_ranks", "__main__",
 )  # fmt: skip
-# Rungs 2 and 3 of the proof compile and time the kernels, which are no public names.
+# Rungs 2 and 4 of the proof compile and time the kernels, which are no public names.
 KERNEL_PROOFS = ("evals/gpu/", "evals/kernels.py")
 PROVEN = ("hf_kvopt.kernels", "hf_kvopt.quant", "triton")
 # Lines of a file: 300, but for what is being shortened.

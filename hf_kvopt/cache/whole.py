@@ -18,6 +18,7 @@ from hf_kvopt.cache.fixed import FixedLayer
 from hf_kvopt.cache.layer import PagedLayer
 from hf_kvopt.compat_ranks import is_pipelined
 from hf_kvopt.errors import CacheStateError, UnsupportedModel
+from hf_kvopt.pool.fixed_rows import is_on_host
 
 
 def columns_left(layers: Sequence[Any], layer: PagedLayer, num_tokens: int) -> int | None:
@@ -100,4 +101,4 @@ def _comes_behind(layers: Sequence[Any], layer: PagedLayer, last: PagedLayer) ->
 def _is_cheap_to_ask(layers: Sequence[Any], layer: PagedLayer, num_tokens: int) -> bool:
     """Whether the lengths of fixed capacity, which lie on the device, are read without a wait for a decode step."""
     assert isinstance(layer, FixedLayer)
-    return layer is _in_step(layers) and (num_tokens > 1 or layer.length.device.type == "cpu")
+    return layer is _in_step(layers) and (num_tokens > 1 or is_on_host(layer.length))
