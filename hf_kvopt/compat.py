@@ -323,30 +323,6 @@ def is_synced(model: PreTrainedModel) -> bool:
     return bool(_is_zero3() or _is_fsdp(model))
 
 
-def text_group(model: PreTrainedModel) -> "torch.distributed.ProcessGroup | None":
-    """Return the group of ranks that read the same texts, each with a part of every layer; None for a whole model.
-
-    Raises:
-        UnsupportedModel: the model is sharded, and this transformers does not say over which ranks.
-    """
-    if int(getattr(model, "_tp_size", None) or 1) == 1:
-        return None
-    mesh = getattr(model, "_device_mesh", None)
-    if mesh is None:
-        missing("PreTrainedModel._device_mesh")
-    mesh = mesh["tp"] if "tp" in (mesh.mesh_dim_names or ()) and mesh.ndim > 1 else mesh
-    if mesh.ndim != 1:
-        missing("axis 'tp' of PreTrainedModel._device_mesh")
-    return mesh.get_group() if mesh.size() > 1 else None
-
-
-def is_pipelined(config: PreTrainedConfig) -> bool:
-    """Return whether `config` is of a model whose layers are divided over ranks, as `from_pretrained` notes in it."""
-    divided = getattr(config, "distributed_config", None)
-    size = divided.get("pp_size") if isinstance(divided, dict) else getattr(divided, "pp_size", None)
-    return (size or 1) > 1
-
-
 def prompt_columns(config: GenerationConfig, attention_mask: Tensor | None) -> int:
     """Return the columns that the prompt's mask covers, also where generate() dropped an all-ones mask; -1: unknown."""
     return int(getattr(config, "_mask_length", None) or -1) if attention_mask is None else attention_mask.shape[1]
