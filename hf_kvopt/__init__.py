@@ -16,6 +16,8 @@ from hf_kvopt.compat import CACHE_KEYWORD
 from hf_kvopt.config import CacheConfig
 from hf_kvopt.enable import Enabled, disable, enable, enabled
 from hf_kvopt.errors import CacheStateError, KVOptError, OutOfBlocks, UnsupportedDevice, UnsupportedModel
+from hf_kvopt.eviction.policy import EvictionPolicy
+from hf_kvopt.eviction.recent import SinkRecent, SinkRecentPeriodic
 from hf_kvopt.overrides.sharing import prefix_store
 from hf_kvopt.packaged import model_source
 from hf_kvopt.prefix.cache import PrefixSharedCache
@@ -33,6 +35,7 @@ __all__ = [
     "CacheStats",
     "DraftHead",
     "Enabled",
+    "EvictionPolicy",
     "KVOptError",
     "OutOfBlocks",
     "PagedCache",
@@ -40,6 +43,8 @@ __all__ = [
     "PrefixStats",
     "PrefixStore",
     "QuantizedPagedCache",
+    "SinkRecent",
+    "SinkRecentPeriodic",
     "SpeculationStats",
     "UnsupportedDevice",
     "UnsupportedModel",

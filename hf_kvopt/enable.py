@@ -85,7 +85,8 @@ def enable(
             between calls; what changes unseen (see `PrefixStore`) needs `prefix_store(model).clear()`.
         draft: speculate in every `generate` call: a draft head, its folder, an assistant model, "prompt_lookup",
             "lookahead", or what `speculative(...)` made, with its settings and `stats`.
-        cache_options: handed to the cache at each `generate` call, e.g. `block_size=32`, `max_tokens="32k"`.
+        cache_options: handed to the cache at each `generate` call, e.g. `block_size=32`, `max_tokens="32k"`,
+            `policy=SinkRecent(sinks=4, recent=1024)`.
 
     Returns:
         The model, for chaining.
@@ -131,6 +132,7 @@ def enable(
             "ignore; use the model as it is"
         )
     attention = _takes_attention(model, attention, is_all=cache is None and draft is None)
+    _check_policy(model, attention, prefix_sharing, draft, cache_options)
     if cache is not None:
         make_cache(model, CACHES[cache], cache_options)  # refuse bad options now, not in the first generate
     sharing = _sharing(model, cache, prefix_sharing, cache_options)
@@ -236,6 +238,25 @@ def _check_options(cache: str | None, options: dict[str, Any]) -> None:
                 f"enable takes no option {name!r} with cache={cache!r}: expected one of {sorted(known)}"
                 f"{nearest(name, known)}"
             )
+
+
+def _check_policy(
+    model: PreTrainedModel, attention: bool, prefix_sharing: bool | PrefixStore, draft: Any, options: dict[str, Any]
+) -> None:
+    """Refuse an eviction policy beside what reads or keeps the tokens that it drops."""
+    policy = options.get("policy")
+    if policy is None:
+        return
+    if not attention:
+        raise UnsupportedModel(
+            f"a cache with {policy} needs hf_kvopt's attention, which alone knows where its gaps are: got "
+            f"{type(model).__name__} with its own; drop attention=False if it was given, or the policy"
+        )
+    wrong = {"prefix_sharing": prefix_sharing is not False, "draft": draft is not None}
+    for name in (name for name, is_given in wrong.items() if is_given):
+        raise ValueError(
+            f"{name} needs all tokens of a text: got {name} together with policy={policy}, which drops some; drop one"
+        )
 
 
 def _takes_attention(model: PreTrainedModel, wanted: bool | None, is_all: bool) -> bool:

@@ -23,6 +23,7 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
+from hf_kvopt.cache.bounded import refuse_with, require_decoder, require_policy
 from hf_kvopt.cache.fixed import FixedLayer
 from hf_kvopt.cache.forwards import ForwardLog
 from hf_kvopt.cache.hybrid import HybridLayer
@@ -32,8 +33,10 @@ from hf_kvopt.cache.stats import CacheStats, measure
 from hf_kvopt.cache.watched import WatchedCache
 from hf_kvopt.config import CacheConfig
 from hf_kvopt.errors import CacheStateError
+from hf_kvopt.eviction.policy import EvictionPolicy
 from hf_kvopt.pool.allocator import BlockAllocator
 from hf_kvopt.pool.block_table import BlockTable
+from hf_kvopt.pool.evicting import EvictingTable
 from hf_kvopt.quant import FormatPolicy
 
 _NATIVE = FormatPolicy()
@@ -53,10 +56,13 @@ class PagedCache(WatchedCache):
         compileable: fixed capacity of `max_tokens`; see `CacheConfig`.
         offloading: keep all layers but the one that computes in CPU memory (CUDA only), as `DynamicCache` does.
         offload_only_non_sliding: leave sliding layers on the device.
+        policy: which tokens layers of full attention drop, such as `SinkRecent(sinks=4, recent=1024)`; None keeps
+            all. Needs the model to run with hf_kvopt's attention. See docs/guides/bounded-memory.md.
         formats: how the layers are stored, native by default; see `QuantizedPagedCache`.
 
     Raises:
-        ValueError: a value cannot work.
+        ValueError, TypeError: a value cannot work.
+        UnsupportedModel: a policy for a model with states, an encoder, or windows alone.
 
     Source: PagedAttention, arXiv:2309.06180; transformers issues #30536 (cat doubles the peak), #31717 (give memory
     back).
@@ -75,11 +81,16 @@ class PagedCache(WatchedCache):
         compileable: bool = False,
         offloading: bool = False,
         offload_only_non_sliding: bool = False,
+        policy: EvictionPolicy | None = None,
         formats: FormatPolicy = _NATIVE,
     ) -> None:
         if config is not None and not isinstance(config, PreTrainedConfig):
             raise TypeError(f"config must be a model's config, e.g. model.config: got {type(config).__name__}")
         self.cache_config = CacheConfig(block_size=block_size, max_tokens=max_tokens, compileable=compileable)
+        if policy is not None:
+            require_policy(policy, compileable)
+            policy.check(block_size)
+        self.policy = policy
         self._tables: dict[int | None, BlockTable] = {}
         self.owner: weakref.ref[object] | None = None  # the enabled model that it was handed to
         self.epoch = 0  # counts how often it was emptied
@@ -95,7 +106,10 @@ class PagedCache(WatchedCache):
             config = config.get_text_config(decoder=True)
             maker = self._layer_maker().resolved(config)
             self.formats = maker.formats
-            Cache.__init__(self, layers=maker.layers(config), **kwargs)
+            layers = maker.layers(config)
+            if policy is not None:
+                require_decoder(policy, config, layers)
+            Cache.__init__(self, layers=layers, **kwargs)
             if not all(getattr(layer, "is_dummy", False) for layer in self._stock_layers()):
                 self._log = ForwardLog(len(self.layers))
 
@@ -192,7 +206,13 @@ class PagedCache(WatchedCache):
             self._select(torch.arange(self.num_rows, device="cpu")[indices.cpu()].tolist())
 
     def activate_past_recording(self) -> None:
-        """Keep what lies behind sliding windows until the next `crop`, so that it can be undone."""
+        """Keep what lies behind sliding windows until the next `crop`, so that it can be undone.
+
+        Raises:
+            CacheStateError: the cache has an eviction policy.
+        """
+        if self.policy is not None:
+            raise refuse_with(self.policy, "drafts are read several tokens at a time and taken back")
         for layer in self._stock_layers():
             if hasattr(layer, "activate_past_recording"):
                 layer.activate_past_recording()
@@ -273,7 +293,10 @@ class PagedCache(WatchedCache):
         if window not in self._tables:
             block_size = self.cache_config.block_size
             allocator = BlockAllocator(self.cache_config.max_blocks, block_size=block_size)
-            self._tables[window] = BlockTable(allocator, block_size, window)
+            if self.policy is not None and window is None:
+                self._tables[window] = EvictingTable(allocator, block_size, self.policy)
+            else:
+                self._tables[window] = BlockTable(allocator, block_size, window)
             self._watch_tables()
         return self._tables[window]
 
@@ -303,6 +326,8 @@ class PagedCache(WatchedCache):
         self._watch_tables()
 
     def _require_rows_of_their_own(self, name: str) -> None:
+        if self.policy is not None:
+            raise refuse_with(self.policy, f"{name} cuts rows of drafts")
         if self.cache_config.compileable or self._stock_layers():
             raise CacheStateError(
                 f"{name} needs a growing cache of attention layers alone: got one of fixed capacity, or with states "

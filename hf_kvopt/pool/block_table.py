@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Sequence
 
 from hf_kvopt.errors import CacheStateError
+from hf_kvopt.eviction.policy import EvictionPolicy
 from hf_kvopt.pool import slots as arithmetic
 from hf_kvopt.pool.addresses import Addresses
 from hf_kvopt.pool.allocator import BlockAllocator
@@ -37,6 +38,8 @@ class BlockTable(Addresses):
         self.record_past = False
         self.keeps_all = False  # a window hides what is behind it, but frees nothing: others may share it
         self.keep_contiguous = True
+        self.policy: EvictionPolicy | None = None  # see `EvictingTable`
+        self.evicted = 0  # tokens that it dropped, over all rows
         # What was held before a step that replaced all of it: layers still read it, a failed forward goes back to it.
         self.retired: BlockTable | None = None
         self.step_start = 0  # the clock before the last `reserve`
@@ -109,6 +112,14 @@ class BlockTable(Addresses):
         Not a token more than the window has, as some models slide by what their cache hands out alone.
         """
         return 0 if self.window is None else max(0, clock - self.window + 1)
+
+    def next_start(self, clock: int) -> int:
+        """`visible_start` for the forward that begins at column `clock`, before any layer of it was written."""
+        return self.visible_start(clock)
+
+    def note_padding(self, hidden: Sequence[int]) -> None:
+        """Learn how many of the columns that are handed out now each row begins with are padding; only a table that
+        evicts has to know."""
 
     def refuse(self) -> None:
         """Whoever reads the step that was last reserved cannot take it: let the cache undo it in all its tables."""
@@ -228,7 +239,7 @@ class BlockTable(Addresses):
     def fork(self) -> "BlockTable":
         """A second table over the same blocks; whoever writes first copies the block that is written."""
         self._drop_retired()
-        child = BlockTable(self.allocator, self.block_size, self.window)
+        child = self._empty_twin()
         for name in ("clock", "base", "record_past", "keeps_all", "keep_contiguous"):
             setattr(child, name, getattr(self, name))
         child.rows[:] = [list(row) for row in self.rows]
@@ -236,6 +247,9 @@ class BlockTable(Addresses):
         for row in child.rows:
             self.allocator.retain(row)
         return child
+
+    def _empty_twin(self) -> "BlockTable":
+        return BlockTable(self.allocator, self.block_size, self.window)
 
     def clear(self) -> None:
         """Give all blocks back and forget the batch."""

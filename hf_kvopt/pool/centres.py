@@ -70,7 +70,7 @@ class Centres:
         numbers, anew = [], []
         pads = num_pads(states) if stop > start == table.base else [0] * len(table.rows)
         for i, row in enumerate(table.rows):
-            first = max(table.base, table.lags[i])  # the column of the row's first token
+            first = table.base + table.lags[i]  # the column of the row's first slot
             past, last = start - first, stop - first
             if last <= 0:
                 numbers.append(0)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_kvopt.errors import CacheStateError
+from hf_kvopt.errors import CacheStateError, UnsupportedModel
 from hf_kvopt.kernels.cpu.paged_attention import Place, place_of
 from hf_kvopt.pool.lazy import LazyTensor
 from hf_kvopt.pool.slots import RowTensors
@@ -138,10 +138,7 @@ class KVHandle(LazyTensor):
     @property
     def starts(self) -> list[int] | None:
         """First column of each row, among those handed out, that holds a token; None where it is the first one."""
-        if self.table is None or not self.table.is_ragged:
-            return None
-        first = self.table.base + self.skip
-        return [min(self.spec.shape[2], max(0, lag - first)) for lag in self.table.lags]
+        return None if self.table is None else self.table.starts(self.skip, self.spec.shape[2])
 
     def pieces(self) -> list[list[Tensor]] | None:
         """Views [num_kv_heads, tokens, head_dim] that make up each row; None where rows are better read as one tensor.
@@ -193,6 +190,12 @@ class KVHandle(LazyTensor):
         return self.view_dense().contiguous()
 
     def before_fallback(self, op: str) -> None:
+        if self.is_fresh and self.table is not None and self.table.policy is not None:
+            self.table.refuse()
+            raise UnsupportedModel(
+                f"keys and values of a cache with {self.table.policy} have gaps that only hf_kvopt's attention knows: "
+                f"got {op} on them; load the model with attn_implementation='hf_kvopt', or use a cache without a policy"
+            )
         if self.plane is not None:
             self.plane.num_fallbacks += 1
         _say_once(op)

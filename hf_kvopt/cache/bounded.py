@@ -1,0 +1,67 @@
+"""What a cache with an eviction policy is not for: each refused when the cache is made, with one error."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from hf_kvopt.cache.hybrid import HybridLayer
+from hf_kvopt.errors import CacheStateError, UnsupportedModel
+from hf_kvopt.eviction.policy import EvictionPolicy
+
+
+def require_policy(policy: object, compileable: bool) -> None:
+    """Raise unless `policy` is one, and the cache can give blocks back.
+
+    Raises:
+        TypeError: something else than a policy.
+        ValueError: a cache of fixed capacity.
+    """
+    if not isinstance(policy, EvictionPolicy):
+        raise TypeError(
+            f"policy must be an eviction policy such as hf_kvopt.SinkRecent(sinks=4, recent=1024): got {policy!r}"
+        )
+    if compileable:
+        raise ValueError(
+            f"a cache of fixed capacity gives no block back: got compileable=True and policy={policy}; drop one"
+        )
+
+
+def require_decoder(policy: EvictionPolicy, config: PreTrainedConfig, layers: Sequence[Any]) -> None:
+    """Raise UnsupportedModel where a model keeps more of a text than keys and values of its tokens.
+
+    Args:
+        policy: for the error.
+        config: of the whole model, or of its decoder.
+        layers: that a cache makes for it.
+    """
+    if config.is_encoder_decoder:
+        raise UnsupportedModel(
+            f"eviction policies are for decoders: got {policy} for the encoder-decoder {type(config).__name__}, whose "
+            "positions count what the cache hands out; use the cache without a policy"
+        )
+    states = [layer for layer in layers if _has_states(layer)]
+    if states:
+        raise UnsupportedModel(
+            f"eviction policies are for models whose layers hold keys and values alone: got {policy} for a "
+            f"{type(config).__name__} with {len(states)} layers that hold states or keys of an indexer, which "
+            "sum up or point at dropped tokens; use the cache without a policy"
+        )
+    if not any(getattr(layer, "table", None) is not None and layer.table.policy is not None for layer in layers):
+        raise UnsupportedModel(
+            f"eviction policies act on layers of full attention: got {policy} for a {type(config).__name__} that has "
+            "none, so that its windows bound the memory already; use the cache without a policy"
+        )
+
+
+def refuse_with(policy: EvictionPolicy, what: str) -> CacheStateError:
+    """Make the error for an operation that a cache with `policy` does not have."""
+    return CacheStateError(
+        f"{what}: got a cache with {policy}, which would drop other tokens than one by one; use the cache without a "
+        "policy"
+    )
+
+
+def _has_states(layer: Any) -> bool:
+    is_stock = not hasattr(layer, "table") and not getattr(layer, "is_dummy", False)
+    return is_stock or isinstance(layer, HybridLayer)
