@@ -1,4 +1,4 @@
-"""What one line changes: the same text in less time and memory, on a document of 4,096 tokens.
+"""Effect of one line: the same text in less time and memory, on a document of 4,096 tokens.
 
 Run `python examples/quickstart.py` (the bundled model, no network, under a minute on two cores), or with
 `--model HUB_ID --device cuda`; `--text FILE` reads a document of yours, `--html FILE` keeps the page.
@@ -36,7 +36,7 @@ draft = args.draft or (str(BUNDLED / "eagle3") if is_bundled else "prompt_lookup
 
 logging.set_verbosity_error()  # a text that is cut below is longer than the model takes
 logging.disable_progress_bar()
-# In float32 the tokens are equal to the last one; in bfloat16 any two attentions part at a near tie.
+# In float32 all tokens are equal; in bfloat16 any two attentions diverge at a near tie.
 model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, device_map=args.device)
 tokenizer = AutoTokenizer.from_pretrained(args.model)
 text = args.text.read_text() if args.text else inspect.getsource(argparse)
@@ -44,25 +44,25 @@ document = tokenizer(text, return_tensors="pt")["input_ids"][:, : args.context]
 
 
 class Clock(BaseStreamer):
-    """Notes when tokens come: of a prompt, then of each step."""
+    """Records when tokens come: of a prompt, then of each step."""
 
     def __init__(self) -> None:
         self.times = [time.perf_counter()]
 
     def put(self, value: torch.Tensor) -> None:
-        """Note the time of a piece."""
+        """Record the time of a piece."""
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
-        """Nothing is left to note."""
+        """Do nothing: all times are recorded."""
 
 
 class Measured(NamedTuple):
-    """What one call gave."""
+    """Result of one call."""
 
     tokens: torch.Tensor  # [new tokens]
     first_s: float  # from the call to its first token
-    rate: float  # tokens a second behind the first
+    rate: float  # tokens a second after the first
     kv_bytes: int
 
 
@@ -105,7 +105,7 @@ for name, settings in SIDES.items():
     hf_kvopt.disable(model)
     if settings:
         hf_kvopt.enable(model, **settings)  # the one line
-    # Two questions on one document. The first also compiles what is compiled, so the second one is what counts.
+    # Two questions on one document. The first call also compiles, so the second one is reported.
     measured[name] = [ask(question) for question in QUESTIONS]
 
 plain = measured["transformers' default"]

@@ -15,12 +15,13 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_kvopt import compat
-from hf_kvopt.attention import mla
 from hf_kvopt.attention.register import ATTENTION_NAME
-from hf_kvopt.attention.support import model_traits
+from hf_kvopt.attention.support import attention_obstacle
 from hf_kvopt.cache.paged import PagedCache
 from hf_kvopt.cache.quantized import QuantizedPagedCache, option_names
+from hf_kvopt.calibration import choose, warn_of_loss
 from hf_kvopt.errors import UnsupportedModel, nearest
+from hf_kvopt.overrides import latents
 from hf_kvopt.overrides.cache_maker import CACHES, KV_NAMES, LAYER_OPTIONS, CacheMaker, make_cache
 from hf_kvopt.overrides.inputs import CheckedPrefill, PreparedInputs
 from hf_kvopt.overrides.instance import InstanceOverride
@@ -33,6 +34,7 @@ from hf_kvopt.speculation.speculative import SpeculativeDecoding, speculative
 
 logger = logging.getLogger(__name__)
 
+AUTO = "auto"
 _STATE = "_hf_kvopt_state"
 
 
@@ -67,6 +69,7 @@ def enable(
     attention: bool | None = None,
     prefix_sharing: bool | PrefixStore = False,
     draft: "str | Path | Drafter | PreTrainedModel | SpeculativeDecoding | None" = None,
+    max_loss: float | None = None,
     **cache_options: Any,
 ) -> PreTrainedModel:
     """Make plain `model.generate(...)` use hf_kvopt's attention and cache.
@@ -75,7 +78,8 @@ def enable(
         model: a transformers model that can generate.
         cache: "paged"; a format of `QuantizedPagedCache` ("int8", "fp8_e4m3", "fp8_e5m2", "int4", "k8v4"); None to keep
             transformers' cache; or a preset ("chat", "long", "throughput", "lowest memory"), which asks the planner for
-            this model and machine, prints in one line what it chose, and yields to arguments that are given beside it.
+            this model and machine, prints in one line what it chose, and yields to arguments that are given beside it;
+            or "auto", the smallest cache within `max_loss` by what `calibrate` measured of this model.
         attention: whether to set `attn_implementation="hf_kvopt"` too. None does so where the model takes it; where it
             does not (its attention is written into the model, or selects keys sparsely), the model's own attention is
             used with this cache, which is said once.
@@ -85,6 +89,7 @@ def enable(
             between calls; what changes unseen (see `PrefixStore`) needs `prefix_store(model).clear()`.
         draft: speculate in every `generate` call: a draft head, its folder, an assistant model, "prompt_lookup",
             "lookahead", or what `speculative(...)` made, with its settings and `stats`.
+        max_loss: with cache="auto", per cent that perplexity may grow (0.5).
         cache_options: handed to the cache at each `generate` call, e.g. `block_size=32`, `max_tokens="32k"`,
             `policy=SinkRecent(sinks=4, recent=1024)`.
 
@@ -116,10 +121,17 @@ def enable(
         settings = chosen.options | {name: value for name, value in given.items() if value} | cache_options
         print(chosen.said)
         return enable(model, chosen.cache, attention=attention, **settings)
+    if max_loss is not None and cache != AUTO:
+        raise TypeError(f"max_loss is for cache={AUTO!r}, which chooses by it: got cache={cache!r}; drop one")
+    if cache == AUTO:
+        found = choose(model, max_loss)
+        print(found.said)
+        settings = {"prefix_sharing": prefix_sharing, "draft": draft, **found.options, **cache_options}
+        return enable(model, found.cache, attention=attention, **settings)
     if cache is not None and cache not in CACHES:
-        known = [*CACHES, *PRESETS]
+        known = [*CACHES, *PRESETS, AUTO]
         raise ValueError(
-            f"unknown cache {cache!r}: expected one of {sorted(CACHES)}, a preset of {list(PRESETS)}, or None"
+            f"unknown cache {cache!r}: expected one of {sorted(CACHES)}, {AUTO!r}, a preset of {list(PRESETS)}, or None"
             f"{nearest(cache, known)}"
         )
     _check_options(cache, cache_options)
@@ -135,6 +147,8 @@ def enable(
     _check_policy(model, attention, prefix_sharing, draft, cache_options)
     if cache is not None:
         make_cache(model, CACHES[cache], cache_options)  # refuse bad options now, not in the first generate
+        if cache != "paged" and not set(LAYER_OPTIONS) & set(cache_options):
+            warn_of_loss(model, cache)
     sharing = _sharing(model, cache, prefix_sharing, cache_options)
     drafting = _drafting(model, draft)
     disable(model)
@@ -142,7 +156,7 @@ def enable(
     previous = model.config._attn_implementation
     if attention:
         model.set_attn_implementation(ATTENTION_NAME)
-        mla.install(model)
+        latents.install(model)
     # In the instance's own dict: `generate` calls the methods through self (nn.Module would file them elsewhere).
     if compat.PREPARE_INPUTS not in model.__dict__:  # another library's, such as PEFT's soft prompts, stays
         model.__dict__[compat.PREPARE_INPUTS] = PreparedInputs(model)
@@ -174,7 +188,7 @@ def disable(model: PreTrainedModel) -> PreTrainedModel:
         for name in (compat.MAKE_CACHE, compat.PREPARE_INPUTS, compat.PREFILL, "generate"):
             if isinstance(model.__dict__.get(name), InstanceOverride):
                 del model.__dict__[name]
-        mla.uninstall(model)
+        latents.uninstall(model)
         if model.config._attn_implementation != previous:
             model.set_attn_implementation(previous)
     return model
@@ -266,7 +280,7 @@ def _takes_attention(model: PreTrainedModel, wanted: bool | None, is_all: bool) 
         wanted: what the user said, None for nothing.
         is_all: whether nothing else would change.
     """
-    obstacle = None if wanted is False else _attention_obstacle(model)
+    obstacle = None if wanted is False else attention_obstacle(model)
     if obstacle is None:
         return wanted is not False
     if wanted or is_all:
@@ -276,15 +290,6 @@ def _takes_attention(model: PreTrainedModel, wanted: bool | None, is_all: bool) 
         )
     _say_once(type(model).__name__, obstacle)
     return False
-
-
-def _attention_obstacle(model: PreTrainedModel) -> str | None:
-    traits = model_traits(type(model.config.get_text_config(decoder=True)))  # type: ignore[arg-type]
-    if not traits.calls_interface:
-        return "has its attention written into the model, so that no other can be chosen"
-    if traits.selects_keys:
-        return "attends to a sparse selection of keys, in which hf_kvopt's kernels have nothing to gain"
-    return None
 
 
 @functools.cache

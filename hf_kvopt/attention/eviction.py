@@ -26,8 +26,8 @@ def check_eviction(
         UnsupportedModel: scores depend on where a key stands in the text by more than its rotation.
         CacheStateError: a mask that hides more than padding on the left, or one made by hand over dropped tokens.
     """
-    table, plane = handle.table, handle.plane
-    if table is None or table.policy is None or plane is None or not plane.is_first:
+    table, reads = handle.table, handle.reads
+    if table is None or table.policy is None or reads is None or not reads.is_first:
         return
     if position_bias is not None or kwargs.get("indices") is not None:
         raise UnsupportedModel(

@@ -1,4 +1,4 @@
-"""What a cache with an eviction policy is not for: each refused when the cache is made, with one error."""
+"""Refuses, when a cache with an eviction policy is made, what such a cache is not for."""
 
 from collections.abc import Sequence
 from typing import Any

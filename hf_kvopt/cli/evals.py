@@ -1,7 +1,7 @@
 """python -m hf_kvopt eval NAME ...: run an eval, from a checkout or from an installed wheel.
 
-A wheel carries the folder `evals` inside of this package; a checkout has it beside the package. Rows are written under
-`evals/results` of a checkout, and under `hf_kvopt-results` of the working directory otherwise.
+A wheel holds the folder `evals` inside this package, a checkout beside it. Rows are written to `evals/results` of a
+checkout, else to `hf_kvopt-results` in the working directory.
 """
 
 import importlib.util
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-# The first of these that holds `evals` is put on the path.
+# The first of these that contains `evals` is put on the path.
 _PLACES = (_PACKAGE.parent, _PACKAGE / "_evals")
 _NEEDS = ("rich", "matplotlib", "datasets")
 EVALS = {
@@ -20,6 +20,7 @@ EVALS = {
     "speed": "prefill and decode against transformers' caches, interleaved",
     "perplexity": "loss of each cache, read through it in chunks",
     "needle": "what is found again through a cache, by depth and context",
+    "drift": "long greedy answers: first other token, and errors that add up",
     "prefix": "first token with and without shared prompts",
     "fragmentation": "1,000 completions over a fixed pool: waste, concurrency",
     "memory": "KV bytes: textbook figures, and predicted against held by live caches",
@@ -32,7 +33,7 @@ EVALS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the eval that the first argument names with the rest of the arguments; returns its exit status."""
+    """Run the eval that the first argument names with the remaining arguments; return its exit status."""
     args = list(sys.argv[1:] if argv is None else argv)
     name = args[0] if args else "--help"
     if name in ("-h", "--help"):
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if place is None:
         print(f"no folder evals in {' or '.join(map(str, _PLACES))}: install hf-kvopt anew", file=sys.stderr)
         return 2
-    # Evals start processes of their own, which look for the folder as well.
+    # Evals start subprocesses, which need the folder on their path too.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(place), os.environ.get("PYTHONPATH"))))
     sys.path.insert(0, str(place))
     sys.argv = [f"python -m hf_kvopt eval {name}", *args[1:]]

@@ -1,1 +1,1 @@
-"""Which tokens a bounded cache keeps: policies that know lengths and scores, and nothing of blocks or models."""
+"""Policies that say which tokens a bounded cache keeps; they know lengths, and nothing of blocks or models."""

@@ -1,4 +1,4 @@
-"""What a policy says: which tokens a row of some length need not hold any more.
+"""Eviction policies say which tokens a row of some length need not hold any more.
 
     row of 100 tokens      0 ......... 15 | 16 ............ 51 | 52 .......... 99
     SinkRecent(16, 48)     sinks, kept    | after_step(100)    | recent, kept

@@ -1,4 +1,4 @@
-"""The cache that plain `generate()` makes: by name, for one model, in place of transformers' default one."""
+"""The cache that plain `generate()` makes for one model, by name, in place of transformers' default one."""
 
 import copy
 import weakref
@@ -31,20 +31,20 @@ LAYER_OPTIONS = ("skip_layers", "layer_formats")
 
 
 def make_cache(model: PreTrainedModel, factory: CacheFactory, options: dict[str, Any]) -> Cache:
-    """Make a cache of `factory` for `model`; an encoder-decoder's holds one for each of its two attentions."""
+    """Make a cache with `factory` for `model`; for an encoder-decoder, one for each of its two attentions."""
     if options.get("policy") is not None and model.config.is_encoder_decoder:
         require_decoder(options["policy"], model.config, [])
     cache = factory(config=model.config.get_text_config(decoder=True), **options)
     if not model.config.is_encoder_decoder:
         return cache
-    # Cross-attention sees the whole encoder, also in decoders that slide: no config, no window. Layers that are named
-    # from the end are those of the decoder.
+    # Cross-attention sees the whole encoder, also in decoders that slide, so its cache gets no config and no window.
+    # Layers named from the end are those of the decoder.
     resolved = {**options, **{name: getattr(cache.formats, name) for name in LAYER_OPTIONS if name in options}}
     return EncoderDecoderCache(cache, factory(**resolved))
 
 
 class CacheMaker(InstanceOverride):
-    """Make our cache where generate() would make its default one; replaces `compat.MAKE_CACHE` on one model."""
+    """Makes our cache where generate() would make its default one; replaces `compat.MAKE_CACHE` on one model."""
 
     def __init__(self, model: PreTrainedModel, make: Callable[[PreTrainedModel], Cache]) -> None:
         super().__init__(model)
@@ -88,9 +88,9 @@ class CacheMaker(InstanceOverride):
 
 
 def _check_given(model: PreTrainedModel, cache: PagedCache, num_columns: int) -> None:
-    """Raise CacheStateError where `cache` belongs to another model, or holds all of a prompt's columns already.
+    """Raise CacheStateError if `cache` belongs to another model, or already holds all columns of a prompt.
 
-    Our attention sees so itself; this is for the model's own.
+    Our attention detects both itself; this check serves the model's own attention.
     """
     held, owner = int(cache.get_seq_length()), cache.owner() if cache.owner is not None else None
     if held and owner is not None and owner is not model:

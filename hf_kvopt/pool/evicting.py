@@ -24,7 +24,7 @@ from hf_kvopt.pool.slots import Step
 
 
 class Eviction(NamedTuple):
-    """What the next forward drops before it begins."""
+    """Blocks that the next forward drops before it begins."""
 
     kept: list[list[int]]  # for each row the numbers of the blocks that stay
     removed: list[int]  # tokens and padding that each row loses
@@ -143,7 +143,7 @@ class EvictingTable(BlockTable):
             numbers += range(first, first + len(row) - len(numbers))
 
     def _next(self) -> Eviction | None:
-        """What the forward that begins now drops; None where nothing is to be."""
+        """Return the eviction of the forward that begins now; None where nothing is to be dropped."""
         if self._plan is None or self._plan[0] != self.version:
             self._plan = self.version, self._planned()
         return self._plan[1]
