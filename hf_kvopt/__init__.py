@@ -19,6 +19,7 @@ from hf_kvopt.enable import Enabled, disable, enable, enabled
 from hf_kvopt.errors import CacheStateError, KVOptError, OutOfBlocks, UnsupportedDevice, UnsupportedModel
 from hf_kvopt.eviction.policy import EvictionPolicy
 from hf_kvopt.eviction.recent import SinkRecent, SinkRecentPeriodic
+from hf_kvopt.eviction.scores import TOVA, Knorm, PromptPolicy, SnapKV
 from hf_kvopt.overrides.sharing import prefix_store
 from hf_kvopt.packaged import model_source, packaged_texts
 from hf_kvopt.prefix.cache import PrefixSharedCache
@@ -33,6 +34,7 @@ __all__ = [
     "ATTENTION_NAME",
     "CACHE_KEYWORD",
     "KV_FORMATS",
+    "TOVA",
     "CacheConfig",
     "CacheStateError",
     "CacheStats",
@@ -42,14 +44,17 @@ __all__ = [
     "EvictionPolicy",
     "FormatLoss",
     "KVOptError",
+    "Knorm",
     "OutOfBlocks",
     "PagedCache",
     "PrefixSharedCache",
     "PrefixStats",
     "PrefixStore",
+    "PromptPolicy",
     "QuantizedPagedCache",
     "SinkRecent",
     "SinkRecentPeriodic",
+    "SnapKV",
     "SpeculationStats",
     "UnsupportedDevice",
     "UnsupportedModel",

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_kvopt import compat
 from hf_kvopt.attention.mask import LazyMask, Pattern
 from hf_kvopt.errors import CacheStateError, UnsupportedModel
-from hf_kvopt.pool.handle import KVHandle
+from hf_kvopt.pool.handle import KVHandle, view_of
 
 
 def check_eviction(
@@ -34,6 +35,11 @@ def check_eviction(
             f"{type(module).__name__} weighs or selects keys by their place in the text: got a cache with "
             f"{table.policy}, which closes gaps; use the cache without a policy"
         )
+    if table.policy.scores_prompts and hasattr(module, compat.EXPAND_KV):
+        raise UnsupportedModel(
+            f"{table.policy} scores keys by head: got {type(module).__name__}, whose heads share one latent; use "
+            "SinkRecent, or the cache without a policy"
+        )
     if isinstance(mask, LazyMask) and mask.pattern != Pattern(is_causal=True, window=None):
         raise CacheStateError(
             f"a cache with {table.policy} takes causal attention over the whole text here: got {mask.pattern}; where "
@@ -43,6 +49,33 @@ def check_eviction(
     if is_step and handle.device.type != "cpu" and isinstance(mask, LazyMask):
         return  # the mask of a decode step grows by a column that is seen: no reason to wait for the device
     table.note_padding(_hidden(handle, mask))
+
+
+def choose_prompt(q: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
+    """Let the policy of a table choose what each KV head of this layer keeps of a prompt, once it was read.
+
+    Args:
+        q: [batch, num_heads, q_len, head_dim].
+        key: what the cache handed out for keys; nothing happens where its table scores no prompts.
+        value: likewise for values.
+        scale: of the softmax.
+    """
+    if not isinstance(key, KVHandle) or not isinstance(value, KVHandle):
+        return
+    table, reads = key.table, key.reads
+    if table is None or table.policy is None or not table.policy.scores_prompts or reads is None:
+        return
+    if table.step_start or q.shape[2] < 2 or table.has_chosen(reads):
+        return
+    policy, padding, rows = table.policy, table.padding(), []
+    counts = [policy.budget(key.shape[2] - pads) for pads in padding]
+    if all(count + pads == key.shape[2] for count, pads in zip(counts, padding, strict=True)):
+        return
+    keys, values = view_of(key).dense(), view_of(value).dense()
+    for row, (pads, count) in enumerate(zip(padding, counts, strict=True)):
+        scores = policy.score(q[row, :, pads:], keys[row, :, pads:], values[row, :, pads:], scale)
+        rows.append(scores.topk(count, dim=-1).indices.sort(dim=-1).values)
+    table.choose(reads, rows)
 
 
 def _hidden(handle: KVHandle, mask: Tensor | None) -> list[int]:

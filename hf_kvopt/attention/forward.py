@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_kvopt.attention.eviction import check_eviction
+from hf_kvopt.attention.eviction import check_eviction, choose_prompt
 from hf_kvopt.attention.guards import check_ownership, check_weights, check_window
 from hf_kvopt.attention.masking import add_bias, hide_before, select_keys, take_apart
 from hf_kvopt.attention.mla import LatentKV, attend_latent, is_absorbable
@@ -60,6 +60,7 @@ def attention_forward(
         if isinstance(handle, KVHandle) and handle.guard is not None and handle.table is not None:
             handle.guard.undo(handle.table)
         raise
+    choose_prompt(query, key, value, scale)
     if position_bias is not None:
         bias = position_bias[..., -key.shape[2] :]
         pattern = pattern._replace(mask=add_bias(bias, pattern.mask))

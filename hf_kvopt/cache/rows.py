@@ -19,6 +19,7 @@ from hf_kvopt.eviction.policy import EvictionPolicy
 from hf_kvopt.pool.allocator import BlockAllocator
 from hf_kvopt.pool.block_table import BlockTable
 from hf_kvopt.pool.evicting import EvictingTable
+from hf_kvopt.pool.scored import ScoredTable
 
 Layers = Sequence[PagedLayer]
 
@@ -33,7 +34,8 @@ class TableMaker(NamedTuple):
         """Make the table of all layers with this window, or none."""
         allocator = BlockAllocator(self.config.max_blocks, block_size=self.config.block_size)
         if self.policy is not None and window is None:
-            return EvictingTable(allocator, self.config.block_size, self.policy)
+            kind = ScoredTable if self.policy.scores_prompts else EvictingTable
+            return kind(allocator, self.config.block_size, self.policy)
         return BlockTable(allocator, self.config.block_size, window)
 
 

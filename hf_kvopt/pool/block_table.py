@@ -13,6 +13,8 @@ before lags[i] (left padding, or what a row accepted less of than others) are ne
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.eviction.policy import EvictionPolicy
 from hf_kvopt.pool.allocator import BlockAllocator
@@ -114,6 +116,17 @@ class BlockTable(BlockRows):
     def note_padding(self, hidden: Sequence[int]) -> None:
         """Learn how many of the columns that are handed out now each row begins with are padding; only a table that
         evicts has to know."""
+
+    def padding(self) -> list[int]:
+        """Slots of padding that each row begins with, as far as it was noted."""
+        return [0] * self.batch_size
+
+    def has_chosen(self, reads: object) -> bool:
+        """Whether the layer of `reads` has chosen already what it keeps of a prompt; see `ScoredTable`."""
+        return True
+
+    def choose(self, reads: object, rows: Sequence[Tensor]) -> None:
+        """Take note of what the layer of `reads` keeps of a prompt; see `ScoredTable`."""
 
     def rollback(self, clock: int) -> None:
         """Undo the last `reserve`, back to `clock`, or go back to 0, after a forward that failed half way."""

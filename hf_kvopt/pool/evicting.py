@@ -26,10 +26,10 @@ from hf_kvopt.pool.slots import Step
 class Eviction(NamedTuple):
     """Blocks that the next forward drops before it begins."""
 
-    kept: list[list[int]]  # for each row the numbers of the blocks that stay
     removed: list[int]  # tokens and padding that each row loses
     columns: int  # that are handed out no longer
-    asked: list[int]  # lengths at which the policy said so
+    kept: Sequence[list[int]] = ()  # for each row the numbers of the blocks that stay
+    asked: Sequence[int] = ()  # lengths at which the policy said so
 
 
 class EvictingTable(BlockTable):
@@ -45,15 +45,16 @@ class EvictingTable(BlockTable):
     """
 
     policy: EvictionPolicy
+    numbers: list[list[int]]
+    pads: list[int]
+    _asked: list[int]  # lengths at which the policy was asked last
 
     def __init__(self, allocator: BlockAllocator, block_size: int, policy: EvictionPolicy) -> None:
         super().__init__(allocator, block_size)
         policy.check(block_size)
         self.policy = policy
-        self.numbers: list[list[int]] = []
-        self.pads: list[int] = []
         self._plan: tuple[int, Eviction | None] | None = None  # the version that it was made at
-        self._asked: list[int] = []  # lengths at which the policy was asked last
+        self._forget()
 
     def visible_start(self, clock: int) -> int:
         return self.base
@@ -90,7 +91,7 @@ class EvictingTable(BlockTable):
             CacheStateError: a row hides tokens behind which some were dropped already.
         """
         pads = [max(0, count - lag) for count, lag in zip(hidden, self.lags, strict=True)]
-        if pads == self._all_pads():
+        if pads == self.padding():
             return
         for row, count in enumerate(pads):
             if count and self._num_dropped(row):
@@ -103,7 +104,7 @@ class EvictingTable(BlockTable):
     def select(self, indices: Sequence[int]) -> None:
         self._follow()
         self.numbers = [list(self.numbers[i]) for i in indices]
-        self.pads = [self._all_pads()[i] for i in indices]
+        self.pads = [self.padding()[i] for i in indices]
         self._asked = []
         super().select(indices)
 
@@ -116,12 +117,16 @@ class EvictingTable(BlockTable):
 
     def clear(self) -> None:
         super().clear()
-        self.numbers, self.pads, self._asked, self.evicted = [], [], [], 0
+        self._forget()
+
+    def _forget(self) -> None:
+        self.numbers, self.pads, self._asked = [], [], []
+        self._plan, self.evicted = None, 0
 
     def _empty_twin(self) -> BlockTable:
-        return EvictingTable(self.allocator, self.block_size, self.policy)
+        return type(self)(self.allocator, self.block_size, self.policy)
 
-    def _all_pads(self) -> list[int]:
+    def padding(self) -> list[int]:
         """Slots of padding at the beginning of each row; a row never has more than it holds."""
         pads = self.pads or [0] * self.batch_size
         return [min(count, self._num_held(row)) for row, count in enumerate(pads)]
@@ -149,7 +154,7 @@ class EvictingTable(BlockTable):
         return self._plan[1]
 
     def _planned(self) -> Eviction | None:
-        size, pads = self.block_size, self._all_pads()
+        size, pads = self.block_size, self.padding()
         held = [self._num_held(row) - count for row, count in enumerate(pads)]
         lengths = [count + self._num_dropped(row) for row, count in enumerate(held)]
         # Asked once a block: in between, nothing can become a whole block inside a range.
@@ -167,28 +172,35 @@ class EvictingTable(BlockTable):
         if removed == pads:
             self._asked = asked
             return None
-        return Eviction(kept, removed, min(lag + n for lag, n in zip(self.lags, removed, strict=True)), asked)
+        return Eviction(removed, self._columns(removed), kept, asked)
+
+    def _columns(self, removed: Sequence[int]) -> int:
+        """Columns that no row fills once each has lost as many tokens as `removed` says."""
+        return min(lag + count for lag, count in zip(self.lags, removed, strict=True))
 
     def _evict(self, num_tokens: int) -> None:
         """Drop what is to be dropped before a forward over `num_tokens` tokens a row."""
         eviction = self._next()
         if eviction is None:
             return
-        pads = self._all_pads()
+        pads = self.padding()
+        self._drop(eviction, pads)
+        self.evicted += sum(eviction.removed) - sum(pads)
+        self.lags = [lag + n - eviction.columns for lag, n in zip(self.lags, eviction.removed, strict=True)]
+        self.base += eviction.columns
+        self.numbers, self.pads, self._asked = [list(row) for row in eviction.kept], [], list(eviction.asked)
+        self._rows_changed()
+        self._shrink(self.batch_size * self._blocks_for(num_tokens))
+
+    def _drop(self, eviction: Eviction, pads: Sequence[int]) -> None:
+        """Give the blocks back that are not kept; nothing changes where there is no room for copies of shared ones."""
         moving = [row for row, count in enumerate(pads) if count % self.block_size]
-        # Nothing changes where there is no room for copies of shared blocks.
         self.allocator.ensure_free(sum(len(self._shared(row, len(eviction.kept[row]))) for row in moving))
         for row, kept in enumerate(eviction.kept):
             if row in moving:
                 self._move_up(row, kept, pads[row])
             else:
                 self._release_all_but(row, [self._place(row, number, pads[row]) for number in kept])
-        self.evicted += sum(eviction.removed) - sum(pads)
-        self.lags = [lag + n - eviction.columns for lag, n in zip(self.lags, eviction.removed, strict=True)]
-        self.base += eviction.columns
-        self.numbers, self.pads, self._asked = eviction.kept, [], eviction.asked
-        self._rows_changed()
-        self._shrink(self.batch_size * self._blocks_for(num_tokens))
 
     def _place(self, row: int, number: int, pads: int) -> int:
         """Which block of a row, whose padding fills whole blocks, holds the block `number` of its text."""
@@ -203,13 +215,17 @@ class EvictingTable(BlockTable):
         """Places of blocks among the first `num_blocks` of a row that somebody else holds as well."""
         return [i for i, block in enumerate(self.rows[row][:num_blocks]) if self.allocator.refcounts[block] > 1]
 
+    def _own(self, row: int, num_blocks: int) -> None:
+        """Copy those of the first `num_blocks` blocks of a row that somebody else holds as well."""
+        blocks, shared = self.rows[row], self._shared(row, num_blocks)
+        for place, copied in zip(shared, self.allocator.copy([blocks[i] for i in shared]), strict=True):
+            blocks[place] = copied
+
     def _move_up(self, row: int, kept: Sequence[int], pads: int) -> None:
         """Let the kept tokens of a row begin at its first slot, where `pads` slots of padding did."""
         blocks, size = self.rows[row], self.block_size
         before, end = list(blocks), self._num_held(row) - pads
-        shared = self._shared(row, len(kept))
-        for place, copied in zip(shared, self.allocator.copy([blocks[i] for i in shared]), strict=True):
-            blocks[place] = copied
+        self._own(row, len(kept))
         src, dst = [], []
         for place, number in enumerate(kept):
             for token in range(number * size, min((number + 1) * size, end)):
