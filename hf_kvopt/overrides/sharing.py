@@ -113,12 +113,12 @@ class _Generate(SharingOverride):
                 output = generate(*args, **kwargs)  # type: ignore[operator]
             except BaseException:
                 for cache in made:
-                    _keep(cache, None, close=True)
+                    _keep(self.sharing.store_for(model), cache, None, close=True)
                 raise
         is_tensor = isinstance(output, Tensor)
         for cache in made:
-            # A cache that is returned with the output stays the caller's.
-            _keep(cache, output if is_tensor else output.sequences, close=is_tensor)
+            # A cache that is handed back with the output stays the caller's.
+            _keep(self.sharing.store_for(model), cache, output if is_tensor else output.sequences, close=is_tensor)
         return output
 
 
@@ -146,7 +146,8 @@ class _Prefill(SharingOverride):
             and (chunk_size is None or compat.PREFILL_CHUNKS_GO_ON)
         ):
             assert isinstance(cache, PrefixSharedCache)
-            if not cache.store.begin(cache, input_ids, model_kwargs.get("attention_mask"), chunk_size=chunk_size):
+            store = self.sharing.store_for(model)
+            if not store.begin(cache, input_ids, model_kwargs.get("attention_mask"), chunk_size=chunk_size):
                 _say_once("rows go through adapters of their own, or something is put before the prompt")
         return prefill(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
 
@@ -169,12 +170,12 @@ def prefix_store(model: PreTrainedModel) -> PrefixStore:
     return override.sharing.store_for(model)
 
 
-def _keep(cache: PrefixSharedCache, sequences: Tensor | None, *, close: bool) -> None:
-    """Keep what a finished or interrupted call computed; if the model changed meanwhile, keep nothing."""
+def _keep(store: PrefixStore, cache: PrefixSharedCache, sequences: Tensor | None, *, close: bool) -> None:
+    """Keep what a finished, or broken, call computed; a model that changed meanwhile keeps nothing."""
     if cache.texts is None or cache.is_committed:
         return
     try:
-        cache.store.keep(cache, sequences, close=close)
+        store.keep(cache, sequences, close=close)
     except CacheStateError as error:
         _say_once(str(error))
         cache.close()

@@ -14,7 +14,7 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NoReturn
+from typing import Any
 
 from hf_kvopt.errors import KVOptError, OutOfBlocks
 from hf_kvopt.pool.free_runs import FreeRuns
@@ -130,7 +130,7 @@ class BlockAllocator:
     def require_free(self, num_blocks: int) -> None:
         """Raise OutOfBlocks unless `num_blocks` blocks are free now."""
         if num_blocks > self.num_free:
-            self._refuse(num_blocks, self.num_free, self.num_blocks)
+            raise OutOfBlocks.asked_for(num_blocks, self.num_free, self.num_blocks, self.block_size)
 
     def ensure_free(self, num_blocks: int) -> None:
         """Grow until `num_blocks` blocks are free; raise OutOfBlocks, unchanged, where the cap forbids it."""
@@ -142,14 +142,12 @@ class BlockAllocator:
             if missing <= 0:
                 return
             if self.max_blocks is not None and self.num_blocks + missing > self.max_blocks:
-                self._refuse(num_blocks, self.max_blocks - self.num_blocks + self.num_free, self.max_blocks)
+                raise OutOfBlocks.asked_for(
+                    num_blocks, self.max_blocks - self.num_blocks + self.num_free, self.max_blocks, self.block_size
+                )
             needed = self.num_blocks + missing
             # Blocks that stay put are there to be kept over many calls: growing must be rare.
             self.relayout(needed + max(self.extent, needed if self.stays_put else needed // 4))
-
-    def _refuse(self, num_blocks: int, num_left: int, num_total: int) -> NoReturn:
-        """Raise OutOfBlocks for `num_blocks` blocks where `num_left` of `num_total` are left."""
-        raise OutOfBlocks.asked_for(num_blocks, num_left, num_total, self.block_size)
 
     def extend(self, num_blocks: int) -> None:
         """Grow to `num_blocks` blocks (at most the cap), each held block staying where it is."""
