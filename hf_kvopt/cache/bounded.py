@@ -6,35 +6,42 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from hf_kvopt.cache.hybrid import HybridLayer
+from hf_kvopt.config import CacheConfig
 from hf_kvopt.errors import CacheStateError, UnsupportedModel
 from hf_kvopt.eviction.policy import EvictionPolicy
 
 
-def require_policy(policy: object, compileable: bool) -> None:
-    """Raise unless `policy` is one, and the cache can give blocks back.
+def checked_policy(policy: object, config: CacheConfig) -> EvictionPolicy | None:
+    """Return `policy`, which may be None, where a cache of `config` can give blocks back as it says.
 
     Raises:
         TypeError: something else than a policy.
-        ValueError: a cache of fixed capacity.
+        ValueError: a cache of fixed capacity, or blocks that the policy cannot work with.
     """
+    if policy is None:
+        return None
     if not isinstance(policy, EvictionPolicy):
         raise TypeError(
             f"policy must be an eviction policy such as hf_kvopt.SinkRecent(sinks=4, recent=1024): got {policy!r}"
         )
-    if compileable:
+    if config.compileable:
         raise ValueError(
             f"a cache of fixed capacity gives no block back: got compileable=True and policy={policy}; drop one"
         )
+    policy.check(config.block_size)
+    return policy
 
 
-def require_decoder(policy: EvictionPolicy, config: PreTrainedConfig, layers: Sequence[Any]) -> None:
+def require_decoder(policy: EvictionPolicy | None, config: PreTrainedConfig, layers: Sequence[Any]) -> None:
     """Raise UnsupportedModel where a model keeps more of a text than keys and values of its tokens.
 
     Args:
-        policy: for the error.
+        policy: of the cache; nothing is refused where it has none.
         config: of the whole model, or of its decoder.
         layers: that a cache makes for it.
     """
+    if policy is None:
+        return
     if config.is_encoder_decoder:
         raise UnsupportedModel(
             f"eviction policies are for decoders: got {policy} for the encoder-decoder {type(config).__name__}, whose "
@@ -54,12 +61,13 @@ def require_decoder(policy: EvictionPolicy, config: PreTrainedConfig, layers: Se
         )
 
 
-def refuse_with(policy: EvictionPolicy, what: str) -> CacheStateError:
-    """Make the error for an operation that a cache with `policy` does not have."""
-    return CacheStateError(
-        f"{what}: got a cache with {policy}, which would drop other tokens than one by one; use the cache without a "
-        "policy"
-    )
+def forbid(policy: EvictionPolicy | None, what: str) -> None:
+    """Raise CacheStateError for an operation that a cache with a policy does not have."""
+    if policy is not None:
+        raise CacheStateError(
+            f"{what}: got a cache with {policy}, which would drop other tokens than one by one; use the cache without "
+            "a policy"
+        )
 
 
 def _has_states(layer: Any) -> bool:

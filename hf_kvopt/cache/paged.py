@@ -24,7 +24,7 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
-from hf_kvopt.cache.bounded import refuse_with, require_decoder, require_policy
+from hf_kvopt.cache.bounded import checked_policy, forbid, require_decoder
 from hf_kvopt.cache.forwards import ForwardLog
 from hf_kvopt.cache.hybrid import HybridLayer
 from hf_kvopt.cache.kinds import LayerMaker
@@ -86,10 +86,7 @@ class PagedCache(WatchedCache):
         if config is not None and not isinstance(config, PreTrainedConfig):
             raise TypeError(f"config must be a model's config, e.g. model.config: got {type(config).__name__}")
         self.cache_config = CacheConfig(block_size=block_size, max_tokens=max_tokens, compileable=compileable)
-        if policy is not None:
-            require_policy(policy, compileable)
-            policy.check(block_size)
-        self.policy = policy
+        self.policy = checked_policy(policy, self.cache_config)
         self._rows = self._make_rows()
         self.owner: weakref.ref[object] | None = None  # the enabled model that it was handed to
         self.epoch = 0  # counts how often it was emptied
@@ -106,8 +103,7 @@ class PagedCache(WatchedCache):
             maker = self._layer_maker().resolved(config)
             self.formats = maker.formats
             layers = maker.layers(config)
-            if policy is not None:
-                require_decoder(policy, config, layers)
+            require_decoder(policy, config, layers)
             Cache.__init__(self, layers=layers, **kwargs)
             if not all(getattr(layer, "is_dummy", False) for layer in self._stock_layers()):
                 self._log = ForwardLog(len(self.layers))
@@ -184,13 +180,8 @@ class PagedCache(WatchedCache):
             self._select(torch.arange(self.num_rows, device="cpu")[indices.cpu()].tolist())
 
     def activate_past_recording(self) -> None:
-        """Keep what lies behind sliding windows until the next `crop`, so that it can be undone.
-
-        Raises:
-            CacheStateError: the cache has an eviction policy.
-        """
-        if self.policy is not None:
-            raise refuse_with(self.policy, "drafts are read several tokens at a time and taken back")
+        """Keep what lies behind sliding windows until the next `crop`; a policy makes it raise CacheStateError."""
+        forbid(self.policy, "drafts are read several tokens at a time and taken back")
         for layer in self._stock_layers():
             if hasattr(layer, "activate_past_recording"):
                 layer.activate_past_recording()
@@ -281,8 +272,7 @@ class PagedCache(WatchedCache):
         return {**self.__dict__, "owner": None, "_call": None, "_guard": None}
 
     def _require_no_states(self, name: str) -> None:
-        if self.policy is not None:
-            raise refuse_with(self.policy, f"{name} cuts rows of drafts")
+        forbid(self.policy, f"{name} cuts rows of drafts")
         if self._stock_layers():
             raise CacheStateError(
                 f"{name} needs a growing cache of attention layers alone: got one of fixed capacity, or with states "

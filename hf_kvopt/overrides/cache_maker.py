@@ -32,8 +32,8 @@ LAYER_OPTIONS = ("skip_layers", "layer_formats")
 
 def make_cache(model: PreTrainedModel, factory: CacheFactory, options: dict[str, Any]) -> Cache:
     """Make a cache with `factory` for `model`; for an encoder-decoder, one for each of its two attentions."""
-    if options.get("policy") is not None and model.config.is_encoder_decoder:
-        require_decoder(options["policy"], model.config, [])
+    if model.config.is_encoder_decoder:
+        require_decoder(options.get("policy"), model.config, [])
     cache = factory(config=model.config.get_text_config(decoder=True), **options)
     if not model.config.is_encoder_decoder:
         return cache

@@ -13,16 +13,14 @@ before lags[i] (left padding, or what a row accepted less of than others) are ne
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from hf_kvopt.errors import CacheStateError
-from hf_kvopt.eviction.policy import EvictionPolicy
 from hf_kvopt.pool.allocator import BlockAllocator
 from hf_kvopt.pool.block_rows import BlockRows
 from hf_kvopt.pool.slots import Step
+from hf_kvopt.pool.unevicted import Unevicted
 
 
-class BlockTable(BlockRows):
+class BlockTable(BlockRows, Unevicted):
     """Owns one reference to each block in its rows and gives them back when it is released or collected.
 
     Args:
@@ -37,8 +35,6 @@ class BlockTable(BlockRows):
         self.record_past = False
         self.keeps_all = False  # a window hides what is behind it, but frees nothing: others may share it
         self.keep_contiguous = True
-        self.policy: EvictionPolicy | None = None  # see `EvictingTable`
-        self.evicted = 0  # tokens that it dropped, over all rows
         # What was held before a step that replaced all of it: layers still read it, a failed forward goes back to it.
         self.retired: BlockTable | None = None
         self.step_start = 0  # the clock before the last `reserve`
@@ -112,21 +108,6 @@ class BlockTable(BlockRows):
     def next_start(self, clock: int) -> int:
         """`visible_start` for the forward that begins at column `clock`, before any layer of it was written."""
         return self.visible_start(clock)
-
-    def note_padding(self, hidden: Sequence[int]) -> None:
-        """Learn how many of the columns that are handed out now each row begins with are padding; only a table that
-        evicts has to know."""
-
-    def padding(self) -> list[int]:
-        """Slots of padding that each row begins with, as far as it was noted."""
-        return [0] * self.batch_size
-
-    def has_chosen(self, reads: object) -> bool:
-        """Whether the layer of `reads` has chosen already what it keeps of a prompt; see `ScoredTable`."""
-        return True
-
-    def choose(self, reads: object, rows: Sequence[Tensor]) -> None:
-        """Take note of what the layer of `reads` keeps of a prompt; see `ScoredTable`."""
 
     def rollback(self, clock: int) -> None:
         """Undo the last `reserve`, back to `clock`, or go back to 0, after a forward that failed half way."""

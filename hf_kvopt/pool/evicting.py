@@ -44,7 +44,7 @@ class EvictingTable(BlockTable):
         policy: what to drop.
     """
 
-    policy: EvictionPolicy
+    policy: EvictionPolicy  # never None here
     numbers: list[list[int]]
     pads: list[int]
     _asked: list[int]  # lengths at which the policy was asked last
