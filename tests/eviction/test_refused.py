@@ -203,8 +203,13 @@ def test_a_policy_of_ones_own_never_loses_the_last_token():
 
     model = tiny_model()
     cache = PagedCache(model.config, policy=Everything())
-    generate(model, prompt(64), cache, max_new_tokens=60)
-    assert 0 < cache.stats().num_tokens <= 32
+    with torch.no_grad():
+        model(input_ids=prompt(64)["input_ids"], **{CACHE_KEYWORD: cache})
+        assert cache.get_mask_sizes(1, 0) == (16 + 1, 48)
+        for step in range(1, 60):
+            model(input_ids=prompt(1)["input_ids"], **{CACHE_KEYWORD: cache})
+            assert cache.stats().num_tokens + cache.stats().evicted == 64 + step
+            assert 16 <= cache.stats().num_tokens <= 32
     cache.check_integrity()
 
 
