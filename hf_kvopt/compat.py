@@ -50,6 +50,9 @@ EXPAND_KV = "expand_kv"  # of an MLA attention module: (latents, rotary keys) to
 _LONGROPES = ("longrope", "su")  # one scaling; "su" in older configs
 WITHOUT_KV = ("conv", "linear_attention", "dummy")
 """Kinds of layers without keys and values: states instead, or those of another layer."""
+_STATES_IN_MODULES = ("recurrent_gemma",)  # model types whose states lie in the modules and not in a cache
+HANDS_OUT_STATES = hasattr(Cache, "get_conv_state")
+"""Whether layers ask a cache for their states; before, whether there are any, and then read them from its layers."""
 PREFILL_CHUNKS_GO_ON = Version("5.21") <= VERSION
 """Whether a prefill in chunks begins where the cache ends; before, it began at the first token."""
 
@@ -101,6 +104,8 @@ class Call(NamedTuple):
     config: GenerationConfig  # of this call alone
     columns: int  # that the prompt has, with what the cache holds of it; -1: unknown
     num_ids: int  # columns of the tokens that were passed
+    ids: Tensor | None = None  # those
+    mask: Tensor | None = None  # the attention mask that was passed, or made
 
 
 def running_call(cache: Cache) -> Call | None:
@@ -108,18 +113,26 @@ def running_call(cache: Cache) -> Call | None:
 
     What it was asked for is told neither to the cache nor, by most models, to the attention: its own frame is read.
     """
+    known = _generate_locals()
+    if known is None:
+        return None
+    config, kwargs = known["generation_config"], known["model_kwargs"]
+    given = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+    if isinstance(given, EncoderDecoderCache):
+        is_given = given.self_attention_cache is cache or given.cross_attention_cache is cache
+        return Call(config, -1, 0) if is_given else None
+    mask, ids = kwargs.get("attention_mask"), known["input_ids"]
+    return Call(config, prompt_columns(config, mask), ids.shape[1], ids, mask) if given is cache else None
+
+
+def _generate_locals() -> dict[str, Any] | None:
+    """Return the local names of the innermost generate() that runs in this thread."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         # Of any class: some models bring a generate() of their own.
         known = frame.f_locals if frame.f_code.co_name == "generate" else {}
         if all(name in known for name in _GENERATE_LOCALS):
-            config, kwargs = known["generation_config"], known["model_kwargs"]
-            given = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
-            if isinstance(given, EncoderDecoderCache):
-                is_given = given.self_attention_cache is cache or given.cross_attention_cache is cache
-                return Call(config, -1, 0) if is_given else None
-            columns, ids = prompt_columns(config, kwargs.get("attention_mask")), known["input_ids"]
-            return Call(config, columns, ids.shape[1]) if given is cache else None
+            return known
         frame = frame.f_back
     return None
 
@@ -242,7 +255,9 @@ def next_inputs(
 
 
 def is_synced(model: PreTrainedModel) -> bool:
-    """Whether the ranks of a sharded model must run equally many forwards."""
+    """Whether the ranks of a sharded model must run equally many forwards: as found, or as generate() was told."""
+    if (_generate_locals() or {}).get("synced_gpus"):
+        return True
     distributed = torch.distributed
     if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
         return False
@@ -289,6 +304,17 @@ def appended_layers(config: PreTrainedConfig) -> list[int]:
 def stock_layer(kind: str, options: dict[str, Any]) -> Any:
     """Make transformers' own cache layer of a kind."""
     return cache_utils.DYNAMIC_LAYER_TYPE_MAPPING[kind](**options)
+
+
+def holds_nothing(layer: object) -> bool:
+    """Whether a cache layer stands for one that reads another's keys and values, or has no attention."""
+    kind = cache_utils.DYNAMIC_LAYER_TYPE_MAPPING.get("dummy")  # older versions leave such layers out
+    return kind is not None and isinstance(layer, kind)
+
+
+def keeps_states_in_modules(config: PreTrainedConfig) -> bool:
+    """Whether a decoder's modules keep states themselves, so that no cache says what text these are of."""
+    return config.model_type in _STATES_IN_MODULES
 
 
 def slides(config: PreTrainedConfig, layer_idx: int) -> bool:

@@ -97,7 +97,7 @@ def lazy_mask(
     kv_length: int,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
-    mask_function: Callable = compat.causal_mask_function,
+    mask_function: Callable[..., Any] = compat.causal_mask_function,
     attention_mask: Tensor | None = None,
     device: torch.device | str = "cpu",
     **kwargs: Any,
@@ -139,7 +139,7 @@ def lazy_mask(
     return LazyMask(shape, torch.device(device), pattern, padding, lambda: compat.sdpa_mask(**arguments))
 
 
-def describe(mask_function: Callable) -> Pattern | None:
+def describe(mask_function: Callable[..., Any]) -> Pattern | None:
     """Return the pattern that one of transformers' mask functions implements; None for any other function."""
     if mask_function is compat.causal_mask_function:
         return Pattern(is_causal=True, window=None)
@@ -153,7 +153,7 @@ def describe(mask_function: Callable) -> Pattern | None:
     return None
 
 
-def _closure(function: Callable, like: Callable) -> dict[str, Any]:
+def _closure(function: Callable[..., Any], like: Callable[..., Any]) -> dict[str, Any]:
     """Return the captured variables of `function` if it was made by the same code as `like`, else none."""
     code = getattr(function, "__code__", None)
     if code is None or code is not like.__code__:
@@ -163,14 +163,14 @@ def _closure(function: Callable, like: Callable) -> dict[str, Any]:
 
 
 @cache
-def _and_mask() -> Callable:
+def _and_mask() -> Callable[..., Any]:
     """Return a mask function that transformers combined from parts."""
-    made: Callable = compat.and_masks(compat.causal_mask_function)
+    made: Callable[..., Any] = compat.and_masks(compat.causal_mask_function)
     return made
 
 
 @cache
-def _sliding() -> Callable:
+def _sliding() -> Callable[..., Any]:
     """Return a sliding-window mask function of transformers."""
-    made: Callable = compat.sliding_window_overlay(1)
+    made: Callable[..., Any] = compat.sliding_window_overlay(1)
     return made

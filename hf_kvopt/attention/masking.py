@@ -100,13 +100,14 @@ def _ordered(scoring: Pattern, is_causal: bool, window: int | None) -> Pattern:
     return scoring._replace(is_causal=is_causal, window=window)
 
 
-def hide_before(starts: list[int], pattern: Pattern, kv_len: int) -> Pattern:
-    """Hide in `pattern` the columns before each row's first token, which hold nothing."""
-    mask = pattern.mask
+def hide_before(key: KVHandle, pattern: Pattern, kv_len: int) -> Pattern:
+    """Hide in `pattern` the columns of `key` before each row's first token, which hold nothing."""
+    mask, starts = pattern.mask, key.starts or []
+    assert key.table is not None
     if mask is None:
         given = [0] * len(starts) if pattern.starts is None else pattern.starts
         return pattern._replace(starts=[max(pair) for pair in zip(starts, given, strict=True)])
-    first = torch.tensor(starts, device=mask.device)
+    first = key.table.numbers(starts, mask.device)
     held = (torch.arange(kv_len, device=mask.device) >= first[:, None])[:, None, None]
     hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
     return pattern._replace(mask=torch.where(held, mask, hidden))

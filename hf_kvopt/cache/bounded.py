@@ -1,6 +1,5 @@
 """Refuses, when a cache with an eviction policy is made, what such a cache is not for."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -32,8 +31,8 @@ def checked_policy(policy: object, config: CacheConfig) -> EvictionPolicy | None
     return policy
 
 
-def require_decoder(policy: EvictionPolicy | None, config: PreTrainedConfig, layers: Sequence[Any]) -> None:
-    """Raise UnsupportedModel where a model keeps more of a text than keys and values of its tokens.
+def require_decoder(policy: EvictionPolicy | None, config: PreTrainedConfig, layers: list[Any]) -> list[Any]:
+    """Return `layers`; raise UnsupportedModel where a model keeps more of a text than keys and values of its tokens.
 
     Args:
         policy: of the cache; nothing is refused where it has none.
@@ -41,7 +40,7 @@ def require_decoder(policy: EvictionPolicy | None, config: PreTrainedConfig, lay
         layers: that a cache makes for it.
     """
     if policy is None:
-        return
+        return layers
     if config.is_encoder_decoder:
         raise UnsupportedModel(
             f"eviction policies are for decoders: got {policy} for the encoder-decoder {type(config).__name__}, whose "
@@ -59,6 +58,7 @@ def require_decoder(policy: EvictionPolicy | None, config: PreTrainedConfig, lay
             f"eviction policies act on layers of full attention: got {policy} for a {type(config).__name__} that has "
             "none, so that its windows bound the memory already; use the cache without a policy"
         )
+    return layers
 
 
 def forbid(policy: EvictionPolicy | None, what: str) -> None:

@@ -47,13 +47,14 @@ class FixedLayer(PagedLayer):
         table, batch = self.table, key_states.shape[0]
         max_blocks = table.allocator.max_blocks
         assert max_blocks is not None
-        row_blocks = max_blocks // batch
-        if row_blocks == 0:
+        if batch > max_blocks * table.block_size:
             raise OutOfBlocks(
                 f"a batch of {batch} rows does not fit: got max_tokens={max_blocks * table.block_size} ({max_blocks} "
                 f"blocks of {table.block_size}); raise max_tokens to at least batch_size * (prompt tokens + "
-                "max_new_tokens), each row in whole blocks"
+                "max_new_tokens)"
             )
+        # Rounded up: batch * (prompt + new) tokens must hold the rows, whatever the block size.
+        row_blocks = -(-max_blocks // batch)
         # Exactly the batch's share, so that row r begins at block r * row_blocks.
         table.allocator.max_blocks = row_blocks * batch
         self.row_capacity = row_blocks * table.block_size

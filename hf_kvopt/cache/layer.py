@@ -57,7 +57,7 @@ class PagedLayer(CacheLayerMixin):
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
-        """[batch, num_kv_heads, tokens held, head_dim], by reference; None before the first update."""
+        """[batch, num_kv_heads, tokens held, head_dim], by reference; None before there is a pool."""
         return self._stored("keys")
 
     @property
@@ -104,9 +104,7 @@ class PagedLayer(CacheLayerMixin):
         replaces = table.window is not None and table.replaces_window(num_tokens)
         past = self._past_dense(pool, table.visible_start(start)) if replaces else None
         step = table.advance(batch, start, num_tokens)
-        dropped = step.start - start
-        kept = (key_states[:, :, dropped:], value_states[:, :, dropped:]) if dropped else (key_states, value_states)
-        pool.write(*kept, table, step.start, step.stop)
+        pool.write(key_states, value_states, table, step.start, step.stop)
         self.clock = step.stop  # only now: what breaks off before this was not written
         keys, values = None, None
         if replaces:
@@ -219,9 +217,11 @@ class PagedLayer(CacheLayerMixin):
         return self.clock
 
     def _stored(self, name: str) -> Tensor | None:
-        if self.pool is None or not self.table.rows:
+        if self.pool is None:
             return None
         plane: Plane = getattr(self.pool, name)
+        if not self.table.rows:
+            return plane.no_tokens(0)  # initialized, which says that there is a tensor
         first = self.table.visible_start(self.clock)
         view = plane.view(self.table, self._num_columns() - first, first - self.table.base)
         return KVHandle(view, self.pool.reads)

@@ -24,11 +24,13 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
+from hf_kvopt import compat
 from hf_kvopt.cache.bounded import checked_policy, forbid, require_decoder
 from hf_kvopt.cache.forwards import ForwardLog
 from hf_kvopt.cache.hybrid import HybridLayer
 from hf_kvopt.cache.kinds import LayerMaker
 from hf_kvopt.cache.layer import PagedLayer
+from hf_kvopt.cache.loop import loop_of
 from hf_kvopt.cache.rows import FixedRows, GrowingRows, TableMaker
 from hf_kvopt.cache.stats import CacheStats, measure
 from hf_kvopt.cache.watched import WatchedCache
@@ -55,13 +57,11 @@ class PagedCache(WatchedCache):
         compileable: fixed capacity of `max_tokens`; see `CacheConfig`.
         offloading: keep all layers but the one that computes in CPU memory (CUDA only), as `DynamicCache` does.
         offload_only_non_sliding: leave sliding layers on the device.
-        policy: which tokens layers of full attention drop, such as `SinkRecent(sinks=4, recent=1024)`; None keeps
-            all. Needs the model to run with hf_kvopt's attention. See docs/guides/bounded-memory.md.
+        policy: what full attention drops, e.g. `SinkRecent(sinks=4, recent=1024)`; needs hf_kvopt's attention.
         formats: how the layers are stored, native by default; see `QuantizedPagedCache`.
 
     Raises:
-        ValueError, TypeError: a value cannot work.
-        UnsupportedModel: a policy for a model with states, an encoder, or windows alone.
+        ValueError, TypeError, UnsupportedModel: a value cannot work, or not with this model.
 
     Source: PagedAttention, arXiv:2309.06180; transformers issues #30536 (cat doubles the peak), #31717 (give memory
     back).
@@ -102,11 +102,11 @@ class PagedCache(WatchedCache):
             config = config.get_text_config(decoder=True)
             maker = self._layer_maker().resolved(config)
             self.formats = maker.formats
-            layers = maker.layers(config)
-            require_decoder(policy, config, layers)
-            Cache.__init__(self, layers=layers, **kwargs)
-            if not all(getattr(layer, "is_dummy", False) for layer in self._stock_layers()):
-                self._log = ForwardLog(len(self.layers))
+            Cache.__init__(self, layers=require_decoder(policy, config, maker.layers(config)), **kwargs)
+            if self._stock_layers():
+                self._log = ForwardLog()
+            self._states_elsewhere = compat.keeps_states_in_modules(config)
+            self._loop = loop_of(config, len(self.layers))
 
     @property
     def layer_class_to_replicate(self) -> Any:
@@ -264,9 +264,9 @@ class PagedCache(WatchedCache):
         return [layer for layer in self.layers if isinstance(layer, PagedLayer)]
 
     def _stock_layers(self) -> list[Any]:
-        """transformers' own layers, and the states of hybrid ones."""
+        """transformers' own layers, and the states of hybrid ones; not those that hold nothing."""
         layers = [layer.states if isinstance(layer, HybridLayer) else layer for layer in self.layers]
-        return [layer for layer in layers if not isinstance(layer, PagedLayer)]
+        return [layer for layer in layers if not isinstance(layer, PagedLayer) and not compat.holds_nothing(layer)]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "owner": None, "_call": None, "_guard": None}

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from packaging.requirements import Requirement
@@ -18,13 +18,13 @@ from packaging.requirements import Requirement
 from hf_kvopt import compat
 from hf_kvopt.cli.screen import Parser, as_json, pairs, table
 from hf_kvopt.cli.trial import Trial, run_trials
+from hf_kvopt.cli.watch import IDLE_S, run_while_busy
 from hf_kvopt.errors import UnsupportedDevice
 from hf_kvopt.kernels.cpu.program import can_compile
 from hf_kvopt.kernels.devices import check_format_runs
 from hf_kvopt.kernels.triton.launch import device_target
 from hf_kvopt.quant import FORMATS, Format
 
-_SECONDS_A_RUNG = 300
 _KERNELS = ("store_kv", "paged_decode", "paged_prefill", "flash_prefill", "merge_state")
 
 
@@ -192,16 +192,12 @@ def _from_trial(trial: Trial) -> Finding:
 
 
 def _process(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str] | None:
-    env: dict[str, Any] = {**os.environ, **environment}
-    try:
-        return subprocess.run(command, capture_output=True, text=True, env=env, timeout=_SECONDS_A_RUNG, check=False)
-    except subprocess.TimeoutExpired:
-        return None
+    return run_while_busy(command, env={**os.environ, **environment})
 
 
 def _last_line(done: subprocess.CompletedProcess[str] | None) -> str:
     if done is None:
-        return f"no answer within {_SECONDS_A_RUNG} s"
+        return f"it hung: no work within {IDLE_S:.0f} s"
     lines = (done.stdout.strip() or done.stderr.strip()).splitlines()
     return lines[-1][:200] if lines else f"exit status {done.returncode}"
 

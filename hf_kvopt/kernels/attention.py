@@ -18,7 +18,7 @@ from hf_kvopt.kernels import devices
 from hf_kvopt.kernels.calls import AttentionCall, EqualRows, KVSpec, KVView, Reader, Stored
 from hf_kvopt.kernels.cpu import codes, dense
 from hf_kvopt.kernels.cpu import paged_attention as compiled
-from hf_kvopt.kernels.cpu.place import place_of
+from hf_kvopt.kernels.cpu.address import address_of
 from hf_kvopt.kernels.library import PATTERN, define_op
 from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.kernels.triton import attention as triton
@@ -66,7 +66,7 @@ def fixed_view(
     """Make a view of rows of fixed capacity out of what it holds, `dtype` being what a model sees."""
     fmt = format_of(codes.dtype)
     shape = (len(rows.block_table), codes.shape[2], kv_len, codes.shape[3] * fmt.codes_per_byte)
-    plane = Stored(codes, scale, rotates, place_of(codes, scale))
+    plane = Stored(codes, scale, rotates, address_of(codes, scale))
     return KVView(plane, rows, KVSpec(shape, dtype, fmt.name, rotates), centre=centre)
 
 

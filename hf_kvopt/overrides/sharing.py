@@ -117,7 +117,7 @@ class _Generate(SharingOverride):
                 raise
         is_tensor = isinstance(output, Tensor)
         for cache in made:
-            # A cache that is handed back with the output stays the caller's.
+            # A cache that is returned with the output stays the caller's.
             _keep(self.sharing.store_for(model), cache, output if is_tensor else output.sequences, close=is_tensor)
         return output
 
@@ -171,7 +171,7 @@ def prefix_store(model: PreTrainedModel) -> PrefixStore:
 
 
 def _keep(store: PrefixStore, cache: PrefixSharedCache, sequences: Tensor | None, *, close: bool) -> None:
-    """Keep what a finished, or broken, call computed; a model that changed meanwhile keeps nothing."""
+    """Keep what a finished or interrupted call computed; if the model changed meanwhile, keep nothing."""
     if cache.texts is None or cache.is_committed:
         return
     try:

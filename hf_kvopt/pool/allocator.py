@@ -33,6 +33,8 @@ class BlockAllocator:
         stays_put: blocks keep their numbers for life, so that holders in several threads may read while one grows.
         on_shortage: told how many blocks are missing before the pools grow; it may release some (evict) instead.
         lock: one for all allocators that change together.
+        on_conflict: asked, where no block is left to copy them to, to let go of shared blocks that are to be written;
+            returns whether it did.
     """
 
     def __init__(
@@ -44,13 +46,14 @@ class BlockAllocator:
         stays_put: bool = False,
         on_shortage: Callable[["BlockAllocator", int], None] | None = None,
         lock: AbstractContextManager[Any] | None = None,
+        on_conflict: Callable[["BlockAllocator", list[int]], bool] | None = None,
     ) -> None:
         self.max_blocks = max_blocks
         self.extent, self.block_size = extent, block_size
         self.refcounts: list[int] = []
         self.pools = LivePools()
         self.holders: weakref.WeakSet[BlockHolder] = weakref.WeakSet()
-        self.stays_put, self.on_shortage = stays_put, on_shortage
+        self.stays_put, self.on_shortage, self.on_conflict = stays_put, on_shortage, on_conflict
         self.lock = lock if lock is not None else threading.RLock()
         self.free = FreeRuns()
         self.abandoned: deque[list[int]] = deque()  # rows of collected holders, given back at the next call
@@ -148,6 +151,10 @@ class BlockAllocator:
             needed = self.num_blocks + missing
             # Blocks that stay put are there to be kept over many calls: growing must be rare.
             self.relayout(needed + max(self.extent, needed if self.stays_put else needed // 4))
+
+    def let_go(self, blocks: list[int]) -> bool:
+        """Ask who keeps texts in shared `blocks` to let go of them; whether any was let go."""
+        return self.on_conflict is not None and self.on_conflict(self, blocks)
 
     def extend(self, num_blocks: int) -> None:
         """Grow to `num_blocks` blocks (at most the cap), each held block staying where it is."""

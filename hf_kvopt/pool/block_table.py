@@ -13,7 +13,7 @@ before lags[i] (left padding, or what a row accepted less of than others) are ne
 
 from collections.abc import Sequence
 
-from hf_kvopt.errors import CacheStateError
+from hf_kvopt.errors import CacheStateError, OutOfBlocks
 from hf_kvopt.pool.allocator import BlockAllocator
 from hf_kvopt.pool.block_rows import BlockRows
 from hf_kvopt.pool.slots import Step
@@ -104,10 +104,6 @@ class BlockTable(BlockRows, Unevicted):
         Not a token more than the window has, as some models slide by what their cache hands out alone.
         """
         return 0 if self.window is None else max(0, clock - self.window + 1)
-
-    def next_start(self, clock: int) -> int:
-        """`visible_start` for the forward that begins at column `clock`, before any layer of it was written."""
-        return self.visible_start(clock)
 
     def rollback(self, clock: int) -> None:
         """Undo the last `reserve`, back to `clock`, or go back to 0, after a forward that failed half way."""
@@ -274,7 +270,14 @@ class BlockTable(BlockRows, Unevicted):
         ]
         copied = [row for row, _ in self._shared_places(self.clock, self.clock + 1)]  # half full and shared
         if copied or any(wanted):
-            self.allocator.ensure_free(sum(wanted) + len(copied))
+            try:
+                self.allocator.ensure_free(sum(wanted) + len(copied))
+            except OutOfBlocks:
+                # What another holder lets go of need not be copied.
+                if not copied or not self.allocator.let_go([self.rows[i][-1] for i in copied]):
+                    raise
+                copied = [row for row, _ in self._shared_places(self.clock, self.clock + 1)]
+                self.allocator.ensure_free(sum(wanted) + len(copied))
             if self.keep_contiguous:
                 self.allocator.make_room(self.rows, wanted)
             self._append_blocks([size + (i in copied) for i, size in enumerate(wanted)], copied)

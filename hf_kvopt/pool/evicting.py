@@ -35,8 +35,8 @@ class Eviction(NamedTuple):
 class EvictingTable(BlockTable):
     """Block table that drops what `policy` names; see `BlockTable` for the rest.
 
-    Between calls: `numbers[i]` says which block of its text each block of row i holds, ascending, `pads[i]` how many
-    slots of padding the row begins with. Rows with padding lose it with the first eviction of any row.
+    Between calls: `block_numbers[i]` says which block of its text each block of row i holds, ascending, and `pads[i]`
+    how many slots of padding the row begins with. Rows with padding lose it with the first eviction of any row.
 
     Args:
         allocator: the block space, shared with forks of this table.
@@ -45,7 +45,7 @@ class EvictingTable(BlockTable):
     """
 
     policy: EvictionPolicy  # never None here
-    numbers: list[list[int]]
+    block_numbers: list[list[int]]
     pads: list[int]
     _asked: list[int]  # lengths at which the policy was asked last
 
@@ -103,7 +103,7 @@ class EvictingTable(BlockTable):
 
     def select(self, indices: Sequence[int]) -> None:
         self._follow()
-        self.numbers = [list(self.numbers[i]) for i in indices]
+        self.block_numbers = [list(self.block_numbers[i]) for i in indices]
         self.pads = [self.padding()[i] for i in indices]
         self._asked = []
         super().select(indices)
@@ -111,7 +111,7 @@ class EvictingTable(BlockTable):
     def fork(self) -> BlockTable:
         child = super().fork()
         assert isinstance(child, EvictingTable)
-        child.numbers, child.pads = [list(row) for row in self.numbers], list(self.pads)
+        child.block_numbers, child.pads = [list(row) for row in self.block_numbers], list(self.pads)
         child.evicted = self.evicted
         return child
 
@@ -120,7 +120,7 @@ class EvictingTable(BlockTable):
         self._forget()
 
     def _forget(self) -> None:
-        self.numbers, self.pads, self._asked = [], [], []
+        self.block_numbers, self.pads, self._asked = [], [], []
         self._plan, self.evicted = None, 0
 
     def _empty_twin(self) -> BlockTable:
@@ -136,13 +136,13 @@ class EvictingTable(BlockTable):
 
     def _num_dropped(self, row: int) -> int:
         """Tokens that the policy dropped from a row."""
-        numbers = self.numbers[row] if row < len(self.numbers) else []
+        numbers = self.block_numbers[row] if row < len(self.block_numbers) else []
         return (numbers[-1] + 1 - len(numbers)) * self.block_size if numbers else 0
 
     def _follow(self) -> None:
         """Let the block numbers follow what was appended and cropped since; neither reaches into a hole."""
-        self.numbers += [[] for _ in range(self.batch_size - len(self.numbers))]
-        for numbers, row in zip(self.numbers, self.rows, strict=True):
+        self.block_numbers += [[] for _ in range(self.batch_size - len(self.block_numbers))]
+        for numbers, row in zip(self.block_numbers, self.rows, strict=True):
             del numbers[len(row) :]
             first = numbers[-1] + 1 if numbers else 0
             numbers += range(first, first + len(row) - len(numbers))
@@ -164,7 +164,7 @@ class EvictingTable(BlockTable):
         self._follow()
         kept, removed = [], []
         for row, length in enumerate(asked):
-            numbers = self.numbers[row] if not pads[row] else list(range(self._blocks_for(held[row])))
+            numbers = self.block_numbers[row] if not pads[row] else list(range(self._blocks_for(held[row])))
             dropped = _blocks_inside(self.policy.after_step(length), size)
             stay = [number for number in numbers[:-1] if not _is_inside(range(number, number + 1), dropped)]
             kept.append(stay + numbers[-1:])
@@ -188,7 +188,7 @@ class EvictingTable(BlockTable):
         self.evicted += sum(eviction.removed) - sum(pads)
         self.lags = [lag + n - eviction.columns for lag, n in zip(self.lags, eviction.removed, strict=True)]
         self.base += eviction.columns
-        self.numbers, self.pads, self._asked = [list(row) for row in eviction.kept], [], list(eviction.asked)
+        self.block_numbers, self.pads, self._asked = [list(row) for row in eviction.kept], [], list(eviction.asked)
         self._rows_changed()
         self._shrink(self.batch_size * self._blocks_for(num_tokens))
 
@@ -204,7 +204,7 @@ class EvictingTable(BlockTable):
 
     def _place(self, row: int, number: int, pads: int) -> int:
         """Which block of a row, whose padding fills whole blocks, holds the block `number` of its text."""
-        return self.numbers[row].index(number) if not pads else number + pads // self.block_size
+        return self.block_numbers[row].index(number) if not pads else number + pads // self.block_size
 
     def _release_all_but(self, row: int, places: Sequence[int]) -> None:
         blocks, stay = self.rows[row], set(places)
@@ -218,6 +218,8 @@ class EvictingTable(BlockTable):
     def _own(self, row: int, num_blocks: int) -> None:
         """Copy those of the first `num_blocks` blocks of a row that somebody else holds as well."""
         blocks, shared = self.rows[row], self._shared(row, num_blocks)
+        if not shared:
+            return
         for place, copied in zip(shared, self.allocator.copy([blocks[i] for i in shared]), strict=True):
             blocks[place] = copied
 
@@ -247,7 +249,7 @@ class EvictingTable(BlockTable):
         """Raise CacheStateError where a cache that had never read more than `clock` columns would hold more."""
         self._follow()
         for row, lag in enumerate(lags):
-            numbers, length = self.numbers[row], clock - lag - self.base + self._num_dropped(row)
+            numbers, length = self.block_numbers[row], clock - lag - self.base + self._num_dropped(row)
             gone = [range(a + 1, b) for a, b in zip([-1, *numbers], numbers, strict=False) if b > a + 1]
             if not gone:
                 continue

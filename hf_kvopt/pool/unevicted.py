@@ -13,6 +13,14 @@ class Unevicted:
     policy: EvictionPolicy | None = None
     evicted = 0  # tokens that the policy dropped, over all rows
 
+    def visible_start(self, clock: int) -> int:
+        """Return the first column that queries from column `clock` on are given."""
+        raise NotImplementedError
+
+    def next_start(self, clock: int) -> int:
+        """Return `visible_start` for the forward that begins at `clock`, before any layer of it was written."""
+        return self.visible_start(clock)
+
     def note_padding(self, hidden: Sequence[int]) -> None:
         """Learn how many of the columns that are handed out now each row begins with are padding."""
 

@@ -12,6 +12,7 @@ import copy
 from collections.abc import Hashable, Sequence
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from hf_kvopt import compat
@@ -245,6 +246,8 @@ class PrefixSharedCache(PagedCache):
         if not self._is_used and batch != len(self.texts) and batch % len(self.texts) == 0:
             repeats = batch // len(self.texts)
             self._select([row for row in range(len(self.texts)) for _ in range(repeats)])
+        if not self._is_used and self._filled:
+            self._require_own_prompt()
         missing = self.prompt_columns - self._seen
         if not self._filled or missing <= 0 or num_tokens == missing:
             return
@@ -258,3 +261,27 @@ class PrefixSharedCache(PagedCache):
                 "assistant_model"
             )
         self._chunk = num_tokens
+
+    def _require_own_prompt(self) -> None:
+        """Raise CacheStateError where the running generate() was given other prompts than this cache was filled for."""
+        call = compat.running_call(self)
+        columns = self.prompt_columns
+        if call is None or call.ids is None:
+            return
+        is_other = (
+            call.num_ids == columns
+            and len(call.ids) == len(self.texts or ())
+            and any(
+                row[pad:] != text for row, pad, text in zip(call.ids.tolist(), self.pads, self.texts or (), strict=True)
+            )
+        )
+        mask = None if call.mask is None or call.mask.dim() != 2 else call.mask[:, :columns].bool()
+        if mask is not None and len(mask) == len(self.pads):
+            pads = torch.tensor(self.pads, device=mask.device)[:, None]
+            is_other |= not torch.equal(mask, torch.arange(mask.shape[1], device=mask.device) >= pads)
+        if is_other:
+            raise CacheStateError(
+                "this cache was filled for other prompts: got other tokens, or an attention_mask that hides some of "
+                "them, by which the keys of all tokens behind would be others; pass generate() the input_ids and the "
+                "attention_mask that store.cache(...) was given, or use PagedCache"
+            )

@@ -10,7 +10,7 @@ used first; pinned nodes stay (RadixAttention, arXiv:2312.07104). Callers hold t
 """
 
 import heapq
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 from hf_kvopt.pool.allocator import BlockAllocator
@@ -113,6 +113,14 @@ class PrefixIndex:
         self.roots = {key: root for key, root in self.roots.items() if root.children}
         self.num_evicted += count
         return count
+
+    def forget(self, space: int, blocks: Collection[int]) -> int:
+        """Let go of the ends of texts that lie in `blocks` of a block space, unless pinned; returns how many."""
+        ends = [node for node in self.nodes() if node.blocks[space] in blocks and not node.children and not node.pins]
+        for node in ends:
+            self._remove(node)
+        self.num_evicted += len(ends)
+        return len(ends)
 
     def pin(self, match: Match, count: int) -> None:
         """Add `count` (or take away -`count`) pins to the nodes of a match."""

@@ -89,6 +89,7 @@ class SharedBlocks:
                 stays_put=True,
                 on_shortage=self._make_room,
                 lock=self.lock,
+                on_conflict=self._let_go,
             )
         return self._allocators[window]
 
@@ -157,6 +158,10 @@ class SharedBlocks:
                 reserved += size
                 used += size * (allocator.num_blocks - allocator.num_free) // max(1, allocator.num_blocks)
         return used, reserved
+
+    def _let_go(self, allocator: BlockAllocator, blocks: list[int]) -> bool:
+        """Forget the ends of texts that lie in `blocks`: a row goes on in them, and there is no room for a copy."""
+        return self.index.forget(self.allocators.index(allocator), set(blocks)) > 0
 
     def _make_room(self, allocator: BlockAllocator, missing: int) -> None:
         """Evict instead of growing where the store holds its share already."""

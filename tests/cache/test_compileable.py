@@ -82,9 +82,18 @@ def test_tokens_past_the_capacity_are_refused_and_the_rest_is_kept() -> None:
 
 def test_a_batch_that_does_not_fit_is_refused() -> None:
     cache = PagedCache(max_tokens=32, compileable=True)
-    with pytest.raises(OutOfBlocks, match=r"batch of 3 rows does not fit.*batch_size \* \(prompt tokens"):
-        cache.update(*states(3, 2), 0)
+    with pytest.raises(OutOfBlocks, match=r"batch of 33 rows does not fit.*batch_size \* \(prompt tokens"):
+        cache.update(*states(33, 2), 0)
     cache.update(*states(2, 2), 0)
+
+
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_rows_times_prompt_and_new_tokens_are_enough(block_size: int) -> None:
+    lengths = (38, 20, 9)
+    cache = PagedCache(tiny_config("full"), max_tokens=3 * (38 + 12), compileable=True, block_size=block_size)
+    tokens = generate(tiny_model(), prompt(*lengths), cache, disable_compile=True)
+    assert torch.equal(tokens, eager_tokens("full", *lengths))
+    cache.check_integrity()
 
 
 def test_rows_change_places_by_copy() -> None:
