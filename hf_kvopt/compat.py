@@ -107,6 +107,14 @@ class Call(NamedTuple):
     ids: Tensor | None = None  # those
     mask: Tensor | None = None  # the attention mask that was passed, or made
 
+    @property
+    def longest(self) -> int:
+        """Columns that a cache may hold at the end: the last token is not read. 0: unknown."""
+        limit = self.config.max_length
+        if self.columns < 0 or not self.num_ids or limit is None:
+            return 0
+        return max(self.columns, self.num_ids) + limit - self.num_ids - 1
+
 
 def running_call(cache: Cache) -> Call | None:
     """Return the generate() call in this thread that `cache` was given to, alone or as part of a pair.
@@ -262,6 +270,30 @@ def is_synced(model: PreTrainedModel) -> bool:
     if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
         return False
     return bool(_is_zero3() or _is_fsdp(model))
+
+
+def text_group(model: PreTrainedModel) -> "torch.distributed.ProcessGroup | None":
+    """Return the group of ranks that read the same texts, each with a part of every layer; None for a whole model.
+
+    Raises:
+        UnsupportedModel: the model is sharded, and this transformers does not say over which ranks.
+    """
+    if int(getattr(model, "_tp_size", None) or 1) == 1:
+        return None
+    mesh = getattr(model, "_device_mesh", None)
+    if mesh is None:
+        missing("PreTrainedModel._device_mesh")
+    mesh = mesh["tp"] if "tp" in (mesh.mesh_dim_names or ()) and mesh.ndim > 1 else mesh
+    if mesh.ndim != 1:
+        missing("axis 'tp' of PreTrainedModel._device_mesh")
+    return mesh.get_group() if mesh.size() > 1 else None
+
+
+def is_pipelined(config: PreTrainedConfig) -> bool:
+    """Return whether `config` is of a model whose layers are divided over ranks, as `from_pretrained` notes in it."""
+    divided = getattr(config, "distributed_config", None)
+    size = divided.get("pp_size") if isinstance(divided, dict) else getattr(divided, "pp_size", None)
+    return (size or 1) > 1
 
 
 def prompt_columns(config: GenerationConfig, attention_mask: Tensor | None) -> int:

@@ -17,18 +17,21 @@ from transformers import PreTrainedModel
 from hf_kvopt import compat
 from hf_kvopt.attention.register import ATTENTION_NAME
 from hf_kvopt.attention.support import attention_obstacle
+from hf_kvopt.cache.bounded import require_alone
 from hf_kvopt.cache.paged import PagedCache
 from hf_kvopt.cache.quantized import QuantizedPagedCache, option_names
 from hf_kvopt.calibration import choose, warn_of_loss
 from hf_kvopt.errors import UnsupportedModel, nearest
 from hf_kvopt.overrides import latents
 from hf_kvopt.overrides.cache_maker import CACHES, KV_NAMES, LAYER_OPTIONS, CacheMaker, make_cache
+from hf_kvopt.overrides.divided import require_followed
 from hf_kvopt.overrides.inputs import CheckedPrefill, PreparedInputs
 from hf_kvopt.overrides.instance import InstanceOverride
 from hf_kvopt.overrides.sharing import Sharing, install
 from hf_kvopt.overrides.speculation import DraftingGenerate
 from hf_kvopt.prefix.store import PrefixStore
 from hf_kvopt.presets import PRESETS, resolve
+from hf_kvopt.ranks import require_alike
 from hf_kvopt.speculation.drafters.base import Drafter
 from hf_kvopt.speculation.speculative import SpeculativeDecoding, speculative
 
@@ -99,7 +102,9 @@ def enable(
     Raises:
         ValueError, TypeError: an unknown cache name, or options that the cache does not take. The model is as it was.
         UnsupportedModel: a model that keeps its past in a cache of its own; with attention=True, one that does not
-            take this attention; with prefix_sharing, one whose keys and values depend on more than its tokens.
+            take this attention; with prefix_sharing, one whose keys and values depend on more than its tokens; layers
+            divided over ranks (`pp_size`), or fewer heads of keys and values than ranks.
+        CacheStateError: ranks that share the model (`tp_size`) name other options, or one of them does not come.
 
     Source: what users ask of plain `generate` in transformers' issues: prompts kept between calls (#24841, #34232),
     speculation for batches (#32165).
@@ -115,6 +120,10 @@ def enable(
         raise TypeError(
             f"enable takes a transformers model: got {type(model).__name__}; unwrap it first, e.g. pipe.model"
         )
+    require_followed(model)
+    sharing_said = prefix_sharing if isinstance(prefix_sharing, bool) else type(prefix_sharing).__name__
+    said = f"cache={cache!r}, attention={attention}, prefix_sharing={sharing_said}, draft={_name_of(draft)!r}"
+    require_alike(model, "options of enable", f"{said}, max_loss={max_loss}, {cache_options}")
     if cache in PRESETS:
         chosen = resolve(cache, model)
         given = {"prefix_sharing": prefix_sharing, "draft": draft}
@@ -144,7 +153,8 @@ def enable(
             "ignore; use the model as it is"
         )
     attention = _takes_attention(model, attention, is_all=cache is None and draft is None)
-    _check_policy(model, attention, prefix_sharing, draft, cache_options)
+    beside = {"prefix_sharing": prefix_sharing is not False, "draft": draft is not None}
+    require_alone(cache_options.get("policy"), type(model).__name__, attention, beside)
     if cache is not None:
         make_cache(model, CACHES[cache], cache_options)  # refuse bad options now, not in the first generate
         if cache != "paged" and not set(LAYER_OPTIONS) & set(cache_options):
@@ -252,25 +262,6 @@ def _check_options(cache: str | None, options: dict[str, Any]) -> None:
                 f"enable takes no option {name!r} with cache={cache!r}: expected one of {sorted(known)}"
                 f"{nearest(name, known)}"
             )
-
-
-def _check_policy(
-    model: PreTrainedModel, attention: bool, prefix_sharing: bool | PrefixStore, draft: Any, options: dict[str, Any]
-) -> None:
-    """Refuse an eviction policy beside what reads or keeps the tokens that it drops."""
-    policy = options.get("policy")
-    if policy is None:
-        return
-    if not attention:
-        raise UnsupportedModel(
-            f"a cache with {policy} needs hf_kvopt's attention, which alone knows where its gaps are: got "
-            f"{type(model).__name__} with its own; drop attention=False if it was given, or the policy"
-        )
-    wrong = {"prefix_sharing": prefix_sharing is not False, "draft": draft is not None}
-    for name in (name for name, is_given in wrong.items() if is_given):
-        raise ValueError(
-            f"{name} needs all tokens of a text: got {name} together with policy={policy}, which drops some; drop one"
-        )
 
 
 def _takes_attention(model: PreTrainedModel, wanted: bool | None, is_all: bool) -> bool:

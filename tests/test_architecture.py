@@ -26,10 +26,11 @@ ALLOWED = {
     "eviction": ("eviction", "config"),
     "kernels": ("kernels", "quant"),
     "quant": ("quant",),
-    "speculation": ("speculation", "attention", "cache", "prefix", "kernels.cpu.draft", "config", "compat"),
+    "speculation": ("speculation", "attention", "cache", "prefix", "kernels.cpu.draft", "ranks", "config", "compat"),
     "plan": ("plan", "quant", "config", "compat", "prefix.identity"),
     "presets": ("plan",),
     "compat": (),
+    "ranks": ("compat",),
     "config": (),
     "errors": (),
     "packaged": (),
@@ -47,9 +48,9 @@ ALLOWED = {
 # Only these speak to transformers; the rest is torch alone.
 WITH_TRANSFORMERS = (
     "cache", "prefix", "attention", "speculation", "enable", "overrides", "plan", "presets", "cli", "compat",
-    "packaged", "calibration", "__main__",
+    "packaged", "calibration", "ranks", "__main__",
 )  # fmt: skip
-# Rungs 2 and 3 of the proof compile and time the kernels, which are no public names.
+# Rungs 2 and 4 of the proof compile and time the kernels, which are no public names.
 KERNEL_PROOFS = ("evals/gpu/", "evals/kernels.py")
 PROVEN = ("hf_kvopt.kernels", "hf_kvopt.quant", "triton")
 # Lines of a file: 300, but for what is being shortened.

@@ -1,4 +1,4 @@
-"""Rung 3 of the proof: correctness, then speed, of everything on one CUDA device, in one call of under nine minutes.
+"""Rung 4 of the proof: correctness, then speed, of everything on one CUDA device, in one call of under nine minutes.
 
     python -m evals.gpu                  all of it; writes evals/results/gpu-<card>.json and prints a table in Markdown
     python -m evals.gpu --out FOLDER     all of it, written elsewhere

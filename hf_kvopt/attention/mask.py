@@ -15,6 +15,7 @@ from torch import Tensor
 from hf_kvopt import compat
 from hf_kvopt.attention.support import takes_boolean_masks
 from hf_kvopt.errors import CacheStateError, UnsupportedModel
+from hf_kvopt.kernels import devices
 from hf_kvopt.pool.lazy import LazyTensor
 
 
@@ -133,7 +134,7 @@ def lazy_mask(
         padding = padding[:, kv_offset : kv_offset + kv_length]
         # Checked once for each forward on a CPU only: a GPU would have to synchronize, so there padding is always
         # passed on.
-        if padding.device.type == "cpu" and bool(padding.all()):
+        if devices.is_on_host(padding) and bool(padding.all()):
             padding = None
     shape = (batch_size, 1, q_length, kv_length)
     return LazyMask(shape, torch.device(device), pattern, padding, lambda: compat.sdpa_mask(**arguments))

@@ -1,5 +1,6 @@
 """Refuses, when a cache with an eviction policy is made, what such a cache is not for."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -59,6 +60,32 @@ def require_decoder(policy: EvictionPolicy | None, config: PreTrainedConfig, lay
             "none, so that its windows bound the memory already; use the cache without a policy"
         )
     return layers
+
+
+def require_alone(policy: object, model: str, attention: bool, beside: Mapping[str, bool]) -> None:
+    """Refuse a policy beside what reads or keeps the tokens that it drops.
+
+    Args:
+        policy: of the cache; nothing is refused where it has none.
+        model: its class, for the error.
+        attention: whether the model runs with hf_kvopt's attention.
+        beside: options of `enable` that need all tokens, and whether each was given.
+
+    Raises:
+        UnsupportedModel: the model's own attention.
+        ValueError: an option that needs all tokens.
+    """
+    if policy is None:
+        return
+    if not attention:
+        raise UnsupportedModel(
+            f"a cache with {policy} needs hf_kvopt's attention, which alone knows where its gaps are: got {model} with "
+            "its own; drop attention=False if it was given, or the policy"
+        )
+    for name in (name for name, is_given in beside.items() if is_given):
+        raise ValueError(
+            f"{name} needs all tokens of a text: got {name} together with policy={policy}, which drops some; drop one"
+        )
 
 
 def forbid(policy: EvictionPolicy | None, what: str) -> None:

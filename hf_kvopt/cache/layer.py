@@ -13,6 +13,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.pool.block_table import BlockTable
+from hf_kvopt.pool.fixed_rows import is_on_host
 from hf_kvopt.pool.handle import KVHandle
 from hf_kvopt.pool.plane import Plane
 from hf_kvopt.pool.storage import KVPool
@@ -77,7 +78,7 @@ class PagedLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         allocator = self.table.allocator
-        self.table.keep_contiguous = key_states.device.type == "cpu"
+        self.table.keep_contiguous = is_on_host(key_states)
         self.pool = KVPool(key_states, value_states, self.table.block_size, allocator.num_blocks, self.format)
         self.is_first = self.is_first or not allocator.pools
         self.pool.reads.is_first = self.is_first

@@ -34,6 +34,7 @@ from hf_kvopt.cache.loop import loop_of
 from hf_kvopt.cache.rows import FixedRows, GrowingRows, TableMaker
 from hf_kvopt.cache.stats import CacheStats, measure
 from hf_kvopt.cache.watched import WatchedCache
+from hf_kvopt.cache.whole import require_undivided_layers
 from hf_kvopt.config import CacheConfig
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.eviction.policy import EvictionPolicy
@@ -90,15 +91,13 @@ class PagedCache(WatchedCache):
         self._rows = self._make_rows()
         self.owner: weakref.ref[object] | None = None  # the enabled model that it was handed to
         self.epoch = 0  # counts how often it was emptied
-        kwargs: dict[str, Any] = {
-            "offloading": offloading,
-            "offload_only_non_sliding": offload_only_non_sliding,
-        }
+        kwargs: dict[str, Any] = {"offloading": offloading, "offload_only_non_sliding": offload_only_non_sliding}
         self.formats = formats
         if config is None:
             # Past DynamicCache's __init__, which would build its own layers.
             Cache.__init__(self, layer_class_to_replicate=PagedLayer, **kwargs)
         else:
+            require_undivided_layers(config)
             config = config.get_text_config(decoder=True)
             maker = self._layer_maker().resolved(config)
             self.formats = maker.formats

@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationConfig
 
 from hf_kvopt import compat
+from hf_kvopt.cache.fixed import FixedLayer
 from hf_kvopt.cache.forwards import KEYS, READ, ForwardLog
 from hf_kvopt.cache.layer import PagedLayer
 from hf_kvopt.cache.loop import Loop
@@ -50,8 +51,11 @@ class WatchedCache(DynamicCache):
         is_watched = not torch.compiler.is_compiling()
         if is_watched:
             if is_paged:
-                self._require_whole(columns_left(self._in_turn(), layer, num_tokens))
-            self._before_write(layer_idx, KEYS if is_paged else "keys of its own", num_tokens)
+                in_turn = self._in_turn()
+                left = columns_left(in_turn, layer, num_tokens)
+                if left is not None:
+                    self._require_whole(left)
+            self._before_write(layer_idx, KEYS if is_paged else "keys of its own", num_tokens, len(key_states))
         try:
             states: tuple[Tensor, Tensor]
             if self.offloading:
@@ -59,7 +63,7 @@ class WatchedCache(DynamicCache):
             else:
                 states = layer.update(key_states, value_states, *args, **kwargs)
             if is_watched and is_paged:
-                note_step(self._in_turn(), layer, num_tokens)
+                note_step(in_turn, layer, num_tokens)
                 guard = self._step()
                 for handle in states:
                     if isinstance(handle, KVHandle):
@@ -146,7 +150,7 @@ class WatchedCache(DynamicCache):
         """Undo a forward of which only some layers were written, back to column `clock`."""
         raise NotImplementedError
 
-    def _before_write(self, layer_idx: int, part: str, num_tokens: int) -> None:
+    def _before_write(self, layer_idx: int, part: str, num_tokens: int, batch: int = 0) -> None:
         """Refuse a write that would give a wrong token."""
         if torch.compiler.is_compiling():
             return
@@ -157,7 +161,7 @@ class WatchedCache(DynamicCache):
         # Not at each decode step of a call, which this would make longer.
         if begins and (num_tokens > 1 or self._call is None or self._call() is None):
             try:
-                self._check_call(num_tokens)
+                self._check_call(num_tokens, batch)
             except BaseException:
                 if log is not None and log.has_only_read:
                     log.take_back()
@@ -192,7 +196,7 @@ class WatchedCache(DynamicCache):
         """The layers, in the order in which a forward writes them."""
         return self.layers if self._loop is None else self._loop.in_turn(self.layers)
 
-    def _check_call(self, num_tokens: int) -> None:
+    def _check_call(self, num_tokens: int, batch: int) -> None:
         """Refuse what the running generate() call would feed on top of itself."""
         call = compat.running_call(self)
         if call is None:
@@ -207,6 +211,11 @@ class WatchedCache(DynamicCache):
         held = 0  # states alone do not say how many tokens they sum up
         if self.has_columns or not all(self.is_linear):
             held = self.num_columns if self.has_columns else int(self.get_seq_length())
+        if is_new and batch and call.longest:
+            for layer in self.layers:
+                if isinstance(layer, FixedLayer):
+                    layer.require_capacity(batch, call.longest)
+                    break
         if not is_new or not held:
             return
         if self._states_elsewhere:

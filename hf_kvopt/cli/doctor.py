@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     sections = {
         "versions": versions(),
         "device": _device(),
-        "proof": [*_interpreter(), *_ahead_of_time(args.full), *_live(device, trials)],
+        "proof": [*_interpreter(), *_ahead_of_time(args.full), *_pretended(), *_live(device, trials)],
         "formats": [_format(fmt) for fmt in FORMATS.values()],
         "falls back": _fallbacks(device),
         "trial": [_from_trial(trial) for trial in trials],
@@ -142,13 +142,19 @@ def _ahead_of_time(is_asked: bool) -> list[Finding]:
     return [Finding(name, "ok" if is_right else "BAD", f"paged_decode for sm_90: {_last_line(done)}")]
 
 
+def _pretended() -> list[Finding]:
+    """Name rung 3: the branches of a GPU on CPU tensors, with what it would wait for and copy counted."""
+    command = "TRITON_INTERPRET=1 python -m pytest tests/kernels/triton/test_pretended.py"
+    return [Finding("3 pretended GPU", "off", f"not run: {command} in a checkout takes every device branch on a CPU")]
+
+
 def _live(device: str, trials: Sequence[Trial]) -> list[Finding]:
-    """Check rung 3: the trial of this command, if it ran on a GPU."""
+    """Check rung 4: the trial of this command, if it ran on a GPU."""
     if device != "cuda":
-        return [Finding("3 live GPU", "no", "no CUDA device: python -m evals.gpu on one proves and times everything")]
+        return [Finding("4 live GPU", "no", "no CUDA device: python -m evals.gpu on one proves and times everything")]
     is_right = any(trial.cache == "paged" and trial.result == "equal" for trial in trials)
     detail = "the trial below ran on the card; python -m evals.gpu checks and times every kernel"
-    return [Finding("3 live GPU", "ok" if is_right else "BAD", detail)]
+    return [Finding("4 live GPU", "ok" if is_right else "BAD", detail)]
 
 
 def _format(fmt: Format) -> Finding:

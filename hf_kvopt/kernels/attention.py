@@ -87,7 +87,7 @@ def _attend_fixed(
 ) -> Tensor:
     """Run the list over views made of what they hold."""
     # On a CPU it costs nothing to look; elsewhere whoever made the handle left out what is not needed.
-    if centre is not None and centre.device.type == "cpu" and not bool(centre.any()):
+    if centre is not None and devices.is_on_host(centre) and not bool(centre.any()):
         centre = None
     rows = EqualRows(block_table, seq_lens)
     k = fixed_view(key_codes, key_scale, rows, kv_len, key_dtype, rotates, centre)

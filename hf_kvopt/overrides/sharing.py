@@ -12,6 +12,7 @@ import copy
 import functools
 import logging
 import threading
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -22,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation import GenerationConfig
 
-from hf_kvopt import compat
+from hf_kvopt import compat, ranks
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.overrides.inputs import prefill
 from hf_kvopt.overrides.instance import InstanceOverride
@@ -147,9 +148,23 @@ class _Prefill(SharingOverride):
         ):
             assert isinstance(cache, PrefixSharedCache)
             store = self.sharing.store_for(model)
+            _require_alike(model, store, input_ids)
             if not store.begin(cache, input_ids, model_kwargs.get("attention_mask"), chunk_size=chunk_size):
                 _say_once("rows go through adapters of their own, or something is put before the prompt")
         return prefill(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+
+def _require_alike(model: PreTrainedModel, store: PrefixStore, input_ids: Tensor) -> None:
+    """Raise CacheStateError unless the ranks of a sharded model look the same prompts up in stores that know as much.
+
+    Prompts with a part in common are read before the rest; what a store knows decides how much of them.
+    """
+    if compat.text_group(model) is None:
+        return
+    stats, text = store.stats(), zlib.crc32(str(input_ids.tolist()).encode())
+    known = f"{stats.num_blocks} blocks and {stats.hits} hits for {stats.rows} prompts"
+    said = f"tokens {list(input_ids.shape)} with checksum {text:08x}, {known} before"
+    ranks.require_alike(model, "prompts or prefix stores", said)
 
 
 def install(model: PreTrainedModel, sharing: Sharing, inner: InstanceOverride | None = None) -> None:

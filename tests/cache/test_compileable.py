@@ -130,3 +130,17 @@ def test_a_deepcopy_goes_its_own_way() -> None:
     for seed, each in ((1, twin), (2, cache)):
         assert torch.equal(each.layers[0].keys.clone(), torch.cat([keys, states(1, 9, seed=seed)[0]], dim=2))
         assert each.stats().num_tokens == 29
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+def test_a_call_that_cannot_fit_is_refused_before_the_first_token(options: dict[str, Any]) -> None:
+    model, rows = tiny_model(), options.get("num_beams", 1)
+    cache = PagedCache(tiny_config("full"), max_tokens=rows * 48, compileable=True)
+    with pytest.raises(OutOfBlocks, match=r"may grow its rows to 49 tokens: got room for 48.*lower max_new_tokens"):
+        generate(model, prompt(20), cache, max_new_tokens=30, disable_compile=True, **options)
+    assert int(cache.get_seq_length()) == 0
+    want = generate(tiny_model("full", "eager"), prompt(20), max_new_tokens=29, **options)
+    assert torch.equal(generate(model, prompt(20), cache, max_new_tokens=29, disable_compile=True, **options), want)
+    text = {"input_ids": want, "attention_mask": torch.ones_like(want)}
+    with pytest.raises(OutOfBlocks, match="may grow its rows to"):
+        generate(model, text, cache, max_new_tokens=5, disable_compile=True, **options)

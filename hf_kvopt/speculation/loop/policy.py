@@ -13,6 +13,9 @@ from collections.abc import Collection, Hashable, Mapping, Sequence
 from functools import partial
 from statistics import median
 
+from transformers import PreTrainedModel
+
+from hf_kvopt.ranks import follow_first
 from hf_kvopt.speculation.drafters.base import Plan
 from hf_kvopt.speculation.loop.costs import Line, Rates, RelativeAcceptance, Times
 from hf_kvopt.speculation.loop.stats import SpeculationStats
@@ -227,6 +230,16 @@ class Policy:
         self.known.chosen.clear()
         for rates in self.known.rates.values():
             rates.fade(1 / 8)
+
+
+def of_first_rank(model: PreTrainedModel, plan: Plan) -> Plan:
+    """Return the plan of the first rank that shares `model`: each measures other times, and all must draft alike.
+
+    Raises:
+        CacheStateError: the ranks did not meet in time.
+    """
+    gamma, num_nodes, top_k, min_confidence = follow_first(model, plan)
+    return Plan(int(gamma), int(num_nodes), int(top_k), min_confidence)
 
 
 def _recent() -> deque[tuple[float, float]]:
