@@ -23,6 +23,9 @@ from hf_kvopt.compat import CACHE_KEYWORD
 from hf_kvopt.config import CacheConfig
 from hf_kvopt.enable import Enabled, disable, enable, enabled
 from hf_kvopt.errors import CacheStateError, KVOptError, OutOfBlocks, UnsupportedDevice, UnsupportedModel
+from hf_kvopt.eviction.policy import EvictionPolicy
+from hf_kvopt.eviction.recent import SinkRecent, SinkRecentPeriodic
+from hf_kvopt.eviction.scores import TOVA, Knorm, PromptPolicy, SnapKV
 from hf_kvopt.overrides.sharing import prefix_store
 from hf_kvopt.packaged import model_source, packaged_texts
 from hf_kvopt.prefix.cache import PrefixSharedCache
@@ -37,6 +40,7 @@ __all__ = [
     "ATTENTION_NAME",
     "CACHE_KEYWORD",
     "KV_FORMATS",
+    "TOVA",
     "BatchConfig",
     "BatchStats",
     "Batcher",
@@ -46,16 +50,22 @@ __all__ = [
     "Calibration",
     "DraftHead",
     "Enabled",
+    "EvictionPolicy",
     "FormatLoss",
     "KVOptError",
+    "Knorm",
     "OutOfBlocks",
     "PagedCache",
     "PrefixSharedCache",
     "PrefixStats",
     "PrefixStore",
+    "PromptPolicy",
     "QuantizedPagedCache",
     "Request",
     "RequestStats",
+    "SinkRecent",
+    "SinkRecentPeriodic",
+    "SnapKV",
     "SpeculationStats",
     "TokenLogprob",
     "UnsupportedDevice",

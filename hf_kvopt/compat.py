@@ -59,8 +59,6 @@ WITHOUT_KV = ("conv", "linear_attention", "dummy")
 _STATES_IN_MODULES = ("recurrent_gemma",)  # model types whose states lie in the modules and not in a cache
 HANDS_OUT_STATES = hasattr(Cache, "get_conv_state")
 """Whether layers ask a cache for their states; before, whether there are any, and then read them from its layers."""
-DUMMY_LAYERS: tuple[type, ...] = tuple(filter(None, [getattr(cache_utils, "DummyLayer", None)]))
-"""Cache layers that hold nothing, as their model layers read those of others; none before 5.23."""
 PREFILL_CHUNKS_GO_ON = Version("5.21") <= VERSION
 """Whether a prefill in chunks begins where the cache ends; before, it began at the first token."""
 

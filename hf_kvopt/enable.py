@@ -19,6 +19,7 @@ from hf_kvopt.attention.register import ATTENTION_NAME
 from hf_kvopt.attention.support import attention_obstacle
 from hf_kvopt.batching.requirements import require_packable
 from hf_kvopt.batching.settings import BatchConfig
+from hf_kvopt.cache.bounded import require_alone
 from hf_kvopt.cache.paged import PagedCache
 from hf_kvopt.cache.quantized import QuantizedPagedCache, option_names
 from hf_kvopt.calibration import choose, warn_of_loss
@@ -99,7 +100,8 @@ def enable(
             (TRL, transformers' server), use a `Batcher` with this cache, and the options `max_tokens`, `block_size`,
             `skip_layers` and `layer_formats`; or with the settings of a `BatchConfig`.
         max_loss: with cache="auto", per cent that perplexity may grow (0.5).
-        cache_options: handed to the cache at each `generate` call, e.g. `block_size=32`, `max_tokens="32k"`.
+        cache_options: handed to the cache at each `generate` call, e.g. `block_size=32`, `max_tokens="32k"`,
+            `policy=SinkRecent(sinks=4, recent=1024)`.
 
     Returns:
         The model, for chaining.
@@ -158,6 +160,8 @@ def enable(
             "ignore; use the model as it is"
         )
     attention = _takes_attention(model, attention, is_all=cache is None and draft is None)
+    beside = {"prefix_sharing": prefix_sharing is not False, "draft": draft is not None}
+    require_alone(cache_options.get("policy"), type(model).__name__, attention, beside)
     if cache is not None:
         make_cache(model, CACHES[cache], cache_options)  # refuse bad options now, not in the first generate
         if cache != "paged" and not set(LAYER_OPTIONS) & set(cache_options):

@@ -1,7 +1,7 @@
 """The arrows of the import graph, parsed: what may know of what.
 
 prefix       -> cache                            cache     -> pool, quant, config
-attention    -> pool.handle, pool.lazy, kernels  pool      -> kernels, quant
+attention    -> pool.handle, pool.lazy, kernels  pool      -> kernels, quant, eviction.policy
 speculation  -> attention, cache, prefix         plan      -> quant, config, what caches refuse
 overrides, enable, cli: the front doors, which see everything
 """
@@ -20,7 +20,7 @@ PACKAGE = "hf_kvopt"
 # What each room may import of the others; errors are everybody's.
 ALLOWED = {
     "prefix": ("prefix", "cache", "pool", "quant", "config", "compat"),
-    "cache": ("cache", "pool", "quant", "config", "compat", "compat_ranks"),
+    "cache": ("cache", "pool", "eviction.policy", "quant", "config", "compat", "compat_ranks"),
     "attention": ("attention", "pool.handle", "pool.lazy", "pool.packed", "kernels", "compat"),
     "batching": (
         "batching",
@@ -34,7 +34,8 @@ ALLOWED = {
         "overrides.latents",
         "compat",
     ),
-    "pool": ("pool", "kernels", "quant"),
+    "pool": ("pool", "eviction.policy", "kernels", "quant"),
+    "eviction": ("eviction", "config"),
     "kernels": ("kernels", "quant"),
     "quant": ("quant",),
     "speculation": ("speculation", "attention", "cache", "prefix", "kernels.cpu.draft", "ranks", "config", "compat"),

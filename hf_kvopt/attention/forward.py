@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_kvopt.attention.checks import check_ownership, check_weights, check_window
+from hf_kvopt.attention.eviction import check_eviction, choose_prompt
 from hf_kvopt.attention.masking import add_bias, hide_before, select_keys, take_apart
 from hf_kvopt.attention.mla import LatentKV, attend_latent, is_absorbable
 from hf_kvopt.attention.packed import attend_packed
@@ -54,6 +55,8 @@ def attention_forward(
     scoring = Pattern(scale, True, None, softcap, s_aux if s_aux is not None else kwargs.get("sinks"))
     try:
         _refuse_what_is_wrong(module, handle, attention_mask, dropout, sliding_window, kwargs)
+        if isinstance(handle, KVHandle):
+            check_eviction(module, handle, attention_mask, position_bias, kwargs)
         if kwargs.get("indices") is not None:
             attention_mask = select_keys(attention_mask, kwargs["indices"], query.shape[2], key.shape[2])
         pattern = take_apart(module, query, key, attention_mask, is_causal, sliding_window, scoring)
@@ -63,6 +66,7 @@ def attention_forward(
         if isinstance(handle, KVHandle) and handle.guard is not None and handle.table is not None:
             handle.guard.undo(handle.table)
         raise
+    choose_prompt(query, key, value, scale)
     if position_bias is not None:
         bias = position_bias[..., -key.shape[2] :]
         pattern = pattern._replace(mask=add_bias(bias, pattern.mask))

@@ -18,9 +18,10 @@ from hf_kvopt.pool.allocator import BlockAllocator
 from hf_kvopt.pool.block_rows import BlockRows
 from hf_kvopt.pool.holes import Holes
 from hf_kvopt.pool.slots import Step
+from hf_kvopt.pool.unevicted import Unevicted
 
 
-class BlockTable(BlockRows):
+class BlockTable(BlockRows, Unevicted):
     """Owns one reference to each block in its rows and gives them back when it is released or collected.
 
     Args:
@@ -241,7 +242,7 @@ class BlockTable(BlockRows):
     def fork(self) -> "BlockTable":
         """A second table over the same blocks; whoever writes first copies the block that is written."""
         self._drop_retired()
-        child = BlockTable(self.allocator, self.block_size, self.window)
+        child = self._empty_twin()
         for name in ("clock", "base", "record_past", "keeps_all", "keep_contiguous"):
             setattr(child, name, getattr(self, name))
         child.rows[:] = [list(row) for row in self.rows]
@@ -249,6 +250,9 @@ class BlockTable(BlockRows):
         for row in child.rows:
             self.allocator.retain(row)
         return child
+
+    def _empty_twin(self) -> "BlockTable":
+        return BlockTable(self.allocator, self.block_size, self.window)
 
     def clear(self) -> None:
         """Give all blocks back and forget the batch."""
