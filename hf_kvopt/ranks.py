@@ -19,7 +19,7 @@ from torch import Tensor
 from torch import distributed as dist
 from transformers import PreTrainedModel
 
-from hf_kvopt.compat_ranks import text_group
+from hf_kvopt.compat.ranks import text_group
 from hf_kvopt.errors import CacheStateError
 
 _TIMEOUT = "HF_KVOPT_RANK_TIMEOUT_S"

@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationConfig, GenerationMixin
 
 from hf_kvopt import CACHE_KEYWORD, PagedCache, PrefixStore, UnsupportedModel, compat, enable, speculative
+from hf_kvopt.compat import models, names
 from tests.helpers import eager_tokens, prompt, tiny_model
 
 pytestmark = pytest.mark.smoke
@@ -53,7 +54,7 @@ def test_a_missing_method_is_refused_with_version_and_name(name, use, monkeypatc
 
 def test_a_missing_function_is_refused_where_it_is_used(monkeypatch):
     monkeypatch.delattr(cache_utils, "get_layer_types_and_kwargs")
-    monkeypatch.setattr(compat, "_layer_types_and_kwargs", compat._find(cache_utils, "get_layer_types_and_kwargs"))
+    monkeypatch.setattr(models, "_layer_types_and_kwargs", names.find(cache_utils, "get_layer_types_and_kwargs"))
     with pytest.raises(UnsupportedModel, match=r"cache_utils\.get_layer_types_and_kwargs"):
         PagedCache(tiny_model().config)
     with pytest.raises(UnsupportedModel, match=r"cache_utils\.get_layer_types_and_kwargs"):
@@ -79,7 +80,7 @@ def test_a_version_that_does_not_mark_the_callers_cache_is_refused(monkeypatch):
 
 
 def test_a_newer_minor_version_is_said_once(monkeypatch, caplog):
-    monkeypatch.setattr(compat, "VERSION", Version("5.99.0"))
+    monkeypatch.setattr(names, "VERSION", Version("5.99.0"))
     with caplog.at_level(logging.WARNING, logger="hf_kvopt"):
         enable(tiny_model())
         enable(tiny_model())

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from hf_kvopt.cache.fixed import FixedLayer
 from hf_kvopt.cache.layer import PagedLayer
-from hf_kvopt.compat_ranks import is_pipelined
+from hf_kvopt.compat.ranks import is_pipelined
 from hf_kvopt.errors import CacheStateError, UnsupportedModel
 from hf_kvopt.pool.fixed_rows import is_on_host
 

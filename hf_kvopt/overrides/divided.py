@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from hf_kvopt.cache.whole import require_undivided_layers
-from hf_kvopt.compat_ranks import text_group
+from hf_kvopt.compat.ranks import text_group
 from hf_kvopt.errors import UnsupportedModel
 
 

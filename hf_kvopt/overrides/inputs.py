@@ -20,7 +20,7 @@ from transformers.generation import GenerationConfig, GenerationMixin
 
 from hf_kvopt import compat, ranks
 from hf_kvopt.cache.paged import PagedCache
-from hf_kvopt.compat_ranks import text_group
+from hf_kvopt.compat.ranks import text_group
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.overrides.instance import InstanceOverride
 from hf_kvopt.prefix.cache import PrefixSharedCache

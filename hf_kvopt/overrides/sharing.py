@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.generation import GenerationConfig
 
 from hf_kvopt import compat, ranks
-from hf_kvopt.compat_ranks import text_group
+from hf_kvopt.compat.ranks import text_group
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.overrides.inputs import prefill
 from hf_kvopt.overrides.instance import InstanceOverride

@@ -20,7 +20,6 @@ LEANING = re.compile(r"\[|(The same|Of|Like|What|Whether|As|How|Why|That|Where|O
 # Rooms whose docstrings are still to be rewritten.
 PENDING = (
     "hf_kvopt/cache",
-    "hf_kvopt/compat.py",
     "hf_kvopt/enable.py",
     "hf_kvopt/kernels",
     "hf_kvopt/pool",

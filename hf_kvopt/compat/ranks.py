@@ -3,7 +3,7 @@
 from torch.distributed import ProcessGroup
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_kvopt.compat import missing
+from hf_kvopt.compat.names import missing
 
 
 def text_group(model: PreTrainedModel) -> ProcessGroup | None:
