@@ -4,7 +4,6 @@
 `disable` puts both back. Nothing global changes, but that torch's optimizers tell prefix stores of their steps.
 """
 
-import functools
 import inspect
 import logging
 from dataclasses import dataclass, field
@@ -16,7 +15,6 @@ from transformers import PreTrainedModel
 
 from hf_kvopt import compat
 from hf_kvopt.attention.register import ATTENTION_NAME
-from hf_kvopt.attention.support import attention_obstacle
 from hf_kvopt.batching.requirements import require_packable
 from hf_kvopt.batching.settings import BatchConfig
 from hf_kvopt.cache.bounded import require_alone
@@ -25,6 +23,7 @@ from hf_kvopt.cache.quantized import QuantizedPagedCache, option_names
 from hf_kvopt.calibration import choose, warn_of_loss
 from hf_kvopt.errors import UnsupportedModel, nearest
 from hf_kvopt.overrides import latents
+from hf_kvopt.overrides.attention import takes_attention
 from hf_kvopt.overrides.batching import ManagerMaker, drop_manager
 from hf_kvopt.overrides.cache_maker import CACHES, KV_NAMES, LAYER_OPTIONS, CacheMaker, make_cache
 from hf_kvopt.overrides.divided import require_followed
@@ -159,7 +158,7 @@ def enable(
             f"{type(model).__name__} keeps its past in a cache of its own, or keeps none: got a cache that it would "
             "ignore; use the model as it is"
         )
-    attention = _takes_attention(model, attention, is_all=cache is None and draft is None)
+    attention = takes_attention(model, attention, is_all=cache is None and draft is None)
     beside = {"prefix_sharing": prefix_sharing is not False, "draft": draft is not None}
     require_alone(cache_options.get("policy"), type(model).__name__, attention, beside)
     if cache is not None:
@@ -295,27 +294,3 @@ def _check_options(cache: str | None, options: dict[str, Any]) -> None:
                 f"enable takes no option {name!r} with cache={cache!r}: expected one of {sorted(known)}"
                 f"{nearest(name, known)}"
             )
-
-
-def _takes_attention(model: PreTrainedModel, wanted: bool | None, is_all: bool) -> bool:
-    """Whether to set our attention; a user is told once where the model does not take it, or refused.
-
-    Args:
-        wanted: what the user said, None for nothing.
-        is_all: whether nothing else would change.
-    """
-    obstacle = None if wanted is False else attention_obstacle(model)
-    if obstacle is None:
-        return wanted is not False
-    if wanted or is_all:
-        raise UnsupportedModel(
-            f"{type(model).__name__} {obstacle}: got {'attention=True' if wanted else 'cache=None'}; call "
-            "enable(model), which takes the model's own attention with this cache"
-        )
-    _say_once(type(model).__name__, obstacle)
-    return False
-
-
-@functools.cache
-def _say_once(name: str, obstacle: str) -> None:
-    logger.warning("%s %s: enable takes the model's own attention with this cache", name, obstacle)
