@@ -1,0 +1,95 @@
+"""Formats of sealed blocks: descriptors of how a block that is full becomes bytes, once, from its own tokens.
+
+    y[t, d] = (states[t] H)[d]                                        H where the codec rotates
+    y'[t, d] ~ (code[t, d] * s[t] + z[t]) * c[d] + m[d]               c = 1 and m = 0 where it has no channel axis
+
+s and z are float16, one pair a token, KV head and group of channels; c and m are float16, one pair a block, KV head and
+channel. Keys take both axes and what all keys of a block share, values the token axis alone (KIVI, arXiv:2402.02750,
+for the axes; QuaRot, arXiv:2404.00456, for the rotation).
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+PARAMETER_DTYPE = torch.float16  # of s, z, c and m
+# Tokens of a block that is sealed, where nobody says otherwise.
+SEALED_BLOCK = 64
+
+
+class Part(NamedTuple):
+    """Some bits of all codes of a vector: byte j holds those of the channels j, j + width, j + 2 * width, ..."""
+
+    bits: int  # of each code, from `shift` on
+    shift: int
+    offset: int  # of the part's first byte in the vector
+    width: int  # bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockCodec:
+    """How the keys, or the values, of one full block are stored.
+
+    Args:
+        bits: of a code: 2, 3, 4 or 8.
+        by_channel: whether channels have a scale and a mean of their own, c and m.
+        rotates: whether vectors are multiplied with a Hadamard matrix first.
+        group: channels that share s and z of a token; None for all of a head. A head that it does not divide has one
+            group.
+    """
+
+    bits: int
+    by_channel: bool = False
+    rotates: bool = True
+    group: int | None = None
+
+    def num_groups(self, dim: int) -> int:
+        """Groups of channels with s and z of their own."""
+        return dim // self.group if self.group is not None and dim % self.group == 0 else 1
+
+    def parts(self, dim: int) -> tuple[Part, ...]:
+        """Where the bits of a vector's codes lie; raises ValueError for a head size that cannot be packed."""
+        found, shift, offset = [], 0, 0
+        for bits in _PARTS[self.bits]:
+            if dim * bits % 8:
+                raise ValueError(
+                    f"head_dim must be a multiple of {8 // min(_PARTS[self.bits])} for codes of {self.bits} bits: got "
+                    f"{dim}; use int8, which stores one channel to a byte"
+                )
+            found.append(Part(bits, shift, offset, dim * bits // 8))
+            shift, offset = shift + bits, offset + dim * bits // 8
+        return tuple(found)
+
+    def width(self, dim: int) -> int:
+        """Bytes of one vector's codes."""
+        return sum(part.width for part in self.parts(dim))
+
+    def bytes_per_block(self, dim: int, block_size: int) -> int:
+        """Bytes of one KV head of one block, all parameters included."""
+        token = self.width(dim) + 2 * self.num_groups(dim) * PARAMETER_DTYPE.itemsize
+        return block_size * token + (2 * dim * PARAMETER_DTYPE.itemsize if self.by_channel else 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SealedKV:
+    """The codecs of a layer's keys and of its values."""
+
+    k: BlockCodec
+    v: BlockCodec
+
+    @property
+    def planes(self) -> tuple[BlockCodec, BlockCodec]:
+        """Keys, values."""
+        return self.k, self.v
+
+
+# How a code's bits are cut, low ones first, so that each piece divides a byte.
+_PARTS = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+
+SEALED: dict[str, SealedKV] = {
+    "k8v4": SealedKV(k=BlockCodec(bits=8, by_channel=True), v=BlockCodec(bits=4)),
+    "int4": SealedKV(k=BlockCodec(bits=4, by_channel=True), v=BlockCodec(bits=4)),
+    "k4v2": SealedKV(k=BlockCodec(bits=4, by_channel=True), v=BlockCodec(bits=2, group=32)),
+    "int3": SealedKV(k=BlockCodec(bits=3, by_channel=True), v=BlockCodec(bits=3)),
+}
