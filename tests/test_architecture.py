@@ -1,7 +1,7 @@
 """The arrows of the import graph, parsed: what may know of what.
 
 prefix       -> cache                            cache     -> pool, quant, config
-attention    -> pool.handle, pool.lazy, kernels  pool      -> kernels, quant
+attention    -> pool's handles, kernels           pool      -> kernels, quant
 speculation  -> attention, cache, prefix         plan      -> quant, config, what caches refuse
 overrides, enable, cli: the front doors, which see everything
 """
@@ -21,7 +21,15 @@ PACKAGE = "hf_kvopt"
 ALLOWED = {
     "prefix": ("prefix", "cache", "pool", "quant", "config", "compat"),
     "cache": ("cache", "pool", "quant", "config", "compat"),
-    "attention": ("attention", "pool.handle", "pool.lazy", "kernels", "overrides.instance", "compat"),
+    "attention": (
+        "attention",
+        "pool.handle",
+        "pool.sealed_handle",
+        "pool.lazy",
+        "kernels",
+        "overrides.instance",
+        "compat",
+    ),
     "pool": ("pool", "kernels", "quant"),
     "kernels": ("kernels", "quant"),
     "quant": ("quant",),

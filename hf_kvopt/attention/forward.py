@@ -12,9 +12,11 @@ from hf_kvopt.attention.guards import check_ownership, check_weights, check_wind
 from hf_kvopt.attention.masking import add_bias, hide_before, select_keys, take_apart
 from hf_kvopt.attention.mla import LatentKV, attend_latent, is_absorbable
 from hf_kvopt.attention.route import run
+from hf_kvopt.attention.sealed import aligned
 from hf_kvopt.errors import KVOptError, UnsupportedModel
 from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.pool.handle import KVHandle
+from hf_kvopt.pool.sealed_handle import SealedHandle
 
 
 def attention_forward(
@@ -47,6 +49,8 @@ def attention_forward(
     scoring = Pattern(scale, True, None, softcap, s_aux if s_aux is not None else kwargs.get("sinks"))
     try:
         _refuse_what_is_wrong(module, handle, attention_mask, dropout, sliding_window, kwargs)
+        if isinstance(key, SealedHandle) and isinstance(value, SealedHandle):
+            key, value = handle, _ = aligned(key, value, attention_mask)
         if kwargs.get("indices") is not None:
             attention_mask = select_keys(attention_mask, kwargs["indices"], query.shape[2], key.shape[2])
         pattern = take_apart(module, query, key, attention_mask, is_causal, sliding_window, scoring)

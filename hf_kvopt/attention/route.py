@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_kvopt.attention.mla import LatentKV
+from hf_kvopt.attention.sealed import attend_sealed
 from hf_kvopt.kernels import ops as dispatch
 from hf_kvopt.kernels.cpu.codes import decode_codes
 from hf_kvopt.kernels.cpu.dense import attend
@@ -24,6 +25,7 @@ from hf_kvopt.kernels.cpu.pieces import attend_pieces, can_attend_pieces
 from hf_kvopt.kernels.paged_kv import PagedKV
 from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.pool.handle import KVHandle, handle_on
+from hf_kvopt.pool.sealed_handle import SealedHandle
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,8 @@ def run(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, dropout: fl
     """Attention, [batch, q_len, num_heads, v_head_dim] contiguous; sinks may be [batch, num_heads, q_len, 1] too."""
     if isinstance(key, LatentKV) and isinstance(value, LatentKV):
         key, value = key.expand_both()
+    if isinstance(key, SealedHandle) and isinstance(value, SealedHandle):
+        return attend_sealed(query, key, value, pattern, dropout)
     if not dispatch.runs_kernel(query):
         return _torch_path(query, key, value, pattern, dropout)
     obstacle = _obstacle(query, key, value, pattern, dropout)

@@ -3,6 +3,7 @@
 import functools
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedConfig
@@ -33,6 +34,8 @@ class LayerMaker(NamedTuple):
     def attention(self, window: int | None, format: KVFormat) -> PagedLayer:
         """A layer that holds keys and values only."""
         if self.compileable:
+            # A row of fixed capacity holds tokens, which a graph can store one by one.
+            format = replace(format, sealed=None)
             return FixedLayer(self.table_for(None), format, self.formats.exact_prefill)
         return PagedLayer(self.table_for(window), format, self.formats.exact_prefill)
 

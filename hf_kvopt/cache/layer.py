@@ -13,6 +13,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.pool.block_table import BlockTable
+from hf_kvopt.pool.sealed import SealedPool
 from hf_kvopt.pool.storage import KVPool, Plane
 from hf_kvopt.quant import NATIVE_KV, KVFormat
 
@@ -35,7 +36,7 @@ class PagedLayer(CacheLayerMixin):
     # No super().__init__(): it would assign the `keys` and `values` that are computed here.
     def __init__(self, table: BlockTable, format: KVFormat = NATIVE_KV, exact_prefill: bool = False) -> None:
         self.table, self.format, self.exact_prefill = table, format, exact_prefill
-        self.pool: KVPool | None = None
+        self.pool: KVPool | SealedPool | None = None
         self.clock = self.num_new = 0
         self.in_step = False
         self.is_first = False  # of its table to make a pool: a whole forward is checked at it
@@ -76,7 +77,10 @@ class PagedLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         allocator = self.table.allocator
         self.table.keep_contiguous = key_states.device.type == "cpu"
-        self.pool = KVPool(key_states, value_states, self.table.block_size, allocator.num_blocks, self.format)
+        if self.format.sealed is not None:
+            self.pool = SealedPool(key_states, value_states, allocator, self.format.sealed)
+        else:
+            self.pool = KVPool(key_states, value_states, self.table.block_size, allocator.num_blocks, self.format)
         self.is_first = self.is_first or not allocator.pools
         self.pool.keys.is_first = self.is_first
         allocator.pools.append(self.pool)
@@ -100,19 +104,24 @@ class PagedLayer(CacheLayerMixin):
         assert pool is not None
         batch, _, num_tokens, _ = key_states.shape
         replaces = table.window is not None and table.replaces_window(num_tokens)
-        past = self._past_dense(pool, table.visible_start(start)) if replaces else None
+        past = self._past_dense(pool, table.visible_start(start)) if replaces and isinstance(pool, KVPool) else None
         step = table.advance(batch, start, num_tokens)
         dropped = step.start - start
         kept = (key_states[:, :, dropped:], value_states[:, :, dropped:]) if dropped else (key_states, value_states)
         pool.write(*kept, table, step.start, step.stop)
         self.clock = step.stop  # only now: what breaks off before this was not written
         keys, values = None, None
-        if replaces:
+        if replaces and isinstance(pool, KVPool):
             # Only a window is kept, but this step's first queries look further back: they get the states as they came.
             new = self._as_read(pool, key_states, value_states)
             keys, values = _behind(past, 0, new[0]), _behind(past, 1, new[1])
         elif start == 0 and (self.exact_prefill or self.format.is_native):
             keys, values = key_states, value_states
+        if isinstance(pool, SealedPool):
+            return (
+                pool.keys.handle(table, step.kv_len, step.skip, True, keys, key_states),
+                pool.values.handle(table, step.kv_len, step.skip, True, values, value_states),
+            )
         return (
             pool.keys.handle(table, step.kv_len, step.skip, True, keys),
             pool.values.handle(table, step.kv_len, step.skip, True, values),

@@ -34,6 +34,7 @@ from hf_kvopt.config import CacheConfig
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.pool.allocator import BlockAllocator
 from hf_kvopt.pool.block_table import BlockTable
+from hf_kvopt.pool.tail import Tails
 from hf_kvopt.quant import FormatPolicy
 
 _NATIVE = FormatPolicy()
@@ -47,7 +48,8 @@ class PagedCache(WatchedCache):
         config: the model's config. Needed for models with linear-attention layers, and for sliding layers to free
             what lies behind their window; without it every layer keeps all tokens, which is right for any model
             whose layers are all attention.
-        block_size: tokens a block, a power of two from 16 to 256.
+        block_size: tokens a block, a power of two from 16 to 256; None takes 64 where layers seal their blocks, which
+            then share parameters, and else 16.
         max_tokens: hard cap on the tokens over all rows, such as 32768 or "32k" (`OutOfBlocks` beyond it); None grows
             as needed.
         compileable: fixed capacity of `max_tokens`; see `CacheConfig`.
@@ -70,7 +72,7 @@ class PagedCache(WatchedCache):
         self,
         config: PreTrainedConfig | None = None,
         *,
-        block_size: int = 16,
+        block_size: int | None = None,
         max_tokens: int | str | None = None,
         compileable: bool = False,
         offloading: bool = False,
@@ -79,7 +81,9 @@ class PagedCache(WatchedCache):
     ) -> None:
         if config is not None and not isinstance(config, PreTrainedConfig):
             raise TypeError(f"config must be a model's config, e.g. model.config: got {type(config).__name__}")
+        block_size = formats.block_size(compileable) if block_size is None else block_size
         self.cache_config = CacheConfig(block_size=block_size, max_tokens=max_tokens, compileable=compileable)
+        self.formats = formats
         self._tables: dict[int | None, BlockTable] = {}
         self.owner: weakref.ref[object] | None = None  # the enabled model that it was handed to
         self.epoch = 0  # counts how often it was emptied
@@ -87,7 +91,6 @@ class PagedCache(WatchedCache):
             "offloading": offloading,
             "offload_only_non_sliding": offload_only_non_sliding,
         }
-        self.formats = formats
         if config is None:
             # Past DynamicCache's __init__, which would build its own layers.
             Cache.__init__(self, layer_class_to_replicate=PagedLayer, **kwargs)
@@ -273,6 +276,8 @@ class PagedCache(WatchedCache):
         if window not in self._tables:
             block_size = self.cache_config.block_size
             allocator = BlockAllocator(self.cache_config.max_blocks, block_size=block_size)
+            if self.formats.seals(window is not None) and not self.cache_config.compileable:
+                allocator.tails = Tails()
             self._tables[window] = BlockTable(allocator, block_size, window)
             self._watch_tables()
         return self._tables[window]

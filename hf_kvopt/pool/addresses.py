@@ -82,6 +82,15 @@ class Addresses:
         key = ("gather", device, skip, num_columns)
         return self._tensors.get(key, lambda: arithmetic.picked(self, skip, num_columns, device))
 
+    @property
+    def memo(self) -> Memo:
+        """Tensors made from the rows, until these or their lengths change."""
+        return self._tensors
+
+    def exact_changed(self) -> None:
+        """Forget where exact blocks lie."""
+        self._tensors.forget("exact")
+
     def _rows_changed(self) -> None:
         self.version += 1
         self._tensors = Memo()

@@ -19,6 +19,7 @@ from typing import Any, NoReturn, Protocol
 from hf_kvopt.errors import KVOptError, OutOfBlocks
 from hf_kvopt.pool.live import LivePools
 from hf_kvopt.pool.slots import is_one_run
+from hf_kvopt.pool.tail import Tails
 
 
 class BlockHolder(Protocol):
@@ -80,6 +81,7 @@ class BlockAllocator:
         self.extent, self.block_size = extent, block_size
         self.refcounts: list[int] = []
         self.pools = LivePools()
+        self.tails: Tails | None = None  # where a layer seals its blocks
         self.holders: weakref.WeakSet[BlockHolder] = weakref.WeakSet()
         self.stays_put, self.on_shortage = stays_put, on_shortage
         self.lock = lock if lock is not None else threading.RLock()
@@ -257,6 +259,8 @@ class BlockAllocator:
                 holder.renumber(new_ids)
             for row in abandoned:
                 row[:] = [new_ids[block] for block in row]
+            if self.tails is not None:
+                self.tails.renumber(new_ids)
             self.refcounts = refcounts
             self._rebuild_runs()
 
@@ -328,6 +332,8 @@ class BlockAllocator:
                 self._run_ends[lo], self._run_starts[hi] = hi, lo
         self.refcounts[start:end] = [1] * (end - start)
         self.num_free -= end - start
+        if self.tails is not None:
+            self.tails.forget(range(start, end))
         return list(range(start, end))
 
     def _give(self, block: int) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.pool import slots as arithmetic
+from hf_kvopt.pool import tail
 from hf_kvopt.pool.addresses import Addresses
 from hf_kvopt.pool.allocator import BlockAllocator
 from hf_kvopt.pool.slots import Memo, Step
@@ -40,6 +41,7 @@ class BlockTable(Addresses):
         # What was held before a step that replaced all of it: layers still read it, a failed forward goes back to it.
         self.retired: BlockTable | None = None
         self.step_start = 0  # the clock before the last `reserve`
+        self.exact: list[tuple[int, ...]] = []  # blocks of each row that are kept exact where others are sealed
         self.on_refusal: weakref.WeakMethod[Callable[[int], None]] | None = None  # the cache's way back
         allocator.add_holder(self)
         self._watch()
@@ -65,6 +67,8 @@ class BlockTable(Addresses):
         is_late = clock != self.step_start or stop != self.clock
         if is_late:
             self.unshare(clock, stop)
+        if self.allocator.tails is not None:
+            tail.plan(self, clock, stop)
         step = Step(max(clock, self.base), stop, stop - first, first - self.base)
         self._step = None if is_late else (asked, step)  # what is written late may be shared again by then
         return step
@@ -99,9 +103,14 @@ class BlockTable(Addresses):
     def _drops_past(self) -> bool:
         return not (self.record_past or self.keeps_all)
 
+    @property
+    def _starts_in_window(self) -> bool:
+        """Whether a step begins with what it leaves behind; not where blocks are sealed, from whole ones of a row."""
+        return self._drops_past and self.window is not None and self.allocator.tails is None
+
     def replaces_window(self, num_tokens: int) -> bool:
         """Whether a step of `num_tokens` leaves nothing of what is held now, so that it starts on new blocks."""
-        return self._drops_past and self.window is not None and num_tokens >= self.window
+        return self._starts_in_window and self.window is not None and num_tokens >= self.window
 
     def visible_start(self, clock: int) -> int:
         """First column that queries from column `clock` on are given: the mask's kv offset.
@@ -109,6 +118,13 @@ class BlockTable(Addresses):
         Not a token more than the window has, as some models slide by what their cache hands out alone.
         """
         return 0 if self.window is None else max(0, clock - self.window + 1)
+
+    def begin_later(self, lags: Sequence[int]) -> None:
+        """Let rows that hold nothing of before the last step begin at the columns `lags`; their tokens are lost."""
+        self._cut(lags, self.clock)
+        self.lags = list(lags)
+        self._rows_changed()
+        tail.plan(self, self.step_start, self.clock)
 
     def refuse(self) -> None:
         """Whoever reads the step that was last reserved cannot take it: let the cache undo it in all its tables."""
@@ -164,12 +180,14 @@ class BlockTable(Addresses):
         self._cut(lags, clock)
         self.lags, self.clock = list(lags), clock
         self._rows_changed()
+        tail.settle(self)
 
     def take_over(self, other: "BlockTable") -> None:
         """Become what `other` is, a fork of this table made earlier, and leave it empty."""
         self.clear()
         self.rows[:] = [list(row) for row in other.rows]
         self.lags, self.clock, self.base = list(other.lags), other.clock, other.base
+        self.exact = list(other.exact)
         other.rows.clear()
         other.clear()
         self._rows_changed()
@@ -206,6 +224,7 @@ class BlockTable(Addresses):
         if self.window is not None and not self.keeps_all:
             self._drop_front(clock - max(lags) - self.window + 1)
         self._rows_changed()
+        tail.settle(self)
 
     def _require_held(self, lags: Sequence[int], clock: int) -> None:
         if clock < 0 or self.base > (0 if self.window is None else max(0, clock - max(lags) - self.window + 1)):
@@ -223,6 +242,7 @@ class BlockTable(Addresses):
         self._release_rows(self.rows)
         self.rows[:] = rows
         self.lags = [self.lags[i] for i in indices]
+        self.exact = [self.exact[i] for i in indices] if self.exact else []
         self._rows_changed()
 
     def fork(self) -> "BlockTable":
@@ -232,7 +252,7 @@ class BlockTable(Addresses):
         for name in ("clock", "base", "record_past", "keeps_all", "keep_contiguous"):
             setattr(child, name, getattr(self, name))
         child.rows[:] = [list(row) for row in self.rows]
-        child.lags = list(self.lags)
+        child.lags, child.exact = list(self.lags), list(self.exact)
         for row in child.rows:
             self.allocator.retain(row)
         return child
@@ -242,12 +262,16 @@ class BlockTable(Addresses):
         self._drop_retired()
         self._release_rows(self.rows)
         self.rows.clear()
-        self.lags, self.clock, self.base = [], 0, 0
+        self.lags, self.exact, self.clock, self.base = [], [], 0, 0
         self._rows_changed()
 
     def held_rows(self) -> list[list[int]]:
         """The rows."""
         return self.rows
+
+    def exact_blocks(self) -> list[int]:
+        """Blocks of the rows that are kept exact where others are sealed."""
+        return tail.numbers_of(self)
 
     def renumber(self, new_ids: dict[int, int]) -> None:
         """Follow a relayout of the allocator."""
@@ -259,7 +283,8 @@ class BlockTable(Addresses):
         """Fresh rows up to column `clock`, less what a window drops at once; what was held is retired."""
         # Not rounded down to a block: where a step replaces what was held, the slots before it would never be written,
         # and a crop could bring them into sight.
-        base = max(0, clock - max(lags) - self.window + 1) if self._drops_past and self.window is not None else 0
+        base = 0 if self.window is None or not self._starts_in_window else clock - max(lags) - self.window + 1
+        base = max(0, base)
         sizes = [self._blocks_for(clock - lag - base) for lag in lags]
         self.allocator.ensure_free(sum(sizes))
         if self.rows:

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_kvopt.errors import CacheStateError
+from hf_kvopt.pool.sealed import SealedPlane
 from hf_kvopt.pool.storage import KVPool, Plane
 from hf_kvopt.prefix.identity import fingerprint
 from hf_kvopt.prefix.index import descendants
@@ -50,6 +51,7 @@ def save(store: "PrefixStore", path: Path) -> None:
     ]
     tensors = {}
     for layer_idx, pool in store.pools.items():
+        assert isinstance(pool, KVPool)
         space = next(i for i, allocator in enumerate(store.allocators) if pool in allocator.pools)
         blocks = torch.tensor([node.blocks[space] for node in nodes], dtype=torch.long)
         for name, plane in zip(("keys", "values"), pool.planes, strict=True):
@@ -200,7 +202,7 @@ def _as_bytes(tensor: Tensor) -> Tensor:
     return tensor.view(torch.uint8) if is_float8 else tensor
 
 
-def _describe(plane: Plane) -> dict[str, Any]:
+def _describe(plane: Plane | SealedPlane) -> dict[str, Any]:
     return {"num_heads": plane.num_heads, "dim": plane.dim, "dtype": str(plane.dtype).removeprefix("torch.")}
 
 

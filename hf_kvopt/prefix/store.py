@@ -22,7 +22,9 @@ from hf_kvopt.cache.stats import PrefixStats
 from hf_kvopt.config import CacheConfig
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.pool.allocator import BlockAllocator
+from hf_kvopt.pool.sealed import SealedPool
 from hf_kvopt.pool.storage import KVPool
+from hf_kvopt.pool.tail import Tails
 from hf_kvopt.prefix import file as prefix_file
 from hf_kvopt.prefix.cache import PrefixSharedCache
 from hf_kvopt.prefix.fill import fill_from
@@ -45,7 +47,7 @@ class PrefixStore:
             ends, and the caller sees to it that the weights never change.
         max_tokens: hard cap on the tokens held, such as 65536 or "64k"; by default the store keeps some 65,000 and
             grows beyond that only for what is being generated.
-        block_size: tokens a block.
+        block_size: tokens a block; see `PagedCache`.
         format: storage format, see `QuantizedPagedCache`; None stores what the model computes.
         skip_layers: layers that are not quantized; see `QuantizedPagedCache`.
         layer_formats: formats of single layers; see `QuantizedPagedCache`.
@@ -77,7 +79,7 @@ class PrefixStore:
         model_or_config: PreTrainedModel | PreTrainedConfig,
         *,
         max_tokens: int | str | None = None,
-        block_size: int = 16,
+        block_size: int | None = None,
         format: str | None = None,
         skip_layers: Collection[LayerName] = ("sliding",),
         layer_formats: Mapping[LayerName, str] | None = None,
@@ -97,11 +99,17 @@ class PrefixStore:
         self.formats = FormatPolicy(
             format=format or "native", skip_layers=skip_layers, layer_formats=layer_formats or {}
         )
+        if self.formats.seals(is_sliding=False) or self.formats.seals(is_sliding=True):
+            raise ValueError(
+                f"a prefix store takes formats that store each token by itself: got {format!r} or layer_formats with "
+                "sealed blocks; use int8"
+            )
+        block_size = self.formats.block_size() if block_size is None else block_size
         limits = CacheConfig(block_size=block_size, max_tokens=max_tokens)
         self.block_size, self.max_tokens, self._max_blocks = block_size, limits.max_tokens, limits.max_blocks
         self.lock = threading.RLock()
         self.index: PrefixIndex
-        self.pools: dict[int, KVPool] = {}
+        self.pools: dict[int, KVPool | SealedPool] = {}
         self._allocators: dict[int | None, BlockAllocator] = {}
         self._make_empty()
 
@@ -298,13 +306,15 @@ class PrefixStore:
         """The block space of all layers with one window (or none)."""
         self.require_alive()
         if window not in self._allocators:
-            self._allocators[window] = BlockAllocator(
+            self._allocators[window] = allocator = BlockAllocator(
                 self._max_blocks,
                 block_size=self.block_size,
                 stays_put=True,
                 on_shortage=self._make_room,
                 lock=self.lock,
             )
+            if self.formats.seals(window is not None):
+                allocator.tails = Tails()
         return self._allocators[window]
 
     def new_cache(self) -> PrefixSharedCache:

@@ -19,18 +19,16 @@ from hf_kvopt.quant.sealed_formats import PARAMETER_DTYPE, BlockCodec
 
 # Shares of a token's range that its codes may span: cutting the ends off a little can bring the rest nearer.
 RANGES = (1.0, 0.94, 0.88, 0.8)
-# Rounds of normalizing channels, then tokens.
-ROUNDS = 2
+SYMMETRIC_RANGES = (*RANGES, 0.72)
 _LIMIT = 60_000.0
-_LEAST_CHANNEL = 2.0**-14  # the least normal float16: c is 1 at a block's loudest channel
 
 
 class SealedBlocks(NamedTuple):
-    """Stored blocks; `channel` is None where the codec has no channel axis."""
+    """Stored blocks; `mean` is None where the codec takes none out."""
 
     codes: Tensor  # [n, num_kv_heads, block_size, width] uint8
-    token: Tensor  # [n, num_kv_heads, block_size, 2 * num_groups] float16: s of all groups, then z
-    channel: Tensor | None  # [n, num_kv_heads, 2, head_dim] float16: c, then m
+    token: Tensor  # [n, num_kv_heads, block_size, num_parameters] float16: s of all groups, then z
+    mean: Tensor | None  # [n, num_kv_heads, head_dim] float16
 
 
 def seal(
@@ -42,14 +40,14 @@ def seal(
     x = hadamard(x) if codec.rotates else x
     is_sound = (x.abs() <= _LIMIT).all(dim=-1, keepdim=True)  # [n, heads, block_size, 1]; False for NaN
     x = torch.where(is_sound, x, 0.0)
-    channel = None
-    if codec.by_channel:
-        channel = _channel_axis(x, is_sound)
-        c, m = channel.float().unbind(2)
-        x = (x - m.unsqueeze(2)) / c.unsqueeze(2)
+    mean = None
+    if codec.centred:
+        count = is_sound.sum(dim=2).clamp(min=1)
+        mean = (x.double().sum(dim=2) / count).float().to(PARAMETER_DTYPE)
+        x = x - mean.float().unsqueeze(2)
     codes, s, z = _token_axis(x, codec)
     s = s.masked_fill(~is_sound, torch.nan)
-    return SealedBlocks(pack(codes, codec), torch.cat((s, z), dim=-1), channel)
+    return SealedBlocks(pack(codes, codec), s if codec.symmetric else torch.cat((s, z), dim=-1), mean)
 
 
 def unseal(
@@ -58,13 +56,13 @@ def unseal(
     dim: int,
 ) -> Tensor:
     """Return the states that stored blocks stand for, [n, num_kv_heads, block_size, head_dim] float32."""
-    s, z = blocks.token.float().chunk(2, dim=-1)
     groups = codec.num_groups(dim)
+    s = blocks.token[..., :groups].float()
+    z = -codec.middle * s if codec.symmetric else blocks.token[..., groups:].float()
     x = unpack(blocks.codes, codec, dim).float().unflatten(-1, (groups, -1))
     x = (x * s.unsqueeze(-1) + z.unsqueeze(-1)).flatten(-2)
-    if blocks.channel is not None:
-        c, m = blocks.channel.float().unbind(2)
-        x = x * c.unsqueeze(2) + m.unsqueeze(2)
+    if blocks.mean is not None:
+        x = x + blocks.mean.float().unsqueeze(2)
     return hadamard(x) if codec.rotates else x
 
 
@@ -97,42 +95,21 @@ def unpack(
     return codes
 
 
-def _channel_axis(x: Tensor, is_sound: Tensor) -> Tensor:
-    """c and m of sound tokens, [n, num_kv_heads, 2, dim]; c is 1 at the loudest channel, as s takes what all share."""
-    weight = is_sound.double()
-    count = weight.sum(dim=2, keepdim=True).clamp(min=1.0)
-    m = _stored((x.double() * weight).sum(dim=2, keepdim=True) / count)
-    y = torch.where(is_sound, x - m.float(), 0.0).double()
-    c, t = torch.ones_like(y[..., :1, :]), torch.ones_like(y[..., :1])
-    for _ in range(ROUNDS):
-        c = c * _or_one((y / c / t).square().sum(dim=2, keepdim=True).div(count).sqrt())
-        t = t * _or_one((y / c / t).square().mean(dim=3, keepdim=True).sqrt())
-    c = _stored((c / c.amax(dim=3, keepdim=True)).clamp(min=_LEAST_CHANNEL))
-    return torch.cat((c, m), dim=2)
-
-
-def _or_one(x: Tensor) -> Tensor:
-    """x, or 1 where it is 0: a channel or token of nothing but its mean."""
-    return torch.where(x > 0, x, 1.0)
-
-
-def _stored(x: Tensor) -> Tensor:
-    return x.float().to(PARAMETER_DTYPE)
-
-
 def _token_axis(x: Tensor, codec: BlockCodec) -> tuple[Tensor, Tensor, Tensor]:
     """Codes [..., dim] and s, z [..., num_groups] of vectors [..., dim], by the nearest of a few ranges."""
-    most = float((1 << codec.bits) - 1)
     x = x.unflatten(-1, (codec.num_groups(x.shape[-1]), -1))
     low, high = torch.aminmax(x, dim=-1, keepdim=True)
-    middle, reach = (low + high) / 2, (high - low) / most
+    if codec.symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
+    centre, reach = (low + high) / 2, (high - low) / (2 * codec.middle)
     best: tuple[Tensor, ...] | None = None
-    for share in RANGES:
+    for share in SYMMETRIC_RANGES if codec.symmetric else RANGES:
         # Rounded up, so that no code leaves the range by more than the rounding of a normal scale.
         s = (reach * share + FLOAT16_NUDGE).to(PARAMETER_DTYPE)
-        z = (middle - s.float() * (most / 2)).to(PARAMETER_DTYPE)
+        z = -codec.middle * s.float() if codec.symmetric else (centre - codec.middle * s.float()).to(PARAMETER_DTYPE)
         # Where all channels are the same s may be 0: any code will do.
-        codes = ((x - z.float()) / s.float()).round_().clamp_(0.0, most).nan_to_num_(0.0)
+        codes = ((x - z.float()) / s.float()).round_().clamp_(0.0, 2 * codec.middle).nan_to_num_(0.0)
         error = (codes * s.float() + z.float() - x).double().square_().sum(dim=-1, keepdim=True)
         if best is None:
             best = codes, s, z, error

@@ -1,11 +1,14 @@
 """Formats of sealed blocks: descriptors of how a block that is full becomes bytes, once, from its own tokens.
 
-    y[t, d] = (states[t] H)[d]                                        H where the codec rotates
-    y'[t, d] ~ (code[t, d] * s[t] + z[t]) * c[d] + m[d]               c = 1 and m = 0 where it has no channel axis
+    (states[t] H)[d] ~ code[t, d] * s[t] + z[t] + m[d]      H where the codec rotates, m where it takes the mean out
 
-s and z are float16, one pair a token, KV head and group of channels; c and m are float16, one pair a block, KV head and
-channel. Keys take both axes and what all keys of a block share, values the token axis alone (KIVI, arXiv:2402.02750,
-for the axes; QuaRot, arXiv:2404.00456, for the rotation).
+s and z are float16, one pair a token, KV head and group of channels; a symmetric codec stores no z, which is then
+-(2 ** bits - 1) / 2 * s. m is float16, one a block, KV head and channel: the mean of the block's tokens. Keys lose it,
+as some models shift channels of theirs by many times the rest (KVQuant, arXiv:2401.18079), and are symmetric without
+it. The rotation spreads what is loud over all channels (QuaRot, arXiv:2404.00456).
+
+A row's first block is never read sealed. It holds the attention sink, whose key lies opposite to the mean of the
+others, and whose error half of the attention mass would see (StreamingLLM, arXiv:2309.17453, for the sink).
 """
 
 from dataclasses import dataclass
@@ -13,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-PARAMETER_DTYPE = torch.float16  # of s, z, c and m
+PARAMETER_DTYPE = torch.float16  # of s, z and m
 # Tokens of a block that is sealed, where nobody says otherwise.
 SEALED_BLOCK = 64
 
@@ -33,20 +36,31 @@ class BlockCodec:
 
     Args:
         bits: of a code: 2, 3, 4 or 8.
-        by_channel: whether channels have a scale and a mean of their own, c and m.
+        centred: whether the mean of the block's tokens is taken out, and stored beside the codes.
+        symmetric: whether z follows from s.
         rotates: whether vectors are multiplied with a Hadamard matrix first.
         group: channels that share s and z of a token; None for all of a head. A head that it does not divide has one
             group.
     """
 
     bits: int
-    by_channel: bool = False
+    centred: bool = False
+    symmetric: bool = False
     rotates: bool = True
     group: int | None = None
 
     def num_groups(self, dim: int) -> int:
         """Groups of channels with s and z of their own."""
         return dim // self.group if self.group is not None and dim % self.group == 0 else 1
+
+    @property
+    def middle(self) -> float:
+        """The number halfway between the least code and the greatest."""
+        return ((1 << self.bits) - 1) / 2
+
+    def num_parameters(self, dim: int) -> int:
+        """float16 numbers that are stored for a token: s of all groups, then z where it is stored."""
+        return self.num_groups(dim) * (1 if self.symmetric else 2)
 
     def parts(self, dim: int) -> tuple[Part, ...]:
         """Where the bits of a vector's codes lie; raises ValueError for a head size that cannot be packed."""
@@ -67,8 +81,8 @@ class BlockCodec:
 
     def bytes_per_block(self, dim: int, block_size: int) -> int:
         """Bytes of one KV head of one block, all parameters included."""
-        token = self.width(dim) + 2 * self.num_groups(dim) * PARAMETER_DTYPE.itemsize
-        return block_size * token + (2 * dim * PARAMETER_DTYPE.itemsize if self.by_channel else 0)
+        token = self.width(dim) + self.num_parameters(dim) * PARAMETER_DTYPE.itemsize
+        return block_size * token + (dim * PARAMETER_DTYPE.itemsize if self.centred else 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +102,8 @@ class SealedKV:
 _PARTS = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 
 SEALED: dict[str, SealedKV] = {
-    "k8v4": SealedKV(k=BlockCodec(bits=8, by_channel=True), v=BlockCodec(bits=4)),
-    "int4": SealedKV(k=BlockCodec(bits=4, by_channel=True), v=BlockCodec(bits=4)),
-    "k4v2": SealedKV(k=BlockCodec(bits=4, by_channel=True), v=BlockCodec(bits=2, group=32)),
-    "int3": SealedKV(k=BlockCodec(bits=3, by_channel=True), v=BlockCodec(bits=3)),
+    "k8v4": SealedKV(k=BlockCodec(bits=8, centred=True, symmetric=True), v=BlockCodec(bits=4)),
+    "int4": SealedKV(k=BlockCodec(bits=4, centred=True, symmetric=True), v=BlockCodec(bits=4)),
+    "k4v2": SealedKV(k=BlockCodec(bits=4, centred=True, symmetric=True), v=BlockCodec(bits=2, group=32)),
+    "int3": SealedKV(k=BlockCodec(bits=3, centred=True, symmetric=True), v=BlockCodec(bits=3)),
 }

@@ -1,0 +1,164 @@
+"""Attention over a layer whose full blocks are sealed: the queries of one block read alike, so they go together.
+
+    dense buffer of a row    [ exact | sealed ... sealed | exact exact ]      queries of block i
+                             [ exact | sealed ... sealed | sealed | exact exact ]      queries of block i + 1
+
+From one block of queries to the next, one block of the buffer turns into what is stored. A row's blocks are aligned to
+its own first token, so rows that stand at unlike places are taken one by one.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hf_kvopt.attention.mask import LazyMask
+from hf_kvopt.kernels.cpu.dense import attend
+from hf_kvopt.kernels.pattern import Pattern
+from hf_kvopt.pool.sealed_handle import SealedHandle
+
+
+def attend_sealed(
+    query: Tensor,  # [batch, num_heads, q_len, head_dim]
+    key: SealedHandle,
+    value: SealedHandle,
+    pattern: Pattern,
+    dropout: float,
+) -> Tensor:
+    """Return attention [batch, q_len, num_heads, v_head_dim] in which each query reads what its position says.
+
+    The pattern's `starts` and `mask` count columns, as for `attend`; its sinks may differ by query.
+    """
+    key.check_valid()
+    if key.states is not None and value.states is not None:
+        return attend(query, key.states, value.states, pattern, dropout)
+    rows = range(query.shape[0])
+    if not key.table.is_ragged:
+        return _attend_rows(query, key, value, pattern, dropout, rows)
+    parts = [_attend_rows(query[i : i + 1], key, value, _of_row(pattern, i), dropout, [i]) for i in rows]
+    return torch.cat(parts)
+
+
+def _attend_rows(
+    query: Tensor,
+    key: SealedHandle,
+    value: SealedHandle,
+    pattern: Pattern,
+    dropout: float,
+    rows: Sequence[int],
+) -> Tensor:
+    """Attention of rows that begin at the same column."""
+    table, kv_len, q_len = key.table, key.shape[2], query.shape[2]
+    lag, size = table.lags[rows[0]], table.block_size
+    first = table.base + key.skip - lag  # the row's token in the first column, negative where it has none there
+    hidden = min(kv_len, max(0, -first))
+    start = max(first, 0)
+    past = first + kv_len - q_len  # token of the first query
+    unheld = min(q_len, max(0, hidden - (kv_len - q_len)))  # queries in columns before the row's first token
+    out = query.new_zeros(query.shape[0], q_len, query.shape[1], value.shape[3])
+    if unheld == q_len:
+        return out
+    tile = (past + unheld) // size
+    buffers = [_Buffer(handle, rows, start, first + kv_len, tile, q_len) for handle in (key, value)]
+    position = past + unheld
+    while position < past + q_len:
+        stop = min(past + q_len, (position // size + 1) * size)
+        for buffer in buffers:
+            buffer.turn(position // size)
+        end = stop if pattern.is_causal else first + kv_len
+        columns = slice(hidden, hidden + end - start)
+        queries = slice(position - past, stop - past)
+        part = _cut(pattern, queries, columns, hidden)
+        k, v = (buffer.states[:, :, : end - start] for buffer in buffers)
+        out[:, queries] = attend(query[:, :, queries], k, v, part, dropout)
+        position = stop
+    return out
+
+
+def aligned(key: SealedHandle, value: SealedHandle, mask: Tensor | None) -> tuple[SealedHandle, SealedHandle]:
+    """Return the handles once rows without a token so far begin behind their left padding.
+
+    Only the mask tells what is padding. Where it was taken for text, the step of this layer is written anew, so that a
+    row's blocks begin with its own first token, whatever it is padded with.
+    """
+    table = key.table
+    is_young = any(lag >= table.step_start for lag in table.lags)
+    if (
+        not is_young
+        or not isinstance(mask, LazyMask)
+        or mask.padding is None
+        or key.arrived is None
+        or value.arrived is None
+    ):
+        return key, value
+    key.check_valid()
+    num_pads = (~mask.padding).int().cumprod(-1).sum(-1).tolist()
+    first = table.base + key.skip
+    lags = [
+        max(lag, first + pads) if lag >= table.step_start else lag
+        for lag, pads in zip(table.lags, num_pads, strict=True)
+    ]
+    if lags == table.lags:
+        return key, value
+    table.begin_later(lags)
+    return _rewritten(key), _rewritten(value)
+
+
+def _rewritten(handle: SealedHandle) -> SealedHandle:
+    """The handle of a layer whose last step was written to other places."""
+    table, new = handle.table, handle.arrived
+    assert new is not None
+    handle.plane.write(new, table, table.clock - new.shape[2], table.clock)
+    return SealedHandle(handle.plane, table, handle.shape[2], handle.skip, handle.is_fresh, new, handle.states)
+
+
+class _Buffer:
+    """Keys or values of some rows from token `start` to `stop`, as one block of queries after the other reads them."""
+
+    def __init__(
+        self, handle: SealedHandle, rows: Sequence[int], start: int, stop: int, tile: int, num_new: int
+    ) -> None:
+        self.plane = handle.plane
+        self.table, self.rows, self.start, self.tile = handle.table, list(rows), start, tile
+        size = self.plane.block_size
+        first = start // size
+        held = self.plane.read_blocks(self.table, self.rows, first, -(-stop // size), tile)
+        self.states = held[:, :, start - first * size : stop - first * size]
+        if handle.arrived is not None:
+            new = handle.arrived[self.rows] if len(self.rows) < len(handle.arrived) else handle.arrived
+            begin = max(start, stop - num_new)
+            self.states[:, :, begin - start :] = new[:, :, new.shape[2] - (stop - begin) :]
+
+    def turn(self, tile: int) -> None:
+        """Let the buffer be what queries of block `tile` read."""
+        size = self.plane.block_size
+        base = self.table.base // size
+        for block in range(max(1, self.tile - 1), tile - 1):
+            numbers = torch.tensor([self.table.rows[row][block - base] for row in self.rows], device=self.states.device)
+            begin, stop = max(block * size, self.start), (block + 1) * size
+            sealed = self.plane.unsealed(numbers)[:, :, begin - block * size :]
+            if begin < stop:
+                self.states[:, :, begin - self.start : stop - self.start] = sealed
+        self.tile = tile
+
+
+def _of_row(pattern: Pattern, row: int) -> Pattern:
+    """The pattern of one row of a batch."""
+    starts, mask, sinks = pattern.starts, pattern.mask, pattern.sinks
+    return pattern._replace(
+        starts=None if starts is None else [int(starts[row])],
+        mask=mask if mask is None or len(mask) == 1 else mask[row : row + 1],
+        sinks=sinks if sinks is None or sinks.dim() == 1 or len(sinks) == 1 else sinks[row : row + 1],
+    )
+
+
+def _cut(pattern: Pattern, queries: slice, columns: slice, hidden: int) -> Pattern:
+    """The pattern between some queries and some columns, of which `hidden` lie before them."""
+    starts, mask, sinks = pattern.starts, pattern.mask, pattern.sinks
+    if starts is not None:
+        starts = [max(0, int(start) - hidden) for start in starts]
+    if mask is not None:
+        mask = (mask[:, :, queries] if mask.shape[2] > 1 else mask)[..., columns]
+    if sinks is not None and sinks.dim() == 4 and sinks.shape[2] > 1:
+        sinks = sinks[:, :, queries]
+    return pattern._replace(starts=starts, mask=mask, sinks=sinks)
