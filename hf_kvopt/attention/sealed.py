@@ -14,8 +14,12 @@ from torch import Tensor
 
 from hf_kvopt.attention.mask import LazyMask
 from hf_kvopt.kernels.cpu.dense import attend
+from hf_kvopt.kernels.cpu.sealed import SealedRows, attend_sealed_blocks, can_attend_sealed
 from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.pool.sealed_handle import SealedHandle
+
+# Blocks of queries, in a row of which all that they read exact has a place; see `pool.tail.wanted`.
+_FEW_BLOCKS = 3
 
 
 def attend_sealed(
@@ -32,11 +36,25 @@ def attend_sealed(
     key.check_valid()
     if key.states is not None and value.states is not None:
         return attend(query, key.states, value.states, pattern, dropout)
+    q_len, mask = query.shape[2], pattern.mask
+    if not pattern.is_causal and (mask is None or (mask.shape[2] == 1 and q_len > 1)):
+        # Nothing says in which order the queries stand: all read as the last one does.
+        return attend(query, key.view_dense(), value.view_dense(), pattern, dropout)
+    if q_len <= _FEW_BLOCKS * key.table.block_size and not dropout:
+        k, v = key.plane.sealed_place, value.plane.sealed_place
+        if k is not None and v is not None and can_attend_sealed(query, k, v):
+            return attend_sealed_blocks(query, k, v, _rows_of(key), pattern)
     rows = range(query.shape[0])
     if not key.table.is_ragged:
         return _attend_rows(query, key, value, pattern, dropout, rows)
     parts = [_attend_rows(query[i : i + 1], key, value, _of_row(pattern, i), dropout, [i]) for i in rows]
     return torch.cat(parts)
+
+
+def _rows_of(key: SealedHandle) -> SealedRows:
+    block_table, seq_lens, lags = key.rows()
+    first_block = key.table.base // key.table.block_size
+    return SealedRows(block_table, key.exact_table(), seq_lens, lags, key.skip, first_block)
 
 
 def _attend_rows(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_kvopt.kernels.cpu.sealed import SealedPlace, sealed_place
 from hf_kvopt.kernels.ops import runs_kernel
 from hf_kvopt.pool import tail
 from hf_kvopt.pool.allocator import BlockAllocator
@@ -55,21 +56,29 @@ class SealedPlane:
         self.is_first = False  # the first layer that made a pool: the one at which a whole forward is checked
         self.slides: bool | None = None  # whether transformers' own cache would slide here; not known at first
         self.owner: weakref.ref[object] | None = None  # the attention module that filled it
-        self.stored = self._blocks(allocator.num_blocks, states.device)
-        self.exact = self._places(allocator.tails.capacity, states.device)
+        self._place: SealedPlace | None = None  # where the tensors lie, once that was asked
+        self._hold(
+            self._blocks(allocator.num_blocks, states.device), self._places(allocator.tails.capacity, states.device)
+        )
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "owner": None}
+        return {**self.__dict__, "owner": None, "_place": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.stored = [writable(x) for x in self.stored]
-        self.exact = writable(self.exact)
+        self._hold([writable(x) for x in self.stored], writable(self.exact))
 
     @property
     def num_blocks(self) -> int:
         """Blocks that memory is held for."""
         return self.stored[0].shape[0]
+
+    @property
+    def sealed_place(self) -> SealedPlace | None:
+        """Where the tensors lie, for the compiled kernel of a CPU; None where it cannot read them."""
+        if self._place is None:
+            self._place = sealed_place(self.exact, self.stored, self.codec)
+        return self._place
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -173,13 +182,13 @@ class SealedPlane:
             for first, length in shared_runs(src, dst):
                 a, b = src[first], dst[first]
                 after[b : b + length].copy_(before[a : a + length])
-        self.stored = moved  # only now: another thread may be reading
+        self._hold(moved, self.exact)  # only now: another thread may be reading
 
     def resize_tails(self, capacity: int) -> None:
         """Make room for `capacity` exact blocks; those that there are stay where they are."""
         exact = self._places(capacity, self.exact.device)
         exact[: len(self.exact)].copy_(self.exact)
-        self.exact = exact
+        self._hold(self.stored, exact)
 
     def copy_blocks(self, src: list[int], dst: list[int], places: Sequence[tuple[int, int]]) -> None:
         """Copy block `src[i]` to `dst[i]`, and exact places (from, to)."""
@@ -192,8 +201,12 @@ class SealedPlane:
     def to(self, device: torch.device) -> None:
         """Move the bytes, in place of the object."""
         with torch.inference_mode(False):
-            self.stored = [x.to(device, non_blocking=True) for x in self.stored]
-            self.exact = self.exact.to(device, non_blocking=True)
+            stored = [x.to(device, non_blocking=True) for x in self.stored]
+            self._hold(stored, self.exact.to(device, non_blocking=True))
+
+    def _hold(self, stored: list[Tensor], exact: Tensor) -> None:
+        """Take these tensors for storage."""
+        self.stored, self.exact, self._place = stored, exact, None
 
     def _seal(self, full: Sequence[tuple[int, int]], states: Tensor, table: BlockTable, start: int) -> None:
         """Seal the blocks (row, block of the row): from their places, else from `states`, which begin at `start`."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.pool.handle import HandleSpec, KVHandle
+from hf_kvopt.pool.tail import exact_table
 from hf_kvopt.quant import Quantized
 
 if TYPE_CHECKING:
@@ -62,6 +63,10 @@ class SealedHandle(KVHandle):
     def pieces(self) -> None:
         """None: rows are never one tensor of their own."""
         return
+
+    def exact_table(self) -> Tensor:
+        """[batch, max_blocks] int32: where the exact ones of each row's blocks lie."""
+        return exact_table(self.table, self.plane.exact.device)
 
     def view_dense(self) -> Tensor:
         """[batch, num_kv_heads, kv_len, head_dim] as a query at the last token of each row reads it."""

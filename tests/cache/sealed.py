@@ -34,10 +34,13 @@ class Text(NamedTuple):
         return Text(*(x[list(indices)] for x in self))
 
 
-def text(batch: int, num_tokens: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Text:
+def text(
+    batch: int, num_tokens: int, seed: int = 0, dtype: torch.dtype = torch.float32, dims: tuple[int, int] = (DIM, DIM)
+) -> Text:
     """Random states; keys have loud channels, as biases make them, and the first of a row lies opposite to the rest."""
     made = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(batch, n, num_tokens, DIM, generator=made) for n in (2 * HEADS, HEADS, HEADS))
+    sizes = (2 * HEADS, dims[0]), (HEADS, dims[0]), (HEADS, dims[1])
+    q, k, v = (torch.randn(batch, heads, num_tokens, dim, generator=made) for heads, dim in sizes)
     k[..., 5] += 20.0
     k[:, :, 0] = -k[:, :, 0]
     return Text(*(x.to(dtype) for x in (q, k, v)))
@@ -68,7 +71,7 @@ def expected(name: str, whole: Text, start: int = 0, block_size: int = BLOCK, **
     sealed = get_kv_format(name).sealed
     assert sealed is not None
     lags = pattern.pop("lags", None)
-    scoring = Scoring(DIM**-0.5, **pattern)
+    scoring = Scoring(whole.q.shape[3] ** -0.5, **pattern)
     out = sealed_reference(whole.q[:, :, start:], whole.k, whole.v, sealed, block_size, scoring, lags).out
     return out.to(whole.q.dtype)
 

@@ -9,7 +9,7 @@ from llvmlite import ir
 from hf_kvopt.kernels.cpu.jit.body import Body
 from hf_kvopt.kernels.cpu.jit.codec import CODECS, Codec
 from hf_kvopt.kernels.cpu.jit.emitter import F16, F32, I8, I32, I64, NEG_INF
-from hf_kvopt.kernels.cpu.jit.spec import BOOL_MASK, CHUNK, FLOAT_MASK, TILE, Spec
+from hf_kvopt.kernels.cpu.jit.spec import BOOL_MASK, CHUNK, FLOAT_MASK, TILE, SealedSpec, Spec
 from hf_kvopt.kernels.pattern import LOG2E
 
 # Sums that are kept in registers at once, by lanes; the other registers hold what is multiplied.
@@ -70,7 +70,7 @@ class Plane:
 class Worker(Body):
     """Takes tasks until none is left."""
 
-    def __init__(self, function: ir.Function, spec: Spec, finish: ir.Function) -> None:
+    def __init__(self, function: ir.Function, spec: Spec | SealedSpec, finish: ir.Function) -> None:
         super().__init__(function, spec)
         self.finish = finish
         self.k_codec, self.v_codec = CODECS[spec.k_code], CODECS[spec.v_code]
@@ -179,15 +179,19 @@ class Worker(Body):
         if self.k_codec.num_scales == 1:
             with self._vectors() as token:
                 self._rescale(token)
+        self._cap_and_mask(query)
+        alphas = self._softmax(query, bounds)
+        for first in range(0, self.v_vectors, self.width):
+            self._add_values(query, alphas, range(first, min(first + self.width, self.v_vectors)))
+
+    def _cap_and_mask(self, query: ir.Value) -> None:
+        """Do to the scores of a tile what the pattern says."""
         is_capped = self.b.icmp_signed("!=", self.number("softcap"), self.integer(0))
         with self.b.if_then(is_capped), self._vectors() as token:
             self._cap(token)
         for kind, item in ((BOOL_MASK, 1), (FLOAT_MASK, 4)):
             with self.b.if_then(self.b.icmp_signed("==", self.number("mask_kind"), self.integer(kind))):
                 self._mask(query, kind, item)
-        alphas = self._softmax(query, bounds)
-        for first in range(0, self.v_vectors, self.width):
-            self._add_values(query, alphas, range(first, min(first + self.width, self.v_vectors)))
 
     def _products(self, query: ir.Value, token: ir.Value) -> None:
         """Scores of `rows` queries and `unit` tokens."""
