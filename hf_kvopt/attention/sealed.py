@@ -43,12 +43,26 @@ def attend_sealed(
     if q_len <= _FEW_BLOCKS * key.table.block_size and not dropout:
         k, v = key.plane.sealed_place, value.plane.sealed_place
         if k is not None and v is not None and can_attend_sealed(query, k, v):
-            return attend_sealed_blocks(query, k, v, _rows_of(key), pattern)
+            return attend_sealed_blocks(query, k, v, _rows_of(key), pattern, _depths(pattern, q_len))
     rows = range(query.shape[0])
     if not key.table.is_ragged:
         return _attend_rows(query, key, value, pattern, dropout, rows)
     parts = [_attend_rows(query[i : i + 1], key, value, _of_row(pattern, i), dropout, [i]) for i in rows]
     return torch.cat(parts)
+
+
+def _depths(pattern: Pattern, q_len: int) -> Tensor | None:
+    """[q_len] int32: by how much each query's position is behind that of the first, where it is not its number.
+
+    Nodes of a tree of drafts stand behind one another in the cache, and see their ancestors among them alone.
+    """
+    mask = pattern.mask
+    if pattern.is_causal or mask is None or mask.shape[2] != q_len or q_len == 1 or len(mask) > 1:
+        return None
+    new = mask[0, 0, :, -q_len:]
+    seen = new if new.dtype == torch.bool else new > torch.finfo(new.dtype).min
+    depths = seen.sum(dim=1).sub_(1).clamp_(min=0).minimum(torch.arange(q_len, device=seen.device))
+    return depths.to(torch.int32)
 
 
 def _rows_of(key: SealedHandle) -> SealedRows:
@@ -78,19 +92,24 @@ def _attend_rows(
         return out
     tile = (past + unheld) // size
     buffers = [_Buffer(handle, rows, start, first + kv_len, tile, q_len) for handle in (key, value)]
-    position = past + unheld
-    while position < past + q_len:
-        stop = min(past + q_len, (position // size + 1) * size)
+    depths = _depths(pattern, q_len) if q_len <= _FEW_BLOCKS * size else None
+    of_block = _by_block(range(q_len) if depths is None else depths.tolist(), past, unheld, size)
+    for block, queries in sorted(of_block.items()):
         for buffer in buffers:
-            buffer.turn(position // size)
-        end = stop if pattern.is_causal else first + kv_len
-        columns = slice(hidden, hidden + end - start)
-        queries = slice(position - past, stop - past)
-        part = _cut(pattern, queries, columns, hidden)
+            buffer.turn(block)
+        end = past + queries[-1] + 1 if pattern.is_causal else first + kv_len
+        part = _cut(pattern, queries, slice(hidden, hidden + end - start), hidden)
         k, v = (buffer.states[:, :, : end - start] for buffer in buffers)
         out[:, queries] = attend(query[:, :, queries], k, v, part, dropout)
-        position = stop
     return out
+
+
+def _by_block(depths: Sequence[int], past: int, first: int, block_size: int) -> dict[int, list[int]]:
+    """The queries from number `first` on, by the block that each stands in."""
+    found: dict[int, list[int]] = {}
+    for i in range(first, len(depths)):
+        found.setdefault((past + depths[i]) // block_size, []).append(i)
+    return found
 
 
 def aligned(key: SealedHandle, value: SealedHandle, mask: Tensor | None) -> tuple[SealedHandle, SealedHandle]:
@@ -170,7 +189,7 @@ def _of_row(pattern: Pattern, row: int) -> Pattern:
     )
 
 
-def _cut(pattern: Pattern, queries: slice, columns: slice, hidden: int) -> Pattern:
+def _cut(pattern: Pattern, queries: list[int], columns: slice, hidden: int) -> Pattern:
     """The pattern between some queries and some columns, of which `hidden` lie before them."""
     starts, mask, sinks = pattern.starts, pattern.mask, pattern.sinks
     if starts is not None:

@@ -86,10 +86,12 @@ def attend_sealed_blocks(
     v: SealedPlace,
     rows: SealedRows,
     pattern: Pattern,
+    depths: Tensor | None = None,  # [q_len] int32
 ) -> Tensor:
     """Attention with queries aligned to the end of each row, each reading what its position says.
 
-    The pattern is that of `attend_blocks`.
+    The pattern is that of `attend_blocks`. `depths` say by how much each query's position is behind that of the first,
+    where that is not its number: nodes of a tree of drafts.
 
     Returns:
         [batch, q_len, num_heads, v_head_dim] contiguous, in q's dtype; 0 for a query that may see no token.
@@ -118,6 +120,7 @@ def attend_sealed_blocks(
         *behind,
         out.data_ptr(), parts.data_ptr(),
         rows.exact_table.data_ptr(), rows.exact_table.stride(0), rows.first_block,
+        0 if depths is None else depths.data_ptr(),
         *k.sealed, *v.sealed,
     ))  # fmt: skip
     program.run(arguments.buffer_info()[0])

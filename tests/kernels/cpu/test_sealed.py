@@ -153,3 +153,26 @@ def test_a_token_that_is_no_number_is_no_matter_to_queries_that_do_not_see_it(na
     mask = torch.ones(1, 1, 1, 6 * 16, dtype=torch.bool)
     mask[..., 20] = False
     assert feed(cache, whole.columns(6 * 16 - 1, 6 * 16), mask).isfinite().all()
+
+
+@pytest.mark.parametrize("takes_kernel", [True, False])
+def test_nodes_of_a_tree_read_by_their_depths(name, takes_kernel, monkeypatch, calls):
+    # A node in the slot behind a border, whose position lies before it.
+    start, parents = 4 * 16 - 3, [-1, 0, 0, 1, 1, 3, 5, 6]
+    whole, nodes = text(1, start), text(1, len(parents), seed=4)
+    seen = torch.eye(len(parents), dtype=torch.bool)
+    for node, parent in enumerate(parents):
+        if parent >= 0:
+            seen[node] |= seen[parent]
+    if not takes_kernel:
+        monkeypatch.setattr(route, "can_attend_sealed", lambda *_: False)
+    cache = make_cache(name)
+    feed(cache, whole)
+    mask = torch.cat((torch.ones(len(parents), start, dtype=torch.bool), seen), 1)[None, None]
+    calls.clear()
+    out = feed(cache, nodes, mask)
+    assert bool(calls) == takes_kernel
+    for node in range(len(parents)):
+        path = seen[node].nonzero().view(-1)
+        own = Text(*(torch.cat((a, b[:, :, path]), 2) for a, b in zip(whole, nodes, strict=True)))
+        close(out[:, node], expected(name, own, start + len(path) - 1)[:, 0])

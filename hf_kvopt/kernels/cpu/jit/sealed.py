@@ -170,6 +170,7 @@ class SealedWorker(Worker):
             self.b.icmp_signed("==", self.number("first_block"), self.integer(0)), self.integer(size), self.integer(0)
         )
         last = self.b.sub(self.number("q_len"), self.integer(1))
+        # No query stands further behind the first one than its number.
         lowest, highest = (self._border(token) for token in (self.integer(0), last))
         start, stop = self.greatest(self.begin, self.opening), self.least(self.end, highest)
         with self._tiles(start, stop) as tile:
@@ -185,10 +186,18 @@ class SealedWorker(Worker):
             self.b.call(self.finish, [self.arguments, pair])
 
     def _border(self, token: ir.Value) -> ir.Value:
-        """The first of the row's newest tokens, which the step's query number `token` reads exact."""
+        """The first of the row's newest tokens, which a query `token` positions behind the step's first reads exact."""
         size = self.spec.block_size
         border = self.b.sub(self.round_down(self.b.add(self.past, token), size), self.integer(size))
         return self.greatest(border, self.opening)
+
+    def _depth(self, token: ir.Value) -> ir.Value:
+        """By how much the position of the step's query number `token` is behind that of the first one."""
+        depth = self.var(token)
+        with self.b.if_then(self.b.icmp_signed("!=", self.number("depths"), self.integer(0))):
+            stored = self.b.load(self.item(self.pointer("depths"), I32, token), typ=I32)
+            depth.set(self.b.sext(stored, I64))
+        return depth.get()
 
     def _tiles(self, begin: ir.Value, end: ir.Value) -> _Tiles:
         """A loop over tiles between two tokens; sets what `Worker` reads of a tile."""
@@ -230,7 +239,7 @@ class SealedWorker(Worker):
                 self._read_sealed(query, bounds)
 
     def _border_of(self, query: ir.Value) -> ir.Value:
-        return self._border(self.b.urem(query, self.number("q_len")))
+        return self._border(self._depth(self.b.urem(query, self.number("q_len"))))
 
     def _higher(self, low: ir.Value, bound: ir.Value) -> ir.Value:
         return self.greatest(low, self.b.trunc(bound, I32))

@@ -83,7 +83,7 @@ ARGUMENTS = (
 )  # fmt: skip
 # What a kernel over sealed blocks is given besides; strides are in bytes.
 SEALED_ARGUMENTS = (
-    "exact_table", "exact_table_row", "first_block",
+    "exact_table", "exact_table_row", "first_block", "depths",
     *(
         f"{plane}_{part}{stride}"
         for plane in "kv"
