@@ -77,13 +77,17 @@ class PagedLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         allocator = self.table.allocator
         self.table.keep_contiguous = key_states.device.type == "cpu"
-        if self.format.sealed is not None:
-            self.pool = SealedPool(key_states, value_states, allocator, self.format.sealed)
-        else:
-            self.pool = KVPool(key_states, value_states, self.table.block_size, allocator.num_blocks, self.format)
+        self.pool = self.make_pool(key_states, value_states)
         self.is_first = self.is_first or not allocator.pools
         self.pool.keys.is_first = self.is_first
         allocator.pools.append(self.pool)
+
+    def make_pool(self, key_states: Tensor, value_states: Tensor) -> KVPool | SealedPool:
+        """Storage for states [batch, num_kv_heads, any, head_dim] of this layer's format, over its table's blocks."""
+        allocator = self.table.allocator
+        if self.format.sealed is not None:
+            return SealedPool(key_states, value_states, allocator, self.format.sealed)
+        return KVPool(key_states, value_states, self.table.block_size, allocator.num_blocks, self.format)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write [batch, num_kv_heads, q_len, head_dim] behind what is held, and hand back all that a query may see.

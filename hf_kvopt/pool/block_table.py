@@ -42,6 +42,8 @@ class BlockTable(Addresses):
         self.retired: BlockTable | None = None
         self.step_start = 0  # the clock before the last `reserve`
         self.exact: list[tuple[int, ...]] = []  # blocks of each row that are kept exact where others are sealed
+        self.pins: list[tuple[int, ...]] = []  # of these, those that stay so
+        self.is_approximate = False  # exact blocks were made of sealed ones, after a cut
         self.on_refusal: weakref.WeakMethod[Callable[[int], None]] | None = None  # the cache's way back
         allocator.add_holder(self)
         self._watch()
@@ -52,6 +54,7 @@ class BlockTable(Addresses):
         self.rows[:] = [list(row) for row in rows]
         self.lags, self.clock, self.step_start = list(lags), clock, clock
         self._rows_changed()
+        tail.settle(self)
 
     def advance(self, batch_size: int, clock: int, num_tokens: int) -> Step:
         """`reserve` for a layer that has written `clock` columns and adds `num_tokens`: where these go.
@@ -241,8 +244,10 @@ class BlockTable(Addresses):
             self.allocator.retain(row)
         self._release_rows(self.rows)
         self.rows[:] = rows
+        self.exact, self.pins = (
+            [kept[i] for i in indices] if len(kept) == len(self.lags) else [] for kept in (self.exact, self.pins)
+        )
         self.lags = [self.lags[i] for i in indices]
-        self.exact = [self.exact[i] for i in indices] if self.exact else []
         self._rows_changed()
 
     def fork(self) -> "BlockTable":
@@ -252,7 +257,8 @@ class BlockTable(Addresses):
         for name in ("clock", "base", "record_past", "keeps_all", "keep_contiguous"):
             setattr(child, name, getattr(self, name))
         child.rows[:] = [list(row) for row in self.rows]
-        child.lags, child.exact = list(self.lags), list(self.exact)
+        child.lags, child.exact, child.pins = list(self.lags), list(self.exact), list(self.pins)
+        child.is_approximate = self.is_approximate
         for row in child.rows:
             self.allocator.retain(row)
         return child
@@ -262,7 +268,8 @@ class BlockTable(Addresses):
         self._drop_retired()
         self._release_rows(self.rows)
         self.rows.clear()
-        self.lags, self.exact, self.clock, self.base = [], [], 0, 0
+        self.lags, self.exact, self.pins, self.clock, self.base = [], [], [], 0, 0
+        self.is_approximate = False
         self._rows_changed()
 
     def held_rows(self) -> list[list[int]]:

@@ -114,12 +114,30 @@ def plan(table: "BlockTable", start: int, stop: int) -> None:
     tails = table.allocator.tails
     assert tails is not None
     rows = [wanted(max(0, start - lag), stop - lag, table.block_size) for lag in table.lags]
+    if table.pins:
+        rows = [
+            tuple(sorted({*blocks, *(block for block in pins if block * table.block_size < stop - lag)}))
+            for blocks, pins, lag in zip(rows, _pins(table), table.lags, strict=True)
+        ]
     if stop != table.clock:  # a layer that is behind others of its kind, which go on from where they are
         rows = [tuple(sorted({*one, *two})) for one, two in zip(rows, _filled(table), strict=True)]
     if rows != table.exact or not all(block in tails.places for block in _numbers(table, rows)):
         table.exact = rows
         tails.hold(table.allocator)
         table.exact_changed()
+
+
+def pin(table: "BlockTable", rows: Sequence[Iterable[int]]) -> None:
+    """Keep blocks of each row exact for as long as it has them; of what is there already, those that still are."""
+    tails, size = table.allocator.tails, table.block_size
+    if tails is None:
+        return
+    lengths = table.lengths if len(table.rows) == len(rows) else [0] * len(rows)
+    known = _filled(table) if len(table.rows) == len(rows) else [()] * len(rows)
+    table.pins = [
+        tuple(block for block in blocks if block * size >= length or block in exact)
+        for blocks, length, exact in zip(rows, lengths, known, strict=True)
+    ]
 
 
 def settle(table: "BlockTable") -> None:
@@ -140,6 +158,7 @@ def settle(table: "BlockTable") -> None:
     lost = tails.hold(table.allocator)
     for pool in tails.pools if lost else ():
         pool.restore_tails(lost)
+    table.is_approximate = table.is_approximate or bool(lost)
     table.exact_changed()
 
 
@@ -161,6 +180,12 @@ def exact_slots(table: "BlockTable", start: int, stop: int, device: torch.device
 def _filled(table: "BlockTable") -> list[tuple[int, ...]]:
     """The exact blocks of each row, none where they were never planned."""
     return table.exact if len(table.exact) == len(table.rows) else [()] * len(table.rows)
+
+
+def _pins(table: "BlockTable") -> list[tuple[int, ...]]:
+    """The pinned blocks of each row; rows that were repeated have those of the row that they repeat."""
+    repeats, rest = divmod(len(table.rows), len(table.pins))
+    return [pins for pins in table.pins for _ in range(repeats)] if not rest else [()] * len(table.rows)
 
 
 def _numbers(table: "BlockTable", rows: Sequence[Sequence[int]]) -> list[int]:

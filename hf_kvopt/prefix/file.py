@@ -3,6 +3,8 @@
     "layer 0 keys"  [num_blocks, block_size, num_kv_heads, width]     the tree's blocks in the manifest's order
     "layer 0 keys scale"  [num_blocks, block_size, num_kv_heads]      where the format has scales
     "layer 0 keys centre"  [num_blocks, num_kv_heads, head_dim]       what was taken from coarse keys before
+    "layer 0 keys token", "... mean"                                  parameters of sealed blocks
+    "layer 0 keys exact"   [num_exact, block_size, num_kv_heads, dim] blocks that are kept as they were computed, too
 
 The manifest holds the tree (tokens and parent of each block), the model's fingerprint, format and versions, and a
 SHA-256 of itself and of every tensor: a truncated or changed file is refused before anything is allocated.
@@ -23,7 +25,7 @@ from transformers import PreTrainedModel
 
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.pool.sealed import SealedPlane
-from hf_kvopt.pool.storage import KVPool, Plane
+from hf_kvopt.pool.storage import Plane
 from hf_kvopt.prefix.identity import fingerprint
 from hf_kvopt.prefix.index import descendants
 
@@ -51,14 +53,18 @@ def save(store: "PrefixStore", path: Path) -> None:
     ]
     tensors = {}
     for layer_idx, pool in store.pools.items():
-        assert isinstance(pool, KVPool)
         space = next(i for i, allocator in enumerate(store.allocators) if pool in allocator.pools)
         blocks = torch.tensor([node.blocks[space] for node in nodes], dtype=torch.long)
-        for name, plane in zip(("keys", "values"), pool.planes, strict=True):
+        planes: tuple[Plane | SealedPlane, ...] = pool.planes
+        for name, plane in zip(("keys", "values"), planes, strict=True):
             for part, tensor in _parts(plane):
                 picked = _as_bytes(tensor)[blocks.to(tensor.device)].contiguous().cpu()
                 tensors[f"layer {layer_idx} {name}{part}"] = picked
-            if plane.centres is not None:
+            if isinstance(plane, SealedPlane):
+                places = store.allocators[space].tails.places  # type: ignore[union-attr]
+                index = [places[node.blocks[space]] for node in nodes if node.is_exact]
+                tensors[f"layer {layer_idx} {name} exact"] = plane.exact[index].contiguous().cpu()
+            elif plane.centres is not None:
                 tensors[f"layer {layer_idx} {name} centre"] = plane.centres.of_blocks(blocks.tolist()).cpu()
     manifest = {
         "version": VERSION,
@@ -141,6 +147,10 @@ def _fill_pools(store: Any, manifest: dict[str, Any], tensors: dict[str, Tensor]
     cache.append_passes()
     layers = cache.layers
     spaces = store.allocators
+    exact = [i for i, entry in enumerate(manifest["nodes"]) if entry.get("exact")]
+    for allocator, row in zip(spaces, rows, strict=True):
+        if allocator.tails is not None:
+            allocator.tails.give([row[i] for i in exact])
     for idx, planes in sorted(manifest["pools"].items(), key=lambda item: int(item[0])):
         layer, allocator = layers[int(idx)], layers[int(idx)].table.allocator
         device = _device_of(store.model, int(idx))
@@ -148,13 +158,18 @@ def _fill_pools(store: Any, manifest: dict[str, Any], tensors: dict[str, Tensor]
             torch.empty(1, plane["num_heads"], 0, plane["dim"], dtype=getattr(torch, plane["dtype"]), device=device)
             for plane in planes
         ]
-        pool = KVPool(states[0], states[1], store.block_size, allocator.num_blocks, layer.format)
+        pool = layer.make_pool(*states)
         pool.keys.is_first = not allocator.pools
         blocks = torch.tensor(rows[spaces.index(allocator)], dtype=torch.long, device=device)
         for name, plane in zip(("keys", "values"), pool.planes, strict=True):
             for part, tensor in _parts(plane):
                 _as_bytes(tensor)[blocks] = tensors[f"layer {idx} {name}{part}"].to(device)
-            if plane.centres is not None:
+            if isinstance(plane, SealedPlane):
+                numbers = [rows[spaces.index(allocator)][i] for i in exact]
+                plane.exact[[allocator.tails.places[block] for block in numbers]] = tensors[
+                    f"layer {idx} {name} exact"
+                ].to(device)
+            elif plane.centres is not None:
                 plane.centres.put_blocks(blocks.tolist(), tensors[f"layer {idx} {name} centre"])
         allocator.pools.append(pool)
         store.pools[int(idx)] = pool
@@ -172,7 +187,8 @@ def _plant(store: Any, entries: list[dict[str, Any]], rows: list[list[int]]) -> 
             owner, tokens, indices = paths[entry["parent"]]
             path = (owner, tokens + entry["tokens"], [*indices, i])
         paths.append(path)
-        store.index.insert(path[0], path[1], [[row[j] for j in path[2]] for row in rows])
+        kept = [j for j, number in enumerate(path[2]) if entries[number].get("exact")]
+        store.index.insert(path[0], path[1], [[row[j] for j in path[2]] for row in rows], kept)
 
 
 def _tree(store: Any, nodes: "list[Node]") -> list[dict[str, Any]]:
@@ -182,6 +198,8 @@ def _tree(store: Any, nodes: "list[Node]") -> list[dict[str, Any]]:
     entries = []
     for node in nodes:
         entry: dict[str, Any] = {"tokens": list(node.tokens), "parent": numbers.get(id(node.parent))}
+        if node.is_exact:
+            entry["exact"] = True
         if entry["parent"] is None:
             namespace = keys[id(node.parent)][1]
             if not isinstance(namespace, str | int | None):
@@ -191,8 +209,10 @@ def _tree(store: Any, nodes: "list[Node]") -> list[dict[str, Any]]:
     return entries
 
 
-def _parts(plane: Plane) -> list[tuple[str, Tensor]]:
-    """The tensors of a plane, by the ending of their names."""
+def _parts(plane: Plane | SealedPlane) -> list[tuple[str, Tensor]]:
+    """The tensors of a plane's blocks, by the ending of their names."""
+    if isinstance(plane, SealedPlane):
+        return list(zip(("", " token", " mean"), plane.stored, strict=False))
     return list(zip(("", " scale"), plane.tensors, strict=False))
 
 

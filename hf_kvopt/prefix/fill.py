@@ -18,6 +18,7 @@ import torch
 from hf_kvopt import compat
 from hf_kvopt.errors import OutOfBlocks
 from hf_kvopt.prefix.cache import PrefixSharedCache
+from hf_kvopt.prefix.exact import columns_in_common, lengths_to_go_on_from, read_behind
 from hf_kvopt.prefix.index import Match
 
 if TYPE_CHECKING:
@@ -42,9 +43,20 @@ def fill_from(store: "PrefixStore", cache: PrefixSharedCache, device: torch.devi
     with store.lock:
         matches = [store.index.match(cache.key, text) for text in texts]
         columns = min(pad + match.length for pad, match in zip(cache.pads, matches, strict=True))
+        if store.index.is_sealed:
+            columns = columns_in_common(
+                cache.pads, [lengths_to_go_on_from(match.nodes, match.length, store.block_size) for match in matches]
+            )
         columns = columns if columns > 1 else 0
         rows = _taken(store, matches, [max(0, columns - pad) for pad in cache.pads])
         cache.fill(rows, cache.pads, columns)
+        # The same prompt may come again.
+        cache.pin(
+            [
+                {*match.wanted, *read_behind(len(text), store.block_size)}
+                for match, text in zip(matches, texts, strict=True)
+            ]
+        )
 
 
 def _is_worthwhile(store: "PrefixStore", key: Hashable, texts: Sequence[list[int]], pads: Sequence[int]) -> bool:
@@ -77,13 +89,20 @@ def _compute_round(
                 chosen.append(i)
                 _plan(planned, text, store.block_size)
     missing = [len(texts[i]) - matches[i].length for i in chosen]
-    return [_compute(store, key, [texts[chosen[g]] for g in group], device, chunk_size) for group in _groups(missing)]
+    return [
+        _compute(store, key, [texts[chosen[g]] for g in group], texts, device, chunk_size) for group in _groups(missing)
+    ]
 
 
 def _compute(
-    store: "PrefixStore", key: Hashable, texts: Sequence[list[int]], device: torch.device, chunk_size: int
+    store: "PrefixStore",
+    key: Hashable,
+    texts: Sequence[list[int]],
+    all_texts: Sequence[list[int]],
+    device: torch.device,
+    chunk_size: int,
 ) -> PrefixSharedCache:
-    """Bring the store to know `texts`, in forwards over all of them."""
+    """Bring the store to know `texts`, in forwards over all of them; others of `all_texts` begin like these."""
     cache = PrefixSharedCache(store)
     with store.lock:
         matches = [store.index.match(key, text) for text in texts]
@@ -91,16 +110,35 @@ def _compute(
         rows = _taken(store, matches, [match.length for match in matches])
         cache.fill(rows, [columns - match.length for match in matches], columns)
     held = [match.length for match in matches]
+    parting = [{*match.wanted, *_parting(texts, i, all_texts, store.block_size)} for i, match in enumerate(matches)]
     while any(n < len(text) for n, text in zip(held, texts, strict=True)):
         parts = [text[n : n + chunk_size] for n, text in zip(held, texts, strict=True)]
+        ends = [n + len(part) for n, part in zip(held, parts, strict=True)]
+        cache.pin(
+            [
+                {*blocks, *read_behind(end, store.block_size), end // store.block_size}
+                for blocks, end in zip(parting, ends, strict=True)
+            ]
+        )
         _forward(store, cache, parts, held, device)
-        held = [n + len(part) for n, part in zip(held, parts, strict=True)]
+        held = ends
         cache.crop_rows(held)
     with store.lock:
         tables, _ = cache.rows_held(is_prompt_whole=True)
         for i, text in enumerate(texts if cache.is_current else ()):
-            store.index.insert(key, text, [table_rows[i] for table_rows in tables])
+            exact = cache.exact_blocks[i] if cache.exact_blocks else ()
+            store.index.insert(key, text, [table_rows[i] for table_rows in tables], exact)
     return cache
+
+
+def _parting(texts: Sequence[list[int]], i: int, others: Sequence[list[int]], block_size: int) -> set[int]:
+    """The blocks of text i that other texts of the batch, which go on elsewhere, read exact there."""
+    found: set[int] = set()
+    for other in others:
+        shared = next((n for n, (a, b) in enumerate(zip(texts[i], other, strict=False)) if a != b), None)
+        if shared is not None:
+            found.update(read_behind(shared, block_size))
+    return found
 
 
 @torch.no_grad()

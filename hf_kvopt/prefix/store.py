@@ -99,11 +99,6 @@ class PrefixStore:
         self.formats = FormatPolicy(
             format=format or "native", skip_layers=skip_layers, layer_formats=layer_formats or {}
         )
-        if self.formats.seals(is_sliding=False) or self.formats.seals(is_sliding=True):
-            raise ValueError(
-                f"a prefix store takes formats that store each token by itself: got {format!r} or layer_formats with "
-                "sealed blocks; use int8"
-            )
         block_size = self.formats.block_size() if block_size is None else block_size
         limits = CacheConfig(block_size=block_size, max_tokens=max_tokens)
         self.block_size, self.max_tokens, self._max_blocks = block_size, limits.max_tokens, limits.max_blocks
@@ -213,7 +208,8 @@ class PrefixStore:
                 )
             num_new = 0
             for i, (text, length) in enumerate(zip(texts, lengths, strict=False)):
-                num_new += self.index.insert(cache.key, text[:length], [table_rows[i] for table_rows in rows])
+                exact = cache.exact_blocks[i] if cache.exact_blocks else ()
+                num_new += self.index.insert(cache.key, text[:length], [table_rows[i] for table_rows in rows], exact)
             if close:
                 cache.close()
         return num_new
