@@ -1,19 +1,19 @@
-"""Rung 2 of the proof: compile every kernel for cards that are not there, and read the machine code.
+"""Rung 2 of the proof: compile every kernel for GPUs that are not present, and read the machine code.
 
     python -m evals.kernels                    a quick subset for sm_80, sm_90, sm_100 and gfx942
     python -m evals.kernels --all              every tile that can be chosen, each format, size and pattern
     python -m evals.kernels --card sm_90 --op flash_prefill
 
-A line per kernel: registers a thread, bytes spilled, KiB of shared memory, blocks that fit on one multiprocessor
-(an estimate from registers, shared memory and threads), instructions in all and in the loop over whole tiles, and the
-matrix instruction that was found. `--all` writes `results/kernels-aot.json` as it goes and prints a table in Markdown;
-a kernel that stands there with the same source, options and compiler is not compiled again, so that a run can be cut
-off and resumed.
+One line for each kernel: registers of a thread, bytes spilled, KiB of shared memory, blocks that fit on one
+multiprocessor (an estimate from registers, shared memory and threads), instructions in all and in the loop over whole
+tiles, and the matrix instructions found. `--all` writes `results/kernels-aot.json` as it goes and prints a table in
+Markdown; a kernel in that file with the same source, options and compiler is not compiled again, so a run can be
+resumed.
 
 Exits with 1 if a kernel does not compile, spills a single byte, needs more shared memory than the card has, or computes
-its products without the matrix instruction that it is meant to use. Tiles of fewer than 64 rows (decode, short drafts)
-are expected on the warp-level instruction (HMMA): the warpgroup's (HGMMA, UTCHMMA) starts at 64 rows. float32 products
-are meant to be exact and use none.
+its products without the intended matrix instruction. Tiles of fewer than 64 rows (decode, short drafts) are expected
+to use the warp-level instruction (HMMA): the warpgroup's (HGMMA, UTCHMMA) starts at 64 rows. float32 products are meant
+to be exact and use none.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-# Fusion was the default up to Triton 3.9; said aloud so that newer versions compile the same code.
+# Fusion was the default up to Triton 3.9; set explicitly so that newer versions compile the same code.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import torch
@@ -45,7 +45,7 @@ Row = dict[str, Any]
 
 
 def expected_matrix(case: Case, launch: Launch, card: Card) -> tuple[str, ...]:
-    """Return the instructions of which one must be found; none for kernels without a half-precision product."""
+    """Return instructions of which one must be found; none for kernels without a half-precision product."""
     if case.op in ("store_kv", "merge_state") or case.dtype == torch.float32:
         return ()
     if card.gpu.backend == "hip" or launch.args["BLOCK_M"] >= 64:
@@ -54,7 +54,7 @@ def expected_matrix(case: Case, launch: Launch, card: Card) -> tuple[str, ...]:
 
 
 def complaints(case: Case, launch: Launch, compiled: Compiled, card: Card) -> list[str]:
-    """Return what is wrong with a compiled kernel."""
+    """Return the faults of a compiled kernel."""
     found = []
     if compiled.spill_bytes:
         found.append(f"spills {compiled.spill_bytes} bytes")
@@ -67,7 +67,7 @@ def complaints(case: Case, launch: Launch, compiled: Compiled, card: Card) -> li
 
 
 def row_of(case: Case, launch: Launch, card: Card, key: str) -> Row:
-    """Compile one launch and return what there is to know of it."""
+    """Compile one launch and return its row."""
     row: Row = {"key": key, "card": card.name, "op": case.op, "case": case.label.strip()}
     if "BLOCK_M" in launch.args:
         row["tile"] = [launch.args["BLOCK_M"], launch.args["BLOCK_N"]]
@@ -75,7 +75,7 @@ def row_of(case: Case, launch: Launch, card: Card, key: str) -> Row:
     started = time.perf_counter()
     try:
         compiled = compile_launch(launch, card)
-    except Exception as error:  # whatever a compiler may raise is one failed line, not the end of the table
+    except Exception as error:  # any compiler failure is one failed line, not the end of the table
         return row | {"wrong": [f"does not compile: {str(error).strip().splitlines()[-1][:160]}"]}
     row |= compiled._asdict()
     row["matrix"] = {n: count for n, count in compiled.matrix.items() if "MMA" in n or "mfma" in n or n == "UTMALDG"}
@@ -84,7 +84,7 @@ def row_of(case: Case, launch: Launch, card: Card, key: str) -> Row:
 
 
 def line_of(row: Row) -> str:
-    """Return a row as a line of text."""
+    """Format a row as a line of text."""
     tile = "x".join(map(str, row.get("tile", [])))
     head = f"{row['card']:7} {row['case']:58} {tile:>8} w{row['warps']} s{row['stages']}"
     if "registers" in row:
@@ -97,7 +97,7 @@ def line_of(row: Row) -> str:
 
 
 def rows_of(cards: list[str], ops: list[str] | None, full: bool, known: dict[str, Row]) -> Iterator[Row]:
-    """Yield a row per kernel, compiled where it is not known yet; a kernel that two cases come to is one row."""
+    """Yield a row for each kernel, compiled if it is not known; a kernel that two cases share is one row."""
     seen = set()
     for name in cards:
         card = CARDS[name]
@@ -112,7 +112,7 @@ def rows_of(cards: list[str], ops: list[str] | None, full: bool, known: dict[str
 
 
 def markdown(rows: list[Row]) -> str:
-    """Return the table of docs/notes/ahead-of-time.md: a line per card and op."""
+    """Return the table of docs/notes/ahead-of-time.md: one line for each card and op."""
     lines = ["| card | kernel | compiled | most registers | spills | most shared memory | matrix instructions |"]
     lines.append("|---|---|---:|---:|---:|---:|---|")
     for card, op in dict.fromkeys((row["card"], row["op"]) for row in rows):
@@ -152,7 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _write(rows: list[Row]) -> None:
-    """Write the rows; those of older sources stay until a whole run has replaced them."""
+    """Write the rows; those of older sources stay until a complete run has replaced them."""
     date = datetime.now(UTC).isoformat(timespec="seconds")
     head = {
         "triton": triton.__version__,

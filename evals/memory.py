@@ -1,11 +1,11 @@
-"""What KV caches take, computed and held: `python -m evals.memory`.
+"""Memory of KV caches, computed and measured: `python -m evals.memory`.
 
-    textbook   figures that guides and papers give, computed from the config alone; where one is off, what it forgot
+    textbook   figures of guides and papers, computed from the config alone; for a wrong figure, what it forgot
     live       predicted used and reserved bytes against `cache.stats()` after a prompt and some decode steps, for tiny
                random models of every kind of attention, in each storage format
 
-Everything is counted, nothing timed. Units: B = bytes, KiB = 1,024, kB = 1,000. The test suite holds predictions
-against every architecture that transformers can build; this eval shows one of each kind.
+Everything is counted, nothing timed. Units: B = bytes, KiB = 1,024, kB = 1,000. The test suite compares predictions for
+every architecture that transformers can build; this eval shows one of each kind.
 """
 
 import argparse
@@ -53,11 +53,11 @@ FORMATS = ("native", "int8", "fp8_e4m3", "k8v4", "int4")
 
 
 class Textbook(NamedTuple):
-    """A figure that somebody gives; `note` says what a wrong one forgot."""
+    """A published figure; `note` states what a wrong one forgot."""
 
     model: str
     fields: Mapping[str, Any]
-    context: int  # tokens; 1: of a token
+    context: int  # tokens; 1: bytes of a token
     layers: int | None  # one layer's, or all layers'
     said: float
     unit: str
@@ -65,14 +65,14 @@ class Textbook(NamedTuple):
 
     @property
     def computed(self) -> float:
-        """The same figure from `hf_kvopt.plan.memory`, in 16 bits."""
+        """The figure in `unit`, computed by `hf_kvopt.plan.memory` in 16 bits."""
         report = hf_kvopt.plan.memory(self.fields, context=self.context, dtype="float16", weights=False)
         size = report.content_bytes if self.layers is None else report.content_bytes * self.layers / len(report.layers)
         return size / _UNITS[self.unit]
 
     @property
     def is_right(self) -> bool:
-        """Whether what was said is the computed figure as far as it was written out."""
+        """Return whether the published figure equals the computed one, up to 1 %."""
         return abs(self.computed - self.said) <= 0.01 * self.said
 
 
@@ -90,7 +90,7 @@ TEXTBOOK = (
 
 _SMALL = {"vocab_size": 97, "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 4}
 _WIDE = _SMALL | {"intermediate_size": 96, "num_key_value_heads": 2, "head_dim": 32}
-# One of each kind: what a layer stores of a token differs in nothing else.
+# One of each kind: layers differ only in what they store of a token.
 KINDS: Mapping[str, Mapping[str, Any]] = {
     "MHA": {"model_type": "gpt2", "vocab_size": 97, "n_layer": 4, "n_head": 4, "n_embd": 64},
     "GQA": _WIDE | {"model_type": "llama"},
@@ -132,12 +132,12 @@ class Live(NamedTuple):
 
     @property
     def is_equal(self) -> bool:
-        """Whether both are the same to the byte."""
+        """Return whether prediction and measurement agree to the byte."""
         return self.predicted == self.held
 
 
 def make_parser() -> Parser:
-    """Describe the command line."""
+    """Build the parser of the command line."""
     parser = Parser("evals.memory", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="all")
     parser.add_argument("--batch", type=at_least(1), default=3, help="rows of the live caches (%(default)s)")
@@ -149,7 +149,7 @@ def make_parser() -> Parser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compute, hold, show, write; 1 where a prediction is not what a cache holds."""
+    """Compute, measure, show, write; return 1 if a prediction differs from what a cache holds."""
     lives = [hold(kind, format, args) for kind in KINDS for format in args.formats]
     _show(lives)
     _plot(args.plot or args.out.with_suffix(".png"))
@@ -166,7 +166,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def hold(kind: str, format: str, args: argparse.Namespace) -> Live:
-    """Feed a prompt and some tokens one by one to a tiny model, and compare its cache with the prediction."""
+    """Feed a prompt and then single tokens to a tiny model, and compare its cache with the prediction."""
     config = AutoConfig.for_model(**KINDS[kind])
     caches: list[hf_kvopt.PagedCache] = [
         hf_kvopt.QuantizedPagedCache(config, format=format) for _ in range(1 + config.is_encoder_decoder)
@@ -227,7 +227,7 @@ def _show(lives: Sequence[Live]) -> None:
 
 
 def _plot(path: Path) -> None:
-    """KV memory against context: what kinds of attention differ in, and what formats do."""
+    """Draw KV memory against context, by kind of attention and by format."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     kinds, formats = figure.subplots(1, 2)
     contexts = [1024 * n for n in (1, 16, 32, 64, 96, 128)]
@@ -251,7 +251,7 @@ def _plot(path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the eval and give its exit status."""
+    """Run the eval and return its exit status."""
     return make_parser().run(run, argv)
 
 

@@ -1,12 +1,12 @@
-"""Why a KV cache, and why tiles: `python -m evals.why`.
+"""Cost of decoding without a KV cache, and of softmax over tiles: `python -m evals.why`.
 
     naive    every step feeds the whole text again     n (n + 1) / 2 queries a layer, n (n + 1) (n + 2) / 6 scores
     cached   every step feeds one token                n queries a layer, n (n + 1) / 2 scores
     tiled    softmax(q k) v over one tile of keys at a time: m, l and o are rescaled where a new maximum appears,
                  m' = max(m, max s)   l' = l e^(m - m') + Σ e^(s - m')   o' = o e^(m - m') + Σ e^(s - m') v
-             so the scores of one tile live at a time, not all of them (arXiv:1805.02867, arXiv:2205.14135)
+             so only the scores of one tile exist at a time (arXiv:1805.02867, arXiv:2205.14135)
 
-Queries, and the scores of each with itself and what lies before it, are counted where attention is called, on the
+Queries, and the scores of each with itself and the tokens before it, are counted where attention is called, on the
 bundled model; both ways must give the same tokens.
 """
 
@@ -33,7 +33,7 @@ COUNTED = "counted_sdpa"
 
 
 class Decoding(NamedTuple):
-    """One way to decode: tokens, seconds of each step, and what each layer's attention was given."""
+    """One way to decode: tokens, seconds of each step, and the inputs of each layer's attention."""
 
     tokens: list[int]
     step_s: list[float]
@@ -42,7 +42,7 @@ class Decoding(NamedTuple):
 
 
 class Tiling(NamedTuple):
-    """Attention over tiles of one width: the most score bytes at once, and how far it lies from the one-shot result."""
+    """Attention over tiles of one width: the peak of score bytes, and the error against the one-shot result."""
 
     tile: int
     score_bytes: int
@@ -51,7 +51,7 @@ class Tiling(NamedTuple):
 
 
 def make_parser() -> Parser:
-    """Describe the command line."""
+    """Build the parser of the command line."""
     parser = Parser("evals.why", description=(__doc__ or "").split("\n\n")[0])
     add_model_arguments(parser)
     parser.add_argument("--new-tokens", type=at_least(2), default=100, help="%(default)s")
@@ -62,7 +62,7 @@ def make_parser() -> Parser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Decode both ways, tile, show, write; 1 where the tokens or the softmax differ."""
+    """Decode both ways, tile, show, write; return 1 if the tokens or the softmax differ."""
     subject = load_subject(args)
     check_length(subject, args.new_tokens + 1)
     AttentionInterface.register(COUNTED, _counted)
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
 
 @torch.no_grad()
 def decode(subject: Subject, num_tokens: int, is_cached: bool) -> Decoding:
-    """Generate greedily from one start token: the whole text at every step, or the newest token alone."""
+    """Generate greedily from one start token, feeding the whole text at every step, or only the newest token."""
     model = subject.model
     start = model.config.bos_token_id
     text = torch.tensor([[start if start is not None else 0]], device=model.device)
@@ -100,7 +100,7 @@ def decode(subject: Subject, num_tokens: int, is_cached: bool) -> Decoding:
     return done
 
 
-_COUNTS: list[tuple[int, int]] = []  # (queries, scores) of each call of attention in the present step, one a layer
+_COUNTS: list[tuple[int, int]] = []  # (queries, scores) of each attention call in the current step, one for each layer
 
 
 def _counted(module: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -110,7 +110,7 @@ def _counted(module: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any)
 
 
 def attend(num_keys: int, tile: int, dim: int = 64) -> Tiling:
-    """Attend from `num_keys` queries to as many keys, a tile of keys at a time, against all at once in float64."""
+    """Attend from `num_keys` queries to as many keys, tile by tile, and compare with one softmax in float64."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(num_keys, dim, generator=generator) for _ in range(3))
     want = torch.softmax(q.double() @ k.double().T / dim**0.5, dim=-1) @ v.double()
@@ -124,8 +124,8 @@ def tiled_attention(
     k: Tensor,  # [num_keys, dim]
     v: Tensor,  # [num_keys, dim]
     tile: int,
-) -> tuple[Tensor, int]:  # [num_queries, dim], and the most bytes of scores that were alive
-    """Attention whose softmax sees `tile` keys at a time."""
+) -> tuple[Tensor, int]:  # [num_queries, dim], and the peak of score bytes
+    """Compute attention with a softmax over `tile` keys at a time."""
     m = torch.full((len(q), 1), -torch.inf)  # the largest score so far
     total = torch.zeros(len(q), 1)  # the sum of exponentials so far
     o = torch.zeros_like(q)  # the weighted sum so far
@@ -142,7 +142,7 @@ def tiled_attention(
 
 
 def _tiles(num_keys: int) -> list[int]:
-    """Powers of four from 16 on, and all keys at once."""
+    """Return powers of four from 16 on, and all keys at once."""
     tiles = [16 * 4**i for i in range(10) if 16 * 4**i < num_keys]
     return [*tiles, num_keys]
 
@@ -207,7 +207,7 @@ def _rows(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the eval and give its exit status."""
+    """Run the eval and return its exit status."""
     return make_parser().run(run, argv)
 
 

@@ -1,4 +1,4 @@
-"""Speculation over a padded batch: every row accepts its own number of tokens, and writes what it would alone.
+"""Speculation over a padded batch: every row accepts its own number of tokens, and its text equals plain decoding's.
 
 python examples/batched_speculation.py [--model HUB_ID] [--draft HEAD_ID | prompt_lookup | lookahead]
 """

@@ -1,7 +1,7 @@
-"""What a deployment will cost, before anything is loaded: KV memory by format, what fits on a card, what to choose.
+"""Planning before anything is loaded: KV memory by format, the capacity of a device, and the settings to choose.
 
 Run `python examples/planning.py` (the bundled config, no network), or with `--model HUB_ID --device H200`; of a hub id
-the config alone is downloaded. The same on the command line: `python -m hf_kvopt memory ...` and `... plan ...`.
+only the config is downloaded. On the command line: `python -m hf_kvopt memory ...` and `... plan ...`.
 """
 
 import argparse
@@ -23,13 +23,13 @@ for format in ("native", "int8", "k8v4", "int4"):
     size = hf_kvopt.plan.memory(args.model, context=args.context, batch=args.batch, format=format)
     print(f"  {format:8} {show(size.used_bytes):>10}, {size.bytes_per_token:,} bytes a token")
 
-# What does a card hold beside the weights?
+# Capacity of a device beside the weights.
 report = hf_kvopt.plan.memory(args.model, context=args.context, batch=args.batch, device=args.device)
 room = report.capacity
 print(f"beside {show(report.weight_bytes)} of weights on {args.device}:")
 print(f"  {room.max_context:,} tokens a row at batch {args.batch}, or {room.max_batch:,} rows of {args.context}")
 
-# What should be used, why, and what is it expected to gain?
+# Settings to use, with reasons and the expected gain.
 plan = hf_kvopt.plan.plan(
     args.model, device=args.device, context=args.context, batch=args.batch, workload="agent", goal="throughput"
 )

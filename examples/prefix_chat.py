@@ -24,7 +24,7 @@ store = hf_kvopt.prefix_store(model)
 
 
 def answer(ids: torch.Tensor, **options: object) -> torch.Tensor:
-    """Generate behind `ids` [1, length], and say how much of them was known."""
+    """Generate after `ids` [1, length], and print how many of its tokens were known."""
     known = store.match_length(ids)
     output = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=args.new_tokens, pad_token_id=0, **options
@@ -34,7 +34,7 @@ def answer(ids: torch.Tensor, **options: object) -> torch.Tensor:
 
 
 def then(ids: torch.Tensor, text: str) -> torch.Tensor:
-    """`ids` with more text behind them."""
+    """Return `ids` followed by more text."""
     more = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"].to(args.device)
     return torch.cat([ids, more], dim=1)
 

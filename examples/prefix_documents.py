@@ -27,7 +27,7 @@ options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
 
 
 def ask(store: hf_kvopt.PrefixStore, texts: list[str]) -> torch.Tensor:
-    """Answer all texts in one batch through a cache of the store, and say what that took."""
+    """Answer all texts in one batch through a cache of the store, and print the time."""
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     inputs = tokenizer(texts, return_tensors="pt", padding=True).to(args.device)
     begin = time.perf_counter()
@@ -38,7 +38,7 @@ def ask(store: hf_kvopt.PrefixStore, texts: list[str]) -> torch.Tensor:
         **{hf_kvopt.CACHE_KEYWORD: cache},
         **options,
     )
-    store.commit(cache, output)  # the answers are known as well from now on
+    store.commit(cache, output)  # from now on the answers are known too
     print(f"  {len(texts)} rows of up to {inputs['input_ids'].shape[1]} tokens: {time.perf_counter() - begin:.2f} s")
     return output
 

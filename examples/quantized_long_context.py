@@ -1,4 +1,4 @@
-"""A long prompt in a quarter to a half of the memory: the same question through caches of several formats.
+"""A long prompt in a quarter to a half of the memory: one question through caches of several formats.
 
 Run `python examples/quantized_long_context.py` (the bundled model, no network), or with `--model HUB_ID --device cuda
 --tokens 32000`.

@@ -2,7 +2,7 @@
 
     python examples/train_head.py
 
-The same command trains a real head: give it a model, more text, and more steps (its options: --help).
+This command also trains a real head, given a model, more text, and more steps (its options: --help).
 """
 
 import json
@@ -21,7 +21,7 @@ TEXT = Path(sysconfig.get_path("stdlib")) / "json"
 
 
 def main() -> None:
-    """Train, load, check, and print how many tokens a step the head would give on a file that it was not trained on."""
+    """Train, load, check, and print the tokens a step that the head would give on a file it was not trained on."""
     with tempfile.TemporaryDirectory() as out:
         heldout = TEXT / "decoder.py"
         data = [path for path in sorted(TEXT.glob("*.py")) if path != heldout]

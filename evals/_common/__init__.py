@@ -1,1 +1,1 @@
-"""What every eval shares: command line, model, prompts, sides, clock, memory, rows, screen."""
+"""Shared parts of all evals: command line, model, prompts, sides, clock, memory, rows, screen."""

@@ -1,4 +1,4 @@
-"""Command line of an eval: one clear line and exit status 2 for whatever the caller typed wrong."""
+"""Command line of an eval: one line and exit status 2 for any invalid argument."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -7,21 +7,23 @@ from typing import NoReturn
 
 from hf_kvopt import KVOptError
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
+_FOLDER = Path(__file__).resolve().parents[1]
+# Beside the evals of a checkout; an installed wheel writes to the working directory.
+RESULTS = _FOLDER / "results" if (_FOLDER.parent / "pyproject.toml").exists() else Path("hf_kvopt-results")
 
 
 class BadArgumentError(ValueError):
-    """An argument that cannot be used; its text says what, got, expected."""
+    """An argument that cannot be used; its text states what, got, expected."""
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, and which turns `BadArgumentError` into such a line."""
+    """An argument parser that reports errors and `BadArgumentError` in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
     def run(self, body: Callable[[argparse.Namespace], int], argv: Sequence[str] | None = None) -> int:
-        """Parse `argv`, run `body`, and give its exit status; leave with status 2 on a bad argument."""
+        """Parse `argv`, run `body`, and return its exit status; exit with status 2 on an invalid argument."""
         args = self.parse_args(argv)
         try:
             return body(args)
@@ -30,7 +32,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def at_least(minimum: int) -> Callable[[str], int]:
-    """Make an argument type: an integer not below `minimum`."""
+    """Make an argument type: an integer of at least `minimum`."""
 
     def parse(text: str) -> int:
         try:

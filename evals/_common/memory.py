@@ -1,4 +1,4 @@
-"""Memory of a cache and of a run, in bytes."""
+"""Memory of a cache, and of a run, in bytes."""
 
 import resource
 import sys
@@ -15,21 +15,21 @@ CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 class KVBytes(NamedTuple):
-    """Bytes that hold tokens, and bytes that the cache keeps for itself in all."""
+    """Bytes that hold tokens, and all bytes that the cache reserves."""
 
     used: int = 0
     reserved: int = 0
 
 
 def kv_bytes(cache: Cache) -> KVBytes:
-    """Count a cache's own bytes: from its `stats()` where it has them, else from its layers' tensors."""
+    """Count a cache's bytes: from its `stats()` if it has them, else from its layers' tensors."""
     if hasattr(cache, "stats"):
         stats = cache.stats()
         return KVBytes(stats.used_bytes, stats.reserved_bytes)
     used = reserved = 0
     for layer in cache.layers:
         if getattr(layer, "_quantized_keys", None) is not None:
-            # What transformers quantizes it keeps beside a rest in full, and holds no free space.
+            # transformers keeps the quantized part beside an unquantized rest, without free space.
             parts = ("_quantized_keys", "_quantized_values", "keys", "values")
             size = sum(_tensor_bytes(getattr(layer, part)) for part in parts)
             used, reserved = used + size, reserved + size
@@ -44,7 +44,7 @@ def kv_bytes(cache: Cache) -> KVBytes:
 
 
 def _tensor_bytes(value: object) -> int:
-    """Count the bytes of a tensor, of what a tensor subclass wraps, or of all tensors in a collection."""
+    """Count the bytes of a tensor, of the parts of a tensor subclass, or of all tensors in a collection."""
     if isinstance(value, torch.Tensor):
         if type(value) is not torch.Tensor and hasattr(value, "__tensor_flatten__"):
             return sum(_tensor_bytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])
@@ -55,10 +55,10 @@ def _tensor_bytes(value: object) -> int:
 
 
 def peak_bytes(device: torch.device, body: Callable[[], object]) -> int:
-    """Run `body` and give the most memory it held at once beyond what was held before.
+    """Run `body` and return the peak of the memory it held beyond what was held before.
 
-    On a GPU: bytes that torch allocated. On a CPU: growth of the process's resident set, which only a fresh
-    process tells rightly, since memory that was freed before stays resident and is used again without growth.
+    On a GPU: bytes that torch allocated. On a CPU: growth of the process's resident set, which is correct only in a
+    fresh process, since freed memory stays resident and is reused without growth.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -72,7 +72,7 @@ def peak_bytes(device: torch.device, body: Callable[[], object]) -> int:
 
 
 def _reset_high_water() -> bool:
-    """Set Linux's VmHWM back to the present resident set; False where the system has no such thing."""
+    """Reset Linux's VmHWM to the current resident set; return False if the system has none."""
     try:
         CLEAR_REFS.write_text("5")
     except OSError:

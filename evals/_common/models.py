@@ -18,7 +18,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class Subject(NamedTuple):
-    """A loaded model with the name it was asked for; random shapes have no tokenizer."""
+    """A loaded model with the name it was requested by; random shapes have no tokenizer."""
 
     name: str
     model: PreTrainedModel
@@ -36,17 +36,17 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def model_arguments(args: argparse.Namespace) -> list[str]:
-    """Give the arguments that `add_model_arguments` reads back into the same choice, for a child process."""
+    """Return arguments from which `add_model_arguments` reads the same choice, for a child process."""
     names = ("model", "shape", "dtype", "device", "device_map")
     chosen = ((name, getattr(args, name)) for name in names)
     return [f"--{name.replace('_', '-')}={value}" for name, value in chosen if value is not None]
 
 
 def load_subject(args: argparse.Namespace) -> Subject:
-    """Load what the arguments of `add_model_arguments` chose, ready to generate.
+    """Load the model that the arguments of `add_model_arguments` chose, ready to generate.
 
     Raises:
-        BadArgumentError: the model cannot be loaded, or the device does not exist here.
+        BadArgumentError: the model cannot be loaded, or the device does not exist.
     """
     device = _device(args.device)
     if args.shape is not None:
@@ -66,7 +66,7 @@ def load_subject(args: argparse.Namespace) -> Subject:
 
 
 def check_length(subject: Subject, num_tokens: int) -> None:
-    """Refuse more tokens than a model with learned positions has; rotary positions have no end.
+    """Refuse more tokens than a model with learned positions has; rotary positions are unlimited.
 
     Raises:
         BadArgumentError: a position would lie outside the model's table.
@@ -87,7 +87,7 @@ def _device(name: str | None) -> torch.device:
 
 
 def _check_source(source: str) -> None:
-    """Say at once that a path is missing, where the hub client would first look for a network."""
+    """Fail at once if a path is missing, before the hub client tries the network."""
     if source.startswith((".", "~", os.sep)) or source.count("/") > 1:
         path = Path(source).expanduser()
         if not (path / "config.json").is_file():
@@ -95,7 +95,7 @@ def _check_source(source: str) -> None:
 
 
 def _tokenizer(source: str) -> PreTrainedTokenizerBase | None:
-    """Load the tokenizer that lies beside the model, if one does."""
+    """Load the tokenizer beside the model, if there is one."""
     try:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError):

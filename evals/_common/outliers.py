@@ -1,8 +1,8 @@
-"""A model with outlier keys as Qwen2.5 has them, made from one that has none.
+"""A model with outlier keys like those of Qwen2.5, made from one without.
 
-A bias of ±40 to 60 on the key channels of the two slowest rotary pairs hardly turns over thousands of positions: it
-moves all keys of a head by nearly the same vector, which softmax ignores. The model stays as good as it was, while a
-scale that has to span the bias has no room left for what tells the keys apart.
+A bias of ±40 to 60 on the key channels of the two slowest rotary pairs hardly rotates over thousands of positions: it
+shifts all keys of a head by nearly the same vector, which softmax ignores. The model stays as good as it was, while a
+scale that must span the bias has no resolution left for the differences between keys.
 """
 
 import torch
@@ -22,7 +22,7 @@ def add_outliers(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     """
     config = model.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    # Channel c turns together with channel c + head_dim / 2, the slower the later.
+    # Channel c rotates together with channel c + head_dim / 2, slower for larger c.
     half = head_dim // 2
     channels = torch.tensor([half - 2, half - 1, head_dim - 2, head_dim - 1])
     generator = torch.Generator().manual_seed(seed)

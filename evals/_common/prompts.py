@@ -1,37 +1,47 @@
-"""Token windows to prompt with: the bundled held-out text, a data set by name, or random ids."""
+"""Token windows to prompt with: a bundled or packaged text, a data set by name, or random ids."""
 
 import argparse
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from datasets import load_dataset
 from torch import Tensor
 
 from evals._common.cli import BadArgumentError
+from evals._common.corpora import CORPORA, PARTS
 from evals._common.models import Subject
-from evals.reference_model import heldout_texts
 
-# The name that papers use, which the hub has moved.
+# The name that papers use; the hub has moved it.
 ALIASES = {"wikitext-2": "Salesforce/wikitext:wikitext-2-raw-v1"}
 
 
-def add_text_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add `--dataset`, `--split` and `--column`."""
+def add_text_arguments(parser: argparse.ArgumentParser, part: str = "all") -> None:
+    """Add `--corpus` and `--part`, and instead of them `--text`, or `--dataset`, `--split` and `--column`."""
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--corpus", choices=sorted(CORPORA), default="programs", help="which text (%(default)s)")
+    which.add_argument("--text", type=Path, help="a text file of yours, instead of a corpus")
+    which.add_argument("--dataset", help="wikitext-2, or NAME or NAME:CONFIG for datasets.load_dataset, instead")
     parser.add_argument(
-        "--dataset", help="wikitext-2, or NAME or NAME:CONFIG for datasets.load_dataset (the bundled held-out text)"
+        "--part",
+        choices=PARTS,
+        default=part,
+        help="settings are chosen on one part of a corpus, judged on another (%(default)s)",
     )
     parser.add_argument("--split", default="test", help="split of --dataset (%(default)s)")
     parser.add_argument("--column", default="text", help="text column of --dataset (%(default)s)")
 
 
 def load_texts(args: argparse.Namespace) -> Iterable[str]:
-    """Give the texts that the arguments of `add_text_arguments` chose.
+    """Return the texts that the arguments of `add_text_arguments` chose.
 
     Raises:
-        BadArgumentError: the data set, its split or its column is not there.
+        BadArgumentError: the file, the data set, its split or its column does not exist, or the file is no text.
     """
+    if args.text is not None:
+        return [_read(args.text)]
     if args.dataset is None:
-        return heldout_texts()
+        return CORPORA[args.corpus](args.part)
     name, _, config = ALIASES.get(args.dataset, args.dataset).partition(":")
     try:
         rows = load_dataset(name, config or None, split=args.split)
@@ -42,13 +52,35 @@ def load_texts(args: argparse.Namespace) -> Iterable[str]:
     return (row[args.column] for row in rows)
 
 
+def text_facts(args: argparse.Namespace) -> dict[str, str | None]:
+    """Name the text of a run, for its rows."""
+    other = text_name(args)
+    corpus, part = (args.corpus, args.part) if other is None else (None, None)
+    return {"dataset": other, "corpus": corpus, "part": part}
+
+
+def text_name(args: argparse.Namespace) -> str | None:
+    """Name the text that was chosen, None for a corpus of the evals."""
+    return str(args.text) if args.text is not None else args.dataset
+
+
+def _read(path: Path) -> str:
+    try:
+        text = path.expanduser().read_text(encoding="utf8")
+    except (OSError, ValueError) as error:
+        raise BadArgumentError(f"cannot read --text {str(path)!r}: {error}; expected a text file in UTF-8") from error
+    if not text.strip():
+        raise BadArgumentError(f"--text {str(path)!r} holds no text: expected a text file in UTF-8")
+    return text
+
+
 def token_stream(
     subject: Subject,
     texts: Iterable[str],
     num_tokens: int,
     seed: int = 0,
 ) -> Tensor:  # [num_tokens] int64, on the CPU
-    """Encode texts one after another, over again where they run out; random ids without a tokenizer."""
+    """Encode texts one after another, repeating them if they are too short; random ids without a tokenizer."""
     if subject.tokenizer is None:
         vocab_size = subject.model.config.get_text_config().vocab_size
         generator = torch.Generator().manual_seed(seed)
@@ -68,7 +100,7 @@ def pad_left(
     prompts: list[Tensor],  # each [prompt_len] int64
     pad_token_id: int,
 ) -> tuple[Tensor, Tensor]:  # ids and mask, both [batch, longest prompt_len]
-    """Stack prompts of differing length with padding on the left."""
+    """Stack prompts of different lengths with padding on the left."""
     longest = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), longest), pad_token_id)
     mask = torch.zeros_like(ids)

@@ -1,8 +1,8 @@
-"""Teacher-forced reading through caches, in chunks: every token attends to what the cache gives back.
+"""Teacher-forced reading through caches, in chunks: every token attends to what the cache returns.
 
-One forward over a whole text would show a quantized cache's loss as zero wherever the cache hands back the states that
-it was just given. All sides read the same chunk before any reads the next, so that the baseline's distribution is
-needed for one chunk only, whatever the size of the vocabulary.
+One forward over a whole text would show no loss for a quantized cache that returns the states it was just given. All
+sides read the same chunk before any reads the next, so that the baseline's distribution is kept for one chunk only, for
+any vocabulary size.
 """
 
 from collections.abc import Sequence
@@ -19,16 +19,16 @@ from hf_kvopt import CACHE_KEYWORD
 
 
 class Scores(NamedTuple):
-    """Per token, some segments as one side read them."""
+    """Figures for each token of some segments, as read by one side."""
 
     nll: Tensor  # [num_segments, num_tokens] nats
     kl: Tensor  # [num_segments, num_tokens] nats, of the baseline's next-token distribution from this side's
     same_top1: Tensor  # [num_segments, num_tokens] bool: both would choose the same token
-    is_right: Tensor  # [num_segments, num_tokens] bool: this side would choose the token that comes
+    is_right: Tensor  # [num_segments, num_tokens] bool: this side would choose the token that follows
 
 
 class Reading(NamedTuple):
-    """What one side made of a batch of segments."""
+    """Result of one side for a batch of segments."""
 
     scores: Scores
     held: KVBytes  # by the cache at the end
@@ -49,7 +49,7 @@ def read_segments(
     if prefill:
         for side, cache in zip(sides, caches, strict=True):
             _feed(side.attend(model), cache, ids[:, :prefill])
-    # The last token is only predicted: feeding it would give logits for nothing.
+    # The last token is only predicted: feeding it would give unused logits.
     for begin in range(prefill, context - 1, chunk):
         end = min(begin + chunk, context - 1)
         targets = ids[:, begin + 1 : end + 1].to(model.device)
@@ -86,5 +86,5 @@ def _score(
 
 
 def join_scores(parts: Sequence[Scores]) -> Scores:
-    """Put the segments of several batches one after another."""
+    """Concatenate the segments of several batches."""
     return Scores(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))

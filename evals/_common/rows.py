@@ -1,4 +1,4 @@
-"""JSON rows: every figure stands beside what it was measured on."""
+"""JSON rows: every figure with the setup that it was measured on."""
 
 import json
 import math
@@ -19,7 +19,7 @@ Row = Mapping[str, Any]
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """Say where and when a row was measured: revision, device, versions, date."""
+    """Return where and when a row was measured: revision, device, versions, date."""
     return {
         "revision": _revision(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -31,7 +31,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 
 def describe_device(device: torch.device) -> str:
-    """Name a GPU by its product name and a CPU by architecture, cores and vector unit."""
+    """Name a GPU by its product name, a CPU by architecture, cores and vector unit."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     vector = torch.backends.cpu.get_cpu_capability()
@@ -39,10 +39,10 @@ def describe_device(device: torch.device) -> str:
 
 
 def append_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Append rows to a JSON list, one row a line, and leave the file whole if the process dies.
+    """Append rows to a JSON list, one row a line; the file stays complete if the process dies.
 
     Raises:
-        BadArgumentError: the file holds something else than a JSON list.
+        BadArgumentError: the file holds something other than a JSON list.
     """
     everything = [*read_rows(path), *rows]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def append_rows(path: Path, rows: Sequence[Row]) -> None:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Read the rows of `append_rows`; a file that is not there holds none."""
+    """Return the rows of `append_rows`; a missing file holds none."""
     if not path.exists():
         return []
     try:
@@ -66,7 +66,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def _finite(value: Any) -> Any:
-    """Write NaN and infinities as null: JSON has no word for them."""
+    """Replace NaN and infinities by null, as JSON cannot express them."""
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -75,7 +75,7 @@ def _finite(value: Any) -> Any:
 
 
 def _revision() -> str:
-    """Name the commit of this checkout, with `+` where the working tree differs from it."""
+    """Return the commit of this checkout, with `+` if the working tree differs from it."""
     here = Path(__file__).parent
     try:
         commit = _git(here, "rev-parse", "--short=12", "HEAD")

@@ -1,4 +1,4 @@
-"""What an eval shows: progress on stderr, tables on stdout."""
+"""Output of an eval: progress on stderr, tables on stdout."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,14 +10,14 @@ from rich.table import Table
 
 
 class Advance(Protocol):
-    """Says that one piece of work is done and names the next."""
+    """Callback that marks one piece of work as done and names the next."""
 
     def __call__(self, doing: str) -> None: ...
 
 
 @contextmanager
 def progress(total: int) -> Iterator[Advance]:
-    """Show a bar of `total` pieces, drawn only at `advance`: a refreshing thread would disturb timing."""
+    """Show a bar of `total` pieces, drawn only at `advance`: a refresh thread would disturb timing."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), auto_refresh=False, transient=True) as bar:
         task = bar.add_task("starting", total=total)
@@ -29,7 +29,7 @@ def progress(total: int) -> Iterator[Advance]:
 
 
 def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table; the first column is text, the others line up on the right."""
+    """Print a table; the first column is text, the others are right-aligned."""
     table = Table(title=title, title_justify="left")
     for position, column in enumerate(columns):
         table.add_column(column, justify="left" if position == 0 else "right")
@@ -41,5 +41,5 @@ def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[objec
 
 
 def megabytes(size: int) -> str:
-    """Write bytes as MiB."""
+    """Format bytes as MiB."""
     return f"{size / 2**20:.1f} MiB"

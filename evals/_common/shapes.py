@@ -1,4 +1,4 @@
-"""Random Llama models by name, for sizes that no trained model is needed for."""
+"""Random Llama models by name, for sizes at which no trained model is needed."""
 
 from collections.abc import Mapping
 from types import MappingProxyType

@@ -1,4 +1,4 @@
-"""Work shared out over the processes of `accelerate launch`; one process alone does all of it."""
+"""Distribution of work over the processes of `accelerate launch`; a single process does all of it."""
 
 import argparse
 import atexit
@@ -15,22 +15,22 @@ T = TypeVar("T")
 
 
 class Shard(NamedTuple):
-    """Which part of the work is this process's."""
+    """Part of the work of one process."""
 
     process: int
     num_processes: int
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that reports."""
+        """Return whether this is the process that reports."""
         return self.process == 0
 
     def of(self, items: Sequence[T]) -> list[T]:
-        """Give this process's items: every `num_processes`-th one, so that neighbours are spread over the processes."""
+        """Return this process's items: every `num_processes`-th one, so that neighbours are spread over processes."""
         return list(items[self.process :: self.num_processes])
 
     def gather(self, results: Sequence[T]) -> list[T]:
-        """Give the results of all processes to each of them, in the order of the items they were made from."""
+        """Return the results of all processes to each of them, in the order of the items."""
         if self.num_processes == 1:
             return list(results)
         parts = [list[T]() for _ in range(self.num_processes)]
@@ -41,12 +41,12 @@ class Shard(NamedTuple):
 
 
 def join_shards(args: argparse.Namespace) -> Shard:
-    """Find out about the other processes, and give this one a device of its own where `--device` names none.
+    """Join the other processes, and select a device for this one if `--device` names none.
 
     Raises:
         BadArgumentError: `--device-map` would lay every process's model over the same devices.
     """
-    # Only when told that it is a CPU does accelerate join several processes without a GPU.
+    # accelerate joins several processes without a GPU only when told to use the CPU.
     is_cpu = args.device == "cpu" or (args.device is None and not torch.accelerator.is_available())
     state = PartialState(cpu=is_cpu)
     if state.num_processes > 1:
@@ -55,7 +55,7 @@ def join_shards(args: argparse.Namespace) -> Shard:
                 f"--device-map {args.device_map} lays one model over all devices: got {state.num_processes} "
                 "processes; drop it, or start one process"
             )
-        # While it stands its threads run on into the end of the process, which then now and then aborts.
+        # While the group exists, its threads run on into the end of the process, which then sometimes aborts.
         atexit.register(state.destroy_process_group)
         args.device = args.device or str(state.device)
     return Shard(state.process_index, state.num_processes)

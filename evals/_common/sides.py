@@ -2,29 +2,33 @@
 
 import argparse
 import importlib
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from types import MappingProxyType
 from typing import NamedTuple
 
+import torch
 from transformers import AttentionInterface, Cache, DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
 
 import hf_kvopt
 from evals._common.cli import BadArgumentError
 
 CacheFactory = Callable[[PreTrainedModel, int], Cache]
-_FORMATS = ("int8", "fp8_e4m3", "fp8_e5m2", "k8v4", "int4")
-_EIGHT_BITS, _FOUR_BITS = 0.1, 0.3
+FORMATS = tuple(name for name, format in hf_kvopt.KV_FORMATS.items() if not format.is_native)
+"""Formats of `QuantizedPagedCache`, as the library has them."""
+_EIGHT_BITS, _FOUR_BITS, _FEWER_BITS = 0.1, 0.3, 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheKind:
-    """How to make an empty cache for a model, given the most tokens that a row will hold."""
+    """Factory of an empty cache for a model, given the most tokens that a row will hold."""
 
     about: str
     make: CacheFactory
-    # How far rounding of what is stored may move a logit, as a share of the largest: a few times what random models
-    # show. It tells a broken cache from a coarse one, and no more; `evals.perplexity` says what a format costs.
+    # Limit on how far rounding of stored values may move a logit, as a share of the largest: a few times what random
+    # models show. It only tells a broken cache from a coarse one; `evals.perplexity` measures the loss of a format.
     loss: float = 0.0
 
 
@@ -44,7 +48,8 @@ def _quantized(format: str, exact_prefill: bool = False) -> CacheKind:
     def make(model: PreTrainedModel, max_len: int) -> Cache:
         return hf_kvopt.QuantizedPagedCache(model.config, format=format, exact_prefill=exact_prefill)
 
-    loss = _FOUR_BITS if format in ("k8v4", "int4") else _EIGHT_BITS
+    bits = min(half.bits or 16 for half in (hf_kvopt.KV_FORMATS[format].k, hf_kvopt.KV_FORMATS[format].v))
+    loss = _EIGHT_BITS if bits >= 8 else _FOUR_BITS if bits >= 4 else _FEWER_BITS
     about = f"QuantizedPagedCache, {format}{', exact_prefill' if exact_prefill else ''}"
     return CacheKind(about=about, make=make, loss=loss)
 
@@ -65,14 +70,31 @@ CACHES: Mapping[str, CacheKind] = MappingProxyType(
         "dynamic": CacheKind(about="transformers DynamicCache, grown by torch.cat", make=_dynamic),
         "static": CacheKind(about="transformers StaticCache, allocated for the whole run", make=_static),
         "paged": CacheKind(about="hf_kvopt PagedCache", make=_paged),
-        **{name: _quantized(name) for name in _FORMATS},
-        **{f"{name}_exact": _quantized(name, exact_prefill=True) for name in _FORMATS},
+        **{name: _quantized(name) for name in FORMATS},
+        **{f"{name}_exact": _quantized(name, exact_prefill=True) for name in FORMATS},
         "transformers_fp8": _of_transformers("fp8"),
         "transformers_quanto": _of_transformers("quanto"),
-        # Groups of the states' last axis: hqq takes no other for a cache.
+        # Groups along the last axis of the states: hqq supports no other for a cache.
         "transformers_hqq": _of_transformers("hqq", axis_key=1, axis_value=1),
+        "transformers_hqq8": _of_transformers("hqq", axis_key=1, axis_value=1, nbits=8),
     }
 )
+
+
+# Caches of transformers that lose something, and the package that each needs.
+_PEER = "transformers_"
+_PEERS = {"fp8": None, "quanto": "optimum.quanto", "hqq": "hqq", "hqq8": "hqq"}
+
+
+def lossy_sides() -> tuple[str, ...]:
+    """Return all formats of this library, and the quantized caches of transformers that can be made here."""
+    peers = [name for name, needed in _PEERS.items() if needed is None or _is_installed(needed)]
+    return (*(f"{name}+{hf_kvopt.ATTENTION_NAME}" for name in FORMATS), *(f"{_PEER}{n}+sdpa" for n in peers))
+
+
+def _is_installed(module: str) -> bool:
+    package = module.partition(".")[0]
+    return find_spec(package) is not None and find_spec(module) is not None
 
 
 class Side(NamedTuple):
@@ -90,11 +112,11 @@ class Side(NamedTuple):
         return CACHES[self.cache].loss if self.cache in CACHES else 0.0
 
     def make_cache(self, model: PreTrainedModel, max_len: int) -> Cache:
-        """Make an empty cache that can hold `max_len` tokens a row."""
+        """Make an empty cache that can hold `max_len` tokens of each row."""
         return _factory(self.cache)(model, max_len)
 
     def attend(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Switch the model to this side's attention, and give it back."""
+        """Switch the model to this side's attention, and return it."""
         if model.config._attn_implementation == self.attention:
             return model
         try:
@@ -108,6 +130,25 @@ class Side(NamedTuple):
         return model
 
 
+@torch.inference_mode()
+def accepted_sides(model: PreTrainedModel, sides: Sequence[Side]) -> list[Side]:
+    """Return the sides without those caches of transformers that refuse this model, which are named on stderr."""
+    kept = []
+    for side in sides:
+        ids = torch.full((1, 2), 3, device=model.device)
+        try:
+            cache = side.make_cache(model, ids.shape[1])
+            if side.cache.startswith(_PEER):
+                side.attend(model)(input_ids=ids, **{hf_kvopt.CACHE_KEYWORD: cache}, use_cache=True)
+        except BadArgumentError:
+            raise
+        except Exception as error:  # whatever another library says of a model that it cannot store
+            print(f"{side} is left out: it refuses {type(model).__name__}: {error}", file=sys.stderr)
+            continue
+        kept.append(side)
+    return kept
+
+
 def add_sides_argument(parser: argparse.ArgumentParser, *default: str) -> None:
     """Add `--sides`, with the caches that can be named."""
     caches = "; ".join(f"{name}: {kind.about}" for name, kind in CACHES.items())
@@ -118,10 +159,10 @@ def add_sides_argument(parser: argparse.ArgumentParser, *default: str) -> None:
 
 
 def parse_side(text: str) -> Side:
-    """Read `cache+attention`.
+    """Parse `cache+attention`.
 
     Raises:
-        BadArgumentError: the form is another, or the cache or the attention is unknown.
+        BadArgumentError: another form, or an unknown cache or attention.
     """
     cache, plus, attention = text.rpartition("+")
     if not (cache and plus and attention):

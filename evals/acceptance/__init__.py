@@ -1,1 +1,1 @@
-"""Speculation: tokens accepted a step, and what they are worth."""
+"""Speculation: accepted tokens of a step, and the speed-up they give."""

@@ -1,7 +1,7 @@
 """`python -m evals.acceptance`: accepted length and speed-up of speculation against plain and assisted generate().
 
-Greedy tokens are compared first, in 100 % of the prompts: a side that differs gets no row, and the exit status is 1.
-Sides run turn by turn over the same held-out prompts; the cost of drafts and of verifications is told apart.
+Greedy tokens are compared first, for all prompts: a side that differs gets no row, and the exit status is 1.
+Sides run turn by turn over the same held-out prompts; the costs of drafts and of verifications are reported apart.
 """
 
 import argparse
@@ -32,7 +32,7 @@ _ASSISTANT_LAYERS = 4
 
 
 class Bar(NamedTuple):
-    """What the shipped EAGLE-3 head has to reach on the reference model, greedy."""
+    """Goal of the bundled EAGLE-3 head on the reference model, greedy."""
 
     metric: str
     batch: int
@@ -43,7 +43,7 @@ BARS = (Bar("mean_accepted_length", 1, 3.0), Bar("speedup_dynamic", 1, 1.6), Bar
 
 
 def bars_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Give the bars that a row is held to, with what it reached."""
+    """Return the bars of a row, with the value it reached."""
     is_judged = row["side"] == "eagle3" and not row["temperature"]
     return [
         {"metric": bar.metric, "least": bar.least, "value": row[bar.metric], "met": row[bar.metric] >= bar.least}
@@ -52,7 +52,7 @@ def bars_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def make_parser() -> Parser:
-    """Describe the command line."""
+    """Build the parser of the command line."""
     parser = Parser("evals.acceptance", description=(__doc__ or "").split("\n\n")[0])
     add_model_arguments(parser)
     add_text_arguments(parser)
@@ -72,7 +72,7 @@ def make_parser() -> Parser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, show and write; 1 where a side differs."""
+    """Measure, show and write; return 1 if a side differs."""
     subject = load_subject(args)
     dense, paged = subject.model, copy.deepcopy(subject.model)
     paged.set_attn_implementation(hf_kvopt.ATTENTION_NAME)
@@ -80,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
     assistant = _assistant(args, dense)
     sides = make_sides(dense, paged, {**_heads(args), "prompt lookup": "prompt_lookup", "lookahead": "lookahead"},
                        assistant)  # fmt: skip
+    facts = {"eval": "acceptance", "model": subject.name, "dtype": args.dtype, **provenance(subject.model.device)}
     rows: list[dict[str, Any]] = []
     faults: dict[str, str] = {}
     with progress(len(args.batches) * len(args.temperatures) * len(sides) * args.repeats) as advance:
@@ -91,10 +92,11 @@ def run(args: argparse.Namespace) -> int:
             faults |= {f"{name}, batch {size}": fault for name, fault in wrong.items()}
             agreed = [side for side in these if side.name not in wrong]
             for temperature in args.temperatures:
-                rows += _measure(args, agreed, batches, {**settings, **_sampling(temperature)}, advance, temperature)
+                sampling = {**settings, **_sampling(temperature)}
+                measured = _measure(args, agreed, batches, sampling, advance, temperature)
+                append_rows(args.out, [{**row, "bars": bars_of(row), **facts} for row in measured])
+                rows += measured
     _show(subject, rows, faults)
-    facts = {"eval": "acceptance", "model": subject.name, "dtype": args.dtype, **provenance(subject.model.device)}
-    append_rows(args.out, [{**row, "bars": bars_of(row), **facts} for row in rows])
     draw(rows, args.plot or args.out.with_suffix(".png"))
     return int(bool(faults))
 
@@ -120,7 +122,7 @@ def _sampling(temperature: float) -> dict[str, Any]:
 
 
 def _prompts(args: argparse.Namespace, subject: Subject) -> list[Tensor]:
-    """The beginnings of texts, each another length so that batches are padded; random ids without a tokenizer."""
+    """Return prefixes of texts, each of another length so that batches are padded; random ids without a tokenizer."""
     if subject.tokenizer is None:
         vocab = subject.model.config.get_text_config().vocab_size
         generator = torch.Generator().manual_seed(0)
@@ -129,11 +131,12 @@ def _prompts(args: argparse.Namespace, subject: Subject) -> list[Tensor]:
         ]
     prompts: list[Tensor] = []
     for text in load_texts(args):
-        ids = subject.tokenizer(text, add_special_tokens=False)["input_ids"][
-            : max(1, args.prompt_tokens - len(prompts) % 7)
-        ]
-        if ids and len(prompts) < args.prompts:
-            prompts.append(torch.tensor(ids))
+        ids = subject.tokenizer(text, add_special_tokens=False)["input_ids"]
+        # One file of the user yields all prompts; of a data set each text yields one.
+        starts = range(0, len(ids), args.prompt_tokens) if args.text is not None else range(min(1, len(ids)))
+        for start in starts:
+            if len(prompts) < args.prompts:
+                prompts.append(torch.tensor(ids[start : start + max(1, args.prompt_tokens - len(prompts) % 7)]))
     if len(prompts) < args.prompts:
         raise BadArgumentError(f"the texts give {len(prompts)} prompts: got --prompts {args.prompts}, use fewer")
     return prompts
@@ -144,7 +147,7 @@ def _batches(prompts: Sequence[Tensor], size: int, model: Any) -> list[dict[str,
     for first in range(0, len(prompts), size):
         ids, mask = pad_left(list(prompts[first : first + size]), 0)
         batches.append({"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)})
-    # A smaller last batch is another measurement.
+    # A smaller last batch would be another measurement.
     return [batch for batch in batches if len(batch["input_ids"]) == min(size, len(prompts))]
 
 
@@ -191,7 +194,7 @@ def _show(subject: Subject, rows: Sequence[Mapping[str, Any]], faults: Mapping[s
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the eval and give its exit status."""
+    """Run the eval and return its exit status."""
     return make_parser().run(run, argv)
 
 

@@ -1,4 +1,4 @@
-"""An assistant for a model that has no smaller sibling: some of its own layers, the others left out, nothing trained.
+"""Assistant for a model without a smaller sibling: some of its own layers, untrained.
 
 Source: Zhang et al., "Draft & Verify", arXiv:2309.08168, which searches for the layers; here they are evenly spaced.
 """
@@ -10,7 +10,7 @@ from torch import nn
 
 
 class Assistant(NamedTuple):
-    """A model that drafts, and what it is."""
+    """A model that drafts, with its description."""
 
     model: Any
     what: str

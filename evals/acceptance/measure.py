@@ -1,4 +1,4 @@
-"""Times sides turn by turn over the same prompts, and reads what speculation counted meanwhile."""
+"""Timing of sides, turn by turn over the same prompts, with the counts of speculation meanwhile."""
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -26,7 +26,7 @@ class Measured(NamedTuple):
 
 
 def differing(sides: Sequence[Side], batches: Sequence[Inputs], settings: Mapping[str, Any]) -> dict[str, str]:
-    """What is wrong with the sides whose greedy tokens are not the first side's; the warm-up as well."""
+    """Return what is wrong with each side whose greedy tokens differ from the first side's; also warms up."""
     faults = {}
     greedy = {**settings, "do_sample": False}
     wanted = [sides[0].call(batch, greedy) for batch in batches]
@@ -41,7 +41,7 @@ def differing(sides: Sequence[Side], batches: Sequence[Inputs], settings: Mappin
 def time_sides(
     sides: Sequence[Side], batches: Sequence[Inputs], settings: Mapping[str, Any], repeats: int, advance: Advance
 ) -> dict[str, Measured]:
-    """Every side over all `batches`, `repeats` times, interleaved."""
+    """Time every side over all `batches`, `repeats` times, interleaved."""
     clock = Clock(batches[0]["input_ids"].device)
     seconds: dict[str, list[float]] = {side.name: [] for side in sides}
     before = {side.name: deepcopy(side.stats) for side in sides}
@@ -63,7 +63,7 @@ def _generate_all(side: Side, batches: Sequence[Inputs], settings: Mapping[str, 
 def _since(
     before: hf_kvopt.SpeculationStats | None, after: hf_kvopt.SpeculationStats | None
 ) -> hf_kvopt.SpeculationStats | None:
-    """What was counted in between."""
+    """Return the counts made between `before` and `after`."""
     if before is None or after is None:
         return None
     since = deepcopy(after)
@@ -77,7 +77,7 @@ def _since(
 
 
 def row_of(side: Side, measured: Measured, baselines: Mapping[str, Measured]) -> dict[str, Any]:
-    """The figures of a side, as they are written."""
+    """Return the figures of a side as they are written."""
     rate = measured.num_tokens / median(measured.seconds)
     row: dict[str, Any] = {
         "side": side.name,

@@ -1,4 +1,4 @@
-"""Speed-up by batch size, and how deep drafts are accepted."""
+"""Plot of the speed-up by batch size, and of acceptance by depth."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Bars of the speed-up over plain decoding on the left, acceptance by depth at batch 1 on the right."""
+    """Draw bars of the speed-up over plain decoding on the left, acceptance by depth at batch 1 on the right."""
     mpl.use("Agg")
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -31,7 +31,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     left.set(xlabel="batch size", ylabel="tokens a second, DynamicCache is 1")
     left.set_xticks([i + 0.4 - width / 2 for i in range(len(batches))], [str(batch) for batch in batches])
     right.set(xlabel="depth", ylabel=f"accepted, of drafts so deep, batch {batches[0]}", ylim=(0, 1))
-    # Outside, as bars and lines reach everywhere.
+    # Outside, as bars and lines fill the axes.
     figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize="x-small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

@@ -1,4 +1,4 @@
-"""What is compared: plain decoding, transformers' own assisted decoding, and ours, each as one generate() call."""
+"""Sides of the comparison: plain decoding, transformers' assisted decoding, and ours, each as one generate() call."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ class Side(NamedTuple):
     name: str
     call: Call
     stats: hf_kvopt.SpeculationStats | None = None
-    one_row: bool = False  # whether it takes batches of one row alone
+    one_row: bool = False  # it takes only batches of one row
     facts: Mapping[str, Any] = MappingProxyType({})  # for its rows
 
 
@@ -31,7 +31,7 @@ def make_sides(
     drafts: Mapping[str, Any],
     assistant: Assistant | None,
 ) -> list[Side]:
-    """The baseline first: transformers' default cache and attention."""
+    """Return the sides, the baseline first: transformers' default cache and attention."""
 
     def plain(inputs: Mapping[str, Tensor], settings: Settings) -> Tensor:
         out: Tensor = dense.generate(
@@ -60,7 +60,7 @@ def make_sides(
     if assistant is not None:
         facts = {"assistant": assistant.what}
         sides.append(Side("transformers' assistant", assisted, one_row=True, facts=facts))
-        # Its cache is ours, and so is its attention.
+        # Its cache and its attention are ours.
         model = copy.deepcopy(assistant.model)
         model.set_attn_implementation(hf_kvopt.ATTENTION_NAME)
         ours_too.append(_speculating(paged, "assistant", model)._replace(facts=facts))

@@ -1,1 +1,1 @@
-"""Does a cache and attention give the tokens that transformers gives? `python -m evals.equality`."""
+"""Equality of tokens and logits with transformers: `python -m evals.equality`."""

@@ -1,8 +1,8 @@
 """`python -m evals.equality`: tokens and logits of sides against a baseline, over scenarios of generate().
 
-In float32 every token must be the same and no logit may move by more than rounding; exit status 1 where one
-does. In bfloat16 and float16 a right path still parts from the baseline at a near tie (products of another
-shape round otherwise), so there the first divergence is reported with the margin between the two best logits.
+In float32 every token must be equal and no logit may move by more than rounding; otherwise the exit status is 1. In
+bfloat16 and float16 a correct path still diverges from the baseline at a near tie (products of another shape round
+differently), so the first divergence is reported with the margin between the two best logits.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from evals._common.cli import Parser, add_output_argument, at_least
 from evals._common.models import Subject, add_model_arguments, check_length, load_subject
 from evals._common.noise import LOGIT_NOISE
-from evals._common.prompts import add_text_arguments, load_texts, token_stream
+from evals._common.prompts import add_text_arguments, load_texts, text_facts, token_stream
 from evals._common.rows import append_rows, provenance
 from evals._common.screen import Advance, progress, show_table
 from evals._common.sides import Side, add_sides_argument, parse_side
@@ -22,7 +22,7 @@ from evals.equality.scenario import SCENARIOS, Run, Scenario, make_prompts, run_
 
 
 class Result(NamedTuple):
-    """One side in one scenario."""
+    """Comparison of one side in one scenario."""
 
     side: Side
     scenario: Scenario
@@ -30,7 +30,7 @@ class Result(NamedTuple):
 
 
 def make_parser() -> Parser:
-    """Describe the command line."""
+    """Build the parser of the command line."""
     names = [scenario.name for scenario in SCENARIOS]
     parser = Parser("evals.equality", description=(__doc__ or "").split("\n\n")[0])
     add_model_arguments(parser)
@@ -46,16 +46,18 @@ def make_parser() -> Parser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, show and write; 1 where a float32 comparison differs."""
+    """Measure, show and write; return 1 if a float32 comparison differs."""
     baseline, *sides = [parse_side(text) for text in [args.baseline, *args.sides]]
     subject = load_subject(args)
     check_length(subject, args.prompt_len + args.new_tokens)
     scenarios = [scenario for scenario in SCENARIOS if scenario.name in args.scenarios]
     with progress(len(scenarios) * (1 + len(sides))) as advance:
-        results = list(_results(args, subject, baseline, sides, scenarios, advance))
+        results = []
+        for result in _results(args, subject, baseline, sides, scenarios, advance):
+            results.append(result)
+            append_rows(args.out, [_row(args, subject, baseline, result)])  # a run that is cut off keeps them
     must_equal = args.dtype == "float32"
     _show(args, subject, baseline, results, must_equal)
-    append_rows(args.out, [_row(args, subject, baseline, result) for result in results])
     return int(must_equal and not all(result.comparison.is_equal for result in results))
 
 
@@ -93,7 +95,7 @@ def _run_side(args: argparse.Namespace, subject: Subject, side: Side, scenario: 
 
 
 def _pad_token_id(subject: Subject) -> int:
-    """Give the id to pad with: the mask hides it, so any will do where the tokenizer names none."""
+    """Return the padding id: the mask hides it, so any serves if the tokenizer has none."""
     of_tokenizer = getattr(subject.tokenizer, "pad_token_id", None)
     return of_tokenizer if of_tokenizer is not None else 0
 
@@ -108,7 +110,7 @@ def _row(args: argparse.Namespace, subject: Subject, baseline: Side, result: Res
         "baseline": str(baseline),
         "scenario": result.scenario.name,
         "dtype": args.dtype,
-        "dataset": args.dataset,
+        **text_facts(args),
         "prompt_len": args.prompt_len,
         "new_tokens": args.new_tokens,
         "seed": args.seed,
@@ -152,7 +154,7 @@ def _show(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the eval and give its exit status."""
+    """Run the eval and return its exit status."""
     return make_parser().run(run, argv)
 
 

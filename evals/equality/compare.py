@@ -1,4 +1,4 @@
-"""Compares two runs of the same scenario, up to where they part."""
+"""Comparison of two runs of one scenario, up to their first difference."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from evals.equality.scenario import Run
 
 
 class Divergence(NamedTuple):
-    """The first token that differs, and how far apart the baseline's two best logits were there."""
+    """The first token that differs, and the margin between the baseline's two best logits there."""
 
     row: int
     step: int
@@ -17,7 +17,7 @@ class Divergence(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Tokens equal in front of the first difference, logits compared over the same steps."""
+    """Tokens that are equal before the first difference, and logits compared over the same steps."""
 
     num_tokens: int
     num_equal: int
@@ -28,7 +28,7 @@ class Comparison(NamedTuple):
 
     @property
     def is_equal(self) -> bool:
-        """Every token is the same and no logit moved by more than noise (a NaN counts as moved)."""
+        """Return whether every token is equal and no logit moved by more than noise (a NaN counts as moved)."""
         return self.divergence is None and self.max_logit_delta <= self.noise * self.max_logit
 
 
@@ -37,7 +37,7 @@ def compare(
     run: Run,
     noise: float,  # share of the largest logit that rounding may move
 ) -> Comparison:
-    """Compare row by row, up to a row's first difference: behind it the inputs are others."""
+    """Compare row by row, up to a row's first difference: after it the inputs differ."""
     firsts = [_first_difference(a, b) for a, b in zip(baseline.tokens, run.tokens, strict=True)]
     width = max(baseline.tokens.shape[1], run.tokens.shape[1])
     parted = [(width if step is None else step) for step in firsts]
@@ -54,7 +54,7 @@ def compare(
 
 
 def _first_difference(a: Tensor, b: Tensor) -> int | None:
-    """Give the first step at which two rows differ; one that ends earlier differs where it ends."""
+    """Return the first step at which two rows differ; a row that ends earlier differs where it ends."""
     common = min(len(a), len(b))
     unequal = (a[:common] != b[:common]).nonzero()
     if len(unequal):
@@ -63,10 +63,10 @@ def _first_difference(a: Tensor, b: Tensor) -> int | None:
 
 
 def _row_delta(baseline: Run, run: Run, row: int, parted: int) -> Tensor:  # scalar
-    """Give a row's largest logit difference, up to the step where it parts: its inputs are still the same."""
+    """Return a row's largest logit difference up to its first differing step, whose inputs are still equal."""
     steps = min(parted + 1, int(baseline.lengths[row]), int(run.lengths[row]))
     a, b = baseline.logits[:steps, row], run.logits[:steps, row]
-    # Equal infinities differ by NaN, which would hide the NaN that matters.
+    # Equal infinities differ by NaN, which would hide a NaN that matters.
     return (a - b).abs().masked_fill(a == b, 0.0).max() if steps else torch.tensor(0.0)
 
 

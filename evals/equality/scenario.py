@@ -1,4 +1,4 @@
-"""Ways to call `generate()` that a cache must survive."""
+"""Scenarios of `generate()` for the equality eval."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from hf_kvopt import CACHE_KEYWORD
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """A batch of prompts and the options that generate() gets; lengths are shares of the longest prompt."""
+    """A batch of prompts and the options of generate(); lengths are shares of the longest prompt."""
 
     name: str
     prompt_shares: tuple[float, ...] = (1.0,)
@@ -36,7 +36,7 @@ SCENARIOS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What one generate() gave: new tokens, and the logits that each was chosen from."""
+    """Result of one generate(): new tokens, and the logits that each was chosen from."""
 
     tokens: Tensor  # [rows, new_len] int64
     logits: Tensor  # [new_len, rows, vocab] float32: of the beam that the final row's token came from
@@ -89,7 +89,7 @@ def _follow_beams(
     logits: Tensor,  # [steps, batch * num_beams, vocab]
     beam_indices: Tensor | None,  # [rows, steps], -1 behind the end of a row
 ) -> Run:
-    """Pick for each row and step the logits of the beam it came from: running beams may swap places."""
+    """Select for each row and step the logits of the beam it came from: running beams may swap places."""
     steps = min(len(logits), tokens.shape[1])
     if beam_indices is None:
         return Run(tokens=tokens, logits=logits, lengths=torch.full((len(tokens),), steps))

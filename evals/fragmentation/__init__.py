@@ -1,1 +1,1 @@
-"""What a fixed pool of KV memory holds, by the way it is handed out."""
+"""Capacity of a fixed pool of KV memory under several allocation strategies."""

@@ -1,7 +1,7 @@
-"""`python -m evals.fragmentation`: what a fixed pool holds when chat completions share it, by the way it is handed out.
+"""`python -m evals.fragmentation`: capacity of a fixed pool that chat completions share, by allocation strategy.
 
-The paged rows drive this library's allocator, block tables and prefix index, without tensors; the others are what
-engines and `generate()` do without them. Waste is the part of the slots handed out that holds no token, over time.
+The paged rows drive this library's allocator, block tables and prefix index, without tensors; the others are the
+strategies of engines and `generate()` without them. Waste is the share of allocated slots without a token, over time.
 """
 
 import argparse
@@ -36,7 +36,7 @@ STRATEGIES: dict[str, Callable[[int], Strategy]] = {
 
 
 def make_parser() -> Parser:
-    """Describe the command line."""
+    """Build the parser of the command line."""
     parser = Parser("evals.fragmentation", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--requests", type=at_least(1), default=1000, help="chat completions (%(default)s)")
     parser.add_argument("--pool", type=at_least(4 * (MAX_PROMPT + MAX_OUTPUT)), default=65_536, help="tokens (65536)")
@@ -48,7 +48,7 @@ def make_parser() -> Parser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Simulate, show, write and draw; 1 where the bar is missed."""
+    """Simulate, show, write and draw; return 1 if the bar is missed."""
     requests = draw_requests(args.requests, args.seed, args.arrivals)
     outcomes: dict[str, Outcome] = {}
     with progress(len(STRATEGIES)) as advance:
@@ -98,7 +98,7 @@ def _show(args: argparse.Namespace, outcomes: dict[str, Outcome]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry of `python -m evals.fragmentation`."""
+    """Run the eval and return its exit status."""
     return make_parser().run(run, argv)
 
 

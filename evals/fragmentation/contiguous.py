@@ -1,4 +1,4 @@
-"""What others do: one piece of memory a sequence, or one tensor a batch."""
+"""Strategies without blocks: one piece of memory for each sequence, or one tensor for a batch."""
 
 from dataclasses import dataclass
 
@@ -18,10 +18,10 @@ class _Sequence:
 
 
 class Contiguous:
-    """One piece a sequence, first fit: of the longest length there can be, or the next power of two, which grows.
+    """One piece for each sequence, first fit: of the longest possible length, or of the next power of two, which grows.
 
     Args:
-        pool: slots.
+        pool: number of slots.
         is_max: reserve for the longest sequence at once; else grow by doubling, into a new piece beside the old one.
     """
 
@@ -31,7 +31,7 @@ class Contiguous:
 
     @property
     def num_running(self) -> int:
-        """Sequences that generate."""
+        """Number of sequences that generate."""
         return len(self.sequences)
 
     def admit(self, request: Request) -> bool:
@@ -47,7 +47,7 @@ class Contiguous:
         return True
 
     def step(self) -> list[Request]:
-        """One token each; what cannot grow is put out with all its samples, the youngest first."""
+        """Add one token to each sequence; return the requests, youngest first, preempted where one cannot grow."""
         out: list[Request] = []
         for sequence in list(self.sequences):
             if sequence not in self.sequences:
@@ -69,7 +69,7 @@ class Contiguous:
         return out
 
     def use(self, waiting: Request | None) -> Use:
-        """What is held now; free space is unusable where it would hold the waiting request, in one piece."""
+        """Return the current use; free space is unusable if it would hold the waiting request in one piece."""
         reserved = sum(sequence.size for sequence in self.sequences)
         free, unusable = self.pool - reserved, 0
         if waiting is not None:
@@ -91,11 +91,11 @@ class Contiguous:
 
 
 class StaticBatch:
-    """transformers' `generate` on a batch: rows padded to the longest, until the last one ends; `torch.cat` a step.
+    """transformers' `generate` on a batch: rows padded to the longest, until the last one ends, grown by `torch.cat`.
 
     Args:
-        pool: slots.
-        num_layers: of the model: the transient is one layer's old keys and values beside its new ones.
+        pool: number of slots.
+        num_layers: layers of the model; one layer's old keys and values exist beside its new ones.
     """
 
     def __init__(self, pool: int, num_layers: int = 32) -> None:
@@ -106,7 +106,7 @@ class StaticBatch:
 
     @property
     def num_running(self) -> int:
-        """Rows of the batch that still generate."""
+        """Number of rows of the batch that still generate."""
         return sum(row.left > 0 for row in self.rows)
 
     def admit(self, request: Request) -> bool:
@@ -116,14 +116,14 @@ class StaticBatch:
         rows = [_Sequence(request, 0, 0, request.prompt_len, output) for output in request.output_lens]
         everyone = [*self.rows, *rows]
         columns = max(row.length for row in everyone)
-        # The batch runs to the longest output that was allowed for, as nobody knows where a text ends.
+        # The batch may run to the longest allowed output, as the ends of texts are unknown.
         if self._with_transient(len(everyone) * (columns + MAX_OUTPUT)) > self.pool:
             return False
         self.rows, self.columns = everyone, columns
         return True
 
     def step(self) -> list[Request]:
-        """One column; the batch ends with its last row."""
+        """Add one column; the batch ends with its last row."""
         self.is_open = not self.rows
         self.columns += 1
         for row in self.rows:
@@ -135,7 +135,7 @@ class StaticBatch:
         return []
 
     def use(self, waiting: Request | None) -> Use:
-        """Padding and rows that have ended are held, not used."""
+        """Return the current use; padding and finished rows are reserved, not used."""
         used = sum(row.length for row in self.rows if row.left > 0)
         return Use(used, self._with_transient(len(self.rows) * self.columns), 0, 0)
 

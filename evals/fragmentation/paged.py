@@ -1,4 +1,4 @@
-"""The library's own allocator and block tables, driven as its caches drive them."""
+"""Strategy of this library: its own allocator and block tables, driven as its caches drive them."""
 
 from dataclasses import dataclass
 
@@ -20,13 +20,13 @@ class _Sequence:
 
 
 class Paged:
-    """One block table a sequence over one allocator.
+    """One block table for each sequence over one allocator.
 
     Args:
-        pool: slots.
-        block_size: slots a block.
+        pool: number of slots.
+        block_size: slots of a block.
         copies_on_write: samples of a request share its prompt.
-        shares_prefixes: what a prompt has in common with earlier ones is found in a tree.
+        shares_prefixes: prefixes common with earlier prompts are found in a tree.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Paged:
 
     @property
     def num_running(self) -> int:
-        """Sequences that generate."""
+        """Number of sequences that generate."""
         return len(self.sequences)
 
     def admit(self, request: Request) -> bool:
@@ -60,7 +60,7 @@ class Paged:
         return True
 
     def step(self) -> list[Request]:
-        """One token each; where blocks run out the youngest request is put out."""
+        """Add one token to each sequence; where blocks run out, preempt and return the youngest request."""
         out: list[Request] = []
         for sequence in list(self.sequences):
             while sequence in self.sequences:
@@ -79,7 +79,7 @@ class Paged:
         return out
 
     def use(self, waiting: Request | None) -> Use:
-        """Blocks that sequences hold; what only the tree keeps is given up on demand, and so counts as free."""
+        """Return the current use; blocks that only the tree holds are freed on demand, and so count as free."""
         filled: dict[int, int] = {}
         entries = 0
         for sequence in self.sequences:

@@ -1,4 +1,4 @@
-"""Bars: where the slots of the pool went, and how many sequences ran at once."""
+"""Plot of the use of the pool's slots, and of the sequences that ran at once."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw one bar a strategy."""
+    """Draw one bar for each strategy."""
     mpl.use("Agg")
     names = [row["strategy"] for row in rows]
     figure = Figure(figsize=(11, 5), layout="constrained")

@@ -1,4 +1,4 @@
-"""One run of a serving loop over a fixed pool: admit in order of arrival, one token a step and sequence, release."""
+"""Simulation of a serving loop over a fixed pool: admit in order of arrival, one token a step and sequence, release."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -6,41 +6,41 @@ from typing import NamedTuple, Protocol
 
 from evals.fragmentation.workload import Request
 
-_LOOK_EVERY = 16  # steps: looking costs more than stepping
+_LOOK_EVERY = 16  # steps: measuring costs more than stepping
 
 
 class Use(NamedTuple):
     """Token slots at one moment."""
 
     used: int  # hold a token that is still needed, shared ones counted once
-    reserved: int  # handed out
-    unusable: int  # free, but too scattered for the request that waits
+    reserved: int  # allocated
+    unusable: int  # free, but too scattered for the waiting request
     metadata_bytes: int
 
 
 class Strategy(Protocol):
-    """A way of handing a pool out."""
+    """Strategy of allocating a pool."""
 
     @property
     def num_running(self) -> int:
-        """Sequences that generate."""
+        """Number of sequences that generate."""
         ...
 
     def admit(self, request: Request) -> bool:
-        """Take a request in, if it fits now."""
+        """Admit a request, if it fits now; return whether it did."""
         ...
 
     def step(self) -> list[Request]:
-        """One token for every sequence; gives back requests that had to be put out, to come again."""
+        """Add one token to every sequence; return requests that were preempted, to be admitted again."""
         ...
 
     def use(self, waiting: Request | None) -> Use:
-        """What is held now."""
+        """Return the current use."""
         ...
 
 
 class Outcome(NamedTuple):
-    """Means over steps, one in 16, in which something ran."""
+    """Means over every 16th step in which something ran."""
 
     used: float
     reserved: float
@@ -55,7 +55,7 @@ class Outcome(NamedTuple):
 
     @property
     def waste(self) -> float:
-        """Part of what was handed out that held nothing, over time."""
+        """Share of allocated slots that held nothing, over time."""
         return self.internal / self.reserved if self.reserved else 0.0
 
 
@@ -63,7 +63,7 @@ def simulate(strategy: Strategy, requests: Sequence[Request]) -> Outcome:
     """Run until all requests are done.
 
     Raises:
-        ValueError: a request that fits in no empty pool.
+        ValueError: a request does not fit in an empty pool.
     """
     coming, waiting = deque(requests), deque[Request]()
     uses, running = [], []

@@ -13,13 +13,13 @@ class Request(NamedTuple):
 
     number: int
     arrival: int  # step
-    system: int | None  # which system prompt it begins with
+    system: int | None  # index of its system prompt
     prompt_len: int  # with the system prompt
     output_lens: tuple[int, ...]  # of each sample
 
     @property
     def prompt(self) -> list[int]:
-        """Token ids: those of a system prompt are the same in each request, all others nobody else's."""
+        """Token ids: a system prompt has equal ids in each request, all other ids are unique."""
         own = [-(self.number * MAX_PROMPT + i) - 1 for i in range(self.prompt_len)]
         if self.system is None:
             return own
@@ -28,7 +28,7 @@ class Request(NamedTuple):
 
 
 def draw(num_requests: int, seed: int, arrivals_per_step: float) -> list[Request]:
-    """Draw requests: log-normal lengths, as chats have them, and Poisson arrivals."""
+    """Draw requests with log-normal lengths, typical of chats, and Poisson arrivals."""
     rng = random.Random(seed)
     requests, clock = [], 0.0
     for number in range(num_requests):

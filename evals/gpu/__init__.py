@@ -1,1 +1,1 @@
-"""Everything on a CUDA machine, in one call."""
+"""Correctness and speed of everything on a CUDA machine, in one call."""

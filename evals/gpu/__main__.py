@@ -1,19 +1,18 @@
-"""Rung 3 of the proof: correctness, then speed, of everything on one CUDA card, in one call of under nine minutes.
+"""Rung 3 of the proof: correctness, then speed, of everything on one CUDA device, in one call of under nine minutes.
 
     python -m evals.gpu                  all of it; writes evals/results/gpu-<card>.json and prints a table in Markdown
-    python -m evals.gpu --out FOLDER     the same, written elsewhere
+    python -m evals.gpu --out FOLDER     all of it, written elsewhere
     python -m evals.gpu --tune           also times other tile sizes of the dense prefill
     python -m evals.gpu --only decode    one part: correct, prefill, decode or generate
-    python -m evals.gpu --rehearse       the same code on a CPU under Triton's interpreter, tiny; written to --out alone
+    python -m evals.gpu --rehearse       the same code on a CPU in Triton's interpreter, tiny; written to --out only
 
-Needs torch, triton and transformers, and nothing else; where transformers is older than our caches need, the kernels
-are checked and timed all the same and `generate()` says why it is skipped. The checks run first, in as many processes
-as the machine has room for, which also compile what the timed parts need; these then have the card to themselves. What
-a failed check covers is not timed, and each timed row passes a comparison with float32 of its own before. Bandwidth and
-TFLOP/s are counted from bytes and operations and stand beside what the card reaches on a copy and a matrix product in
-the same run. The file is written after every row, the largest sizes come first, each part gets a share of the time that
-is left, and the call ends itself at --limit whatever hangs. Exits with 1 if a check failed, with 3 where there is no
-CUDA device.
+Needs torch, triton and transformers, and nothing else; if transformers is older than our caches need, the kernels are
+still checked and timed, and `generate()` is skipped with the reason. The checks run first, in as many processes as the
+machine has room for, and also compile what the timed parts need; these then have the GPU to themselves. Whatever a
+failed check covers is not timed, and each timed row first passes its own comparison with float32. Bandwidth and TFLOP/s
+are counted from bytes and operations and stand beside what the GPU reaches on a copy and a matrix product in the same
+run. The file is written after every row, the largest sizes come first, each part gets a share of the remaining time,
+and the call ends at --limit even if something hangs. Exits with 1 if a check failed, with 3 without a CUDA device.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ Row = dict[str, Any]
 
 
 class Report:
-    """The rows of a run, in a file that is whole after every one of them."""
+    """Rows of a run, in a file that is complete after each of them."""
 
     def __init__(self, path: Path | None, head: Row, limits: dict[str, float]) -> None:
         self.path, self.head, self.limits = path, head, limits
@@ -56,7 +55,7 @@ class Report:
 
     @property
     def status(self) -> int:
-        """The exit status."""
+        """Exit status: 1 if a check failed."""
         return int(any(row.get("passed") is False for row in self.rows))
 
 
@@ -64,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the chosen parts and return the exit status."""
     options = _parse(arguments)
     if options.rehearse:
-        # Before Triton is imported, which is why the parts are imported below.
+        # Set before Triton is imported, which is why the parts are imported below.
         os.environ["TRITON_INTERPRET"] = "1"
     import torch
 
@@ -128,11 +127,11 @@ def _part(part: str, bench: Any, limits: dict[str, float], failed: set[str], tun
 
 
 def _where(options: argparse.Namespace, bench: Any) -> tuple[Path | None, Row]:
-    """Return the results file, and what its rows were measured on."""
+    """Return the results file, and the setup that its rows were measured on."""
     from evals._common.rows import provenance
 
     head = provenance(bench.device)
-    folder = options.out or (None if bench.rehearsal else Path(__file__).parent / "results")
+    folder = options.out or (None if bench.rehearsal else Path(__file__).parents[1] / "results")
     if folder is None:
         return None, head
     folder.mkdir(parents=True, exist_ok=True)
@@ -141,7 +140,7 @@ def _where(options: argparse.Namespace, bench: Any) -> tuple[Path | None, Row]:
 
 
 def _give_up(report: Report) -> None:
-    """End the process, whatever it waits for: the rows are written."""
+    """Print the table and end the process, whatever it waits for: the rows are written."""
     from evals.gpu.bars import markdown
 
     print(markdown(list(report.rows), report.limits), "\nstopped at the time limit", flush=True)

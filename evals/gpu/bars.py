@@ -1,4 +1,4 @@
-"""The figures to reach on one H200, each beside what a run measured."""
+"""Target figures for one H200, each beside the measured value."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ LARGE = 1e9  # bytes of keys and values from which the decode figures hold
 
 
 class Bar(NamedTuple):
-    """One figure: the worst of the rows that it is about, None where no row was measured."""
+    """One figure: the worst of its rows, None if no row was measured."""
 
     name: str
     asked: float
@@ -18,7 +18,7 @@ class Bar(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """Whether it is met."""
+        """Verdict in words: "met", "missed" or "not measured"."""
         if self.measured is None:
             return "not measured"
         return "met" if self.measured >= self.asked else "missed"
@@ -57,7 +57,7 @@ def bars(rows: list[Row]) -> list[Bar]:
 
 
 def _least(values: Iterable[float | None]) -> float | None:
-    """Return the least; None where there is none, or where one of them is missing."""
+    """Return the least value; None if there is none, or if one is missing."""
     found = list(values)
     known = [value for value in found if value is not None]
     return min(known) if known and len(known) == len(found) else None
@@ -98,7 +98,7 @@ def markdown(rows: list[Row], limits: dict[str, float]) -> str:
 
 
 def _complaints(rows: list[Row]) -> list[str]:
-    """Return a line per row that failed or was not measured."""
+    """Return a line for each row that failed or was not measured."""
     lines = []
     for row in rows:
         reason = row.get("skipped") or row.get("unavailable") or row.get("error")

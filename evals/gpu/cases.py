@@ -1,4 +1,4 @@
-"""What `evals.kernels` compiles: launches over meta tensors, swept one axis at a time around a base case per kernel."""
+"""Cases of `evals.kernels`: launches over meta tensors, swept one axis at a time around a base case for each kernel."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Case(NamedTuple):
 
     @property
     def label(self) -> str:
-        """A line for the table."""
+        """Line for the table."""
         dims = f"{self.k_dim}" if self.k_dim == self.v_dim else f"{self.k_dim}/{self.v_dim}"
         formats = self.k_format if self.k_format == self.v_format else f"{self.k_format}+{self.v_format}"
         dtype = str(self.dtype).removeprefix("torch.")
@@ -64,14 +64,14 @@ def pattern_of(name: str, batch: int, num_heads: int, q_len: int, kv_len: int) -
         "softcap": {"softcap": 50.0},
         "tree": {"mask": meta(batch, 1, q_len, kv_len, dtype=torch.bool), "is_causal": False},
         "additive": {"mask": meta(batch, num_heads, q_len, kv_len, dtype=BF16), "is_causal": False},
-        # But a mask, which compiles to a program of its own with fewer loops.
+        # All but a mask, which compiles to another program with fewer loops.
         "everything": {"window": 4096, "softcap": 50.0, "sinks": sinks, "starts": meta(batch, dtype=torch.int32)},
     }
     return Pattern(0.1, **extras[name])
 
 
 def launches_of(case: Case, target: Target) -> list[Launch]:
-    """Return what the launcher would launch for the case."""
+    """Return the launches of the case."""
     batch, num_heads = 8, NUM_KV_HEADS * case.group
     if case.op == "merge_state":
         parts = meta(16, batch, 1, num_heads, case.v_dim, dtype=FP32)
@@ -138,13 +138,13 @@ def sweep(card_has_e4m3: bool, full: bool) -> list[Case]:
 def _full_sweep(formats: list[str]) -> list[Case]:
     """Return every tile that can be chosen with the patterns that need most registers, and each other axis once.
 
-    Paged prefill is called for more than 64 rows only, so that its tile is always the whole one; of paged decode only
-    native and 8-bit storage have a taller tile.
+    Paged prefill is called for more than 64 rows only, so its tile is always the full one; of paged decode only native
+    and 8-bit storage have a taller tile.
     """
     cases = []
     for op, q_len in (("paged_decode", 1), ("paged_prefill", 512)):
         for dim, fmt in itertools.product((128, 256), formats):
-            # A mask compiles to a program of its own, with fewer loops.
+            # A mask compiles to another program, with fewer loops.
             cases += [Case(op, dim, dim, k_format=fmt, v_format=fmt, pattern=p, q_len=q_len) for p in _HEAVIEST]
         pairs = [("fp8_e5m2", "fp8_e5m2"), ("int8", "int4"), ("native", "int4")]
         cases += [Case(op, k_format=k, v_format=v, q_len=q_len) for k, v in pairs]
@@ -158,7 +158,7 @@ def _full_sweep(formats: list[str]) -> list[Case]:
         Case("paged_decode", dim, dim, k_format=fmt, v_format=fmt, pattern=pattern, q_len=8)
         for dim, fmt, pattern in itertools.product((128, 256), ("native", "int8"), _HEAVIEST)
     ]
-    # What a compiled generate() replays at the 1B shape that evals.gpu times.
+    # The launch that a compiled generate() replays at the 1B shape that evals.gpu times.
     cases.append(Case("paged_decode", 64, 64, pattern="tree"))
     flash = [
         Case("flash_prefill", dim, dim, pattern=pattern, q_len=4096)

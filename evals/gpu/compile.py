@@ -1,7 +1,7 @@
-"""Compile a Launch ahead of time, on a machine without the GPU, and read out what the machine code needs.
+"""Ahead-of-time compilation of a Launch, without the GPU, and the resources that its machine code needs.
 
-The signature is derived from the launch's own arguments the way Triton's launcher specializes them (1 becomes a
-constant, multiples of 16 and aligned pointers are marked), so that what is compiled here is what would be launched.
+The signature is derived from the launch's arguments as Triton's launcher specializes them (1 becomes a constant,
+multiples of 16 and aligned pointers are marked), so that the compiled code is the code that would be launched.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ POINTER_TYPES = {
 
 
 class Card(NamedTuple):
-    """What the compiler and the occupancy estimate need to know of a target."""
+    """Facts of a target for the compiler and the occupancy estimate."""
 
     name: str
     gpu: GPUTarget
@@ -45,7 +45,7 @@ class Card(NamedTuple):
     shared_per_sm: int
     registers_per_sm: int  # 32-bit
     threads_per_sm: int
-    matrix: tuple[str, ...]  # instructions that use the card's matrix units as they are meant to be used
+    matrix: tuple[str, ...]  # instructions that use the card's matrix units as intended
 
 
 KIB = 1024
@@ -73,15 +73,15 @@ CARDS = {
 
 
 class Compiled(NamedTuple):
-    """What one kernel needs on one card."""
+    """Resources that one kernel needs on one card."""
 
     registers: int
     spill_bytes: int
     shared_bytes: int
-    matrix: dict[str, int]  # instruction family: how often
+    matrix: dict[str, int]  # instruction family: number of occurrences
     blocks_per_sm: int
     num_instructions: int
-    loop_instructions: int  # of the shortest loop around a matrix instruction: the one over whole tiles; 0 if none
+    loop_instructions: int  # of the shortest loop around a matrix instruction, which is over whole tiles; 0 if none
 
 
 def signature_of(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list[list[Any]]]]:
@@ -115,7 +115,7 @@ def signature_of(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[t
 
 
 def launch_key(launch: Launch, card: Card) -> str:
-    """Return a digest of all that the machine code depends on: source, signature, options, card, compiler."""
+    """Return a digest of everything that determines the machine code: source, signature, options, card, compiler."""
     signature, constants, attributes = signature_of(launch)
     source = ASTSource(launch.kernel, signature, constants, attributes)
     parts = (source.hash(), card.name, sorted(launch.options.items()), triton.__version__)
@@ -123,7 +123,7 @@ def launch_key(launch: Launch, card: Card) -> str:
 
 
 def compile_launch(launch: Launch, card: Card) -> Compiled:
-    """Compile for the card; raises whatever the compiler raises."""
+    """Compile for the card; compiler errors propagate."""
     signature, constants, attributes = signature_of(launch)
     source = ASTSource(launch.kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=card.gpu, options=launch.options)
@@ -148,7 +148,7 @@ def _read_nvidia(compiled: Any, launch: Launch, card: Card) -> Compiled:
     registers = int(re.findall(r"REG:(\d+)", report)[-1])
     found = re.findall(r"\b(HGMMA|HMMA|UTCHMMA|UTCQMMA|UTCOMMA|IMMA|QGMMA|UTMALDG|LDGSTS|FFMA|I2F|STL|LDL)\b", sass)
     matrix = {name: found.count(name) for name in sorted(set(found))}
-    # ptxas spills to the stack; a frame that nothing is stored to is not a spill.
+    # ptxas spills to the stack; a frame without stores is not a spill.
     spills = int(re.findall(r"STACK:(\d+)", report)[-1]) if {"STL", "LDL"} & set(matrix) else 0
     threads = 32 * compiled.metadata.num_warps
     shared = compiled.metadata.shared
@@ -181,7 +181,7 @@ def _loops(text: str, label: str, branch: str) -> list[str]:
 
 
 def _shortest(loops: list[str], matrix: str) -> int:
-    """Return the lines of the shortest loop that holds a matrix instruction."""
+    """Return the number of lines of the shortest loop with a matrix instruction; 0 if there is none."""
     return min((loop.count("\n") + 1 for loop in loops if matrix in loop), default=0)
 
 
@@ -195,7 +195,7 @@ def _read_amd(compiled: Any, launch: Launch, card: Card) -> Compiled:
     spills = field("private_segment_fixed_size")
     found = re.findall(r"\b(v_mfma|v_fma_f32|v_cvt|scratch_store|global_load_lds|buffer_load)\w*", text)
     matrix = {name: found.count(name) for name in sorted(set(found))}
-    # 512 registers a lane and SIMD in steps of 8; a block's waves are spread over 4 SIMDs.
+    # 512 registers of a lane and SIMD in steps of 8; the waves of a block are spread over 4 SIMDs.
     waves_per_simd = min(8, 512 // max(8, -(-vector // 8) * 8))
     blocks = min(
         waves_per_simd * 4 // compiled.metadata.num_warps, card.shared_per_sm // max(1, compiled.metadata.shared)

@@ -1,4 +1,4 @@
-"""Correctness of every op at real sizes against float32, on the card, before any speed."""
+"""Correctness of every op at real sizes against float32, on the GPU, before any timing."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from evals.gpu.generate import generate_jobs
 from evals.gpu.jobs import Job
 from evals.gpu.states import check_paged_rows, compare, make_pools
 from evals.gpu.time import Bench, graphed
-from hf_kvopt.kernels import ops as dispatch
 from hf_kvopt.kernels.packed import Packed
 from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.kernels.reference.attention import AttentionOut, visible_pairs
+from hf_kvopt.kernels.store import store_kv
+from hf_kvopt.kernels.triton import ops as dispatch
 from hf_kvopt.kernels.triton.launch import target_of
 from hf_kvopt.kernels.triton.store_kv import store_kv_reference
 from hf_kvopt.quant import FORMATS, get_format
@@ -26,7 +27,7 @@ PATTERNS = ("full", "window", "softcap", "sinks", "starts", "tree", "everything"
 
 
 def usable_formats(bench: Bench) -> list[str]:
-    """Return the formats that this card's kernels can read."""
+    """Return the formats that this GPU's kernels can read."""
     target = target_of(torch.empty(1, device=bench.device))
     return [
         name
@@ -93,7 +94,7 @@ def _paged_job(format_name: str, op: str, q_len: int, dim: int, block_size: int,
 
 
 def make_pattern(bench: Bench, name: str, batch: int, num_heads: int, q_len: int, kv_len: int, scale: float) -> Pattern:
-    """Return a pattern by name; `everything` is all of them at once but the mask."""
+    """Return a pattern by name; `everything` combines all of them except the mask."""
     starts = torch.arange(batch, dtype=torch.int32, device=bench.device) * (kv_len // 7)
     extras: dict[str, dict[str, Any]] = {
         "causal": {},
@@ -107,7 +108,7 @@ def make_pattern(bench: Bench, name: str, batch: int, num_heads: int, q_len: int
     }
     if name != "tree":
         return Pattern(scale, **extras[name])
-    # What came before, and of the new tokens each its ancestors in a binary tree.
+    # New tokens see all past ones, and their ancestors in a binary tree.
     mask = torch.ones(1, 1, q_len, kv_len, dtype=torch.bool, device=bench.device)
     ancestors = torch.eye(q_len, dtype=torch.bool, device=bench.device)
     for node in range(1, q_len):
@@ -117,9 +118,9 @@ def make_pattern(bench: Bench, name: str, batch: int, num_heads: int, q_len: int
 
 
 def check_store(bench: Bench, format_name: str) -> Row:
-    """Codes and scales must equal the torch reference bit for bit: that of a CPU, which divides where CUDA multiplies.
+    """Check that codes and scales equal the torch reference bit for bit, on a CPU, which divides where CUDA multiplies.
 
-    Of int4 one vector in a thousand may have another scale: the best of several by an error whose sum is rounded in
+    With int4 one vector in a thousand may have another scale: the best of several by an error whose sum is rounded in
     another order.
     """
     fmt = get_format(format_name)
@@ -128,7 +129,7 @@ def check_store(bench: Bench, format_name: str) -> Row:
     k = bench.rand(1, tokens, heads, dim).transpose(1, 2)
     slots = torch.randperm(tokens, device=bench.device)
     codes, scales = [], []
-    for op, device in ((dispatch.store_kv, bench.device), (store_kv_reference, torch.device("cpu"))):
+    for op, device in ((store_kv, bench.device), (store_kv_reference, torch.device("cpu"))):
         shape = (tokens // 16, 16, heads)
         pool = torch.zeros(*shape, fmt.packed_dim(dim), dtype=fmt.code_dtype or k.dtype, device=device)
         scale = torch.zeros(*shape, *fmt.scale_shape, dtype=torch.float16, device=device)
@@ -145,7 +146,7 @@ def check_store(bench: Bench, format_name: str) -> Row:
 
 
 def check_flash(bench: Bench, dtype: torch.dtype, k_dim: int, v_dim: int, name: str) -> Row:
-    """Dense attention of 4 over 2 heads: two rows, or three sequences of unlike lengths in one."""
+    """Check dense attention of 4 over 2 heads: two rows, or three sequences of different lengths packed in one."""
     length, batch = 40 if bench.rehearsal else 2048, 1 if name == "packed" else 2
     q = bench.rand(batch, length, 4, k_dim, dtype=dtype).transpose(1, 2)
     k = bench.rand(batch, length, 2, k_dim, dtype=dtype).transpose(1, 2)
@@ -169,7 +170,7 @@ def _check_packed(bench: Bench, q: Tensor, k: Tensor, v: Tensor, pattern: Patter
 
 
 def check_paged(bench: Bench, format_name: str, op_name: str, q_len: int, dim: int, block_size: int, name: str) -> Row:
-    """Paged ops over uneven rows, one empty, NaN in all slots that no row owns."""
+    """Check paged ops over uneven rows, one of them empty, with NaN in all slots that no row owns."""
     lens = [0, 1, 18] if bench.rehearsal else [0, 1, 4097, 16384]
     if name == "tree":
         # The mask is laid out for one length.
@@ -184,7 +185,7 @@ def check_paged(bench: Bench, format_name: str, op_name: str, q_len: int, dim: i
 
 
 def check_graph(bench: Bench) -> Row:
-    """One CUDA graph must stay right when the lengths on the device change between replays."""
+    """Check that one CUDA graph stays right when the lengths on the device change between replays."""
     heads, dim, longest = (1, 32, 64) if bench.rehearsal else (2, 128, 8192)
     pools = make_pools(bench, [longest] * 4, heads, dim, dim, "native", block_size=16 if bench.rehearsal else 64)
     q = bench.rand(4, 1, 4 * heads, dim).transpose(1, 2)

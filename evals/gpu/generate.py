@@ -1,4 +1,4 @@
-"""A whole `generate()` on a random model of Llama's shape: what a user of each cache would see."""
+"""Checks and timing of a whole `generate()` on a random model of Llama's shape, for each cache."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from evals.gpu.jobs import Job
 from evals.gpu.time import Bench
 
 Row = dict[str, Any]
-OLDEST_TRANSFORMERS = (5, 19)  # that the caches run with; the kernels do not care
-# name: (attention, cache of ours, cache of theirs)
+OLDEST_TRANSFORMERS = (5, 19)  # that the caches run with; kernels work with any
+# name: (attention, options of our cache, options of theirs)
 SIDES: dict[str, tuple[str, dict[str, Any] | None, dict[str, Any]]] = {
     "DynamicCache eager": ("sdpa", None, {}),
     "StaticCache compiled": ("sdpa", None, {"cache_implementation": "static"}),
@@ -58,7 +58,7 @@ def make_model(bench: Bench, dtype: torch.dtype, is_tiny: bool) -> LlamaForCausa
 
 
 def make_cache(model: LlamaForCausalLM, side: str, batch: int, tokens_of_a_row: int) -> hf_kvopt.PagedCache | None:
-    """Return our cache for a side; None where `generate` makes its own."""
+    """Return our cache for a side; None if `generate` makes its own."""
     ours = SIDES[side][1]
     if ours is None:
         return None
@@ -73,7 +73,7 @@ def generate(
     prompt: torch.Tensor,  # [batch, prompt]
     mask: torch.Tensor,
     new_tokens: int,
-    cache: hf_kvopt.PagedCache | None = None,  # an empty one, to use again
+    cache: hf_kvopt.PagedCache | None = None,  # an empty one, to be reused
 ) -> torch.Tensor:
     """Return prompt and new tokens of one side, [batch, prompt + new]."""
     attention, _, options = SIDES[side]
@@ -81,7 +81,7 @@ def generate(
     if cache is not None:
         options = {hf_kvopt.CACHE_KEYWORD: cache}
     if bench.device.type == "cpu" and side.endswith("compiled"):
-        # On a card generate() compiles these by itself.
+        # On a GPU generate() compiles these itself.
         options = options | {"compile_config": _eager_compilation()}
     model.set_attn_implementation(attention)
     call: Callable[..., torch.Tensor] = getattr(model, "generate")  # noqa: B009  typed on a mixin of its own
@@ -98,7 +98,7 @@ def _eager_compilation() -> CompileConfig:
 
 
 def generate_jobs(bench: Bench) -> list[Job]:
-    """Return a check per side and, where compilation takes long, a call of each workload that fills its caches."""
+    """Return a check for each side and, where compilation is slow, a call of each workload that fills its caches."""
     jobs = []
     for side in SIDES:
         if side != "DynamicCache eager":
@@ -108,7 +108,7 @@ def generate_jobs(bench: Bench) -> list[Job]:
 
 
 def check_generate(bench: Bench, side: str) -> Row:
-    """Left-padded rows in float32 must give the very tokens of DynamicCache and SDPA."""
+    """Check that left-padded rows in float32 give exactly the tokens of DynamicCache and SDPA."""
     reason = why_not(side)
     if reason is not None:
         return {"skipped": reason}
@@ -123,7 +123,7 @@ def check_generate(bench: Bench, side: str) -> Row:
 
 
 def warm_generate(bench: Bench, side: str, workload: tuple[int, int, int]) -> Row:
-    """Compile what a workload will need; the shapes are those of its prefill and of one step."""
+    """Compile what a workload needs, with the shapes of its prefill and of one step."""
     reason = why_not(side)
     if reason is not None:
         return {"skipped": reason}
@@ -135,7 +135,7 @@ def warm_generate(bench: Bench, side: str, workload: tuple[int, int, int]) -> Ro
 
 
 def bench_generate(bench: Bench, failed: set[str]) -> Iterator[Row]:
-    """Yield one row per workload and side; tokens a second over the whole call, after one call to warm up."""
+    """Yield one row for each workload and side: tokens a second over the whole call, after one warm-up call."""
     model = make_model(bench, torch.bfloat16, is_tiny=bench.rehearsal)
     for batch, prompt_len, new_tokens in ((2, 10, 3),) if bench.rehearsal else WORKLOADS:
         prompt = torch.randint(3, model.config.vocab_size, (batch, prompt_len), device=bench.device)
@@ -148,7 +148,7 @@ def bench_generate(bench: Bench, failed: set[str]) -> Iterator[Row]:
             if reason is not None:
                 yield row | {"skipped": reason}
                 continue
-            # Static shapes for each, as in a process of its own.
+            # Static shapes for each side, as in a fresh process.
             torch._dynamo.reset()
             try:
                 tokens, seconds = timed_generate(bench, model, side, prompt, new_tokens)
@@ -156,7 +156,7 @@ def bench_generate(bench: Bench, failed: set[str]) -> Iterator[Row]:
                 yield row | {"unavailable": f"{type(error).__name__}: {str(error).strip()[:200]}"}
                 continue
             first = tokens if first is None else first
-            # bf16 paths of other shapes part at near ties: where, is reported and not judged.
+            # bf16 paths of other shapes diverge at near ties: reported, not judged.
             same = (tokens == first)[:, prompt_len:].long().cumprod(dim=1).sum(dim=1).tolist()
             yield row | {
                 "seconds": seconds,

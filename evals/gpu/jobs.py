@@ -1,9 +1,9 @@
-"""Checks in several processes at once, because most of their time is compilation; a process that dies is one red row.
+"""Checks in parallel processes, because most of their time is compilation; a process that dies is one failed row.
 
-A kernel takes seconds to compile, the checks need more than a hundred, and a GPU machine has cores: each worker
-compiles what its own checks launch, on the same card. A CUDA error leaves a process that can do nothing any more, so
-that its worker is replaced and no other check is lost. What is compiled lands in the caches on disk: the timed parts,
-alone on the card afterwards, find it there.
+A kernel takes seconds to compile, there are more than a hundred checks, and a GPU machine has many cores: each worker
+compiles what its own checks launch, on the same GPU. A CUDA error makes its process unusable, so the worker is replaced
+and no other check is lost. Compiled code lands in the caches on disk, where the timed parts, alone on the GPU
+afterwards, find it.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ import torch
 from evals.gpu.time import Bench
 
 Row = dict[str, Any]
-BYTES_PER_WORKER = 8 * 2**30  # of the card's memory: a context, a model of 1.2 billion parameters and its cache
+BYTES_PER_WORKER = 8 * 2**30  # of the GPU's memory: a context, a model of 1.2 billion parameters and its cache
 
 
 class Job(NamedTuple):
-    """One check, or one call whose compiled code a timed part will need; picklable."""
+    """One check, or one call whose compiled code a timed part needs; picklable."""
 
     name: str
     function: Callable[..., Row]  # of a Bench and the arguments
     args: tuple[Any, ...] = ()
-    covers: str = ""  # what must not be timed if this fails; "" for a call that only fills the compilers' caches
+    covers: str = ""  # not to be timed if this fails; "" for a call that only fills the compilers' caches
 
     def row(self, result: Row) -> Row:
-        """Return a result under the job's name; only a check can be red."""
+        """Return a result under the job's name; only a check can fail."""
         if self.covers:
             return {"check": self.name, "covers": self.covers, **result}
         return {"warm": self.name, **{key: value for key, value in result.items() if key != "passed"}}
@@ -46,14 +46,14 @@ class _Worker(NamedTuple):
 
 
 def count_workers(bench: Bench, num_jobs: int) -> int:
-    """Return how many processes share the machine."""
+    """Return the number of processes that share the machine."""
     if bench.rehearsal:
         return 2
     return max(1, min(14, os.cpu_count() or 1, bench.free_bytes() // BYTES_PER_WORKER, num_jobs))
 
 
 def run_jobs(bench: Bench, jobs: list[Job]) -> Iterator[Row]:
-    """Yield a row per job as they end; a job that did not end before the deadline is skipped."""
+    """Yield a row for each job as it ends; jobs that have not ended by the deadline are skipped."""
     waiting = deque(jobs)
     workers = [_start(bench) for _ in range(count_workers(bench, len(jobs)))]
     busy: dict[Connection, tuple[_Worker, Job]] = {}
@@ -91,7 +91,7 @@ def _give(worker: _Worker, waiting: deque[Job], busy: dict[Connection, tuple[_Wo
     if waiting:
         job = waiting.popleft()
         busy[worker.connection] = (worker, job)
-        # One that has died says so when its answer is read.
+        # A worker that has died is noticed when its answer is read.
         with contextlib.suppress(OSError):
             worker.connection.send(job)
 
@@ -107,7 +107,7 @@ def _result(worker: _Worker) -> Row:
 
 def _work(connection: Connection, bench: Bench) -> None:
     """Answer jobs until the parent is gone."""
-    # Read when the compiler is first imported: one process of its own per worker is enough.
+    # Read when the compiler is first imported: one compile process for each worker is enough.
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     torch.set_num_threads(1)
     while True:
@@ -120,9 +120,9 @@ def _work(connection: Connection, bench: Bench) -> None:
         try:
             with torch.no_grad():
                 row = job.function(bench, *job.args)
-        except Exception as error:  # whatever breaks is one red row, not the end of the run
+        except Exception as error:  # any failure is one failed row, not the end of the run
             row = {"passed": False, "error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-        # The card is shared: what this job leaves cached another may need.
+        # The GPU is shared: another job may need what this one left cached.
         with contextlib.suppress(RuntimeError):
             bench.free_bytes()
         connection.send(row | {"seconds": round(time.perf_counter() - started, 1)})

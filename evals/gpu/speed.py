@@ -1,4 +1,4 @@
-"""Prefill and decode beside their peers in the same run; a row is timed only after its own equality check."""
+"""Speed of prefill and decode beside their peers in the same run; a row is timed only after its own equality check."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from evals.gpu.correct import usable_formats
 from evals.gpu.jobs import BYTES_PER_WORKER, Job
 from evals.gpu.states import check_paged_rows, compare, make_pools, used_bytes
 from evals.gpu.time import Bench, attempt, median_ms
-from hf_kvopt.kernels import ops as dispatch
 from hf_kvopt.kernels.paged_kv import PagedKV
 from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.kernels.reference.attention import AttentionOut
 from hf_kvopt.kernels.triton import flash_prefill
+from hf_kvopt.kernels.triton import ops as dispatch
 from hf_kvopt.kernels.triton.launch import Config
 
 Row = dict[str, Any]
 SDPA_BACKENDS = {"sdpa cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa flash": SDPBackend.FLASH_ATTENTION}
-# What matters most comes first: time may run out.
+# The most important first: time may run out.
 PREFILL_LENGTHS = (4096, 16384, 8192, 1024, 2048)  # 16k tokens in all, hidden size 2048
 DECODE_SIZES = (
     (8, 65536), (64, 4096), (64, 16384), (8, 16384), (1, 65536), (64, 65536),
     (8, 4096), (64, 1024), (1, 16384), (8, 1024), (1, 4096), (1, 1024),
 )  # fmt: skip
-# What else could be the best tile on a card; `--tune` times them all.
+# Other candidates for the best tile on a GPU; `--tune` times them all.
 CANDIDATES = [
     Config(128, 128, 8, 2, tma=True),
     Config(128, 128, 8, 3, tma=True),
@@ -45,14 +45,14 @@ CANDIDATES = [
 
 
 def warm_jobs(bench: Bench) -> list[Job]:
-    """Return calls that compile what the timed parts launch; nothing to compile in a rehearsal but one of each."""
+    """Return calls that compile what the timed parts launch; one of each in a rehearsal, which compiles nothing."""
     formats = usable_formats(bench)
     if bench.rehearsal:
         return [Job("prefill", warm_prefill, (32, 32)), Job("decode", warm_decode, (2, 40, "native"))]
     prefill = [Job(f"prefill {dim} {n}", warm_prefill, (dim, n)) for dim in (128, 64, 256) for n in PREFILL_LENGTHS]
-    # Another format is another kernel, another batch a constant of it; a length is neither.
+    # Another format is another kernel, another batch size a constant of it; a length is neither.
     decode = [Job(f"decode {b} {name}", warm_decode, (b, 1024, name)) for name in formats for b in (8, 64, 1)]
-    # Of the peers, each size is a kernel of its own.
+    # For the peers, each size is another kernel.
     return prefill + decode + [Job(f"decode peers {b} {n}", warm_decode_peers, (b, n)) for b, n in DECODE_SIZES]
 
 
@@ -72,7 +72,7 @@ def warm_prefill(bench: Bench, dim: int, length: int) -> Row:
 
 
 def warm_decode(bench: Bench, batch: int, length: int, format_name: str) -> Row:
-    """Compile ours for one batch and format, with and without splits."""
+    """Compile ours for one batch size and format, with and without splits."""
     q, pools = decode_inputs(bench, batch, length, format_name)
     dispatch.paged_decode(q, pools, Pattern(q.shape[3] ** -0.5))
     return {}
@@ -81,7 +81,7 @@ def warm_decode(bench: Bench, batch: int, length: int, format_name: str) -> Row:
 def warm_decode_peers(bench: Bench, batch: int, length: int) -> Row:
     """Compile FlexAttention for one size."""
     shape = (batch, 8, length, 128)
-    # Other processes are on the card too.
+    # Other processes use the GPU too.
     if 2 * 2 * batch * 8 * length * 128 > BYTES_PER_WORKER:
         return {"skipped": "too large beside the others"}
     decode_flex(bench, bench.rand(batch, 32, 1, 128), bench.rand(*shape), bench.rand(*shape))()
@@ -89,7 +89,7 @@ def warm_decode_peers(bench: Bench, batch: int, length: int) -> Row:
 
 
 def on_backend(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Callable[[], Tensor]:
-    """Return an SDPA call that fails rather than fall back to another backend."""
+    """Return an SDPA call that fails instead of falling back to another backend."""
 
     def call() -> Tensor:
         with sdpa_kernel(backend):
@@ -121,7 +121,7 @@ def decode_flex(bench: Bench, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], A
 
 
 def bench_prefill(bench: Bench, limits: dict[str, float], failed: set[str], tune: bool) -> Iterator[Row]:
-    """Causal self-attention in bf16; TFLOP/s count the visible half."""
+    """Yield rows of causal self-attention in bf16; TFLOP/s count the visible half."""
     for dim in (32,) if bench.rehearsal else (128, 64, 256):
         for length in (32, 64) if bench.rehearsal else PREFILL_LENGTHS:
             row: Row = {"bench": "prefill", "head_dim": dim, "length": length}
@@ -155,7 +155,7 @@ def tuned(bench: Bench, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Row]:
 
 
 def check_rows(bench: Bench, out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Row:
-    """Hold 64 of the first row's queries to float32 attention: all of them would need a score matrix."""
+    """Compare 64 of the first row's queries with float32 attention: all of them would need a score matrix."""
     length = q.shape[2]
     picked = torch.randperm(length, device=q.device)[:64].sort().values
     seen = (torch.arange(length, device=q.device) <= picked[:, None])[None, None]
@@ -166,19 +166,19 @@ def check_rows(bench: Bench, out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Ro
 
 
 def decode_inputs(bench: Bench, batch: int, length: int, format_name: str) -> tuple[Tensor, PagedKV]:
-    """Return one query of 32 heads a row, and pools of 8 KV heads."""
+    """Return one query of 32 heads for each row, and pools of 8 KV heads."""
     kv_heads, dim = (1, 32) if bench.rehearsal else (8, 128)
     q = bench.rand(batch, 1, 4 * kv_heads, dim).transpose(1, 2)
     return q, make_pools(bench, [length] * batch, kv_heads, dim, dim, format_name)
 
 
 def bench_decode(bench: Bench, limits: dict[str, float], failed: set[str]) -> Iterator[Row]:
-    """One query a row, 32 heads over 8 KV heads, head_dim 128; GB/s count the keys, values and scales of all rows."""
+    """Yield rows of one query, 32 over 8 heads of head_dim 128; GB/s count keys, values and scales of all rows."""
     for batch, length in ((2, 40),) if bench.rehearsal else DECODE_SIZES:
         native_ms: float | None = None
         for name in usable_formats(bench):
             row: Row = {"bench": "decode", "batch": batch, "length": length, "format": name}
-            # Ours and a dense copy for the peers, in bf16, and room to spare.
+            # Memory for ours and a dense copy for the peers, in bf16, with room to spare.
             room = None if 3 * batch * length * 8 * 128 * 4 < bench.free_bytes() else "not enough memory"
             reason = room or skipped(bench, {f"paged_decode {name}"} & failed)
             if reason:
@@ -199,7 +199,7 @@ def skipped(bench: Bench, failed: set[str]) -> str | None:
 
 
 def decode_row(bench: Bench, limits: dict[str, float], batch: int, length: int, format_name: str) -> Row:
-    """Check and time one format; native storage brings its peers along."""
+    """Check and time one format; native storage is timed beside its peers."""
     q, pools = decode_inputs(bench, batch, length, format_name)
     pattern = Pattern(q.shape[3] ** -0.5)
 
@@ -219,7 +219,7 @@ def decode_peers(bench: Bench, q: Tensor, length: int) -> dict[str, Row]:
     """Time SDPA and FlexAttention over dense keys and values of the same size."""
     shape = (q.shape[0], q.shape[1] // 4, length, q.shape[3])
     k, v = (bench.rand(*shape) for _ in range(2))
-    # The query heads of a KV group as queries of one head: the best that SDPA can be given at one query.
+    # The query heads of a KV group as queries of one head: the best case for SDPA with one query.
     folded = q.reshape(*shape[:2], 4, shape[3])
     times = {}
     for name, backend in SDPA_BACKENDS.items():
@@ -229,7 +229,7 @@ def decode_peers(bench: Bench, q: Tensor, length: int) -> dict[str, Row]:
 
 
 def with_rates(times: dict[str, Row], work: float, limit: float, unit: str, per_ms: float) -> Row:
-    """Add each side's rate, its share of the card's own limit, and ours over the best peer."""
+    """Add each side's rate, its share of the GPU's own limit, and our speed-up over the best peer."""
     sides = {}
     for name, timed in times.items():
         sides[name] = dict(timed)

@@ -1,4 +1,4 @@
-"""Inputs of the GPU evals, and how far a result may be from float32: pools filled through the kernels' own store."""
+"""Inputs of the GPU evals, and the bound on a result's distance from float32; pools are filled through `store_kv`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from evals.gpu.time import Bench
-from hf_kvopt.kernels import ops as dispatch
 from hf_kvopt.kernels.paged_kv import PagedKV
 from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.kernels.reference.attention import AttentionOut, attention_reference, gather_reference, visible_pairs
+from hf_kvopt.kernels.store import store_kv
 from hf_kvopt.quant import get_format
 
 Row = dict[str, Any]
@@ -34,7 +34,7 @@ def make_pools(
     dtype: torch.dtype = torch.bfloat16,
     block_size: int = 64,
 ) -> PagedKV:
-    """Fill pools with noise, row by row, through `store_kv`; blocks are permuted, and what is not owned is NaN."""
+    """Fill pools with noise, row by row, through `store_kv`; blocks are permuted, and unowned slots are NaN."""
     fmt = get_format(format_name)
     counts = [-(-n // block_size) for n in seq_lens]
     num_blocks = sum(counts) + 1
@@ -55,7 +55,7 @@ def make_pools(
         positions = torch.arange(length, device=bench.device)
         slots = table[row].long()[positions // block_size] * block_size + positions % block_size
         k, v = (bench.rand(1, length, num_kv_heads, d, dtype=dtype).transpose(1, 2) for d in (k_dim, v_dim))
-        dispatch.store_kv(k, v, pools[0], pools[1], slots, scales[0], scales[1])
+        store_kv(k, v, pools[0], pools[1], slots, scales[0], scales[1])
     lens = torch.tensor(seq_lens, dtype=torch.int32, device=bench.device)
     return PagedKV(pools[0], pools[1], table, lens, scales[0], scales[1])
 
@@ -68,7 +68,7 @@ def check_paged_rows(
     pattern: Pattern,
     rows: slice = slice(None),
 ) -> Row:
-    """Compare some rows of a paged op with float32 attention over what is stored."""
+    """Compare some rows of a paged op with float32 attention over the stored values."""
     table, lens = pools.block_table[rows], pools.seq_lens[rows]
     k = gather_reference(pools.k_pool, pools.k_scale, table, lens)
     v = gather_reference(pools.v_pool, pools.v_scale, table, lens)
@@ -82,22 +82,22 @@ def check_paged_rows(
 def compare(
     bench: Bench,
     got: AttentionOut,
-    q: Tensor,  # [batch, num_heads, q_len, k_dim] as the kernel was given it
+    q: Tensor,  # [batch, num_heads, q_len, k_dim] as given to the kernel
     k: Tensor,  # [batch, num_kv_heads, kv_len, k_dim] of any dtype
     v: Tensor,
     seen: Tensor,  # [batch, 1, q_len, kv_len]
     pattern: Pattern,
 ) -> Row:
-    """Hold a result to float32: at most 2x the error of plain torch in q's dtype, by maximum and by mean square.
+    """Compare a result with float32: at most 2x the error of plain torch in q's dtype, by maximum and by mean square.
 
-    The mean square sees what the maximum, set by rows of one or two keys, hides: one key too many of 500 is 4 % of it,
+    The mean square shows what the maximum, set by rows of one or two keys, hides: one key too many of 500 is 4 % of it,
     bfloat16's own error 0.3 %.
     """
     extras = (pattern.scale, pattern.softcap, pattern.sinks, pattern.mask)
     exact = attention_reference(q.float(), k.float(), v.float(), seen, *extras)
     honest = _plain(q, k, v, seen, *extras).float() - exact.out
     error = got.out.float() - exact.out
-    # The interpreter cuts float32 off where a card rounds it to bfloat16.
+    # The interpreter truncates float32 where a GPU rounds it to bfloat16.
     slack = 4 if bench.rehearsal else 2
     row: Row = {
         "max_error": _largest(error),

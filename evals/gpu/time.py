@@ -1,4 +1,4 @@
-"""Timing on a card: CUDA events, a flushed L2 between repeats, and what the card reaches on a copy and a product."""
+"""Timing on a GPU: CUDA events, a flushed L2 between repeats, and the limits of a copy and a matrix product."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch import Tensor
 
 
 class Bench(NamedTuple):
-    """Where a run happens, how often things repeat; `rehearsal` is a CPU with tiny sizes, whose times mean nothing."""
+    """Device and settings of a run; a `rehearsal` is a CPU with tiny sizes, whose times are meaningless."""
 
     device: torch.device
     repeats: int
-    deadline: float  # time.monotonic() at which no new measurement starts
+    deadline: float  # time.monotonic() after which no new measurement starts
     rehearsal: bool
 
     @property
     def is_late(self) -> bool:
-        """Whether the time budget is used up."""
+        """Return whether the time budget is used up."""
         return time.monotonic() > self.deadline
 
     def rand(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -30,7 +30,7 @@ class Bench(NamedTuple):
         return torch.randn(shape, dtype=dtype, device=self.device)
 
     def free_bytes(self) -> int:
-        """Return the bytes that can still be allocated, after giving back what is only cached."""
+        """Return the bytes that can still be allocated, after freeing cached memory."""
         if self.device.type != "cuda":
             return 2**31
         gc.collect()
@@ -53,7 +53,7 @@ def graphed(call: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def median_ms(bench: Bench, call: Callable[[], Any], graph: bool = False) -> float:
-    """Return the median milliseconds of a call, each repeat on a cold L2."""
+    """Return the median milliseconds of a call, each repeat with a cold L2."""
     if bench.device.type != "cuda":
         started = time.perf_counter()
         call()
@@ -61,7 +61,7 @@ def median_ms(bench: Bench, call: Callable[[], Any], graph: bool = False) -> flo
     call()
     if graph:
         call = graphed(call)
-    # Larger than any L2 so far; zeroing it also gives the host time to queue what follows.
+    # Larger than any current L2; zeroing it also gives the host time to queue what follows.
     flush = torch.empty(256 * 2**20, dtype=torch.int8, device=bench.device)
     for _ in range(3):
         call()
@@ -78,7 +78,7 @@ def median_ms(bench: Bench, call: Callable[[], Any], graph: bool = False) -> flo
 
 
 def card_limits(bench: Bench) -> dict[str, float]:
-    """Return what this card reaches in this run: copy bandwidth (bytes read and written) and bf16 product rate."""
+    """Return the limits of this GPU in this run: copy bandwidth (bytes read and written) and bf16 product rate."""
     num_bytes, side = (2**31, 8192) if bench.device.type == "cuda" else (2**20, 64)
     source = torch.empty(num_bytes, dtype=torch.int8, device=bench.device)
     target = torch.empty_like(source)
@@ -89,13 +89,13 @@ def card_limits(bench: Bench) -> dict[str, float]:
 
 
 def attempt(bench: Bench, call: Callable[[], Any]) -> dict[str, Any]:
-    """Return {"ms": ...} of a CUDA graph's replay, or of plain calls where no graph can hold the call.
+    """Return {"ms": ...} of a CUDA graph's replay, or of plain calls if no graph can hold the call.
 
-    A call that this card or version does not have is {"unavailable": reason}.
+    For a call that this GPU or version lacks, return {"unavailable": reason}.
     """
     try:
         call()
-    except Exception as error:  # a peer may fail in any way; the row says how
+    except Exception as error:  # a peer may fail in any way; the row states how
         return {"unavailable": _reason(error)}
     try:
         return {"ms": median_ms(bench, call, graph=True)}

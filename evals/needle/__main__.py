@@ -16,16 +16,14 @@ from typing import Any, NamedTuple
 from evals._common.cli import Parser, add_output_argument, at_least
 from evals._common.models import Subject, add_model_arguments, check_length, load_subject
 from evals._common.outliers import add_outliers
-from evals._common.prompts import add_text_arguments, load_texts
+from evals._common.prompts import add_text_arguments, load_texts, text_facts
 from evals._common.reading import Scores, read_segments
 from evals._common.rows import append_rows, provenance
 from evals._common.screen import progress, show_table
 from evals._common.shards import Shard, join_shards
-from evals._common.sides import Side, add_sides_argument, parse_side
+from evals._common.sides import Side, accepted_sides, add_sides_argument, lossy_sides, parse_side
 from evals.needle.plot import plot_maps
 from evals.needle.prompts import TASKS, Prompts, make_prompts
-
-SIDES = ("int8+hf_kvopt", "fp8_e4m3+hf_kvopt", "k8v4+hf_kvopt", "int4+hf_kvopt", "transformers_fp8+sdpa")
 
 
 class Cell(NamedTuple):
@@ -43,8 +41,8 @@ def make_parser() -> Parser:
     """Describe the command line."""
     parser = Parser("evals.needle", description=(__doc__ or "").split("\n\n")[0])
     add_model_arguments(parser)
-    add_text_arguments(parser)
-    add_sides_argument(parser, *SIDES)
+    add_text_arguments(parser, part="verdict")
+    add_sides_argument(parser, *lossy_sides())
     parser.add_argument("--baseline", default="dynamic+sdpa", help="cache+attention (%(default)s)")
     parser.add_argument("--task", choices=sorted(TASKS), help="assignment for the bundled model, else passkey")
     parser.add_argument(
@@ -68,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
     subject = load_subject(args)
     if args.outliers:
         subject = subject._replace(name=f"{subject.name} with outliers", model=add_outliers(subject.model))
+    sides = accepted_sides(subject.model, sides)
     depths = [step / (args.depths - 1) for step in range(args.depths)]
     cells_of = make_prompts(subject, load_texts(args), args.task, args.contexts, depths, args.samples, args.seed)
     check_length(subject, max(args.contexts))
@@ -130,7 +129,7 @@ def _row(args: argparse.Namespace, subject: Subject, side: Side, cells: Sequence
         "baseline": args.baseline,
         "task": args.task,
         "dtype": args.dtype,
-        "dataset": args.dataset,
+        **text_facts(args),
         "outliers": args.outliers,
         "chunk": args.chunk,
         "samples": args.samples,

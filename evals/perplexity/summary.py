@@ -19,7 +19,7 @@ CONFIDENCE = 0.95
 
 
 class Summary(NamedTuple):
-    """One side against the baseline; deltas are shares (0.01 is one per cent)."""
+    """One side against the baseline; deltas are shares (0.01 is one per cent), KL divergences nats a token."""
 
     num_segments: int
     num_tokens: int
@@ -28,7 +28,10 @@ class Summary(NamedTuple):
     delta_low: float
     delta_high: float
     kl_mean: float
+    kl_low: float
+    kl_high: float
     kl_p99: float
+    kl_p999: float
     top1_agreement: float
 
 
@@ -37,6 +40,7 @@ def summarize(baseline: Scores, side: Scores, seed: int = 0) -> Summary:
     # Means of millions of float32 terms would lose the digits that are looked for.
     delta = (side.nll.double() - baseline.nll.double()).mean(dim=1)
     low, high = _bootstrap(delta, seed)
+    kl_low, kl_high = _bootstrap(side.kl.double().mean(dim=1), seed)
     return Summary(
         num_segments=len(side.nll),
         num_tokens=side.nll.numel(),
@@ -45,7 +49,10 @@ def summarize(baseline: Scores, side: Scores, seed: int = 0) -> Summary:
         delta_low=math.expm1(low),
         delta_high=math.expm1(high),
         kl_mean=float(side.kl.double().mean()),
+        kl_low=kl_low,
+        kl_high=kl_high,
         kl_p99=_quantile(side.kl.flatten(), 0.99),
+        kl_p999=_quantile(side.kl.flatten(), 0.999),
         top1_agreement=float(side.same_top1.double().mean()),
     )
 

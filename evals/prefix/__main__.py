@@ -1,7 +1,7 @@
 """`python -m evals.prefix`: time to first token, tokens computed and KV memory, with and without shared prefixes.
 
-Both sides run the same prompts in turns, in one process; figures are medians, ratios medians of paired ratios. A
-cell whose tokens differ between the sides is not written, and the exit status is then 1.
+Both sides run the same prompts in turns, in one process; figures are medians, ratios medians of paired ratios. A cell
+whose tokens differ between the sides is not written, and the exit status is then 1.
 """
 
 import argparse
@@ -26,7 +26,7 @@ MOST_SLOWDOWN = 1.02
 
 
 def share(text: str) -> float:
-    """An argument type: a number from 0 to 1."""
+    """Parse a number from 0 to 1; an argument type."""
     try:
         value = float(text)
     except ValueError:
@@ -37,7 +37,7 @@ def share(text: str) -> float:
 
 
 def make_parser() -> Parser:
-    """Describe the command line."""
+    """Build the parser of the command line."""
     parser = Parser("evals.prefix", description=(__doc__ or "").split("\n\n")[0])
     add_model_arguments(parser)
     add_text_arguments(parser)
@@ -51,21 +51,21 @@ def make_parser() -> Parser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, show, write and draw; 1 where tokens differ."""
+    """Measure, show, write and draw; return 1 if tokens differ."""
     subject = load_subject(args)
     cells = [Cell(n, batch, hit) for n in args.lengths for batch in args.batches for hit in args.hits]
     check_length(subject, max(args.lengths) + 8)
     stream = token_stream(subject, load_texts(args), 3 * max(args.lengths) * (max(args.batches) + 1))
-    results = {}
+    facts, results = provenance(subject.model.device), {}
+    out = args.out or RESULTS / f"prefix-{subject.model.device.type}.json"
     with progress(len(cells)) as advance:
         for cell in cells:
-            results[cell] = measure(subject, cell, stream, args.repeats)
+            timings = results[cell] = measure(subject, cell, stream, args.repeats)
+            if timings.is_equal:
+                append_rows(out, [{**_row(subject, args.dtype, cell, timings), **facts}])
             advance(f"{cell.length} tokens, batch {cell.batch}, {cell.hit:.0%} known")
+    append_rows(out, [])  # makes the file even if no cell gave a row
     _show(subject, results)
-    facts = provenance(subject.model.device)
-    out = args.out or RESULTS / f"prefix-{subject.model.device.type}.json"
-    rows = [{**_row(subject, args.dtype, cell, t), **facts} for cell, t in results.items() if t.is_equal]
-    append_rows(out, rows)
     latest = {(row["length"], row["batch"], row["hit"]): row for row in read_rows(out)}
     if latest:
         draw(list(latest.values()), args.plot or out.with_suffix(".png"))
@@ -91,7 +91,7 @@ def _row(subject: Subject, dtype: str, cell: Cell, timings: Timings) -> dict[str
 
 
 def _bar(cell: Cell, timings: Timings) -> dict[str, Any] | None:
-    """The bar that a cell is held to, and whether it is met."""
+    """Return the bar of a cell, and whether it is met; None for a cell without one."""
     if cell.hit == 0:
         return {"most": MOST_SLOWDOWN, "is_met": timings.ratio <= MOST_SLOWDOWN}
     if (cell.length, cell.batch, cell.hit) == (AT_LENGTH, 1, AT_HIT):
@@ -120,7 +120,7 @@ def _show(subject: Subject, results: dict[Cell, Timings]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry of `python -m evals.prefix`."""
+    """Run the eval and return its exit status."""
     return make_parser().run(run, argv)
 
 

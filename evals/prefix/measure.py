@@ -1,4 +1,4 @@
-"""One cell: prompts of one length of which a share is known, timed with and without sharing in turns."""
+"""Measurement of one cell: prompts of one length with a known share, timed with and without sharing in turns."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ _RAGGED = 5  # tokens by which each row of a batch is shorter than the one befor
 
 
 class Cell(NamedTuple):
-    """Prompts of up to `length` tokens, `hit` of which the store knows."""
+    """Prompts of up to `length` tokens; the store knows the share `hit` of them."""
 
     length: int
     batch: int
@@ -31,7 +31,7 @@ class Cell(NamedTuple):
 
 @dataclass
 class Timings:
-    """What a cell gave; entry i of both lists ran one after the other."""
+    """Result of a cell; entries i of both lists ran one after the other."""
 
     plain_ms: list[float] = field(default_factory=list)
     shared_ms: list[float] = field(default_factory=list)
@@ -48,9 +48,9 @@ class Timings:
 
 
 def measure(subject: Subject, cell: Cell, stream: Tensor, repeats: int) -> Timings:
-    """Time `repeats` prompts that begin alike and go on unlike, each sent through both sides."""
+    """Time `repeats` prompts that share a prefix and differ after it, each through both sides."""
     timings, store = Timings(), hf_kvopt.PrefixStore(subject.model)
-    # On throughout: a store takes a model with a hook put on for another one, of which it knows nothing.
+    # Hooked throughout: to a store, a model with another hook is another model.
     with _counted(subject.model) as positions:
         _measure(subject, cell, stream, repeats, store, positions, timings)
     hf_kvopt.disable(subject.model)
@@ -72,7 +72,7 @@ def _measure(
     for repeat in range(-1, repeats):
         inputs = _prompts(subject, cell, known, stream, repeat + 1)
         if repeat < 0:
-            # The known part was somebody's prompt before; also the warm-up, and the equality check.
+            # The known part was an earlier prompt; this is also the warm-up and the equality check.
             _share(model, store)
             if len(known) > 1:
                 _generate(model, {"input_ids": known[None].to(model.device)}, 1)
@@ -85,7 +85,7 @@ def _measure(
             positions.clear()
             elapsed = clock.time_ms(partial(_generate, model, inputs, 1))
             (timings.shared_ms if is_shared else timings.plain_ms).append(elapsed)
-            # A prompt that the store knows more of than the cell says is another measurement.
+            # If the store knows more of a prompt than the cell states, it is another measurement.
             expected = timings.shared_tokens if is_shared else timings.plain_tokens
             if sum(positions) != expected:
                 raise RuntimeError(f"{cell}: expected {expected} positions to be computed, got {sum(positions)}")
@@ -115,13 +115,13 @@ def _check(
 
 
 def _prompts(subject: Subject, cell: Cell, known: Tensor, stream: Tensor, number: int) -> dict[str, Tensor]:
-    """A batch whose rows begin with `known` and go on as no other row does, of this batch or of another number."""
+    """Return a batch whose rows begin with `known` and continue differently from all rows of any batch."""
     rows, vocab = [], int(stream.max()) + 1
     for row in range(cell.batch):
         length = max(2, cell.length - _RAGGED * row)
         start = len(stream) // 3 + (number * cell.batch + row) * cell.length
         own = stream.roll(-start)[: max(1, length - len(known))]
-        # The stream comes round: rows part at their first token of their own.
+        # The stream repeats: rows differ at the first token after `known`.
         own[0] = (number * cell.batch + row) % vocab
         rows.append(torch.cat([known[: length - len(own)], own]))
     ids, mask = pad_left(rows, 0)

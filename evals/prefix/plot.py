@@ -1,4 +1,4 @@
-"""Time to first token over the share of the prompt that is known."""
+"""Plot of the time to first token over the known share of the prompt."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -11,7 +11,7 @@ from transformers import AttentionInterface
 
 NAME = "reference_model_blocked"
 BLOCK = 128
-# Past this length the scores no longer fit the caches, and SDPA is faster.
+# Beyond this length the scores no longer fit the CPU caches, and SDPA is faster.
 MAX_BLOCKED_LEN = 512
 
 
@@ -23,7 +23,7 @@ def blocked_causal_attention(
     attention_mask: Tensor | None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """Attend causally over whole unpadded rows; other masks are not looked at."""
+    """Attend causally over whole unpadded rows; masks are ignored."""
     num_rows, num_heads, seq_len, head_dim = query.shape
     group = num_heads // key.shape[1]
     if seq_len > MAX_BLOCKED_LEN or seq_len % BLOCK or query.device.type != "cpu":

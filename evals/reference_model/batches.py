@@ -4,14 +4,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Library modules are what the held-out set consists of: each epoch reads them three times, tests once.
+# The held-out set consists of library modules: each epoch reads them three times, tests once.
 LIBRARY_REPEATS = 3
-# Rows of 8,192 come by twos even where a step has fewer tokens, so that two workers have something to do.
+# Rows of 8,192 come in pairs even if a step has fewer tokens, so that two workers have work.
 MIN_ROWS = 2
 
 
 class BatchStream:
-    """Owns the encoded documents; `batch(step, …)` is pure, so that a resumed run goes on exactly."""
+    """Stream of batches over encoded documents; `batch(step, …)` is pure, so that a resumed run continues exactly."""
 
     def __init__(self, documents: list[list[int]], is_test: list[bool], *, seed: int) -> None:
         self._documents = [np.asarray(ids, dtype=np.int16) for ids in documents]
@@ -32,7 +32,7 @@ class BatchStream:
         return torch.from_numpy(np.stack(picked).astype(np.int64))
 
     def _epoch_rows(self, epoch: int, row_len: int) -> np.ndarray:
-        """Lay out one epoch: `[rows, row_len + 1]`, a row's last token being the next one's first."""
+        """Lay out one epoch: `[rows, row_len + 1]`, where a row's last token is the next row's first."""
         key = (epoch, row_len)
         if key not in self._rows:
             rng = np.random.default_rng([self._seed, epoch, row_len])

@@ -1,4 +1,4 @@
-"""Which sources the model is trained on, and which are held out.
+"""Corpus of the reference model: training sources and held-out modules.
 
 The corpus is the Python standard library (PSF licence) of one or more interpreters. The modules named in
 `HELDOUT` are never trained on: neither they nor their tests, in any version, nor any file that shares a run
@@ -30,10 +30,10 @@ HELDOUT = (
     "wave",
 )
 SHINGLE_LINES = 6
-# A file of another version is worth reading when at least this part of its shingles is new.
+# A file of another version is kept if at least this share of its shingles is new.
 MIN_NEW_SHARE = 0.4
 MAX_FILE_BYTES = 300_000
-# Tables, data, syntax errors on purpose, text in other encodings, machine-written code.
+# Tables, data, intentional syntax errors, text in other encodings, generated code.
 SKIPPED = re.compile(
     r"(^|/)(site-packages|__pycache__|encodings|pydoc_data|lib2to3/tests/data|config-[^/]*|multibytecodec"
     r"|encoded_modules|_sysconfigdata[^/]*|bad_?[^/]*|badsyntax[^/]*|test_multibytecodec[^/]*"
@@ -50,7 +50,7 @@ class SourceFile(NamedTuple):
 
 
 def is_heldout(name: str) -> bool:
-    """Tell whether a path in the library is a held-out module, part of its tests, or of its package."""
+    """Return whether a path in the library is a held-out module, part of its tests, or of its package."""
     stem = name.removesuffix(".py")
     for module in HELDOUT:
         last = module.rpartition("/")[2]
@@ -67,7 +67,7 @@ def shingles(text: str) -> set[int]:
 
 
 def _looks_like_data(text: str) -> bool:
-    """Tell tables and blobs from code by their digits, escapes and line lengths."""
+    """Return whether a text is tables or blobs instead of code, by its digits, escapes and line lengths."""
     if not text.strip():
         return True
     odd = sum(map(str.isdigit, text)) + 3 * text.count("\\x") + 3 * text.count("\\u")
@@ -94,10 +94,10 @@ def default_source() -> Path:
 
 
 def training_files(sources: Sequence[Path]) -> list[SourceFile]:
-    """Collect what may be trained on; the first source is read whole, later ones where they differ.
+    """Collect the training files; the first source is read whole, later ones where they differ.
 
     Raises:
-        ValueError: if a source holds no Python files.
+        ValueError: a source holds no Python files.
     """
     banned = set().union(*(shingles(text) for _, text in heldout_records(sources[0])))
     seen: set[int] = set()

@@ -1,11 +1,11 @@
-"""Write what the shipped draft heads learn from: text of the library, and the model's own greedy continuations of it.
+"""Training data of the bundled draft heads: library text, and the model's own greedy continuations of it.
 
     python -m evals.reference_model.draft_data --out DIR        # DIR/train.jsonl and DIR/heldout.jsonl
 
-A head that drafts for greedy decoding meets text that the model wrote, so most rows are a piece of a training module
-followed by the model's greedy continuation; the others are library text as it stands. Rows are JSON lines with
-`input_ids`. No held-out module is in train.jsonl; heldout.jsonl continues pieces of held-out modules: settings
-were compared on it, no weight was trained on it.
+A head that drafts for greedy decoding sees text that the model wrote, so most rows are a piece of a training module
+followed by the model's greedy continuation; the others are plain library text. Rows are JSON lines with `input_ids`.
+No held-out module is in train.jsonl; heldout.jsonl continues pieces of held-out modules: settings were compared on it,
+no weight was trained on it.
 """
 
 import argparse
@@ -24,15 +24,15 @@ from evals.reference_model import corpus
 from evals.reference_model.paths import heldout_texts, load
 
 ROW_LEN = 512
-# A small model soon repeats itself; short continuations of long prompts have more to teach.
+# A small model soon repeats itself; short continuations of long prompts teach more.
 PROMPT_LENS = (256, 320, 384, 448)
 HELDOUT_PROMPT_LENS = (384,)
-# Share of the pieces that begin where a module does.
+# Share of the pieces that begin at the start of a module.
 AT_START = 0.25
 
 
 def pieces(documents: list[list[int]], length: int, rng: np.random.Generator) -> Iterator[list[int]]:
-    """Cut pieces of `length` tokens out of documents drawn in proportion to their size, for ever."""
+    """Cut pieces of `length` tokens out of documents drawn in proportion to their size, endlessly."""
     long_enough = [ids for ids in documents if len(ids) > length]
     shares = np.array([len(ids) for ids in long_enough], dtype=float)
     while True:
@@ -43,7 +43,7 @@ def pieces(documents: list[list[int]], length: int, rng: np.random.Generator) ->
 
 @torch.inference_mode()
 def continuations(model: PreTrainedModel, prompts: list[list[int]]) -> Tensor:
-    """Continue equally long prompts greedily to `ROW_LEN` tokens, past the end of a text too."""
+    """Continue equally long prompts greedily to `ROW_LEN` tokens, ignoring ends of text."""
     ids = torch.tensor(prompts, device=model.device)
     return model.generate(  # type: ignore[operator]
         input_ids=ids,

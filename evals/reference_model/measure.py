@@ -1,11 +1,11 @@
 """Bits per byte on the held-out modules: `python -m evals.reference_model.measure [--model PATH]`.
 
-bits per byte = Σ −log2 p(token | what came before it in its file) / UTF-8 bytes of the files.
+bits per byte = Σ −log2 p(token | the tokens before it in its file) / UTF-8 bytes of the files.
 
-Each file begins with the beginning-of-sequence token, whose own probability is not counted; neither is the
-end token's. A file longer than `--context` is read in windows that move on by half of it, each token scored
-once, with at least half a window before it. `--positions` also scores the files as one ring, read from starting
-points as far apart as a bucket of positions is wide: every bucket then holds the same text once.
+Each file begins with the beginning-of-sequence token, whose own probability is not counted; neither is the end token's.
+A file longer than `--context` is read in windows that advance by half of it, each token scored once, with at least half
+a window before it. `--positions` also scores the files as one ring, read from starting points that are one bucket of
+positions apart: every bucket then holds the same text once.
 """
 
 import argparse
@@ -34,7 +34,7 @@ BUCKETS = ((0, 1024), (1024, 2048), (2048, 4096), (4096, 8192))
 
 
 class Encoded(NamedTuple):
-    """One file: ids with the start token in front, and the UTF-8 bytes each id stands for (0 for it)."""
+    """One file: ids with the start token in front, and the UTF-8 bytes of each id (0 for the start token)."""
 
     ids: Tensor  # [num_tokens] int64
     num_bytes: Tensor  # [num_tokens] int64
@@ -61,7 +61,7 @@ def token_bits(
 
 
 def windows(num_tokens: int, context: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (start, stop, first token to score), each token but the first scored once."""
+    """Yield (start, stop, first token to score), with each token but the first scored once."""
     scored = 1
     start = 0
     while scored < num_tokens:
@@ -71,7 +71,7 @@ def windows(num_tokens: int, context: int) -> Iterator[tuple[int, int, int]]:
 
 
 def file_bits(model: PreTrainedModel, file: Encoded, context: int) -> float:
-    """Return the bits that one file costs."""
+    """Return the bits of one file."""
     total = 0.0
     for start, stop, scored in windows(len(file.ids), context):
         total += token_bits(model, file.ids[start:stop])[scored - start - 1 :].sum().item()
@@ -88,7 +88,7 @@ def bits_by_position(model: PreTrainedModel, files: list[Encoded], eos: int | No
     by_position = {}
     for first, stop in tqdm(BUCKETS, desc="positions"):
         bits = sizes = 0.0
-        # Steps as wide as the bucket: it passes once over the whole ring.
+        # Steps as wide as the bucket: it passes over the whole ring once.
         for start in range(0, len(ids), stop - first):
             ring = (torch.arange(stop + 1) + start) % len(ids)
             in_bucket = num_bytes[ring[first + 1 :]]
@@ -99,7 +99,7 @@ def bits_by_position(model: PreTrainedModel, files: list[Encoded], eos: int | No
 
 
 def revision() -> str:
-    """Return the git revision, or `unknown` outside of a checkout."""
+    """Return the git revision, or `unknown` outside a checkout."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
@@ -152,7 +152,7 @@ def show(row: dict[str, object]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Read the command line, measure, print."""
+    """Parse the command line, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", default=os.path.relpath(MODEL_PATH), help="folder, or a hub id")
     parser.add_argument("--context", type=int, default=2048, help="longest window, in tokens")

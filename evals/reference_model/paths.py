@@ -1,4 +1,4 @@
-"""Where the shipped model and the held-out text lie, and how to load them."""
+"""Paths of the bundled model and of the held-out text, and their loaders."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ def load(dtype: torch.dtype = torch.float32, **model_kwargs: object) -> tuple[Pr
 def heldout_texts() -> list[str]:
     """Read the held-out modules, one string per file, in the order of their names.
 
-    The same file loads as a data set: `load_dataset("json", data_files=str(HELDOUT_PATH))`.
+    It loads as a data set too: `load_dataset("json", data_files=str(HELDOUT_PATH))`.
     """
     with HELDOUT_PATH.open(encoding="utf-8") as lines:
         return [json.loads(line)["text"] for line in lines]

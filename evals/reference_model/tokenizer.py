@@ -1,4 +1,4 @@
-"""Train the byte-level BPE tokenizer: 4,096 tokens, lossless, cut for Python source.
+"""Training of the byte-level BPE tokenizer: 4,096 tokens, lossless, split for Python source.
 
 A newline with its indentation and the word after it may become one token (`\\n        return`), as may
 an identifier with the character before it (`.append`, ` self`); digits come in groups of up to three.
@@ -21,7 +21,7 @@ PATTERN = (
 
 
 def train_tokenizer(texts: Iterable[str], max_length: int) -> PreTrainedTokenizerFast:
-    """Fit the merges to `texts`; `max_length` is the context of the model it serves."""
+    """Fit the merges to `texts`; `max_length` is the context of the model."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -49,7 +49,7 @@ def train_tokenizer(texts: Iterable[str], max_length: int) -> PreTrainedTokenize
 
 
 def begin_with_bos(tokenizer: Tokenizer) -> processors.TemplateProcessing:
-    """Put the start token in front of each text, as each file began in training."""
+    """Return the processor that puts the start token in front of each text, as in training."""
     return processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
     )

@@ -1,4 +1,4 @@
-"""Train the reference model: `python -m evals.reference_model.train --out DIR`.
+"""Training of the reference model: `python -m evals.reference_model.train --out DIR`.
 
 Llama with grouped-query attention on Python sources. Hidden matrices learn with Muon (Jordan et al. 2024,
 https://kellerjordan.github.io/posts/muon), embeddings and norms with AdamW. The learning rate follows
@@ -55,7 +55,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def build_optimizers(model: LlamaForCausalLM, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
-    """Give the matrices between layers to Muon and the rest to AdamW."""
+    """Optimize the matrices between layers with Muon and the rest with AdamW."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     embeddings = [p for n, p in model.named_parameters() if "embed" in n]
     vectors = [p for p in model.parameters() if p.ndim == 1]
@@ -97,7 +97,7 @@ def _edit_json(path: Path, changes: dict[str, object]) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for model/, state.pt and log.jsonl")
     parser.add_argument("--source", type=Path, action="append", default=[], help="further standard library")
@@ -168,7 +168,7 @@ def run(
     stream: BatchStream,
     first_step: int,
 ) -> None:
-    """Do the steps from `first_step` on; log one JSON line every ten of them."""
+    """Run the steps from `first_step` on; log one JSON line every ten of them."""
     num_steps = args.tokens // args.batch_tokens
     last_step = min(num_steps, args.max_steps or num_steps)
     workers = GradientWorkers(model, args.workers, compiled=args.compile)
@@ -197,7 +197,7 @@ def run(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train from scratch, or go on from `--out`."""
+    """Train from scratch, or resume from `--out`."""
     args = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     args.out.mkdir(parents=True, exist_ok=True)

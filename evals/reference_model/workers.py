@@ -1,8 +1,8 @@
-"""Gradients from several threads that pull pieces of a batch from one queue.
+"""Gradients from several threads that take pieces of a batch from one queue.
 
-On a shared CPU one operator split over two threads waits for whichever core is busy with something else.
-Here each thread runs whole pieces alone, on a replica that shares the model's weights and has gradients of
-its own, so that a busy core costs its own share only. With one worker this is plain gradient accumulation.
+On a shared CPU one operator split over two threads waits for the slower core. Here each thread runs whole pieces alone,
+on a replica that shares the model's weights and has its own gradients, so that a busy core only delays its own share.
+With one worker this is plain gradient accumulation.
 """
 
 import copy
@@ -40,7 +40,7 @@ class GradientWorkers:
         self._compiled_shapes: set[torch.Size] = set()
 
     def backward(self, pieces: list[Tensor]) -> float:
-        """Leave in the model the gradient of the mean loss over equally large pieces; return that loss."""
+        """Return the mean loss over equally large pieces, and leave its gradient in the model."""
         if pieces[0].shape not in self._compiled_shapes:
             self._compiled_shapes.add(pieces[0].shape)
             for pool, replica in zip(self._pools, self._replicas, strict=True):
@@ -60,7 +60,7 @@ class GradientWorkers:
         return loss
 
     def _drain(self, replica: LlamaForCausalLM, queue: deque[Tensor], num_pieces: int) -> float:
-        """Take pieces until there are none; return this worker's share of the mean loss."""
+        """Process pieces until the queue is empty; return this worker's share of the mean loss."""
         total = 0.0
         while True:
             try:

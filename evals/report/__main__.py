@@ -1,7 +1,7 @@
-"""`python -m evals.report`: every claim with its goal, what was measured, where and when, on one page.
+"""`python -m evals.report`: every claim with its goal, measurement, place and date, on one page.
 
-Rows are collected from evals/results; evals that have none there are run. `--quick` runs them small, within five
-minutes on a CPU, and keeps their rows apart (folder `quick`), because they prove that an eval runs and little more.
+Rows are collected from evals/results; evals without rows there are run. `--quick` runs them small, within five minutes
+on a CPU, and keeps their rows apart (folder `quick`), because they prove little more than that an eval runs.
 """
 
 import argparse
@@ -27,7 +27,7 @@ FULL_SECONDS = 4 * 3600
 
 
 def make_parser() -> Parser:
-    """Describe the command line."""
+    """Build the parser of the command line."""
     parser = Parser("evals.report", description=(__doc__ or "").split("\n\n")[0])
     names = [job.name for job in JOBS]
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows (%(default)s)")
@@ -42,7 +42,7 @@ def make_parser() -> Parser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Collect, run what is missing, and write both files; 1 where a goal was missed."""
+    """Collect, run what is missing, and write both files; return 1 if a goal was missed."""
     work = args.results / "quick" if args.quick else args.results
     work.mkdir(parents=True, exist_ok=True)
     outcomes = [] if args.collect else _run_missing(args, work)
@@ -78,7 +78,7 @@ def _run_missing(args: argparse.Namespace, work: Path) -> list[Outcome]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the report and give its exit status."""
+    """Run the report and return its exit status."""
     return make_parser().run(run, argv)
 
 

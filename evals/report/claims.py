@@ -1,4 +1,4 @@
-"""Claims: what was promised, what was measured, where and when; one reader for each eval's rows."""
+"""Claims of the report: goal, measurement, place and date; one reader for each eval's rows."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -8,7 +8,7 @@ from evals.report.rows import Found, newest
 
 
 class Claim(NamedTuple):
-    """One line of the report; `is_met` is None where a figure has no goal."""
+    """One line of the report; `is_met` is None for a figure without a goal."""
 
     eval: str
     claim: str
@@ -29,7 +29,7 @@ _EXACT = ("equality", "memory", "why")
 
 
 def claims_of(rows: Iterable[Found]) -> list[Claim]:
-    """Return the claims that the rows allow, eval by eval in the order of the page, those with a goal first."""
+    """Return the claims that the rows support, eval by eval in the order of the page, those with a goal first."""
     by_eval: dict[str, list[Found]] = defaultdict(list)
     for row in rows:
         by_eval[row.eval].append(row)
@@ -46,7 +46,7 @@ def _read(name: str, rows: Sequence[Found]) -> list[Claim]:
         judged = [c._replace(is_met=None) if c.is_quick and c.eval not in _EXACT else c for c in claims]
         return sorted(judged, key=lambda claim: claim.goal == "-")
     except KeyError as error:
-        # Rows of another version: said on the page, where the others still stand.
+        # Rows of another version: reported on the page, beside the others.
         return [_claim(rows[-1], f"rows of {name} cannot be read", "-", f"no field {error}", None)]
 
 
@@ -73,7 +73,7 @@ def _equality(rows: Sequence[Found]) -> list[Claim]:
 
 
 def _speed(rows: Sequence[Found]) -> list[Claim]:
-    """Figures without a goal: steps of our side, beside the baseline of the same run."""
+    """Return figures without a goal: steps of our side, beside the baseline of the same run."""
     claims = []
     for row in newest(rows, "model", "side", "context", "batch", "dtype", "device"):
         f = row.fields
@@ -93,14 +93,19 @@ def _speed_bars(rows: Sequence[Found]) -> list[Claim]:
     return claims
 
 
+# What tells one reading of a text from another.
+_READ_AS = ("model", "side", "chunk", "context", "outliers", "dataset", "corpus", "part", "dtype", "prefill")
+
+
 def _perplexity(rows: Sequence[Found]) -> list[Claim]:
     claims = []
-    # Rows from before there was a prefill have none.
+    # Rows from before --prefill lack the field.
     rows = [row._replace(fields={"prefill": 0, **row.fields}) for row in rows]
-    for row in newest(rows, "model", "side", "chunk", "context", "outliers", "dataset", "dtype", "prefill"):
+    for row in newest(rows, *_READ_AS):
         f = row.fields
         what = f"{f['side']}, {f['model']}, segments of {f['context']} tokens in chunks of {f['chunk']}"
         what += f" behind {f['prefill']} at once" if f.get("prefill") else ""
+        what += f" of {f['corpus']}" if f.get("corpus") else ""
         bars = f.get("bars") or []
         claims += [_claim(row, f"{what}: {_NAMES.get(b['metric'], b['metric'])}", *_bar(b)) for b in bars]
         if not bars and f.get("side") != f.get("baseline") and isinstance(f.get("delta"), float):
@@ -110,6 +115,8 @@ def _perplexity(rows: Sequence[Found]) -> list[Claim]:
 
 _NAMES = {
     "delta": "loss of perplexity",
+    "kl_mean": "KL divergence",
+    "top1_lost": "share of other first choices",
     "bf16_share": "KV bytes over bfloat16's",
     "mean_accepted_length": "tokens a verification",
     "speedup_dynamic": "speed over DynamicCache's",
@@ -117,7 +124,7 @@ _NAMES = {
 
 
 def _bar(bar: dict[str, Any]) -> tuple[str, str, bool | None]:
-    """(goal, measured, met) of a bar as the evals write it."""
+    """Return (goal, measured, met) of a bar as the evals write it."""
     value, limit = bar.get("value"), bar.get("limit", bar.get("most", bar.get("least")))
     is_share = bar.get("metric") == "delta"
     show = (lambda x: f"{x:+.3%}") if is_share else (lambda x: f"{x:.3g}")
@@ -209,7 +216,7 @@ def _why(rows: Sequence[Found]) -> list[Claim]:
 
 
 def _kernels(rows: Sequence[Found]) -> list[Claim]:
-    """Rung 2: compiled ahead of time."""
+    """Return claims of rung 2: kernels compiled ahead of time."""
     by_card: dict[str, list[Found]] = defaultdict(list)
     for row in newest(rows, "card", "case", "tile", "warps", "stages"):
         by_card[str(row.fields.get("card", row.where))].append(row)
@@ -225,7 +232,7 @@ def _kernels(rows: Sequence[Found]) -> list[Claim]:
 
 
 def _gpu(rows: Sequence[Found]) -> list[Claim]:
-    """Rung 3: on a card."""
+    """Return claims of rung 3: checks and speed on a GPU."""
     checks = [row for row in rows if "passed" in row.fields]
     claims = []
     if checks:
@@ -242,7 +249,7 @@ def _gpu(rows: Sequence[Found]) -> list[Claim]:
 
 
 def _bars(rows: Sequence[Found]) -> list[Claim]:
-    """Any eval that writes its goals into its rows, as `bar` or `bars`."""
+    """Return claims of any eval that writes its goals into its rows, as `bar` or `bars`."""
     claims = []
     for row in newest(rows, *_identity(rows)):
         bars = row.fields.get("bars") or ([row.fields["bar"]] if isinstance(row.fields.get("bar"), dict) else [])
@@ -269,7 +276,7 @@ _LABELS = ("model", "side", "cache", "policy", "drafter", "hit", "prompt_len", "
 
 
 def _identity(rows: Sequence[Found]) -> list[str]:
-    """Fields of plain words and whole numbers: those that a configuration is told apart by."""
+    """Return the fields, of text and whole numbers, that distinguish configurations."""
     skip = {"date", "revision"}
     names = {name for row in rows for name, value in row.fields.items() if isinstance(value, str | int | bool)}
     return sorted(names & set(_LABELS) - skip)

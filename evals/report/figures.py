@@ -1,7 +1,7 @@
-"""The figures of docs/results.md, written from the rows: `python -m evals.report --collect --figures`.
+"""Figures of docs/results.md, written from the rows: `python -m evals.report --collect --figures`.
 
-What stands between `<!-- figures: NAME -->` and `<!-- end -->` is made here and nowhere else; a test holds the page
-against the rows, so that it cannot say what was not measured.
+The text between `<!-- figures: NAME -->` and `<!-- end -->` is generated here only; a test compares the page with the
+rows, so that it cannot state what was not measured.
 """
 
 import re
@@ -34,10 +34,10 @@ _DRAFTS = {
 
 
 def fill(page: str, rows: Iterable[Found]) -> str:
-    """Return the text of a page with every block of figures made anew.
+    """Return the text of a page with every block of figures regenerated.
 
     Raises:
-        BadArgumentError: it has a block that is not known here, or the rows that a block needs are missing.
+        BadArgumentError: a block is unknown, or the rows that a block needs are missing.
     """
     full = [row for row in rows if not row.is_quick]
 
@@ -86,7 +86,7 @@ def _speed(rows: Sequence[Found]) -> str:
 def _loss(rows: Sequence[Found]) -> str:
     def of(model: str) -> dict[str, Fields]:
         where = {"model": model, "chunk": 16, "context": 1025}
-        whole = [row for row in rows if not row.fields.get("prefill")]  # the others score what follows a prompt
+        whole = [row for row in rows if not row.fields.get("prefill")]  # the others score only what follows a prompt
         return {f["side"].split("+")[0]: f for f in _fields(whole, "perplexity", "side", **where)}
 
     ordinary, biased, lines = of("reference_model"), of("reference_model with outliers"), []
@@ -180,7 +180,7 @@ BLOCKS: dict[str, Callable[[Sequence[Found]], str]] = {
 
 
 def _fields(rows: Sequence[Found], eval: str, *names: str, **where: Any) -> list[Fields]:
-    """The newest rows of an eval with these values, one of each combination of `names`."""
+    """Return the newest rows of an eval with these values, one for each combination of `names`."""
     own = [r for r in rows if r.eval == eval and all(r.fields.get(name) == value for name, value in where.items())]
     return [row.fields for row in newest(own, *names)]
 
@@ -206,11 +206,11 @@ def _verdict(is_met: bool) -> str:
 
 
 def _wrap(text: str, first: str = "", other: str = "") -> str:
-    # Only at spaces: names of options hold hyphens.
+    # Break only at spaces: names of options hold hyphens.
     return textwrap.fill(text, 118, initial_indent=first, subsequent_indent=other, break_on_hyphens=False)
 
 
 def _table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """Markdown; the first column is text, figures line up on the right."""
+    """Return a Markdown table; the first column is text, figures are right-aligned."""
     rule = ["---", *["---:"] * (len(columns) - 1)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (columns, rule, *lines)).replace("|  |", "| |")

@@ -1,4 +1,4 @@
-"""Runs the evals whose rows are missing, each in a process of its own."""
+"""Runner of the evals whose rows are missing, each in its own process."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ import torch
 
 
 class Job(NamedTuple):
-    """An eval, with its command lines in full (one run each) and in a hurry; `rows` is the file that they append to."""
+    """An eval, with its command lines for full runs and for a quick one; `rows` is the file that they append to."""
 
     name: str
     full: tuple[str, ...]
@@ -22,7 +22,7 @@ class Job(NamedTuple):
 
 
 _SPEED_SIDES = "dynamic+sdpa static+sdpa paged+hf_kvopt int8+hf_kvopt int4+hf_kvopt transformers_fp8+sdpa"
-# In full these give every figure of docs/results.md.
+# The full runs give every figure of docs/results.md.
 JOBS = (
     Job("why", ("",), "--new-tokens 40 --keys 512", "why.json"),
     Job("equality", ("",), "--scenarios greedy padded --new-tokens 12", "equality.json"),
@@ -49,11 +49,11 @@ JOBS = (
 
 
 class Outcome(NamedTuple):
-    """What became of a job."""
+    """Result of a job."""
 
     name: str
     command: str
-    detail: str  # empty where it ran
+    detail: str  # empty if it ran
     seconds: float
 
 
@@ -85,7 +85,7 @@ def _run(
     except subprocess.TimeoutExpired:
         return Outcome(job.name, shown, "stopped: the time was up", time.monotonic() - start)
     seconds = time.monotonic() - start
-    # 1 is an eval's way to say that a goal was missed: its rows are there.
+    # Exit status 1 means that a goal was missed: the rows are there.
     if done.returncode in (0, 1) and (folder / job.rows).exists():
         return Outcome(job.name, shown, "", seconds)
     lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
@@ -93,7 +93,7 @@ def _run(
 
 
 def _cannot(job: Job, is_quick: bool) -> str:
-    """Why a job cannot be run here; empty if it can."""
+    """Return why a job cannot run here; empty if it can."""
     if find_spec(f"evals.{job.name}") is None:
         return "this eval is not part of this checkout"
     if job.needs_cuda and not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""The page: one HTML file with everything inside, and the same claims as Markdown."""
+"""The page of the report: one HTML file with everything inside, and the same claims as Markdown."""
 
 import base64
 import html
@@ -38,7 +38,7 @@ class Plot(NamedTuple):
 
 
 def to_html(title: str, claims: Sequence[Claim], plots: Sequence[Plot], outcomes: Sequence[Outcome]) -> str:
-    """Return the whole page: what was missed first, then each eval with its claims and pictures."""
+    """Return the whole page: missed goals first, then each eval with its claims and pictures."""
     counts = [(word, sum(claim.is_met is met for claim in claims)) for met, (word, _) in _WORDS.items()]
     cards = "".join(f'<div class="card"><b>{n}</b>{"without a goal" if w == "-" else w}</div>' for w, n in counts)
     parts = [f"<h1>hf_kvopt: what was measured</h1><p class=sub>{html.escape(title)}</p>{cards}"]
@@ -77,7 +77,7 @@ def _html_row(claim: Claim) -> str:
 
 
 def to_markdown(title: str, claims: Sequence[Claim], outcomes: Sequence[Outcome]) -> str:
-    """Return the claims as one table an eval, for other pages."""
+    """Return the claims as one table for each eval, for other pages."""
     lines = ["# What was measured", "", title, ""]
     for name, group in groupby(claims, key=lambda claim: claim.eval):
         lines += [f"## {name}", "", "| claim | goal | measured | | where | when |", "|---|---|---|---|---|---|"]
@@ -102,7 +102,7 @@ def _missing(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def plots_of(rows: Sequence[Found], folders: Sequence[Path]) -> list[Plot]:
-    """Pictures: the speed of each side by context, drawn here, and those that the evals drew themselves."""
+    """Return pictures: the speed of each side by context, drawn here, and those that the evals drew."""
     plots = []
     if speed := _speed_plot([row for row in rows if row.eval == "speed"]):
         plots.append(Plot("speed", "decode step by context, milliseconds", speed))

@@ -1,4 +1,4 @@
-"""Finds the rows that evals have written, in every shape that they write them."""
+"""Reader of the rows that evals have written, in all of their forms."""
 
 import json
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ Fields = dict[str, Any]
 
 
 class Found(NamedTuple):
-    """One row, where it was found, and whether a short run of the report itself made it."""
+    """One row, the file it was found in, and whether a quick run of the report made it."""
 
     fields: Fields
     file: str
@@ -22,17 +22,17 @@ class Found(NamedTuple):
 
     @property
     def date(self) -> str:
-        """When, as ISO text; empty if the row does not say."""
+        """Date as ISO text; empty if the row has none."""
         return str(self.fields.get("date") or "")
 
     @property
     def where(self) -> str:
-        """On what."""
+        """Device or card that it was measured on; empty if the row has none."""
         return str(self.fields.get("device") or self.fields.get("card") or "")
 
 
 def read_results(folder: Path, is_quick: bool = False) -> tuple[list[Found], list[str]]:
-    """Return the rows of every JSON file in `folder`, and a line for each file that holds none."""
+    """Return the rows of every JSON file in `folder`, and a line for each unreadable file."""
     rows: list[Found] = []
     faults = []
     for path in sorted(folder.glob("*.json")):
@@ -44,7 +44,7 @@ def read_results(folder: Path, is_quick: bool = False) -> tuple[list[Found], lis
 
 
 def _rows(content: Any) -> Iterable[Fields]:
-    """A list of rows, or a record whose `rows` share its other fields."""
+    """Return the rows of a list, or of a record whose `rows` share its other fields."""
     if isinstance(content, list):
         return [row for row in content if isinstance(row, dict)]
     if isinstance(content, dict) and isinstance(content.get("rows"), list):
@@ -54,7 +54,7 @@ def _rows(content: Any) -> Iterable[Fields]:
 
 
 def newest(rows: Iterable[Found], *names: str) -> list[Found]:
-    """The last row of each configuration, told apart by the fields `names`; full runs go before quick ones."""
+    """Return the last row of each configuration, identified by the fields `names`; full runs win over quick ones."""
     latest: dict[tuple[str, ...], Found] = {}
     for row in sorted(rows, key=lambda row: (not row.is_quick, row.date)):
         latest[tuple(str(row.fields.get(name)) for name in names)] = row

@@ -1,1 +1,1 @@
-"""What do a prefill, a decode step and a whole generate() cost? `python -m evals.speed`."""
+"""Time of a prefill, a decode step and a whole generate(): `python -m evals.speed`."""

@@ -1,7 +1,7 @@
 """`python -m evals.speed`: prefill, decode step, generate() and peak memory of sides in one process.
 
-Sides run interleaved, a few steps at a time, after an equality check that is the warm-up as well; figures are
-medians. No row is written for a side whose logits are not the first side's, and the exit status is then 1.
+Sides run interleaved, a few steps at a time, after an equality check that also warms up; figures are medians. No row is
+written for a side whose logits differ from the first side's, and the exit status is then 1.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from evals.speed.workload import Workload
 
 
 class Result(NamedTuple):
-    """What one amount of work gave: figures of the sides that agree, what is wrong with the others."""
+    """Result of one workload: figures of the sides that agree, faults of the others."""
 
     work: Workload
     timings: Mapping[Side, Timings]
@@ -35,7 +35,7 @@ class Result(NamedTuple):
 
 
 def make_parser() -> Parser:
-    """Describe the command line."""
+    """Build the parser of the command line."""
     parser = Parser("evals.speed", description=(__doc__ or "").split("\n\n")[0])
     add_model_arguments(parser)
     add_text_arguments(parser)
@@ -53,7 +53,7 @@ def make_parser() -> Parser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, show and write; 1 where a side differs."""
+    """Measure, show and write; return 1 if a side differs."""
     sides = list(dict.fromkeys(parse_side(text) for text in args.sides))
     subject = load_subject(args)
     works = [
@@ -62,16 +62,19 @@ def run(args: argparse.Namespace) -> int:
         for context in args.contexts
     ]
     check_length(subject, max(work.max_len for work in works))
+    facts = provenance(subject.model.device)
+    out = args.out or RESULTS / f"speed-{subject.model.device.type}.json"
     with progress(len(works) * len(sides) * (args.repeats + 1)) as advance:
-        results = [_measure(args, subject, sides, work, advance) for work in works]
-    verdicts = [v for r in results for v in judge(r.work.context, r.timings)] if args.shape == "bench" else []
+        results, verdicts = [], []
+        for work in works:
+            result = _measure(args, subject, sides, work, advance)
+            judged = judge(work.context, result.timings) if args.shape == "bench" else []
+            rows = [*_rows(args, subject, sides, result), *(_bar_row(subject, verdict) for verdict in judged)]
+            append_rows(out, [{**row, **facts} for row in rows])  # a run that is cut off keeps them
+            results.append(result)
+            verdicts += judged
     _show(subject, args.dtype, results)
     _show_bars(verdicts)
-    facts = provenance(subject.model.device)
-    rows = [row for result in results for row in _rows(args, subject, sides, result)]
-    rows += [_bar_row(subject, verdict) for verdict in verdicts]
-    out = args.out or RESULTS / f"speed-{subject.model.device.type}.json"
-    append_rows(out, [{**row, **facts} for row in rows])
     return int(any(result.faults for result in results))
 
 
@@ -192,7 +195,7 @@ def _show_bars(verdicts: Sequence[Verdict]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the eval and give its exit status."""
+    """Run the eval and return its exit status."""
     return make_parser().run(run, argv)
 
 

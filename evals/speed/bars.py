@@ -1,4 +1,4 @@
-"""The ratios that the random `bench` shape has to reach on two CPU cores in float32."""
+"""Target ratios of the random `bench` shape on two CPU cores in float32."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -14,7 +14,7 @@ STATIC = Side("static", "sdpa")
 
 
 class Bar(NamedTuple):
-    """Our median time over the peer's must not exceed the limit; context None is any."""
+    """Limit of our median time over the peer's; context None is any."""
 
     metric: str
     context: int | None
@@ -24,7 +24,7 @@ class Bar(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """A bar with what was measured."""
+    """A bar with its measured ratio."""
 
     bar: Bar
     context: int
@@ -46,7 +46,7 @@ BARS = (
 
 
 def judge(context: int, timings: Mapping[Side, Timings]) -> list[Verdict]:
-    """Give the verdict on every bar that this context and these sides allow."""
+    """Return the verdict on every bar that this context and these sides allow."""
     verdicts = []
     for bar in BARS:
         if bar.context in (None, context) and bar.ours in timings and bar.peer in timings:

@@ -1,4 +1,4 @@
-"""Times sides in one process, turn by turn in rotating order, so that drift is shared."""
+"""Timing of sides in one process, turn by turn in rotating order, so that drift affects all alike."""
 
 import gc
 from collections.abc import Sequence
@@ -17,15 +17,15 @@ from evals._common.screen import Advance
 from evals._common.sides import Side
 from evals.speed.workload import Workload, decode, generate, prefill
 
-# Steps that one side does before the next has its turn: short enough that all see the same machine, long enough that
-# what the others left in the CPU's caches is a small part of it. Decoding is not interrupted by other caches, and the
-# first step after a switch is 3 to 8 % slower than those that follow (six sides at 128 tokens).
+# Steps of one side before the next has its turn: short enough that all see the same machine, long enough that the
+# contents that others left in the CPU's caches matter little. Decoding is not interrupted by other caches, and the
+# first step after a switch is 3 to 8 % slower than the following ones (six sides at 128 tokens).
 STRETCH = 16
 
 
 @dataclass(kw_only=True)
 class Timings:
-    """Entry i of every side ran before entry i + 1 of any: one a repeat, of steps one a stretch of a repeat."""
+    """Times of a side, entry i before entry i + 1 of any side: one for each repeat, of steps one for each stretch."""
 
     prefill_ms: list[float] = field(default_factory=list)
     step_ms: list[float] = field(default_factory=list)
@@ -39,9 +39,9 @@ def differing_sides(
     work: Workload,
     ids: Tensor,  # [batch, context + steps]
 ) -> dict[Side, str]:
-    """Feed every side the same tokens, and say of each whose logits are not the first side's what is wrong.
+    """Feed every side the same tokens, and return the faults of those whose logits differ from the first side's.
 
-    It is the warm-up as well: each side does all of the work once.
+    This also warms up: each side does all of the work once.
     """
     expected = _all_logits(subject, sides[0], work, ids)
     wrong = {}
@@ -123,5 +123,5 @@ def _time_generate(clock: Clock, subject: Subject, side: Side, work: Workload, i
 
 
 def median_ratio(subject_ms: Sequence[float], peer_ms: Sequence[float]) -> float:
-    """Give the median of subject over peer; entry i of both ran one after the other, so that drift cancels."""
+    """Return the median of subject over peer; entries i of both ran one after the other, so that drift cancels."""
     return median(a / b for a, b in zip(subject_ms, peer_ms, strict=True))

@@ -14,7 +14,7 @@ from evals.speed.workload import Workload, decode, prefill
 
 
 def peak_of(args: argparse.Namespace, subject: Subject, side: Side, work: Workload) -> int:
-    """Give the most bytes held beyond the model's weights: torch's own count, or resident growth."""
+    """Return the peak bytes held beyond the model's weights: torch's own count, or resident growth."""
     if subject.model.device.type != "cpu":
         return _peak_here(subject, side, work)
     sizes = {"context": work.context, "batch": work.batch, "steps": work.steps}
@@ -27,7 +27,7 @@ def peak_of(args: argparse.Namespace, subject: Subject, side: Side, work: Worklo
 
 
 def _peak_here(subject: Subject, side: Side, work: Workload) -> int:
-    """Measure in this process, after a short run that leaves behind what is loaded only once."""
+    """Measure in this process, after a short run that loads everything that is loaded once."""
     warm_up = Workload(context=8, batch=work.batch, steps=2, new_tokens=0)
     _run(subject, side, warm_up)
     return peak_bytes(subject.model.device, lambda: _run(subject, side, work))
@@ -35,7 +35,7 @@ def _peak_here(subject: Subject, side: Side, work: Workload) -> int:
 
 def _run(subject: Subject, side: Side, work: Workload) -> None:
     model, cache = side.attend(subject.model), work.make_cache(side, subject)
-    # What the tokens are does not change the memory.
+    # Token values do not affect the memory.
     ids = torch.ones(work.batch, work.max_len, dtype=torch.int64, device=model.device)
     prefill(model, cache, ids[:, : work.context])
     decode(model, cache, ids[:, work.context :])

@@ -1,4 +1,4 @@
-"""The work that is timed: one prefill, then decode steps of one token, through `model.forward`."""
+"""The timed work: one prefill, then decode steps of one token, through `model.forward`."""
 
 import inspect
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from hf_kvopt import CACHE_KEYWORD
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """How many tokens are in the cache before the first step, and how much is done then."""
+    """Number of tokens in the cache before the first step, and of the steps that follow."""
 
     context: int
     batch: int
@@ -23,7 +23,7 @@ class Workload:
 
     @property
     def max_len(self) -> int:
-        """The most tokens that a row of the cache holds."""
+        """Most tokens that a row of the cache holds."""
         return self.context + max(self.steps, self.new_tokens)
 
     def make_cache(self, side: Side, subject: Subject) -> Cache:
@@ -47,9 +47,9 @@ def prefill(
 def decode(
     model: PreTrainedModel,
     cache: Cache,
-    ids: Tensor,  # [batch, steps]: the tokens that are fed, whatever the model would have chosen
+    ids: Tensor,  # [batch, steps]: the tokens that are fed, regardless of the model's choices
 ) -> list[Tensor]:  # [steps] of [batch, vocab]
-    """Feed one token a row and step; the cache grows by one token a step."""
+    """Feed one token of each row a step; the cache grows by one token a step."""
     logits = []
     for step in range(ids.shape[1]):
         out = model(input_ids=ids[:, step : step + 1], **{CACHE_KEYWORD: cache}, use_cache=True)
@@ -63,7 +63,7 @@ def generate(
     ids: Tensor,  # [batch, context]
     new_tokens: int,
 ) -> Tensor:  # [batch, context + new_tokens]
-    """Run the whole greedy generate() to its full length."""
+    """Run a whole greedy generate() to its full length."""
     return model.generate(  # type: ignore[operator]
         input_ids=ids,
         attention_mask=torch.ones_like(ids),

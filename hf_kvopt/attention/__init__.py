@@ -1,1 +1,1 @@
-"""The attention function that transformers calls, and the masks that it is given."""
+"""The attention function that transformers calls, and its masks."""

@@ -1,7 +1,7 @@
 """The attention function behind `attn_implementation="hf_kvopt"`.
 
-It takes what a model hands to any attention (dense tensors or `KVHandle`s, a mask in one of several forms, and the
-model's own extras), brings the mask to a pattern plus what the pattern cannot say, and calls the kernel.
+It takes the arguments that a model passes to any attention (dense tensors or `KVHandle`s, a mask in one of several
+forms, and the model's own extras), reduces the mask to a pattern and a remainder, and calls the kernel.
 """
 
 from typing import Any
@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from hf_kvopt.attention.guards import check_ownership, check_weights, check_window
 from hf_kvopt.attention.masking import add_bias, hide_before, select_keys, take_apart
 from hf_kvopt.attention.mla import LatentKV, attend_latent, is_absorbable
-from hf_kvopt.attention.route import run
 from hf_kvopt.attention.sealed import aligned
 from hf_kvopt.errors import KVOptError, UnsupportedModel
+from hf_kvopt.kernels.attention import attend
+from hf_kvopt.kernels.calls import AttentionCall
 from hf_kvopt.kernels.pattern import Pattern
-from hf_kvopt.pool.handle import KVHandle
-from hf_kvopt.pool.sealed_handle import SealedHandle
+from hf_kvopt.kernels.sealed_view import SealedView
+from hf_kvopt.pool.handle import KVHandle, view_of
 
 
 def attention_forward(
@@ -34,38 +35,42 @@ def attention_forward(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention over dense keys and values or over a paged cache; never returns attention weights.
+    """Compute attention over dense keys and values or over a paged cache; never returns attention weights.
 
     Returns:
         [batch, q_len, num_heads, v_head_dim] contiguous, and None.
 
     Raises:
-        UnsupportedModel: the model hands a selection of whole blocks of keys (`block_indices`).
-        ValueError: weights were asked for, dropout outside of training, or a mask of a shape that has no meaning here.
-        CacheStateError: a cache that belongs to another model, or was filled with this very prompt.
+        UnsupportedModel: the model passes a selection of whole blocks of keys (`block_indices`).
+        ValueError: weights were asked for, dropout outside of training, or a mask of an invalid shape.
+        CacheStateError: the cache belongs to another model, or already holds this prompt.
     """
     handle = key.latent if isinstance(key, LatentKV) else key
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     scoring = Pattern(scale, True, None, softcap, s_aux if s_aux is not None else kwargs.get("sinks"))
     try:
         _refuse_what_is_wrong(module, handle, attention_mask, dropout, sliding_window, kwargs)
-        if isinstance(key, SealedHandle) and isinstance(value, SealedHandle):
+        if isinstance(key, KVHandle) and isinstance(value, KVHandle) and isinstance(view_of(key), SealedView):
             key, value = handle, _ = aligned(key, value, attention_mask)
         if kwargs.get("indices") is not None:
             attention_mask = select_keys(attention_mask, kwargs["indices"], query.shape[2], key.shape[2])
         pattern = take_apart(module, query, key, attention_mask, is_causal, sliding_window, scoring)
-        if isinstance(handle, KVHandle) and handle.starts is not None:
-            pattern = hide_before(handle.starts, pattern, key.shape[2])
+        if isinstance(handle, KVHandle) and handle.table is not None and handle.table.is_ragged:
+            pattern = hide_before(handle.starts or [], pattern, key.shape[2])
     except (KVOptError, ValueError):
-        if isinstance(handle, KVHandle) and handle.table is not None:
-            handle.table.refuse()
+        if isinstance(handle, KVHandle) and handle.guard is not None and handle.table is not None:
+            handle.guard.undo(handle.table)
         raise
     if position_bias is not None:
         bias = position_bias[..., -key.shape[2] :]
         pattern = pattern._replace(mask=add_bias(bias, pattern.mask))
     if isinstance(key, LatentKV) and is_absorbable(query, key):
         return attend_latent(query, key, pattern), None
-    return run(query, key, value, pattern, dropout), None
+    if isinstance(key, LatentKV) and isinstance(value, LatentKV):
+        key, value = key.expand_both()
+    k = view_of(key) if isinstance(key, KVHandle) else key
+    v = view_of(value) if isinstance(value, KVHandle) else value
+    return attend(AttentionCall(query, k, v, pattern, dropout)), None
 
 
 def _refuse_what_is_wrong(
@@ -76,18 +81,20 @@ def _refuse_what_is_wrong(
     sliding_window: int | None,
     kwargs: dict[str, Any],
 ) -> None:
-    """Raise on whatever would give a wrong token; the cache then takes the step back."""
+    """Raise on any call that would give a wrong token; the cache then undoes the step."""
     if kwargs.get("block_indices") is not None:
-        # Where rows are padded, what it selects depends on the states of the pads, which every attention makes its own.
+        # With padded rows the selection depends on the states of padding, which differ between attentions.
         raise UnsupportedModel(
             f"{type(module).__name__} selects blocks of keys (`block_indices`), which hf_kvopt's attention does not "
             "read: load this model with attn_implementation='eager' or 'sdpa', and pass the cache alone"
         )
-    check_weights(kwargs.get("output_attentions"))
+    if kwargs.get("output_attentions"):
+        check_weights(True)
     if dropout and not module.training:
         raise ValueError(
             f"attention dropout must be 0 outside of training: got {dropout}; call model.train() or set it to 0"
         )
     if isinstance(handle, KVHandle):
         check_ownership(module, handle, kwargs, attention_mask)
-        check_window(module, handle, attention_mask, sliding_window)
+        if handle.reads is not None and handle.reads.slides is not False:
+            check_window(module, handle, attention_mask, sliding_window)

@@ -1,4 +1,4 @@
-"""Checks that turn a silent wrong token into one clear error; each sees what only the attention function sees."""
+"""Checks that turn a silent wrong token into an error, on facts that only the attention function sees."""
 
 import weakref
 from typing import Any
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from hf_kvopt.attention.mask import LazyMask, Pattern
 from hf_kvopt.compat import slides
 from hf_kvopt.errors import CacheStateError, UnsupportedModel
-from hf_kvopt.pool.handle import KVHandle
+from hf_kvopt.pool.handle import KVHandle, view_of
 
 
 def check_weights(are_wanted: object) -> None:
-    """Refuse `output_attentions=True`: without it being said, the caller would get a tuple of nothing."""
+    """Refuse `output_attentions=True`, which would otherwise return a tuple of nothing."""
     if are_wanted:
         raise ValueError(
             "hf_kvopt's attention never forms the weights of all keys: got output_attentions=True; drop it, or load "
@@ -22,36 +22,38 @@ def check_weights(are_wanted: object) -> None:
 
 
 def check_ownership(module: nn.Module, handle: KVHandle, kwargs: dict[str, Any], mask: Tensor | None) -> None:
-    """Catch a cache that another model filled, and a prompt that is fed on top of itself."""
-    if not handle.is_fresh or handle.plane is None or torch.compiler.is_compiling():
+    """Refuse a cache that another model filled, and a prompt that is fed to a cache that already holds it."""
+    reads = handle.reads
+    if not handle.is_fresh or reads is None or torch.compiler.is_compiling():
         return
-    # Only the first reader of an update owns the layer: models with shared KV hand the same tensor on.
+    # Only the first reader of an update owns the layer: models with shared KV pass the same tensor on.
     handle.is_fresh = False
-    owner = handle.plane.owner() if handle.plane.owner is not None else None
+    owner = reads.owner() if reads.owner is not None else None
     if owner is None or (owner is not module and handle.is_all_new):
-        handle.plane.owner = weakref.ref(module)
+        reads.owner = weakref.ref(module)
     elif owner is not module:
         raise CacheStateError(
             f"this cache was filled by another model ({type(owner).__name__} at another place): got "
             f"{type(module).__name__}; use one cache a model, or cache.free() before handing it on"
         )
-    _check_positions(handle, kwargs.get("position_ids"), mask)
+    if reads.is_first:
+        _check_positions(handle, kwargs.get("position_ids"), mask)
 
 
 def _check_positions(handle: KVHandle, position_ids: Tensor | None, attention_mask: Tensor | None) -> None:
-    """A first position before the end of what is cached means that cached tokens came again."""
-    table, plane = handle.table, handle.plane
-    if table is None or plane is None or not plane.is_first or position_ids is None or position_ids.dim() != 2:
+    """Refuse a first position before the end of the cache: cached tokens were fed again."""
+    table = handle.table
+    if table is None or position_ids is None or position_ids.dim() != 2:
         return
     q_len = position_ids.shape[1]
     past = table.clock - q_len
     if q_len == 1 or past <= 0:
         return
-    # Left padding shifts positions back by as much; behind a window it is known only up to the window's start.
-    # A dense mask does not say where the rows start.
+    # Left padding shifts positions back by its length; with a window it is known only up to the window's start. A dense
+    # mask does not tell where rows start.
     starts = attention_mask.starts if isinstance(attention_mask, LazyMask) else None
     starts = [0] if attention_mask is None else starts
-    if starts is not None and int(position_ids[:, 0].max()) < past - table.base - handle.skip - max(starts):
+    if starts is not None and int(position_ids[:, 0].max()) < past - table.base - view_of(handle).skip - max(starts):
         raise CacheStateError(
             f"{q_len} tokens from position {int(position_ids[:, 0].max())} on were fed to a cache that already holds "
             f"{past}: got a cache that is not shorter than the prompt, which transformers then feeds again; call "
@@ -62,15 +64,15 @@ def _check_positions(handle: KVHandle, position_ids: Tensor | None, attention_ma
 def check_window(
     module: nn.Module, handle: KVHandle, attention_mask: Tensor | None, sliding_window: int | None
 ) -> None:
-    """Refuse a layer whose window nobody but the cache keeps, and this cache keeps everything."""
-    plane = handle.plane
-    if plane is None or handle.table is None or handle.table.window is not None:
+    """Refuse a layer whose window only the cache enforces, if this cache keeps everything."""
+    reads = handle.reads
+    if reads is None or handle.table is None or handle.table.window is not None:
         return
-    if plane.slides is None:
-        # Once a layer: reading a config at every step costs more than the attention of a short context.
+    if reads.slides is None:
+        # Once for each layer: reading a config at every step costs more than the attention of a short context.
         config, layer_idx = getattr(module, "config", None), getattr(module, "layer_idx", None)
-        plane.slides = config is not None and layer_idx is not None and slides(config, layer_idx)
-    if not plane.slides or sliding_window is not None:
+        reads.slides = config is not None and layer_idx is not None and slides(config, layer_idx)
+    if not reads.slides or sliding_window is not None:
         return
     # A full pattern is cross attention, whose layer has the number of a layer of self-attention.
     if isinstance(attention_mask, LazyMask) and attention_mask.pattern != Pattern(is_causal=True, window=None):

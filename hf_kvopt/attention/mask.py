@@ -1,8 +1,8 @@
-"""Masks as patterns: causal, sliding and padded attention said in a few numbers instead of a [q, kv] tensor.
+"""Masks as patterns: causal, sliding and padded attention in a few numbers instead of a [q, kv] tensor.
 
-`lazy_mask` is registered with transformers under the same key as the attention. For plain patterns it returns a
-`LazyMask`, which our attention reads and which turns into the dense boolean mask for anybody else; for other patterns
-(chunks, packed sequences, blockwise image attention, user functions) the dense mask itself.
+`lazy_mask` is registered with transformers under the key of the attention. For plain patterns it returns a `LazyMask`,
+which our attention reads and which becomes the dense boolean mask for any other reader; for other patterns (chunks,
+packed sequences, blockwise image attention, user functions) it returns the dense mask.
 """
 
 from collections.abc import Callable
@@ -19,24 +19,24 @@ from hf_kvopt.pool.lazy import LazyTensor
 
 
 class Pattern(NamedTuple):
-    """Who may attend to whom: query i of q_len sits at key position kv_len - q_len + i."""
+    """Visible keys as a pattern: query i of q_len is at key position kv_len - q_len + i."""
 
     is_causal: bool
-    window: int | None  # keys with position > query position - window
+    window: int | None  # only keys with position > query position - window are visible
 
 
 class LazyMask(LazyTensor):
-    """A boolean mask [batch, 1, q_len, kv_len] that is made when somebody looks at it.
+    """A boolean mask [batch, 1, q_len, kv_len] that is made dense when it is read.
 
     Args:
         shape: the mask's shape.
         device: the mask's device.
-        pattern: what holds for every row.
-        padding: [batch, kv_len] bool, False where a row has no token; None where all have.
-        make_dense: builds the tensor.
+        pattern: the pattern of every row.
+        padding: [batch, kv_len] bool, False where a row has no token; None without padding.
+        make_dense: builds the dense tensor.
     """
 
-    sizes: tuple[int, int, int, int]  # its shape, which a tensor takes longer to tell
+    sizes: tuple[int, int, int, int]  # the shape, faster to read than a tensor's
     pattern: Pattern
     padding: Tensor | None
     make_dense: Callable[[], Tensor | None]
@@ -50,25 +50,25 @@ class LazyMask(LazyTensor):
         padding: Tensor | None,
         make_dense: Callable[[], Tensor | None],
     ) -> "LazyMask":
-        """See the class."""
+        """Make a mask from the arguments of the class."""
         mask = LazyMask.wrap(shape, torch.bool, device)
         mask.sizes, mask.pattern, mask.padding, mask.make_dense = shape, pattern, padding, make_dense
         return mask
 
     @cached_property
     def starts(self) -> list[int] | None:
-        """First key position of each row, where padding is all on the left; None where it is not."""
+        """First key position of each row if padding is on the left only, else None."""
         if self.padding is None:
             return [0] * self.shape[0]
         first = self.padding.int().argmax(-1)
         columns = torch.arange(self.shape[-1], device=self.padding.device)
-        # A row of padding only has its first token nowhere; argmax says 0.
+        # In a row of padding only, argmax returns 0 although there is no first token.
         is_left = (columns >= first[:, None]).eq(self.padding).all()
         return first.tolist() if bool(is_left) else None
 
     @cached_property
     def key_mask(self) -> Tensor | None:
-        """[batch, 1, 1, kv_len] bool: `padding` as attention takes it."""
+        """`padding` in the shape for attention: [batch, 1, 1, kv_len] bool; None without padding."""
         return None if self.padding is None else self.padding[:, None, None, :]
 
     def dense(self) -> Tensor:
@@ -80,7 +80,7 @@ class LazyMask(LazyTensor):
         return LazyMask(self.sizes, self.device, self.pattern, self.padding, self.make_dense)
 
     def before_fallback(self, op: str) -> None:
-        # A boolean mask that is added to scores shifts them by one: a wrong token, not an error.
+        # Adding a boolean mask to scores shifts them by one: a wrong token, not an error.
         if op.startswith(("aten.add", "aten.sub", "aten.mul", "aten.rsub")):
             raise UnsupportedModel(
                 f"this model computes with its attention mask ({op}): got attn_implementation='hf_kvopt', whose masks "
@@ -102,10 +102,10 @@ def lazy_mask(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Tensor | None:
-    """The mask function that transformers calls, keywords and all; see `AttentionMaskInterface`.
+    """Make the mask of a forward, with the arguments of transformers' `AttentionMaskInterface`.
 
-    Returns a `LazyMask` or a dense bool [batch, 1, q_len, kv_len]; for models that need transformers' eager float
-    mask, that one.
+    Returns a `LazyMask` or a dense bool [batch, 1, q_len, kv_len]; for models that need it, transformers' eager float
+    mask.
     """
     arguments = dict(
         kwargs, batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
@@ -131,7 +131,8 @@ def lazy_mask(
     padding = compat.prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding is not None:
         padding = padding[:, kv_offset : kv_offset + kv_length]
-        # One look at the mask a forward; on a GPU it would wait for the device, so padding is simply carried there.
+        # Checked once for each forward on a CPU only: a GPU would have to synchronize, so there padding is always
+        # passed on.
         if padding.device.type == "cpu" and bool(padding.all()):
             padding = None
     shape = (batch_size, 1, q_length, kv_length)
@@ -139,7 +140,7 @@ def lazy_mask(
 
 
 def describe(mask_function: Callable) -> Pattern | None:
-    """The pattern that one of transformers' own mask functions stands for; None for any other function."""
+    """Return the pattern that one of transformers' mask functions implements; None for any other function."""
     if mask_function is compat.causal_mask_function:
         return Pattern(is_causal=True, window=None)
     if mask_function is compat.bidirectional_mask_function:
@@ -153,7 +154,7 @@ def describe(mask_function: Callable) -> Pattern | None:
 
 
 def _closure(function: Callable, like: Callable) -> dict[str, Any]:
-    """The captured names of `function`, if it was made by the same code as `like`."""
+    """Return the captured variables of `function` if it was made by the same code as `like`, else none."""
     code = getattr(function, "__code__", None)
     if code is None or code is not like.__code__:
         return {}
@@ -163,13 +164,13 @@ def _closure(function: Callable, like: Callable) -> dict[str, Any]:
 
 @cache
 def _and_mask() -> Callable:
-    """A mask function that transformers joins from parts."""
+    """Return a mask function that transformers combined from parts."""
     made: Callable = compat.and_masks(compat.causal_mask_function)
     return made
 
 
 @cache
 def _sliding() -> Callable:
-    """A mask function of transformers that hides what lies before a window."""
+    """Return a sliding-window mask function of transformers."""
     made: Callable = compat.sliding_window_overlay(1)
     return made

@@ -1,4 +1,4 @@
-"""Brings the forms in which a mask arrives to one: a pattern, and what the pattern cannot say."""
+"""Conversion of attention masks in any form to a pattern, and a mask for what the pattern cannot express."""
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,13 @@ def take_apart(
     sliding_window: int | None,
     scoring: Pattern,
 ) -> Pattern:
-    """`scoring` with the mask that holds between `query` and `key`; what eager attention cannot add is refused.
+    """Return `scoring` with the mask between `query` and `key`; masks that eager attention cannot add are refused.
 
-    What a pattern can say of the mask is said so; the rest is a mask [batch | 1, heads | 1, q_len | 1, kv_len].
+    Whatever a pattern can express becomes part of it; the rest is a mask [batch | 1, heads | 1, q_len | 1, kv_len].
 
     Raises:
         ValueError: a mask of another shape than the scores, or of integers.
-        CacheStateError: a mask over fewer or more keys than the cache hands out.
+        CacheStateError: the mask covers fewer or more keys than the cache returns.
     """
     q_len, kv_len = query.shape[2], key.shape[2]
     if attention_mask is None:
@@ -33,11 +33,12 @@ def take_apart(
     if isinstance(attention_mask, LazyMask) and attention_mask.sizes[2:] == (q_len, kv_len):
         causal, window = attention_mask.pattern
         if attention_mask.padding is None:
-            return _ordered(scoring, causal, window)
+            # A copy at every layer and step would be a tenth of what attention costs beside its products.
+            return scoring if causal and window is None else scoring._replace(is_causal=causal, window=window)
         starts = key.starts if isinstance(key, KVHandle) and key.scale is None else None
         if starts is not None and starts == attention_mask.starts:
-            return _ordered(scoring, causal, window)  # what the table does not hold needs no mask
-        # Pads are skipped row by row in a prefill; for a few queries one mask over the keys is cheaper.
+            return _ordered(scoring, causal, window)  # columns that the table does not hold need no mask
+        # In a prefill, padding is skipped row by row; for a few queries one mask over the keys is cheaper.
         if q_len > 1 and causal and query.device.type == "cpu" and attention_mask.starts is not None:
             return scoring._replace(is_causal=causal, window=window, starts=attention_mask.starts)
         return scoring._replace(is_causal=causal, window=window, mask=attention_mask.key_mask)
@@ -48,11 +49,11 @@ def take_apart(
 
 
 def select_keys(mask: Tensor | None, indices: Tensor, q_len: int, kv_len: int) -> Tensor:
-    """`mask` where each query sees no other keys than those that the model selected for it.
+    """Return `mask` with each query limited to the keys that the model selected for it.
 
     Args:
-        indices: [batch, q_len, selected], as DeepSeek's sparse attention hands them on; its own eager and sdpa
-            attention makes the same mask of them.
+        indices: [batch, q_len, selected], as passed by DeepSeek's sparse attention, whose eager and sdpa versions
+            make the same mask of them.
     """
     seen = torch.zeros(*indices.shape[:2], kv_len, dtype=torch.bool, device=indices.device)
     seen = seen.scatter_(-1, indices.long(), True)[:, None]
@@ -62,7 +63,7 @@ def select_keys(mask: Tensor | None, indices: Tensor, q_len: int, kv_len: int) -
 
 
 def _check_mask(query: Tensor, key: Tensor, mask: Tensor) -> None:
-    """Refuse a dense mask that does not say of every query and key whether they meet."""
+    """Refuse a dense mask whose shape does not cover every query and key."""
     batch, num_heads, q_len, _ = query.shape
     kv_len = key.shape[2]
     if mask.dim() != 4:
@@ -96,12 +97,11 @@ def _check_mask(query: Tensor, key: Tensor, mask: Tensor) -> None:
 
 
 def _ordered(scoring: Pattern, is_causal: bool, window: int | None) -> Pattern:
-    # A copy at every layer and step would be a tenth of what attention costs beside its products.
-    return scoring if is_causal and window is None else scoring._replace(is_causal=is_causal, window=window)
+    return scoring._replace(is_causal=is_causal, window=window)
 
 
 def hide_before(starts: list[int], pattern: Pattern, kv_len: int) -> Pattern:
-    """`pattern` where also no row may look at columns before its first token, which hold nothing."""
+    """Hide in `pattern` the columns before each row's first token, which hold nothing."""
     mask = pattern.mask
     if mask is None:
         given = [0] * len(starts) if pattern.starts is None else pattern.starts
@@ -113,7 +113,7 @@ def hide_before(starts: list[int], pattern: Pattern, kv_len: int) -> Pattern:
 
 
 def add_bias(bias: Tensor, mask: Tensor | None) -> Tensor:
-    """An additive mask out of a bias on the scores and a mask."""
+    """Combine a bias on the scores and a mask into an additive mask."""
     if mask is None:
         return bias
     if mask.dtype == torch.bool:

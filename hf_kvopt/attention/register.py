@@ -1,4 +1,4 @@
-"""Makes transformers know `attn_implementation="hf_kvopt"`: the attention and its mask, always both."""
+"""Registration of `attn_implementation="hf_kvopt"` with transformers: the attention and its mask together."""
 
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
@@ -10,7 +10,7 @@ ATTENTION_NAME = "hf_kvopt"
 
 
 def register() -> None:
-    """Register once; what somebody else put under the name stays."""
+    """Register the attention and its mask, unless the name is taken."""
     if ATTENTION_NAME not in ALL_ATTENTION_FUNCTIONS:
         AttentionInterface.register(ATTENTION_NAME, attention_forward)
     if ATTENTION_NAME not in ALL_MASK_ATTENTION_FUNCTIONS:

@@ -1,136 +1,27 @@
-"""Attention over a layer whose full blocks are sealed: the queries of one block read alike, so they go together.
+"""Rows of sealed blocks begin with their own first token: what the mask tells of left padding goes into the table."""
 
-    dense buffer of a row    [ exact | sealed ... sealed | exact exact ]      queries of block i
-                             [ exact | sealed ... sealed | sealed | exact exact ]      queries of block i + 1
-
-From one block of queries to the next, one block of the buffer turns into what is stored. A row's blocks are aligned to
-its own first token, so rows that stand at unlike places are taken one by one.
-"""
-
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 
 from hf_kvopt.attention.mask import LazyMask
-from hf_kvopt.kernels.cpu.dense import attend
-from hf_kvopt.kernels.cpu.sealed import SealedRows, attend_sealed_blocks, can_attend_sealed
-from hf_kvopt.kernels.pattern import Pattern
-from hf_kvopt.pool.sealed_handle import SealedHandle
-
-# Blocks of queries, in a row of which all that they read exact has a place; see `pool.tail.wanted`.
-_FEW_BLOCKS = 3
+from hf_kvopt.kernels.sealed_view import SealedView
+from hf_kvopt.pool.handle import KVHandle, view_of
 
 
-def attend_sealed(
-    query: Tensor,  # [batch, num_heads, q_len, head_dim]
-    key: SealedHandle,
-    value: SealedHandle,
-    pattern: Pattern,
-    dropout: float,
-) -> Tensor:
-    """Return attention [batch, q_len, num_heads, v_head_dim] in which each query reads what its position says.
-
-    The pattern's `starts` and `mask` count columns, as for `attend`; its sinks may differ by query.
-    """
-    key.check_valid()
-    if key.states is not None and value.states is not None:
-        return attend(query, key.states, value.states, pattern, dropout)
-    q_len, mask = query.shape[2], pattern.mask
-    if not pattern.is_causal and (mask is None or (mask.shape[2] == 1 and q_len > 1)):
-        # Nothing says in which order the queries stand: all read as the last one does.
-        return attend(query, key.view_dense(), value.view_dense(), pattern, dropout)
-    if q_len <= _FEW_BLOCKS * key.table.block_size and not dropout:
-        k, v = key.plane.sealed_place, value.plane.sealed_place
-        if k is not None and v is not None and can_attend_sealed(query, k, v):
-            return attend_sealed_blocks(query, k, v, _rows_of(key), pattern, _depths(pattern, q_len))
-    rows = range(query.shape[0])
-    if not key.table.is_ragged:
-        return _attend_rows(query, key, value, pattern, dropout, rows)
-    parts = [_attend_rows(query[i : i + 1], key, value, _of_row(pattern, i), dropout, [i]) for i in rows]
-    return torch.cat(parts)
-
-
-def _depths(pattern: Pattern, q_len: int) -> Tensor | None:
-    """[q_len] int32: by how much each query's position is behind that of the first, where it is not its number.
-
-    Nodes of a tree of drafts stand behind one another in the cache, and see their ancestors among them alone.
-    """
-    mask = pattern.mask
-    if pattern.is_causal or mask is None or mask.shape[2] != q_len or q_len == 1 or len(mask) > 1:
-        return None
-    new = mask[0, 0, :, -q_len:]
-    seen = new if new.dtype == torch.bool else new > torch.finfo(new.dtype).min
-    depths = seen.sum(dim=1).sub_(1).clamp_(min=0).minimum(torch.arange(q_len, device=seen.device))
-    return depths.to(torch.int32)
-
-
-def _rows_of(key: SealedHandle) -> SealedRows:
-    block_table, seq_lens, lags = key.rows()
-    first_block = key.table.base // key.table.block_size
-    return SealedRows(block_table, key.exact_table(), seq_lens, lags, key.skip, first_block)
-
-
-def _attend_rows(
-    query: Tensor,
-    key: SealedHandle,
-    value: SealedHandle,
-    pattern: Pattern,
-    dropout: float,
-    rows: Sequence[int],
-) -> Tensor:
-    """Attention of rows that begin at the same column."""
-    table, kv_len, q_len = key.table, key.shape[2], query.shape[2]
-    lag, size = table.lags[rows[0]], table.block_size
-    first = table.base + key.skip - lag  # the row's token in the first column, negative where it has none there
-    hidden = min(kv_len, max(0, -first))
-    start = max(first, 0)
-    past = first + kv_len - q_len  # token of the first query
-    unheld = min(q_len, max(0, hidden - (kv_len - q_len)))  # queries in columns before the row's first token
-    out = query.new_zeros(query.shape[0], q_len, query.shape[1], value.shape[3])
-    if unheld == q_len:
-        return out
-    tile = (past + unheld) // size
-    buffers = [_Buffer(handle, rows, start, first + kv_len, tile, q_len) for handle in (key, value)]
-    depths = _depths(pattern, q_len) if q_len <= _FEW_BLOCKS * size else None
-    of_block = _by_block(range(q_len) if depths is None else depths.tolist(), past, unheld, size)
-    for block, queries in sorted(of_block.items()):
-        for buffer in buffers:
-            buffer.turn(block)
-        end = past + queries[-1] + 1 if pattern.is_causal else first + kv_len
-        part = _cut(pattern, queries, slice(hidden, hidden + end - start), hidden)
-        k, v = (buffer.states[:, :, : end - start] for buffer in buffers)
-        out[:, queries] = attend(query[:, :, queries], k, v, part, dropout)
-    return out
-
-
-def _by_block(depths: Sequence[int], past: int, first: int, block_size: int) -> dict[int, list[int]]:
-    """The queries from number `first` on, by the block that each stands in."""
-    found: dict[int, list[int]] = {}
-    for i in range(first, len(depths)):
-        found.setdefault((past + depths[i]) // block_size, []).append(i)
-    return found
-
-
-def aligned(key: SealedHandle, value: SealedHandle, mask: Tensor | None) -> tuple[SealedHandle, SealedHandle]:
+def aligned(key: KVHandle, value: KVHandle, mask: Tensor | None) -> tuple[KVHandle, KVHandle]:
     """Return the handles once rows without a token so far begin behind their left padding.
 
     Only the mask tells what is padding. Where it was taken for text, the step of this layer is written anew, so that a
     row's blocks begin with its own first token, whatever it is padded with.
     """
-    table = key.table
-    is_young = any(lag >= table.step_start for lag in table.lags)
-    if (
-        not is_young
-        or not isinstance(mask, LazyMask)
-        or mask.padding is None
-        or key.arrived is None
-        or value.arrived is None
-    ):
+    k, v, table = view_of(key), view_of(value), key.table
+    if not isinstance(k, SealedView) or not isinstance(v, SealedView) or table is None:
         return key, value
-    key.check_valid()
+    is_young = k.arrived is not None and any(lag >= table.step_start for lag in table.lags)
+    if not is_young or not isinstance(mask, LazyMask) or mask.padding is None:
+        return key, value
+    k.check_valid()
     num_pads = (~mask.padding).int().cumprod(-1).sum(-1).tolist()
-    first = table.base + key.skip
+    first = table.base + k.skip
     lags = [
         max(lag, first + pads) if lag >= table.step_start else lag
         for lag, pads in zip(table.lags, num_pads, strict=True)
@@ -138,64 +29,16 @@ def aligned(key: SealedHandle, value: SealedHandle, mask: Tensor | None) -> tupl
     if lags == table.lags:
         return key, value
     table.begin_later(lags)
-    return _rewritten(key), _rewritten(value)
+    return _rewritten(key, k), _rewritten(value, v)
 
 
-def _rewritten(handle: SealedHandle) -> SealedHandle:
-    """The handle of a layer whose last step was written to other places."""
-    table, new = handle.table, handle.arrived
+def _rewritten(handle: KVHandle, view: SealedView) -> KVHandle:
+    """The handle of a layer whose last step is written to other places."""
+    new = view.arrived
     assert new is not None
-    handle.plane.write(new, table, table.clock - new.shape[2], table.clock)
-    return SealedHandle(handle.plane, table, handle.shape[2], handle.skip, handle.is_fresh, new, handle.states)
-
-
-class _Buffer:
-    """Keys or values of some rows from token `start` to `stop`, as one block of queries after the other reads them."""
-
-    def __init__(
-        self, handle: SealedHandle, rows: Sequence[int], start: int, stop: int, tile: int, num_new: int
-    ) -> None:
-        self.plane = handle.plane
-        self.table, self.rows, self.start, self.tile = handle.table, list(rows), start, tile
-        size = self.plane.block_size
-        first = start // size
-        held = self.plane.read_blocks(self.table, self.rows, first, -(-stop // size), tile)
-        self.states = held[:, :, start - first * size : stop - first * size]
-        if handle.arrived is not None:
-            new = handle.arrived[self.rows] if len(self.rows) < len(handle.arrived) else handle.arrived
-            begin = max(start, stop - num_new)
-            self.states[:, :, begin - start :] = new[:, :, new.shape[2] - (stop - begin) :]
-
-    def turn(self, tile: int) -> None:
-        """Let the buffer be what queries of block `tile` read."""
-        size = self.plane.block_size
-        base = self.table.base // size
-        for block in range(max(1, self.tile - 1), tile - 1):
-            numbers = torch.tensor([self.table.rows[row][block - base] for row in self.rows], device=self.states.device)
-            begin, stop = max(block * size, self.start), (block + 1) * size
-            sealed = self.plane.unsealed(numbers)[:, :, begin - block * size :]
-            if begin < stop:
-                self.states[:, :, begin - self.start : stop - self.start] = sealed
-        self.tile = tile
-
-
-def _of_row(pattern: Pattern, row: int) -> Pattern:
-    """The pattern of one row of a batch."""
-    starts, mask, sinks = pattern.starts, pattern.mask, pattern.sinks
-    return pattern._replace(
-        starts=None if starts is None else [int(starts[row])],
-        mask=mask if mask is None or len(mask) == 1 else mask[row : row + 1],
-        sinks=sinks if sinks is None or sinks.dim() == 1 or len(sinks) == 1 else sinks[row : row + 1],
+    view.storage.write(new, view.table, view.table.clock - new.shape[2], view.table.clock)
+    twin = KVHandle(
+        SealedView.of(view.storage, view.table, view.spec, view.skip, view.states, new), handle.reads, handle.is_fresh
     )
-
-
-def _cut(pattern: Pattern, queries: list[int], columns: slice, hidden: int) -> Pattern:
-    """The pattern between some queries and some columns, of which `hidden` lie before them."""
-    starts, mask, sinks = pattern.starts, pattern.mask, pattern.sinks
-    if starts is not None:
-        starts = [max(0, int(start) - hidden) for start in starts]
-    if mask is not None:
-        mask = (mask[:, :, queries] if mask.shape[2] > 1 else mask)[..., columns]
-    if sinks is not None and sinks.dim() == 4 and sinks.shape[2] > 1:
-        sinks = sinks[:, :, queries]
-    return pattern._replace(starts=starts, mask=mask, sinks=sinks)
+    twin.guard = handle.guard
+    return twin

@@ -1,4 +1,4 @@
-"""What can be known of a model from its code: whether it calls an attention interface, and which masks it takes."""
+"""Facts about a model that are read from its code: whether it calls an attention interface, which masks it takes."""
 
 import inspect
 import re
@@ -15,9 +15,9 @@ class ModelTraits(NamedTuple):
     """Facts about a modelling file."""
 
     calls_interface: bool  # its attention is chosen by `attn_implementation`
-    selects_keys: bool  # it hands the attention a sparse selection of keys
-    takes_boolean_masks: bool  # it hands masks on unread, which sdpa's and flash attention's ask for
-    masks_windows: bool  # it hides what lies behind a window itself, and does not leave that to its cache
+    selects_keys: bool  # it passes the attention a sparse selection of keys
+    takes_boolean_masks: bool  # it passes masks on unread, as sdpa and flash attention require
+    masks_windows: bool  # it masks what is before a window itself instead of leaving that to its cache
 
 
 _CURRENT = ModelTraits(calls_interface=True, selects_keys=False, takes_boolean_masks=True, masks_windows=True)
@@ -25,13 +25,13 @@ _CURRENT = ModelTraits(calls_interface=True, selects_keys=False, takes_boolean_m
 
 @torch.compiler.assume_constant_result
 def takes_boolean_masks(config_class: type[PreTrainedConfig]) -> bool:
-    """`ModelTraits.takes_boolean_masks`, as a constant where a compiled graph asks."""
+    """Return `ModelTraits.takes_boolean_masks`, as a constant in compiled graphs."""
     return model_traits(config_class).takes_boolean_masks  # type: ignore[arg-type]
 
 
 @cache
 def model_traits(config_class: type[PreTrainedConfig]) -> ModelTraits:
-    """Traits of the modelling file that belongs to `config_class`; an unknown file is taken to be current."""
+    """Return the traits of the modelling file of `config_class`; an unknown file is assumed to be current."""
     module = _modelling_module(config_class)
     if module is None:
         return _CURRENT
@@ -52,6 +52,16 @@ def model_traits(config_class: type[PreTrainedConfig]) -> ModelTraits:
         re.search(r"create_(sliding_window|chunked)_causal_mask|create_masks_for_generate", source) is not None
     )
     return ModelTraits(calls_interface, selects_keys, calls_interface and (hands_on or not base), masks_windows)
+
+
+def attention_obstacle(model: PreTrainedModel) -> str | None:
+    """Say why our attention cannot be set on `model`, as the end of a sentence about it; None where it can."""
+    traits = model_traits(type(model.config.get_text_config(decoder=True)))  # type: ignore[arg-type]
+    if not traits.calls_interface:
+        return "has its attention written into the model, so that no other can be chosen"
+    if traits.selects_keys:
+        return "attends to a sparse selection of keys, in which hf_kvopt's kernels have nothing to gain"
+    return None
 
 
 def _modelling_module(config_class: type[PreTrainedConfig]) -> ModuleType | None:

@@ -15,7 +15,7 @@ from hf_kvopt.cache.layer import PagedLayer
 from hf_kvopt.errors import CacheStateError, OutOfBlocks
 from hf_kvopt.pool.block_table import BlockTable
 from hf_kvopt.pool.fixed_rows import FixedCentres, next_slots, require_room
-from hf_kvopt.pool.handle import HandleSpec, KVHandle, row_views
+from hf_kvopt.pool.handle import EqualRows, KVHandle, KVSpec, KVView, Stored
 from hf_kvopt.pool.slots import writable
 from hf_kvopt.pool.storage import KVPool, Plane
 from hf_kvopt.quant import NATIVE_KV, KVFormat
@@ -100,7 +100,7 @@ class FixedLayer(PagedLayer):
         self._check(key_states, value_states)
         assert self.pool is not None
         slots = next_slots(self.length, self.first_slots, num_tokens, self.row_capacity)
-        self.pool.store(self._guarded(key_states), value_states, slots)
+        self.pool.store(key_states, value_states, self._learn(key_states), lambda: slots)
         # Only now: what breaks off before this was not written.
         self.length.add_(num_tokens)
         self.seq_lens.add_(num_tokens)
@@ -183,33 +183,30 @@ class FixedLayer(PagedLayer):
                 "use PagedCache without compileable=True to change the batch"
             )
         for plane in self.pool.planes:
-            for tensor in plane.tensors:
-                rows = row_views(tensor, self.table.batch_size)
-                rows.copy_(rows[indices])
+            plane.select_rows(indices)
         if self.centres is not None:
             self.centres.select(indices)
 
     def _handle(self, plane: Plane, kv_len: int, states: Tensor | None = None) -> KVHandle:
         shape = (self.table.batch_size, plane.num_heads, kv_len, plane.dim)
-        spec = HandleSpec(shape, plane.dtype, plane.format.name, plane.rotates)
+        spec = KVSpec(shape, plane.dtype, plane.format.name, plane.rotates)
+        rows = EqualRows(self.block_table, self.seq_lens)
+        is_graph, centres = torch.compiler.is_compiling(), plane.row_centres
         # An address must not be guarded on: the graph serves any cache of this shape.
-        is_graph = torch.compiler.is_compiling()
-        place = None if is_graph else plane.place
+        stored = Stored(plane.codes, plane.scale, plane.rotates) if is_graph else plane.stored
         centre = None
-        if plane.row_centres is not None:
-            centre = plane.row_centres.in_graph() if is_graph else plane.row_centres.of_rows()
-        return KVHandle(
-            plane.codes, plane.scale, self.block_table, self.seq_lens, spec, states=states, centre=centre, place=place
-        )
+        if centres is not None:
+            centre = centres.in_graph() if is_graph else centres.of_rows()
+        return KVHandle(KVView(stored, rows, spec, centre=centre, states=states))
 
-    def _guarded(self, key_states: Tensor) -> Tensor:
-        """Keys as they go into the pool; rows that begin now learn their centre."""
+    def _learn(self, key_states: Tensor) -> Tensor | None:
+        """Return what is taken from keys; rows that begin now learn it."""
         assert self.pool is not None
-        plane, centre = self.pool.keys, None
-        if plane.row_centres is not None:
-            learn = plane.row_centres.learn_in_graph if torch.compiler.is_compiling() else plane.row_centres.learn
-            centre = learn(key_states, self.length, plane.codes, plane.scale, plane.rotates)
-        return plane.guarded(key_states, centre)
+        plane = self.pool.keys
+        if plane.row_centres is None:
+            return None
+        learn = plane.row_centres.learn_in_graph if torch.compiler.is_compiling() else plane.row_centres.learn
+        return learn(key_states, self.length, plane.codes, plane.scale, plane.rotates)
 
     def _is_static(self, num_tokens: int) -> bool:
         return num_tokens == 1 or torch.compiler.is_compiling()

@@ -2,7 +2,6 @@
 
 import functools
 import logging
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -10,15 +9,12 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import LinearAttentionLayer
 
 from hf_kvopt import compat
-from hf_kvopt.cache.fixed import FixedLayer
 from hf_kvopt.cache.hybrid import HybridLayer, StateLayer
 from hf_kvopt.cache.layer import PagedLayer
-from hf_kvopt.pool.block_table import BlockTable
+from hf_kvopt.cache.rows import GrowingRows
 from hf_kvopt.quant import FormatPolicy, KVFormat
 
 logger = logging.getLogger(__name__)
-
-TableFor = Callable[[int | None], BlockTable]
 
 _WINDOWED = ("sliding_attention", "chunked_attention")
 _HYBRID = ("hybrid", "hybrid_sliding")
@@ -27,17 +23,15 @@ _HYBRID = ("hybrid", "hybrid_sliding")
 class LayerMaker(NamedTuple):
     """What all layers of a cache have in common."""
 
-    table_for: TableFor  # gives the table that all layers with a window (or None) share
-    compileable: bool  # fixed capacity instead of growing layers
+    rows: GrowingRows  # gives the table that all layers with a window (or None) share
     formats: FormatPolicy
 
     def attention(self, window: int | None, format: KVFormat) -> PagedLayer:
         """A layer that holds keys and values only."""
-        if self.compileable:
+        if self.rows.is_fixed:
             # A row of fixed capacity holds tokens, which a graph can store one by one.
             format = replace(format, sealed=None)
-            return FixedLayer(self.table_for(None), format, self.formats.exact_prefill)
-        return PagedLayer(self.table_for(window), format, self.formats.exact_prefill)
+        return self.rows.layer_class(self.rows.table_for(window), format, self.formats.exact_prefill)
 
     def layer(self, kind: str, options: dict[str, Any], layer_idx: int, is_latent: bool) -> Any:
         """A layer of a kind that `is_paged`."""
@@ -50,7 +44,7 @@ class LayerMaker(NamedTuple):
         if kind not in _HYBRID:
             return self.attention(window, format)
         states = StateLayer(number_of_states=options.get("number_of_states", 1))
-        return HybridLayer(self.table_for(window), states, format, self.formats.exact_prefill)
+        return HybridLayer(self.rows.table_for(window), states, format, self.formats.exact_prefill)
 
     def layers(self, config: PreTrainedConfig) -> list[Any]:
         """One cache layer for each layer of the decoder that `config`, resolved, describes."""
@@ -65,7 +59,7 @@ class LayerMaker(NamedTuple):
 
     def is_paged(self, kind: str) -> bool:
         """Whether layers of a kind live in blocks."""
-        return kind == "full_attention" or kind in _WINDOWED or (kind in _HYBRID and not self.compileable)
+        return kind == "full_attention" or kind in _WINDOWED or (kind in _HYBRID and not self.rows.is_fixed)
 
     def resolved(self, config: PreTrainedConfig) -> "LayerMaker":
         """The same with the layers that the formats name from the end numbered; raises ValueError for one too many."""

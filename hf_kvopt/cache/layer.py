@@ -13,8 +13,10 @@ from transformers.cache_utils import CacheLayerMixin
 
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.pool.block_table import BlockTable
+from hf_kvopt.pool.handle import KVHandle
+from hf_kvopt.pool.plane import Plane
 from hf_kvopt.pool.sealed import SealedPool
-from hf_kvopt.pool.storage import KVPool, Plane
+from hf_kvopt.pool.storage import KVPool
 from hf_kvopt.quant import NATIVE_KV, KVFormat
 
 
@@ -79,7 +81,7 @@ class PagedLayer(CacheLayerMixin):
         self.table.keep_contiguous = key_states.device.type == "cpu"
         self.pool = self.make_pool(key_states, value_states)
         self.is_first = self.is_first or not allocator.pools
-        self.pool.keys.is_first = self.is_first
+        self.pool.reads.is_first = self.is_first
         allocator.pools.append(self.pool)
 
     def make_pool(self, key_states: Tensor, value_states: Tensor) -> KVPool | SealedPool:
@@ -121,15 +123,8 @@ class PagedLayer(CacheLayerMixin):
             keys, values = _behind(past, 0, new[0]), _behind(past, 1, new[1])
         elif start == 0 and (self.exact_prefill or self.format.is_native):
             keys, values = key_states, value_states
-        if isinstance(pool, SealedPool):
-            return (
-                pool.keys.handle(table, step.kv_len, step.skip, True, keys, key_states),
-                pool.values.handle(table, step.kv_len, step.skip, True, values, value_states),
-            )
-        return (
-            pool.keys.handle(table, step.kv_len, step.skip, True, keys),
-            pool.values.handle(table, step.kv_len, step.skip, True, values),
-        )
+        k, v = pool.views(table, step.kv_len, step.skip, (keys, values), (key_states, value_states))
+        return KVHandle(k, pool.reads, True), KVHandle(v, pool.reads, True)
 
     def claim(self, batch_size: int, num_tokens: int) -> None:
         """Make room for tokens whose keys and values a kernel writes itself, where `table.slots` says.
@@ -236,13 +231,14 @@ class PagedLayer(CacheLayerMixin):
             return None
         plane: Plane = getattr(self.pool, name)
         first = self.table.visible_start(self.clock)
-        return plane.handle(self.table, self._num_columns() - first, first - self.table.base, is_fresh=False)
+        view = plane.view(self.table, self._num_columns() - first, first - self.table.base)
+        return KVHandle(view, self.pool.reads)
 
     def _as_read(self, pool: KVPool, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """What a query of this step sees of its own states."""
         if self.exact_prefill:
             return key_states, value_states
-        return pool.keys.as_stored(key_states, self.table), pool.values.as_stored(value_states, self.table)
+        return pool.as_stored(key_states, value_states, self.table)
 
     def _past_dense(self, pool: KVPool, first: int) -> tuple[Tensor, ...] | None:
         """What a query sees of the past, copied before the table lets go of it; the first layer of a step finds it in
@@ -271,7 +267,7 @@ class PagedLayer(CacheLayerMixin):
                 "(store.clear() for a PrefixStore that was made without its model)"
             )
         # Forks may read the old pool; without any its memory is free before the new one takes its own.
-        self.is_first = self.is_first or pool.keys.is_first
+        self.is_first = self.is_first or pool.reads.is_first
         del pool
         self.pool = None
         self.lazy_initialization(key_states, value_states)

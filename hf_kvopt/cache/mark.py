@@ -7,13 +7,14 @@ alone: what slides out of a window, and rows so young that their keys may be sto
 these the mark holds the blocks, unless the pool is capped: there they might be the ones that the call lacks.
 """
 
+from hf_kvopt.cache.fixed import FixedLayer
 from hf_kvopt.cache.layer import PagedLayer
 from hf_kvopt.cache.paged import PagedCache
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.pool.block_table import BlockTable
 from hf_kvopt.quant import CENTRE_TOKENS
 
-_CONTAINERS = ("_tables", "layers")
+_CONTAINERS = ("_rows", "layers")
 
 
 class Mark:
@@ -30,7 +31,8 @@ class Mark:
         layers = cache._paged_layers()
         self._is_new = not any(layer.is_initialized for layer in layers)
         self._clocks = [layer.clock for layer in layers]
-        self._lengths = [layer.length.clone() for layer in cache._fixed_layers()]
+        self._fixed = [layer for layer in layers if isinstance(layer, FixedLayer)]
+        self._lengths = [layer.length.clone() for layer in self._fixed]
         learns = any(_has_centre(layer) for layer in layers)
         self._is_young = learns and bool(self._lengths) and 0 < int(self._lengths[0]) < CENTRE_TOKENS
         self._tables = [] if self._lengths else [_TableMark(table, learns) for table in cache._tables.values()]
@@ -56,7 +58,7 @@ class Mark:
 
     def _restore_tokens(self) -> bool:
         cache = self.cache
-        for fixed, length in zip(cache._fixed_layers(), self._lengths, strict=True):
+        for fixed, length in zip(self._fixed, self._lengths, strict=True):
             fixed.set_length(length)
         if self._lengths:
             return not self._is_young

@@ -3,6 +3,7 @@
     cache.layers   PagedLayer 0  PagedLayer 1  (stock linear layer)  PagedLayer 3 ...
                         └─ table "full" ─┴──────────┐                     └─ table "window 512"
                            allocator ── pools of layers 0, 1, ...            allocator ── pools of layer 3, ...
+    cache._rows    the tables, and what is done to all layers together: `GrowingRows` or `FixedRows`
 
 Growing copies nothing that is there already but at an extension of the pool; beams and forks share blocks and copy
 one when they write into it. Instead of `DynamicCache`, which concatenates every layer at every step.
@@ -23,18 +24,16 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
-from hf_kvopt.cache.fixed import FixedLayer
 from hf_kvopt.cache.forwards import ForwardLog
 from hf_kvopt.cache.hybrid import HybridLayer
 from hf_kvopt.cache.kinds import LayerMaker
 from hf_kvopt.cache.layer import PagedLayer
+from hf_kvopt.cache.rows import FixedRows, GrowingRows, TableMaker
 from hf_kvopt.cache.stats import CacheStats, measure
 from hf_kvopt.cache.watched import WatchedCache
 from hf_kvopt.config import CacheConfig
 from hf_kvopt.errors import CacheStateError
-from hf_kvopt.pool.allocator import BlockAllocator
 from hf_kvopt.pool.block_table import BlockTable
-from hf_kvopt.pool.tail import Tails
 from hf_kvopt.quant import FormatPolicy
 
 _NATIVE = FormatPolicy()
@@ -84,7 +83,7 @@ class PagedCache(WatchedCache):
         block_size = formats.block_size(compileable) if block_size is None else block_size
         self.cache_config = CacheConfig(block_size=block_size, max_tokens=max_tokens, compileable=compileable)
         self.formats = formats
-        self._tables: dict[int | None, BlockTable] = {}
+        self._rows = self._make_rows()
         self.owner: weakref.ref[object] | None = None  # the enabled model that it was handed to
         self.epoch = 0  # counts how often it was emptied
         kwargs: dict[str, Any] = {
@@ -124,17 +123,10 @@ class PagedCache(WatchedCache):
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes a number of tokens to remove, as 0 or less: got {tokens_to_remove}")
-        if self.cache_config.compileable:
-            for layer in self._fixed_layers():
-                layer.set_length(max(0, int(layer.length) + tokens_to_remove))
-            return
-        for table in self._live_tables():
-            table.require_croppable(-tokens_to_remove)
+        self._rows.require_croppable(-tokens_to_remove)
         for layer in self._stock_layers():
             layer.crop(tokens_to_remove)
-        for table in self._live_tables():
-            table.crop(-tokens_to_remove)
-        self._sync_clocks()
+        self._rows.crop(-tokens_to_remove, self._paged_layers())
 
     def crop_rows(self, lengths: Sequence[int]) -> None:
         """Cut row i down to `lengths[i]` tokens, where rows accept different numbers of draft tokens.
@@ -145,12 +137,8 @@ class PagedCache(WatchedCache):
         Raises:
             CacheStateError: a row has fewer tokens, the window before the cut is gone, or a layer that cannot do it.
         """
-        self._require_rows_of_their_own("crop_rows")
-        for table in self._live_tables():
-            table.require_rows_croppable(lengths)
-        for table in self._live_tables():
-            table.crop_rows(lengths)
-        self._sync_clocks()
+        self._require_no_states("crop_rows")
+        self._rows.crop_rows(lengths, self._paged_layers())
 
     def keep_paths(self, num_tokens: int, paths: Sequence[Sequence[int]]) -> None:
         """Of the last `num_tokens` tokens of row i keep those numbered in `paths[i]`, in that order: an accepted draft.
@@ -161,19 +149,9 @@ class PagedCache(WatchedCache):
         Raises:
             CacheStateError: rows differ where they cannot, or the window before the cut is gone.
         """
-        if self.cache_config.compileable:
-            if any(list(path) != list(paths[0]) for path in paths):
-                raise CacheStateError(
-                    f"rows of a cache of fixed capacity keep the same tokens: got {[list(path) for path in paths]}; "
-                    "use PagedCache without compileable=True"
-                )
-            for layer in self._fixed_layers():
-                layer.keep(num_tokens, paths[0])
-            return
-        self._require_rows_of_their_own("keep_paths")
-        for table in self._live_tables():
-            table.keep(num_tokens, paths)
-        self._sync_clocks()
+        if not self._rows.is_fixed:
+            self._require_no_states("keep_paths")
+        self._rows.keep(num_tokens, paths, self._paged_layers())
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let row i be what row `beam_idx[i]` was; beams share blocks until they write."""
@@ -199,7 +177,7 @@ class PagedCache(WatchedCache):
         for layer in self._stock_layers():
             if hasattr(layer, "activate_past_recording"):
                 layer.activate_past_recording()
-        for table in self._tables.values():
+        for table in self._rows.tables.values():
             table.record_past = table.window is not None
 
     def reset(self) -> None:
@@ -213,31 +191,24 @@ class PagedCache(WatchedCache):
             self._log.clear()
         for layer in self._stock_layers():
             layer.reset()
-        for fixed in self._fixed_layers():
-            fixed.set_length(0)
-            fixed.forget()
-        if not self.cache_config.compileable:
-            for table in self._tables.values():
-                table.allocator.recount()
-                table.clear()
-            self._sync_clocks()
+        self._rows.reset(self._paged_layers())
 
     def free(self) -> None:
         """Forget all tokens and give the memory back, but for pools that forks of this cache still use."""
         self.reset()
         # Forks keep the old allocator and its pools alive; without forks both go here.
-        self._tables = {}
+        self._rows.forget_tables()
         for layer in self._paged_layers():
-            layer.pool, layer.table = None, self._table_for(layer.table.window)
+            layer.pool, layer.table = None, self._rows.table_for(layer.table.window)
             layer.forget()
 
     def stats(self) -> CacheStats:
         """Blocks, tokens and bytes held now."""
-        return measure(list(self._tables.values()), self._paged_layers())
+        return measure(self._rows, self._paged_layers())
 
     def check_integrity(self) -> None:
         """Raise KVOptError unless every block is either free or held exactly as often as it is counted."""
-        for table in self._tables.values():
+        for table in self._rows.tables.values():
             table.allocator.check_integrity()
 
     @property
@@ -252,7 +223,7 @@ class PagedCache(WatchedCache):
     @property
     def num_rows(self) -> int:
         """Rows of the batch; 0 while nothing is held."""
-        return max((table.batch_size for table in self._tables.values()), default=0)
+        return self._rows.num_rows
 
     def __enter__(self) -> Self:
         return self
@@ -270,88 +241,40 @@ class PagedCache(WatchedCache):
         return self._layer_maker().attention(None, self.formats.at(len(self.layers), is_sliding=False))
 
     def _layer_maker(self) -> LayerMaker:
-        return LayerMaker(self._table_for, self.cache_config.compileable, self.formats)
+        return LayerMaker(self._rows, self.formats)
 
-    def _table_for(self, window: int | None) -> BlockTable:
-        if window not in self._tables:
-            block_size = self.cache_config.block_size
-            allocator = BlockAllocator(self.cache_config.max_blocks, block_size=block_size)
-            if self.formats.seals(window is not None) and not self.cache_config.compileable:
-                allocator.tails = Tails()
-            self._tables[window] = BlockTable(allocator, block_size, window)
-            self._watch_tables()
-        return self._tables[window]
+    def _make_rows(self) -> GrowingRows:
+        kind = FixedRows if self.cache_config.compileable else GrowingRows
+        return kind(TableMaker(self.cache_config, self.formats))
+
+    @property
+    def _tables(self) -> dict[int | None, BlockTable]:
+        """Block tables, by the window of their layers."""
+        return self._rows.tables
 
     def _paged_layers(self) -> list[PagedLayer]:
         return [layer for layer in self.layers if isinstance(layer, PagedLayer)]
-
-    def _fixed_layers(self) -> list[FixedLayer]:
-        return [layer for layer in self.layers if isinstance(layer, FixedLayer)]
 
     def _stock_layers(self) -> list[Any]:
         """transformers' own layers, and the states of hybrid ones."""
         layers = [layer.states if isinstance(layer, HybridLayer) else layer for layer in self.layers]
         return [layer for layer in layers if not isinstance(layer, PagedLayer)]
 
-    def _live_tables(self) -> list[BlockTable]:
-        return [table for table in self._tables.values() if table.rows]
-
-    def _watch_tables(self) -> None:
-        for table in self._tables.values():
-            table.on_refusal = weakref.WeakMethod(self._rollback)
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "owner": None, "_call": None}
+        return {**self.__dict__, "owner": None, "_call": None, "_guard": None}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._watch_tables()
-
-    def _require_rows_of_their_own(self, name: str) -> None:
-        if self.cache_config.compileable or self._stock_layers():
+    def _require_no_states(self, name: str) -> None:
+        if self._stock_layers():
             raise CacheStateError(
                 f"{name} needs a growing cache of attention layers alone: got one of fixed capacity, or with states "
                 "that have no token axis; use crop"
             )
 
     def _select(self, indices: Sequence[int]) -> None:
-        for layer in self._fixed_layers():
-            layer.select_rows(list(indices))
-        if not self.cache_config.compileable:
-            for table in self._live_tables():
-                table.select(indices)
-
-    def _layer_for(self, layer_idx: int) -> Any:
-        """The layer of that number, made where the config is not known."""
-        while self._makes_layers and len(self.layers) <= layer_idx:
-            self.layers.append(self._make_layer())
-        layer: Any = self.layers[layer_idx]
-        is_foreign = isinstance(layer, PagedLayer) and self._tables.get(layer.table.window) is not layer.table
-        if is_foreign and not torch.compiler.is_compiling():
-            raise CacheStateError(
-                f"layer {layer_idx} belongs to another cache: got rows unknown to this one; use copy.deepcopy(cache)"
-            )
-        return layer
+        self._rows.select(indices, self._paged_layers())
 
     def _take_back(self, clock: int) -> None:
-        self._rollback(clock)
-        for fixed in self._fixed_layers():
-            fixed.set_length(clock)
-
-    def _sync_clocks(self) -> None:
-        for layer in self._paged_layers():
-            # A layer that sat out some forwards stays behind by as much.
-            layer.clock = min(layer.clock, layer.table.clock)
-            if not layer.clock:
-                layer.forget()
-
-    def _rollback(self, clock: int) -> None:
-        """Undo a forward of which only some layers were written, back to column `clock`."""
-        if self.cache_config.compileable:
-            return
-        for table in self._tables.values():
-            table.rollback(clock)
-        self._sync_clocks()
+        self._rows.take_back(clock, self._paged_layers())
 
 
 def fork(cache: PagedCache, memo: dict[int, Any]) -> Any:
@@ -359,13 +282,10 @@ def fork(cache: PagedCache, memo: dict[int, Any]) -> Any:
     child = cache.__class__.__new__(cache.__class__)
     memo[id(cache)] = child
     child.__dict__.update(cache.__dict__)
-    child._tables, child._log = {}, copy.copy(cache._log)
-    if not cache.cache_config.compileable:
-        child._tables = {window: table.fork() for window, table in cache._tables.items()}
-        child._watch_tables()
+    child._rows, child._guard, child._log = cache._rows.fork(), None, copy.copy(cache._log)
     child.layers = []
     for layer in cache.layers:
         if isinstance(layer, PagedLayer):
-            memo[id(layer)] = layer.fork(child._table_for(layer.table.window), memo)  # for others that refer to it
+            memo[id(layer)] = layer.fork(child._rows.table_for(layer.table.window), memo)  # for others that refer to it
         child.layers.append(copy.deepcopy(layer, memo))
     return child

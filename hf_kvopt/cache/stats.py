@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from hf_kvopt.cache.fixed import FixedLayer
 from hf_kvopt.cache.layer import PagedLayer
+from hf_kvopt.cache.rows import GrowingRows
 from hf_kvopt.pool.block_table import BlockTable
 
 
@@ -46,27 +46,22 @@ class PrefixStats(NamedTuple):
     reserved_bytes: int
 
 
-def measure(tables: Sequence[BlockTable], layers: Sequence[PagedLayer]) -> CacheStats:
-    """Count what `tables` and the pools of `layers` hold."""
-    fixed = [layer for layer in layers if isinstance(layer, FixedLayer)]
-    for layer in fixed:
-        layer.table.lags = [layer.table.clock - int(layer.length)] * layer.table.batch_size
+def measure(rows: GrowingRows, layers: Sequence[PagedLayer]) -> CacheStats:
+    """Count what the tables of `rows` and the pools of `layers` hold; nothing is changed."""
     pools = [layer.pool for layer in layers if layer.pool is not None]
     num_blocks = used = shared = tokens = waste = used_bytes = 0
-    for table in tables:
+    for table in rows.tables.values():
         alloc = table.allocator
         alloc.reclaim()
         held = {block for row in table.held_rows() for block in row}
         num_blocks += alloc.num_blocks
         used += alloc.num_blocks - alloc.num_free
         shared += sum(alloc.refcounts[block] > 1 for block in held)
-        tokens += sum(length - table.base for length in table.lengths)
-        waste += _tail_slack(table)
+        lengths = rows.lengths(table, layers)
+        tokens += sum(length - table.base for length in lengths)
+        waste += _tail_slack(table, lengths)
         block_bytes = sum(pool.num_bytes for pool in alloc.pools) // max(1, alloc.num_blocks)
         used_bytes += (alloc.num_blocks - alloc.num_free) * block_bytes
-    planes = [plane for pool in pools for plane in pool.planes]
-    for layer in fixed:
-        layer.table.lags = [0] * layer.table.batch_size
     return CacheStats(
         num_blocks=num_blocks,
         used_blocks=used,
@@ -76,14 +71,14 @@ def measure(tables: Sequence[BlockTable], layers: Sequence[PagedLayer]) -> Cache
         waste_tokens=waste,
         used_bytes=used_bytes,
         reserved_bytes=sum(pool.num_bytes for pool in pools),
-        dense_fallbacks=sum(plane.num_fallbacks for plane in planes),
+        dense_fallbacks=sum(pool.reads.num_fallbacks for pool in pools),
     )
 
 
-def _tail_slack(table: BlockTable) -> int:
+def _tail_slack(table: BlockTable, lengths: Sequence[int]) -> int:
     """Slots without a token in the last blocks; a last block that rows share counts once, by its fullest row."""
     filled: Counter[int] = Counter()
-    for row, length in zip(table.rows, table.lengths, strict=True):
+    for row, length in zip(table.rows, lengths, strict=True):
         if row:
             filled[row[-1]] = max(filled[row[-1]], length - table.base - (len(row) - 1) * table.block_size)
     return sum(table.block_size - count for count in filled.values())

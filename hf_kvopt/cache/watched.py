@@ -18,13 +18,18 @@ from transformers.generation import GenerationConfig
 from hf_kvopt import compat
 from hf_kvopt.cache.forwards import KEYS, ForwardLog
 from hf_kvopt.cache.layer import PagedLayer
+from hf_kvopt.cache.rows import CacheStep, GrowingRows
 from hf_kvopt.cache.whole import columns_left, note_step, refusal, text_columns
 from hf_kvopt.errors import CacheStateError
+from hf_kvopt.pool.handle import KVHandle
 
 
 class WatchedCache(DynamicCache):
     """Base of `PagedCache`, which makes its layers and undoes what is refused here."""
 
+    _rows: GrowingRows
+    _guard: CacheStep | None = None
+    _makes_layers: bool  # whether the config is not known, so that layers are made as they are written
     _log: ForwardLog | None = None  # where some layers hold more than keys and values of tokens
     _call: weakref.ref[GenerationConfig] | None = None  # the generate() call that was checked last
 
@@ -51,12 +56,16 @@ class WatchedCache(DynamicCache):
                 states = layer.update(key_states, value_states, *args, **kwargs)
             if is_watched and is_paged:
                 note_step(self.layers, layer, num_tokens)
+                guard = self._step()
+                for handle in states:
+                    if isinstance(handle, KVHandle):
+                        handle.guard = guard
             return states
         except BaseException:
             # The layer that refused, or broke off, has not advanced: its clock is where this forward began. One that
             # holds less than others of its kind did before tells nothing of these.
             if is_paged and layer.clock >= layer.table.step_start:
-                self._rollback(layer.clock)
+                self._step().undo_to(layer.clock)
             if self._log is not None:
                 self._log.note_refusal()
             raise
@@ -90,11 +99,25 @@ class WatchedCache(DynamicCache):
         return self.layer_class_to_replicate is not None or any(isinstance(layer, PagedLayer) for layer in self.layers)
 
     def _layer_for(self, layer_idx: int) -> Any:
-        """The layer of that number."""
-        raise NotImplementedError
+        """The layer of that number, made where the config is not known."""
+        while self._makes_layers and len(self.layers) <= layer_idx:
+            self.layers.append(self._make_layer())
+        layer: Any = self.layers[layer_idx]
+        is_foreign = isinstance(layer, PagedLayer) and not self._rows.owns(layer)
+        if is_foreign and not torch.compiler.is_compiling():
+            raise CacheStateError(
+                f"layer {layer_idx} belongs to another cache: got rows unknown to this one; use copy.deepcopy(cache)"
+            )
+        return layer
 
-    def _rollback(self, clock: int) -> None:
-        """Undo a forward that was refused, back to column `clock`."""
+    def _step(self) -> CacheStep:
+        """The guard of the step that the cache is in."""
+        if self._guard is None or self._guard.layers is not self.layers:
+            self._guard = CacheStep(self._rows, self.layers)
+        return self._guard
+
+    def _make_layer(self) -> PagedLayer:
+        """The next layer of a cache that does not know the config."""
         raise NotImplementedError
 
     def _take_back(self, clock: int) -> None:

@@ -67,11 +67,14 @@ def text_columns(layers: Sequence[Any]) -> int:
 
 def _in_step(layers: Any) -> PagedLayer | None:
     """The first of the layers that keeps step with the text."""
-    return next((layer for layer in layers if isinstance(layer, PagedLayer) and layer.in_step), None)
+    for layer in layers:  # asked at each layer of each step: no generator
+        if isinstance(layer, PagedLayer) and layer.in_step:
+            return layer
+    return None
 
 
 def _columns(layer: PagedLayer) -> int:
-    return int(layer.get_seq_length())
+    return int(layer.length) if isinstance(layer, FixedLayer) else layer.clock
 
 
 def _comes_behind(layers: Sequence[Any], layer: PagedLayer, last: PagedLayer) -> bool:

@@ -1,1 +1,1 @@
-"""The commands of `python -m hf_kvopt`; what they print is made here, what they say is computed elsewhere."""
+"""Commands of `python -m hf_kvopt`: they format and print what other modules compute."""

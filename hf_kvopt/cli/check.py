@@ -1,8 +1,8 @@
-"""Measures a plan against transformers' default on the machine at hand, and holds the prediction against it.
+"""Check of a plan: measures it and transformers' default on the current machine, and compares the prediction.
 
-The model is the one at the path if it has weights there, else a random one of the same config. Decode steps of both
-sides run interleaved after a prefill of the plan's prompt; speculation and compilation are left out, because they
-change what a step is.
+The model is loaded from the path if it has weights there, else built with random weights from its config. Decode steps
+of both sides run interleaved after a prefill of the plan's prompt. Speculation and compilation are left out, because
+they change what a step is.
 """
 
 import gc
@@ -28,13 +28,13 @@ from hf_kvopt.plan.weights import model_class
 
 _STEPS, _TURNS = 4, 5
 _LEAST_CONTEXT = 64
-# Beyond this a check would take longer than anybody waits for.
+# Beyond this a check would take too long.
 _MOST_PAIRS_CPU, _MOST_PAIRS_GPU = 8192, 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """One figure on both sides of the check."""
+    """One figure of the check, predicted and measured."""
 
     what: str
     predicted: str
@@ -44,21 +44,21 @@ class Compared:
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """What a check found."""
+    """Result of a check."""
 
     where: str
     how: str
-    is_equal: bool | None  # None: not to be compared
+    is_equal: bool | None  # None: not comparable
     lines: tuple[Compared, ...]
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return the result as plain values for JSON."""
         return asdict(self)
 
 
 def check(model: str, made: Plan) -> Checked:
-    """Measure `made`'s cache and format against DynamicCache with sdpa, both on this machine.
+    """Measure the cache and format of plan `made` against DynamicCache with sdpa on this machine.
 
     Raises:
         BadInput: the weights or the context are too large for this machine.
@@ -66,7 +66,7 @@ def check(model: str, made: Plan) -> Checked:
     notes: list[str] = []
     here = get_device("auto")
     context = _measured_context(made, here.is_gpu, notes)
-    # The question again for what is really run: this machine, this length, nothing but cache and format.
+    # Plan again for what is run: this machine, this length, and nothing but cache and format.
     dtype = made.dtype if here.is_gpu else "float32"
     try:
         again = plan(
@@ -176,7 +176,7 @@ class _Side:
         return times
 
     def used_bytes(self) -> int:
-        """Bytes that hold the tokens."""
+        """Return the bytes of the blocks that hold the tokens."""
         return int(self.cache.stats().used_bytes)
 
     @torch.no_grad()
@@ -185,7 +185,7 @@ class _Side:
             enable(self.subject, cache=None)
         else:
             disable(self.subject)
-        # On the CPU, so that a GPU has done its work when the clock is read.
+        # The copy to the CPU waits for the GPU before the clock is read.
         keywords = {compat.cache_keyword(self.subject): self.cache, "logits_to_keep": 1}
         return self.subject(input_ids=ids, **keywords).logits[:, -1].argmax(-1).cpu()
 
@@ -198,7 +198,7 @@ def _cache(subject: PreTrainedModel, format: str, block_size: int) -> PagedCache
 
 
 def _predict(made: Plan, here: Any, context: int, dtype: str, subject: PreTrainedModel) -> dict[str, float]:
-    """What the plan's arithmetic says of the very steps that are measured."""
+    """Return the plan's predictions for the steps that are measured."""
     times = plan_times(subject.config, here, context, made.batch, made.option.format, dtype)
     kv = memory(
         subject.config,

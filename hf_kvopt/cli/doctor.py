@@ -1,4 +1,4 @@
-"""`python -m hf_kvopt doctor`: what is installed, what is proven here, what runs and what falls back, and one trial."""
+"""`python -m hf_kvopt doctor`: installed versions, proof of kernels, supported formats, fallbacks, one trial."""
 
 import argparse
 import json
@@ -19,8 +19,8 @@ from hf_kvopt import compat
 from hf_kvopt.cli.screen import Parser, as_json, pairs, table
 from hf_kvopt.cli.trial import Trial, run_trials
 from hf_kvopt.errors import UnsupportedDevice
-from hf_kvopt.kernels.checks import check_format_runs
 from hf_kvopt.kernels.cpu.program import can_compile
+from hf_kvopt.kernels.devices import check_format_runs
 from hf_kvopt.kernels.triton.launch import device_target
 from hf_kvopt.quant import FORMATS, Format
 
@@ -29,7 +29,7 @@ _KERNELS = ("store_kv", "paged_decode", "paged_prefill", "flash_prefill", "merge
 
 
 class Finding(NamedTuple):
-    """One line of the report; `state` is ok, no (cannot be had here), off (not asked for) or BAD."""
+    """One line of the report; `state` is ok, no (not available here), off (not asked for) or BAD."""
 
     what: str
     state: str
@@ -37,7 +37,7 @@ class Finding(NamedTuple):
 
 
 def make_parser() -> Parser:
-    """Describe the command line."""
+    """Build the parser of the command line."""
     parser = Parser("python -m hf_kvopt doctor", description=(__doc__ or "").strip())
     parser.add_argument("--full", action="store_true", help="also compile kernels ahead of time (minutes)")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -45,7 +45,7 @@ def make_parser() -> Parser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Look, try, print; 1 where something is broken."""
+    """Run all checks and print them; return 1 if something is broken."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     trials = run_trials(device)
     sections = {
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def versions(package: str = "hf-kvopt") -> list[Finding]:
-    """Return what is installed, each held against the range that the package is tested with."""
+    """Return installed versions, each compared with the range that the package is tested with."""
     found = [Finding("python", "ok", platform.python_version())]
     try:
         wanted = metadata.requires(package) or []
@@ -116,7 +116,7 @@ def _device() -> list[Finding]:
 
 
 def _interpreter() -> list[Finding]:
-    """Rung 1: the kernels themselves, on a CPU, end to end."""
+    """Check rung 1: the kernels in the interpreter, on a CPU, end to end."""
     name = "1 interpreter"
     if find_spec("triton") is None:
         return [Finding(name, "no", "Triton is not installed: pip install triton (Linux)")]
@@ -131,7 +131,7 @@ def _interpreter() -> list[Finding]:
 
 
 def _ahead_of_time(is_asked: bool) -> list[Finding]:
-    """Rung 2: machine code for cards that are not here."""
+    """Check rung 2: machine code compiled for GPUs that are not present."""
     name, command = "2 ahead of time", "python -m evals.kernels"
     if find_spec("evals") is None or find_spec("evals.kernels") is None:
         return [Finding(name, "off", f"the evals are not installed: {command} in a checkout compiles every kernel")]
@@ -143,7 +143,7 @@ def _ahead_of_time(is_asked: bool) -> list[Finding]:
 
 
 def _live(device: str, trials: Sequence[Trial]) -> list[Finding]:
-    """Rung 3: the trial below, if it ran on a card."""
+    """Check rung 3: the trial of this command, if it ran on a GPU."""
     if device != "cuda":
         return [Finding("3 live GPU", "no", "no CUDA device: python -m evals.gpu on one proves and times everything")]
     is_right = any(trial.cache == "paged" and trial.result == "equal" for trial in trials)
@@ -152,7 +152,7 @@ def _live(device: str, trials: Sequence[Trial]) -> list[Finding]:
 
 
 def _format(fmt: Format) -> Finding:
-    """Whether a storage format runs here, and by which path."""
+    """Report whether a storage format runs here, and by which path."""
     if not torch.cuda.is_available():
         return Finding(fmt.name, "ok", f"on the CPU, by {_cpu_path()}")
     try:

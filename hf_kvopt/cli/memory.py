@@ -1,4 +1,4 @@
-"""`python -m hf_kvopt memory MODEL`: KV memory from the config alone, and what a card or a budget can hold."""
+"""`python -m hf_kvopt memory MODEL`: KV memory from the config alone, and the capacity of a device or a budget."""
 
 import argparse
 import sys
@@ -22,7 +22,7 @@ _EXAMPLES = """examples:
 
 
 def make_parser() -> Parser:
-    """Describe the command line."""
+    """Build the parser of the command line."""
     about = "KV memory of a model from its config alone: no weights, nothing else downloaded."
     parser = model_parser("memory", about, _EXAMPLES, context="4096")
     parser.add_argument("--prompt", help="tokens of the first forward; decides what sliding layers hold just then")
@@ -37,7 +37,7 @@ def make_parser() -> Parser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compute, print and draw."""
+    """Compute the report, print it, and draw it if asked to."""
     settings = _settings(args)
     report = memory(args.model, **settings)
     if args.plot is not None:
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _require_room(report: MemoryReport) -> None:
-    """Raise BadInput, with all that could be said already printed, where the weights leave no room for any cache."""
+    """Raise BadInput, after the report was printed, if the weights leave no room for a cache."""
     room, weights = report.capacity, report.weight_bytes
     if room is not None and weights is not None and room.kv_budget_bytes <= 0:
         raise BadInput(
@@ -61,7 +61,7 @@ _NOT_ASKED = ("model", "plot", "json", "no_weights")
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `memory`, which the options are named after."""
+    """Return the arguments of `memory`, which have the names of the options."""
     return {k: v for k, v in vars(args).items() if k not in _NOT_ASKED} | {"weights": not args.no_weights}
 
 
@@ -84,7 +84,7 @@ def _title(model: str, report: MemoryReport) -> str:
 
 
 def _layer_rows(layers: Sequence[LayerMemory]) -> list[tuple[object, ...]]:
-    """One row for each run of equal layers, so that 80 alike are one line."""
+    """Return one row for each group of equal layers."""
     groups: dict[LayerMemory, list[int]] = {}
     for i, layer in enumerate(layers):
         groups.setdefault(layer, []).append(i)
@@ -146,7 +146,7 @@ def _capacity(room: Capacity, report: MemoryReport) -> list[tuple[str, object]]:
 
 
 def _most(as_asked: int | None, capped: int | None, unit: str) -> str:
-    """What fits as the cache was asked for, and where max_tokens is just what is needed."""
+    """Format the capacity as the cache was asked for, and with max_tokens set to what is needed."""
     shown = _count(as_asked, unit)
     return shown if capped == as_asked else f"{shown}, {_count(capped, unit)} with max_tokens set to just these"
 

@@ -1,4 +1,4 @@
-"""Memory against context, one line a format, with the weights below and the budget above."""
+"""Plot of memory against context: one line for each format, with the weights below and the budget above."""
 
 import importlib
 from pathlib import Path
@@ -11,7 +11,7 @@ _POINTS = 24
 
 
 def save_plot(path: Path, model: str, settings: dict[str, Any], report: MemoryReport) -> None:
-    """Draw `report`'s model from a sixteenth of its context to four times it, and write the picture to `path`.
+    """Draw the memory of `report`'s model up to four times its context, and write the picture to `path`.
 
     Raises:
         BadInput: matplotlib is not installed, or the file cannot be written.

@@ -1,4 +1,4 @@
-"""`python -m hf_kvopt plan MODEL`: what to choose, why, what it should take; `--check` measures it here."""
+"""`python -m hf_kvopt plan MODEL`: settings to choose, reasons, predictions; `--check` measures them here."""
 
 import argparse
 import sys
@@ -16,7 +16,7 @@ _EXAMPLES = """examples:
 
 
 def make_parser() -> Parser:
-    """Describe the command line."""
+    """Build the parser of the command line."""
     about = "Choose attention, cache, format, sharing, speculation, compilation and parallelism, with reasons."
     parser = model_parser("plan", about, _EXAMPLES, context="32k")
     parser.set_defaults(device="auto")
@@ -30,7 +30,7 @@ def make_parser() -> Parser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Plan, print, and measure if asked to; 1 where a check finds other tokens than the default's."""
+    """Plan, print, and measure if asked to; return 1 if a check finds tokens that differ from the default's."""
     question = {name: value for name, value in vars(args).items() if name not in ("model", "json", "check")}
     made = plan(args.model, **question)
     checked = check(args.model, made) if args.check else None

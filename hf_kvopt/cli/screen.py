@@ -1,4 +1,4 @@
-"""What the commands share: a parser whose errors are one line and status 2, their common arguments, tables, JSON."""
+"""Shared parts of the commands: a parser with one-line errors and exit status 2, common arguments, tables, JSON."""
 
 import argparse
 import json
@@ -6,36 +6,39 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from hf_kvopt.errors import KVOptError
+from hf_kvopt.packaged import model_source
 from hf_kvopt.plan import BadInput
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that turns `BadInput` and `KVOptError` into one line and exit status 2, never a traceback."""
+    """An argument parser that reports `BadInput` and `KVOptError` in one line, with exit status 2."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
     def run(self, body: Callable[[argparse.Namespace], int], argv: Sequence[str] | None) -> int:
-        """Parse `argv`, run `body` and return its exit status."""
+        """Parse `argv`, put a packaged model's folder for its name, run `body` and return its exit status."""
         args = self.parse_args(argv)
         try:
+            if "model" in args:
+                args.model = model_source(args.model)
             return body(args)
         except (BadInput, KVOptError) as error:
             self.error(str(error))
 
 
 def whole_number(text: str) -> int:
-    """Read a number of at least 1, as an argument's type."""
+    """Parse a number of at least 1; an argument type."""
     if not (text.isascii() and text.isdecimal() and int(text)):
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1: got {text!r}; for example 8")
     return int(text)
 
 
 def model_parser(command: str, description: str, examples: str, context: str) -> Parser:
-    """Describe a command that asks about a model in use: what, how long, how many, where, in what, as JSON or text."""
+    """Build the parser of a command about a model, with options for context, batch, device, budget and dtype."""
     form = argparse.RawDescriptionHelpFormatter
     parser = Parser(f"python -m hf_kvopt {command}", description=description, epilog=examples, formatter_class=form)
-    parser.add_argument("model", metavar="MODEL", help="hub id, folder or config.json")
+    parser.add_argument("model", metavar="MODEL", help="hub id, folder, config.json, or smollm2 (from a wheel)")
     parser.add_argument("--context", default=context, help="tokens a row, prompt and new ones (%(default)s)")
     parser.add_argument("--batch", type=whole_number, default=1, help="rows (%(default)s)")
     parser.add_argument("--device", help="such as H200, A100-40, RTX4090, cpu or auto; 0.9 of its memory is the budget")
@@ -46,7 +49,7 @@ def model_parser(command: str, description: str, examples: str, context: str) ->
 
 
 def table(rows: Sequence[Sequence[object]], columns: Sequence[str] = ()) -> str:
-    """Align rows: under columns the first is text and the others line up on the right, without any all are text."""
+    """Align rows: with columns, the first as text and the others to the right; without, all as text."""
     lines = [[str(cell) for cell in row] for row in ([columns] if columns else []) + list(rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     align = str.rjust if columns else str.ljust
@@ -60,11 +63,11 @@ def table(rows: Sequence[Sequence[object]], columns: Sequence[str] = ()) -> str:
 
 
 def pairs(rows: Sequence[tuple[str, object]]) -> str:
-    """Write `name  value` lines with the values under each other."""
+    """Format `name  value` lines with aligned values."""
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
 
 
 def as_json(value: Any) -> str:
-    """Write a report for other programs to read."""
+    """Format a report as JSON."""
     return json.dumps(value, indent=2, default=str)

@@ -4,8 +4,8 @@
     accelerate launch -m hf_kvopt train-draft ...                                   several GPUs
     torchrun --nproc-per-node 2 -m hf_kvopt train-draft --cpu ...                   several processes on a CPU
 
-DIR holds the head as of the last save (load it with `hf_kvopt.DraftHead.from_pretrained(DIR)`), log.jsonl, and state/
-to go on from: the same command resumes.
+DIR holds the last saved head (load it with `hf_kvopt.DraftHead.from_pretrained(DIR)`), log.jsonl, and state/ to resume
+from: the same command resumes.
 """
 
 import argparse
@@ -21,7 +21,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def make_parser() -> Parser:
-    """Describe the command line."""
+    """Build the parser of the command line."""
     parser = Parser(
         "python -m hf_kvopt train-draft", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -63,7 +63,7 @@ def make_parser() -> Parser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train; returns the exit status."""
+    """Train, and return the exit status."""
     if args.steps >= args.row_len:
         raise BadInput(f"--steps must be below --row-len: got {args.steps} and {args.row_len}; give longer rows")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _positive(text: str) -> float:
-    """A float above 0."""
+    """Parse a float above 0."""
     value = _number(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be above 0: got {text!r}; for example 0.001")
@@ -84,7 +84,7 @@ def _positive(text: str) -> float:
 
 
 def _share(text: str) -> float:
-    """A float from 0 to 1."""
+    """Parse a float from 0 to 1."""
     value = _number(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"must be from 0 to 1: got {text!r}; for example 0.03")
@@ -99,5 +99,5 @@ def _number(text: str) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and give its exit status."""
+    """Run the command and return its exit status."""
     return make_parser().run(run, argv)

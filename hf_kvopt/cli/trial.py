@@ -1,6 +1,7 @@
-"""One tiny generation on every cache, against transformers' own: the end-to-end trial of `doctor`.
+"""A short generation on every cache, compared with transformers' own: the end-to-end trial of `doctor`.
 
-Also run as `python -m hf_kvopt.cli.trial` in a process of its own, where TRITON_INTERPRET=1 puts the kernels on a CPU.
+`doctor` also runs it as `python -m hf_kvopt.cli.trial` in a subprocess, where TRITON_INTERPRET=1 runs the kernels on a
+CPU.
 """
 
 import json
@@ -13,24 +14,25 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from hf_kvopt import compat
-from hf_kvopt.enable import CACHES, disable, enable
+from hf_kvopt.enable import disable, enable
 from hf_kvopt.errors import UnsupportedDevice
+from hf_kvopt.overrides.cache_maker import CACHES
 
-PROMPT_LEN, NEW_TOKENS = 14, 12  # over a border of a block of 16
-# What `enable` is called with, by the name that is shown: each cache, then what builds on a paged one.
+PROMPT_LEN, NEW_TOKENS = 14, 12  # across the border of a block of 16
+# Arguments of `enable` by displayed name: each cache, then features on a paged one.
 TRIALS: dict[str, dict[str, Any]] = {
     **{name: {"cache": name} for name in sorted(CACHES)},
     "paged, prefix sharing": {"cache": "paged", "prefix_sharing": True},
     "paged, speculation": {"cache": "paged", "draft": "prompt_lookup"},
 }
-FEW_TOKENS = 4  # for the interpreter, which is slow; still over the border
+FEW_TOKENS = 4  # for the slow interpreter; still across the border
 
 
 class Trial(NamedTuple):
-    """What one cache gave."""
+    """Result of one cache."""
 
     cache: str
-    result: str  # "equal", "runs" (a format, whose tokens may differ), "differs", "refused", or "fails"
+    result: str  # "equal", "runs" (a lossy format, whose tokens may differ), "differs", "refused", or "fails"
     detail: str
     seconds: float
 

@@ -1,1 +1,1 @@
-"""Everything that replaces a method on one model instance."""
+"""Overrides: everything that replaces a method on one model instance."""

@@ -1,10 +1,10 @@
-"""Keep the cache of a call in use where a model would drop it, and say so where it is not used.
+"""Inputs and prefill of a call: keep our cache in use where a model drops it, and report where it is not used.
 
-    generate ─► PreparedInputs   the model's own inputs lack the cache: it is emptied, to be filled with the whole text
-             ─► CheckedPrefill   the forward over the prompt; then: is our cache returned, and has it grown?
+    generate ─► PreparedInputs   if the model's inputs lack the cache, it is emptied, to be filled with the whole text
+             ─► CheckedPrefill   the forward over the prompt; then checks that our cache was returned and has grown
 
-Phi-3, PhiMoE and Phi-4-multimodal compute all keys anew where a text passes the length up to which their short rotary
-factors hold: they withhold the cache, so that the forward makes a new one. An emptied one serves as well.
+Phi-3, PhiMoE and Phi-4-multimodal recompute all keys when a text passes the length that their short rotary factors
+cover: they withhold the cache, so that the forward makes a new one. An emptied one serves as well.
 """
 
 import functools
@@ -27,13 +27,13 @@ logger = logging.getLogger(__name__)
 
 
 class PreparedInputs(InstanceOverride):
-    """The model's own inputs of a forward, with our cache in them; replaces `compat.PREPARE_INPUTS` on one model."""
+    """Adds our cache to the inputs of a forward; replaces `compat.PREPARE_INPUTS` on one model."""
 
     adds_nothing = True  # to what a prompt's keys and values depend on
 
     @property
     def __signature__(self) -> inspect.Signature:
-        # generate() reads from it which arguments a model takes.
+        # generate() reads the arguments that a model takes from this signature.
         return inspect.signature(compat.original(self.module, compat.PREPARE_INPUTS))
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -45,7 +45,7 @@ class PreparedInputs(InstanceOverride):
             return inputs
         assert cache is not None
         if isinstance(cache, PrefixSharedCache) and cache.is_only_filled:
-            # The model was not to see that a part of the prompt was known: of an empty cache it feeds all.
+            # The model must not see that a part of the prompt was known: with an empty cache it feeds all of it.
             inputs = prepare(*args, **{**kwargs, compat.NEXT_LENGTH: None, compat.CACHE_KEYWORD: None})
         cache.reset()
         inputs[compat.cache_keyword(model)] = cache
@@ -53,7 +53,7 @@ class PreparedInputs(InstanceOverride):
 
 
 class CheckedPrefill(InstanceOverride):
-    """See `prefill`; replaces `compat.PREFILL` on one model."""
+    """Calls `prefill`; replaces `compat.PREFILL` on one model."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return prefill(self.module, *args, **kwargs)
@@ -67,10 +67,10 @@ def prefill(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Let the model read a prompt, and see that it went into our cache.
+    """Let the model read a prompt, and check that it went into our cache.
 
     Raises:
-        CacheStateError: the cache did not grow by what was fed, so that nothing could go on from it.
+        CacheStateError: the cache did not grow by the tokens that were fed, so that nothing could continue from it.
     """
     cache = paged_part(model_kwargs.get(compat.CACHE_KEYWORD))
     before, epoch = (cache.num_columns, cache.epoch) if cache is not None else (0, 0)
@@ -78,8 +78,8 @@ def prefill(
     if cache is None or not cache.has_columns:
         return outputs
     returned = outputs.get(compat.CACHE_KEYWORD)
-    # Emptied meanwhile, it holds what was fed alone, and that need not be all that was there.
-    # A model with a generate() of its own may feed other columns than it is asked for (MusicGen's codebooks).
+    # A cache that was emptied meanwhile holds only what was fed, which may be less than before. A model with a
+    # generate() of its own may feed other columns than asked for (MusicGen's codebooks).
     is_usual = getattr(type(model), "generate", None) is GenerationMixin.generate and cache.epoch == epoch
     expected = max(before + 1, input_ids.shape[1]) if is_usual else 1
     if returned is not None and paged_part(returned) is not cache:
@@ -94,7 +94,7 @@ def prefill(
 
 
 def paged_part(cache: object) -> PagedCache | None:
-    """The cache of this library that holds the text of `cache`, if any does."""
+    """Return the cache of this library that holds the text of `cache`, or None."""
     cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
     return cache if isinstance(cache, PagedCache) else None
 

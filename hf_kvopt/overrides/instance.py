@@ -1,4 +1,4 @@
-"""Overrides of a method on one module, which survive copying and pickling the module and do not keep it alive."""
+"""Override of a method on one module that survives copying and pickling the module and does not keep it alive."""
 
 import weakref
 from typing import Any, Self
@@ -11,7 +11,7 @@ from hf_kvopt.errors import KVOptError
 class InstanceOverride:
     """A callable for `module.__dict__[name]`, in place of the method `name` of the module's class.
 
-    A closure over the module would make a cycle, and a deep copy of the module would go on calling the original.
+    A closure over the module would make a reference cycle, and a deep copy of the module would still call the original.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -19,7 +19,7 @@ class InstanceOverride:
 
     @property
     def module(self) -> Any:
-        """The module that this override belongs to."""
+        """Module that this override belongs to."""
         module = self._module()
         if module is None:
             raise KVOptError(
@@ -31,7 +31,7 @@ class InstanceOverride:
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         twin = self.__class__.__new__(self.__class__)
         twin.__dict__.update(self.__dict__)
-        # A module that is being copied is in the memo before its dict is copied.
+        # When a module is copied, it is in the memo before its dict is copied.
         twin._module = weakref.ref(memo.get(id(self.module), self.module))
         return twin
 

@@ -1,11 +1,11 @@
-"""Prefix sharing under plain `generate()`: matching before its first forward, keeping what was computed after it.
+"""Prefix sharing in plain `generate()`: match the prompt before the first forward, keep new blocks after the call.
 
     model.generate ─► _Generate ─► generate ─► makes a blank PrefixSharedCache (see enable)
                                       └─► _prefill ─► _Prefill: match and fill, then the model's own prefill of the rest
                       keep ◄── output ◄── decoding, whatever its mode
 
-Three methods of the one model instance are overridden; `disable` removes them. A call whose keys and values depend on
-more than its tokens (images, embeddings, positions of its own) gets a cache that shares nothing.
+Methods of the one model instance are overridden; `disable` removes the overrides. A call whose keys and values depend
+on more than its tokens (images, embeddings, custom positions) gets a cache that shares nothing.
 """
 
 import copy
@@ -30,7 +30,7 @@ from hf_kvopt.prefix.cache import PrefixSharedCache
 from hf_kvopt.prefix.store import PrefixStore
 
 logger = logging.getLogger(__name__)
-# What does not change a token's keys and values; anything else that generate() hands the model may.
+# Inputs that do not change a token's keys and values; any other input of the model may.
 _HARMLESS = (
     *compat.CACHE_NAMES, "attention_mask", "position_ids", "use_cache", "logits_to_keep", "output_attentions",
     "output_hidden_states", "output_router_logits", "output_logits", "return_dict",
@@ -38,7 +38,7 @@ _HARMLESS = (
 
 
 class Sharing:
-    """The store of one enabled model, made at its first use, and the caches of the calls that are running."""
+    """The store of one enabled model, made at its first use, and the caches of running calls."""
 
     def __init__(self, store: PrefixStore | None, options: dict[str, Any]) -> None:
         self.store, self.options = store, options
@@ -46,14 +46,14 @@ class Sharing:
         self.lock = threading.Lock()
 
     def store_for(self, model: PreTrainedModel) -> PrefixStore:
-        """The model's store."""
+        """Return the model's store, making it if needed."""
         with self.lock:
             if self.store is None:
                 self.store = PrefixStore(model, **self.options)
             return self.store
 
     def make_cache(self, model: PreTrainedModel) -> PrefixSharedCache:
-        """A blank cache, remembered for the `generate` call that runs in this thread."""
+        """Return a blank cache, remembered for the `generate` call that runs in this thread."""
         cache = self.store_for(model).new_cache()
         if getattr(self.running, "calls", None):
             self.running.calls[-1].append(cache)
@@ -61,7 +61,7 @@ class Sharing:
 
     @contextmanager
     def collect(self) -> Iterator[list[PrefixSharedCache]]:
-        """Collect the caches that are made inside of the block."""
+        """Collect the caches that are made inside the block."""
         if not hasattr(self.running, "calls"):
             self.running.calls = []
         made: list[PrefixSharedCache] = []
@@ -72,7 +72,7 @@ class Sharing:
             self.running.calls.pop()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Sharing":
-        # A copied model may be trained on: it gets a store of its own, with the same limits.
+        # A copied model may be trained further: it gets its own store, with the same limits.
         memo[id(self)] = twin = Sharing(None, self.options)
         return twin
 
@@ -81,7 +81,7 @@ class Sharing:
 
 
 class SharingOverride(InstanceOverride):
-    """An override that knows its model's `Sharing`."""
+    """An override that holds its model's `Sharing`."""
 
     def __init__(self, model: PreTrainedModel, sharing: Sharing) -> None:
         super().__init__(model)
@@ -94,7 +94,7 @@ class SharingOverride(InstanceOverride):
 
 
 class _Generate(SharingOverride):
-    """Instead of `GenerationMixin.generate`: itself, or another override of it, and then what it computed is kept."""
+    """Calls `GenerationMixin.generate`, or another override of it, and keeps what it computed."""
 
     def __init__(self, model: PreTrainedModel, sharing: Sharing, inner: InstanceOverride | None) -> None:
         super().__init__(model, sharing)
@@ -117,13 +117,13 @@ class _Generate(SharingOverride):
                 raise
         is_tensor = isinstance(output, Tensor)
         for cache in made:
-            # A cache that is handed back with the output stays the caller's.
+            # A cache that is returned with the output stays the caller's.
             _keep(cache, output if is_tensor else output.sequences, close=is_tensor)
         return output
 
 
 class _Prefill(SharingOverride):
-    """Fill the cache with what the store knows of the prompts, then read the rest; replaces `compat.PREFILL`."""
+    """Fills the cache with known prefixes of the prompts, then reads the rest; replaces `compat.PREFILL`."""
 
     def __call__(
         self,
@@ -136,7 +136,7 @@ class _Prefill(SharingOverride):
         model, cache = self.module, model_kwargs.get(compat.CACHE_KEYWORD)
         chunk_size = generation_config.prefill_chunk_size
         is_blank = isinstance(cache, PrefixSharedCache) and cache.is_blank
-        # An early exit, which leaves layers out, would leave texts behind of which the whole model lacks layers.
+        # An early exit skips layers: what it leaves in the cache lacks them, and must not be kept.
         is_whole = isinstance(cache, PrefixSharedCache) and cache.is_whole
         if (
             is_blank
@@ -152,13 +152,13 @@ class _Prefill(SharingOverride):
 
 
 def install(model: PreTrainedModel, sharing: Sharing, inner: InstanceOverride | None = None) -> None:
-    """Override the two methods on this instance; `inner` is what generates, where that is not the model's own."""
+    """Override the two methods on this instance; `inner` generates in place of the model's own method."""
     model.__dict__["generate"] = _Generate(model, sharing, inner)
     model.__dict__[compat.PREFILL] = _Prefill(model, sharing)
 
 
 def prefix_store(model: PreTrainedModel) -> PrefixStore:
-    """The store behind `enable(model, ..., prefix_sharing=True)`: for `stats()`, `pin()`, `save()`, `clear()`.
+    """Return the store behind `enable(model, ..., prefix_sharing=True)`, for `stats()`, `pin()`, `save()`, `clear()`.
 
     Raises:
         ValueError: prefix sharing is not enabled on this model.
@@ -170,7 +170,7 @@ def prefix_store(model: PreTrainedModel) -> PrefixStore:
 
 
 def _keep(cache: PrefixSharedCache, sequences: Tensor | None, *, close: bool) -> None:
-    """Keep what a finished, or broken, call computed; a model that changed meanwhile keeps nothing."""
+    """Keep what a finished or interrupted call computed; if the model changed meanwhile, keep nothing."""
     if cache.texts is None or cache.is_committed:
         return
     try:
@@ -186,14 +186,14 @@ def _say_once(reason: str) -> None:
 
 
 def _returns_prompt(config: GenerationConfig) -> bool:
-    """Whether the caller is given something of every position of the prompt, so that all must be computed."""
+    """Return whether the caller gets values of every prompt position, so that all must be computed."""
     return bool(config.output_hidden_states or config.output_attentions)
 
 
 def _says_all(input_ids: Tensor, model_kwargs: dict[str, Any]) -> bool:
-    """Whether the tokens of each row, behind padding on the left, alone decide about keys and values."""
+    """Return whether each row's tokens, after left padding, alone determine the keys and values."""
     given = [value for name, value in model_kwargs.items() if name not in _HARMLESS]
-    # generate() hands models of images and text an empty dict where there is no image.
+    # generate() passes models of images and text an empty dict if there is no image.
     if any(value is not None and not (isinstance(value, dict) and not value) for value in given):
         return False
     mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
@@ -205,11 +205,11 @@ def _says_all(input_ids: Tensor, model_kwargs: dict[str, Any]) -> bool:
         return bool((positions == torch.arange(input_ids.shape[1], device=input_ids.device)).all())
     if mask.shape != input_ids.shape:
         return False
-    # As attention reads it, whatever its dtype: positions that were counted from other numbers are no usual ones.
+    # The mask is read as attention reads it, for any dtype; positions counted from other numbers are unusual ones.
     is_token = mask.bool()
     counted = is_token.cumsum(dim=-1)
     # No gap after the first token of a row, and a last token.
     if not bool((is_token == (counted > 0)).all()) or not bool(is_token[:, -1].all()):
         return False
-    # Whatever stands at padding is nobody's position.
+    # Positions at padding do not matter.
     return bool(((positions == counted - 1) | ~is_token).all())

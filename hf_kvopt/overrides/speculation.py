@@ -1,4 +1,4 @@
-"""The sugar of `enable(model, draft=...)`: plain `model.generate(...)` speculates."""
+"""Override behind `enable(model, draft=...)`: plain `model.generate(...)` speculates."""
 
 from typing import Any
 
@@ -7,9 +7,9 @@ from hf_kvopt.speculation.speculative import SpeculativeDecoding
 
 
 class DraftingGenerate(InstanceOverride):
-    """Instead of `GenerationMixin.generate`: itself with `custom_generate`, and what it would not hand on to that.
+    """Calls `GenerationMixin.generate` with `custom_generate`, and with the arguments that it would drop.
 
-    A call that names its own `custom_generate` or `assistant_model` is left alone.
+    A call with its own `custom_generate` or `assistant_model` is passed on unchanged.
     """
 
     def __init__(self, model: Any, speculation: SpeculativeDecoding) -> None:

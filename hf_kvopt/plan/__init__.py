@@ -1,4 +1,4 @@
-"""Decide before loading: KV arithmetic of a model, facts of cards, and what to choose for a deployment."""
+"""Planning before a model is loaded: KV arithmetic, facts of devices, and the best settings for a deployment."""
 
 from hf_kvopt.plan.capacity import Capacity
 from hf_kvopt.plan.devices import DEVICES, Device, get_device

@@ -1,9 +1,9 @@
-"""How many blocks a paged cache uses and reserves, by the rules of its table and allocator, without making one.
+"""Number of blocks that a paged cache uses and reserves, by the rules of its table and allocator.
 
-    used      a row of n tokens takes ceil(n / block_size) blocks; behind a window whole blocks are given back
-    reserved  pools grow by a quarter (16 blocks at least), up to max_tokens, so that rows stay in one piece
+    used      a row of n tokens takes ceil(n / block_size) blocks; whole blocks before a window are freed
+    reserved  pools grow by a quarter (16 blocks at least), up to max_tokens, so that rows stay contiguous
 
-Source: pool/block_table.py and pool/allocator.py; the tests hold both sides against each other.
+Source: pool/block_table.py and pool/allocator.py; the tests compare both sides.
 """
 
 from typing import NamedTuple
@@ -20,11 +20,11 @@ class BlockCount(NamedTuple):
 
 def row_blocks(
     length: int,  # tokens of the row
-    prompt: int | None,  # tokens of the first forward; None: the most that any way to `length` takes
+    prompt: int | None,  # tokens of the first forward; None: the most blocks on any way to `length`
     window: int | None,
     block_size: int,
 ) -> int:
-    """Return the blocks of a row, `length - prompt` tokens after its prompt was fed in one forward."""
+    """Return the blocks of a row after `length - prompt` single tokens behind a prompt fed in one forward."""
     if window is None:
         return -(-length // block_size)
     if prompt is None:
@@ -64,7 +64,7 @@ def _grown(needed: int, max_blocks: int | None) -> int:
 
 
 class _Space:
-    """Rows of equal length in one pool: their blocks, and the free ones between and behind them."""
+    """Rows of equal length in one pool: their blocks, and the free blocks between and after them."""
 
     def __init__(self, batch: int, row: int, max_blocks: int | None) -> None:
         self.batch, self.row, self.max_blocks = batch, row, max_blocks
@@ -72,12 +72,12 @@ class _Space:
         self._lay_out(_grown(batch * row, max_blocks))
 
     def drop_front(self, num_blocks: int) -> None:
-        """Each row gives its first blocks back."""
+        """Free the first blocks of each row."""
         self.row -= num_blocks
         self.gap += num_blocks
 
     def extend(self) -> None:
-        """Each row takes one block more, growing or laying out the pool anew as the allocator does."""
+        """Add one block to each row, growing the pool or moving its rows as the allocator does."""
         missing = self.batch - (self.size - self.batch * self.row)
         if missing > 0:
             self._lay_out(_grown(self.size + missing, self.max_blocks))

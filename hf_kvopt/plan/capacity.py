@@ -1,6 +1,6 @@
-"""What fits on a card or in a budget beside the weights: the longest context, the most rows.
+"""Capacity of a device or a budget beside the weights: the longest context, the most rows.
 
-Memory is what the cache takes, blocks that its pools reserve ahead included: what is reserved cannot be used otherwise.
+Memory counts the blocks that pools reserve ahead: nothing else can use them.
 """
 
 from collections.abc import Callable
@@ -9,47 +9,47 @@ from dataclasses import dataclass
 from hf_kvopt.plan.devices import Device
 from hf_kvopt.plan.inputs import parse_bytes
 
-# Left to activations, the CUDA context and the allocator's own waste: the share that vLLM leaves by default.
+# The share that vLLM uses by default; the rest is for activations, the CUDA context and the allocator's waste.
 CARD_SHARE = 0.9
 _MOST_TOKENS, _MOST_ROWS = 1 << 30, 1 << 20
 
 Needed = Callable[[int, int], float]
-"""Bytes of KV that so many rows of so many tokens take."""
+"""Bytes of KV as a function of rows and tokens of each row."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Capacity:
-    """What fits beside the weights, sizes in bytes.
+    """Capacity beside the weights, sizes in bytes.
 
-    `max_context` and `max_batch` are those of the cache as it was asked for; the `capped_` ones those with `max_tokens`
-    set to just what they take, so that nothing is reserved ahead. None where nothing grows with the text, 0 where
+    `max_context` and `max_batch` hold for the cache as asked for; the `capped_` ones for a cache whose `max_tokens` is
+    exactly what they need, so that nothing is reserved ahead. None means no limit (nothing grows with the text), 0 that
     nothing fits.
     """
 
     budget_bytes: int
-    kv_budget_bytes: int  # beside the weights; negative where these alone do not fit
-    needed_bytes: float  # that the cache asked for takes, reserved blocks included
-    max_context: int | None  # tokens a row, at the batch asked for
+    kv_budget_bytes: int  # beside the weights; negative if they alone do not fit
+    needed_bytes: float  # taken by the cache as asked for, reserved blocks included
+    max_context: int | None  # tokens of a row, at the batch asked for
     max_batch: int | None  # rows, at the context asked for
     capped_context: int | None
     capped_batch: int | None
 
     @property
     def fits(self) -> bool:
-        """Whether the cache asked for fits beside the weights."""
+        """Return whether the cache as asked for fits beside the weights."""
         return self.needed_bytes <= self.kv_budget_bytes
 
 
 def capacity(
-    needed: Needed,  # by the cache as it was asked for
-    capped: Needed,  # with max_tokens set to what they take
+    needed: Needed,  # bytes of the cache as asked for
+    capped: Needed,  # bytes with max_tokens set to what they need
     batch: int,
     context: int,
     weight_bytes: int,
     device: Device | None,
     budget: int | str | None,
 ) -> Capacity | None:
-    """Return what `budget`, else `CARD_SHARE` of `device`, holds; None without either."""
+    """Return the capacity of `budget`, else of `CARD_SHARE` of `device`; None without either."""
     if budget is not None:
         size = parse_bytes(budget, "budget")
     elif device is not None:
@@ -76,7 +76,7 @@ def capacity(
 
 
 def largest(fits: Callable[[int], bool], limit: int) -> int | None:
-    """Return the largest number that fits, 0 where none does; None where the limit itself does."""
+    """Return the largest number below `limit` that fits, 0 if none does; None if `limit` fits."""
     if fits(limit):
         return None
     low, high = 0, limit

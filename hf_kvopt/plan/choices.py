@@ -1,6 +1,6 @@
-"""Says a plan: for each topic the choice, its reason, what it is predicted to gain, and what was rejected and why.
+"""Explanation of a plan: for each topic the choice, its reason, its predicted gain, and the rejected alternatives.
 
-Every sentence is made from the figures that decided, so that none can contradict them.
+Every sentence is made from the figures that decided, so that text and figures agree.
 """
 
 from hf_kvopt.plan import choices_memory as memory
@@ -9,7 +9,7 @@ from hf_kvopt.plan.weighing import Choice, Weighing
 
 
 def explain(weighing: Weighing) -> tuple[Choice, ...]:
-    """Return one choice a topic."""
+    """Return one choice for each topic."""
     topics = (
         memory.attention,
         memory.cache,

@@ -1,4 +1,4 @@
-"""Says what a plan chose about memory, and what moves it: attention, cache, format, block size, devices."""
+"""Explanation of the choices about memory: attention, cache, format, block size, devices."""
 
 from hf_kvopt.plan.inputs import show_bytes
 from hf_kvopt.plan.layout import why_not_divided
@@ -8,7 +8,7 @@ from hf_kvopt.plan.weighing import WORTH_A_LOSS, Choice, Weighing, ms, plain, ve
 
 
 def attention(w: Weighing) -> Choice:
-    """Say which attention reads the cache."""
+    """Explain which attention reads the cache."""
     setup, kind = w.setup, w.best._replace(format="native", shares_prefix=False, draft="none")
     size, steps = read_bytes(setup, kind), step_model(setup, w.layout)
     rows = setup.batch, setup.context, size
@@ -29,7 +29,7 @@ def attention(w: Weighing) -> Choice:
 
 
 def cache(w: Weighing) -> Choice:
-    """Say which cache, and how much of it `max_tokens` allows."""
+    """Explain which cache is used, and how much of it `max_tokens` allows."""
     held, blocks = w.held[w.best], plain("native")
     tokens, most = f"{held.max_tokens:,} tokens", show_bytes(held.most_bytes)
     if blocks in w.timed:
@@ -51,13 +51,13 @@ def cache(w: Weighing) -> Choice:
 
 
 def _waits(ours: Step, other: Step) -> str:
-    """Why two steps take the same time, where they do."""
+    """Name the common limit of two steps of equal time; "" if their times differ."""
     is_same = abs(ours.seconds - other.seconds) < 0.005 * other.seconds
     return f": both wait for {ours.limit}" if is_same and ours.limit == other.limit else ""
 
 
 def _torch_cat(w: Weighing) -> str:
-    """What DynamicCache's copies cost a step, which may be hidden by what it waits for anyway."""
+    """State the cost of DynamicCache's copies in a step, which may be hidden behind another limit."""
     held, step = dynamic_bytes(w.setup), w.default.step
     bare = step_model(w.setup, w.layout).decode(w.setup.batch, w.setup.context, held, expands=w.setup.has_latents)
     moved = f"DynamicCache: torch.cat moves {show_bytes(2 * held)} more at each step"
@@ -72,7 +72,7 @@ def _torch_cat(w: Weighing) -> str:
 
 
 def format(w: Weighing) -> Choice:
-    """Say how keys and values are stored."""
+    """Explain how keys and values are stored."""
     best, native = w.best, w.best._replace(format="native")
     rejected = (*(_other_format(w, name) for name in w.setup.formats if name != best.format), _float8(w))
     kept = show_bytes(w.held[best].batch_bytes)
@@ -123,12 +123,12 @@ def _other_format(w: Weighing, name: str) -> str:
 
 
 def _kind(option: Option) -> str:
-    """What holds the keys and values, where it is not a growing cache."""
+    """Name the kind of cache that holds the keys and values; "" for a growing one."""
     return " at fixed addresses" if option.is_compiled else " in a store" if option.shares_prefix else ""
 
 
 def _float8(w: Weighing) -> str:
-    """Why not float8: what int8 takes, with more loss."""
+    """State why float8 was rejected: it takes the bytes of int8 with more loss, or the device cannot run it."""
     device, needs = w.setup.device, (8, 9)
     if device.is_gpu and device.capability is not None and device.capability < needs:
         has = f"{device.name} has {device.capability[0]}.{device.capability[1]}"
@@ -137,7 +137,7 @@ def _float8(w: Weighing) -> str:
 
 
 def _kv_share(w: Weighing) -> float:
-    """The share of keys and values in the bytes that a native step of the chosen kind reads."""
+    """Return the share of keys and values in the bytes that a native step of the chosen kind reads."""
     read = w.best._replace(format="native", shares_prefix=False, draft="none")
     kv = read_bytes(w.setup, read) / w.layout.kv_parts
     divisor = w.layout.count if w.layout.is_divided else 1
@@ -145,7 +145,7 @@ def _kv_share(w: Weighing) -> float:
 
 
 def block_size(w: Weighing) -> Choice:
-    """Say how many tokens a block has."""
+    """Explain how many tokens a block has."""
     size, context = w.held[w.best].block_size, w.setup.context
     gain = f"half a block unused a row in the mean, {(size - 1) / 2 / context:.2%} of it"
     blocks = {n: f"{-(-context // n):,} blocks of {n}" for n in (16, 64)}
@@ -159,7 +159,7 @@ def block_size(w: Weighing) -> Choice:
 
 
 def parallelism(w: Weighing) -> Choice:
-    """Say how many devices, and how the model lies on them."""
+    """Explain how many devices are used, and how the model is placed on them."""
     setup, count = w.setup, w.layout.count
     rows = f"up to {w.largest_batch:,}" if w.largest_batch is not None else "any number of"
     room = f"{rows} rows of {setup.context:,} tokens fit"

@@ -1,4 +1,4 @@
-"""Says what a plan chose to compute less, or with fewer launches: prefix sharing, speculation, compilation."""
+"""Explanation of the choices that save computation or launches: prefix sharing, speculation, compilation."""
 
 from hf_kvopt.plan.inputs import show_bytes
 from hf_kvopt.plan.options import Option, accepted_of
@@ -8,10 +8,10 @@ _NO_HEAD = "a trained head (EAGLE-3: 3.0x at batch 1, published): none given; pa
 
 
 def prefix(w: Weighing) -> Choice:
-    """Say whether prompts share what they have in common."""
+    """Explain whether prompts share their common prefixes."""
     setup, peer = w.setup, w.best._replace(shares_prefix=not w.best.shares_prefix)
     if w.best.shares_prefix:
-        # What holds a store holds one batch as well: the peer fits.
+        # A device that holds a store also holds one batch: the peer fits.
         first = versus(w.timed[peer].first_token.seconds, w.timed[w.best].first_token.seconds)
         reason = f"{setup.work.seen_share:.0%} of the prompt is taken as seen before ({setup.workload})"
         rejected = (f"off: computes the same beginnings again, {w.request_of(peer)}",)
@@ -21,7 +21,7 @@ def prefix(w: Weighing) -> Choice:
 
 
 def _why_not_shared(w: Weighing, peer: Option) -> tuple[str, tuple[str, ...]]:
-    """Why nothing is shared, and what was rejected."""
+    """Return the reason against sharing, and the rejected alternatives."""
     setup, sharing = w.setup, [option for option in w.timed if option.shares_prefix]
     if setup.work.seen_share == 0:
         return "unrelated prompts have no beginning in common", ()
@@ -40,7 +40,7 @@ def _why_not_shared(w: Weighing, peer: Option) -> tuple[str, tuple[str, ...]]:
 
 
 def speculation(w: Weighing) -> Choice:
-    """Say whether tokens are drafted, and by what."""
+    """Explain whether tokens are drafted, and by which drafter."""
     setup, best = w.setup, w.best
     if best.draft == "none":
         return Choice("speculation", "off", _why_not_drafted(w), "none", _other_drafts(w))
@@ -75,7 +75,7 @@ def _why_not_drafted(w: Weighing) -> str:
 
 
 def _other_drafts(w: Weighing) -> tuple[str, ...]:
-    """What each drafter would take at its best, and that a head was not weighed where it could be."""
+    """List the best time of each rejected drafter, and whether a head could have been considered."""
     tried: dict[str, Option] = {}
     for option in sorted(w.timed, key=lambda option: w.timed[option].request_s):
         if option.draft != "none" and option.format == w.best.format:
@@ -88,12 +88,14 @@ def _other_drafts(w: Weighing) -> tuple[str, ...]:
 
 
 def compile(w: Weighing) -> Choice:
-    """Say whether generate() compiles the decode step."""
+    """Explain whether generate() compiles the decode step."""
     setup = w.setup
     graph, eager = Option(w.best.format, True, False, "none"), plain(w.best.format)
     reason = None
     if not setup.device.is_gpu:
         reason = "generate() compiles on GPUs alone"
+    elif not setup.fixed:
+        reason = "a cache of fixed addresses was ruled out"
     elif setup.has_states:
         reason = "recurrent states are not in fixed memory"
     elif not setup.weights.compiles:

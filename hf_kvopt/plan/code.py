@@ -1,4 +1,4 @@
-"""The Python lines that carry a plan out."""
+"""Python lines that carry out a plan."""
 
 from hf_kvopt.plan.layout import Layout
 from hf_kvopt.plan.options import Holding, Option
@@ -6,7 +6,7 @@ from hf_kvopt.plan.setup import Setup
 
 
 def python_lines(setup: Setup, option: Option, layout: Layout, held: Holding) -> list[str]:
-    """Return lines that load, enable and generate; `name`, `inputs` and `head_path` are the reader's."""
+    """Return lines that load, enable and generate; the reader defines `name`, `inputs` and `head_path`."""
     dtype = str(setup.dtype)
     lines = ["import torch", "from transformers import AutoModelForCausalLM", "", "import hf_kvopt", ""]
     if layout.is_divided:

@@ -1,6 +1,6 @@
-"""Facts of cards: one table, each row with its source. Figures are datasheet peaks without sparsity.
+"""Facts of devices: one table, each row with its source. Figures are datasheet peaks without sparsity.
 
-What a kernel reaches lies below: 85 to 92 % of the bandwidth on a long read, 60 to 75 % of the products.
+Kernels reach less: 85 to 92 % of the bandwidth on a long read, 60 to 75 % of the product rate.
 """
 
 import os
@@ -17,18 +17,18 @@ GB, GIB = 1000**3, 1024**3
 
 
 class Device(NamedTuple):
-    """What planning needs to know of a device: bytes, bytes a second, operations a second, and where that stands."""
+    """Memory, bandwidth and arithmetic rate of a device, for planning, and their source."""
 
     name: str
     memory_bytes: int
-    bandwidth: float  # bytes a second from its memory
-    flops: float  # bf16 products (fp16 where there is no bf16) with float32 accumulation, a second
+    bandwidth: float  # memory bandwidth, bytes a second
+    flops: float  # operations a second: bf16 products (fp16 without bf16) with float32 accumulation
     capability: tuple[int, int] | None  # CUDA compute capability; None off CUDA
     source: str
 
     @property
     def is_gpu(self) -> bool:
-        """Whether Triton kernels run on it."""
+        """Return whether it runs Triton kernels."""
         return not self.name.startswith("cpu")
 
 
@@ -55,7 +55,7 @@ DEVICES: dict[str, Device] = {row.name: row for row in _ROWS}
 
 
 def get_device(name: str) -> Device:
-    """Return the device called `name`: one of the table, `cpu` (measured here), or `auto` (what is here).
+    """Return the device called `name`: one of the table, `cpu` (measured on this machine), or `auto` (the current one).
 
     Raises:
         BadInput: the name is unknown; the message lists the known ones.
@@ -85,7 +85,7 @@ def _cuda_here() -> Device:
 
 
 def _cpu_here() -> Device:
-    """This machine: all of its memory, the bandwidth of a read and the rate of a float32 product, measured now."""
+    """Return this machine as a device: all of its memory, its measured read bandwidth and float32 product rate."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     data, square = torch.ones(32 << 20), torch.ones(768, 768)
     read = _best_seconds(lambda: data.sum())

@@ -1,10 +1,10 @@
-"""What each layer's cache stores of a token, read from the config alone.
+"""Geometry of each layer's cache: what it stores of a token, read from the config alone.
 
     MHA, GQA, MQA    keys and values of num_kv_heads x head_dim
-    MLA              one latent of kv_lora_rank, one rotary key of qk_rope_head_dim, whatever the heads
+    MLA              one latent of kv_lora_rank and one rotary key of qk_rope_head_dim, for any number of heads
     sliding, chunked the same, of a window only        states, none    nothing that grows with the text
 
-Kinds come from transformers' own `get_layer_types_and_kwargs`, from which its caches are built as well.
+Kinds come from transformers' `get_layer_types_and_kwargs`, from which its own caches are built.
 """
 
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ _STOCK = "kept by transformers: "
 
 
 class LayerKV(NamedTuple):
-    """One layer of the cache."""
+    """Storage of one token in one layer of the cache."""
 
     kind: str
     window: int | None  # tokens, None for all
@@ -37,15 +37,15 @@ class LayerKV(NamedTuple):
     key_dim: int
     value_heads: int
     value_dim: int
-    attention: str = ""  # how query heads share them: MHA, GQA, MQA or MLA
+    attention: str = ""  # how query heads share KV heads: MHA, GQA, MQA or MLA
     query_heads: int = 0
-    nope_dim: int = 0  # of an expanded latent key, without its rotary part
+    nope_dim: int = 0  # channels of an expanded latent key without its rotary part
     expanded_value_dim: int = 0
-    copy_of: int | None = None  # the layer that a later pass goes through again, with keys and values of its own
+    copy_of: int | None = None  # layer whose weights this later pass uses, with its own KV
 
     @property
     def flops_per_pair(self) -> int:
-        """Operations of one query over one stored token: scores and weighted sum, a multiplication and an addition."""
+        """Operations of one query over one stored token: multiplications and additions of scores and weighted sum."""
         latent = self.key_dim if self.attention == "MLA" else 0  # read as keys, and again as values
         return 2 * self.query_heads * (self.key_dim + self.value_dim + latent)
 
@@ -65,20 +65,20 @@ class LayerKV(NamedTuple):
 
     @property
     def has_kv(self) -> bool:
-        """Whether it stores keys and values."""
+        """Return whether the layer stores keys and values."""
         return self.kind not in WITHOUT_KV
 
     @property
     def is_paged(self) -> bool:
-        """Whether our caches hold it in blocks; indexers and compressed keys stay in transformers' own layers."""
+        """Return whether our caches hold it in blocks; transformers' own layers keep indexers and compressed keys."""
         return self.has_kv and not self.kind.startswith(_STOCK)
 
 
 def layers_of(config: PreTrainedConfig) -> list[LayerKV]:
-    """Return one entry for each layer of the decoder's cache, those of later passes through a layer last.
+    """Return one entry for each layer of the decoder's cache; later passes through a layer come last.
 
     Raises:
-        BadInput: a field is missing or has no sense; the message names it.
+        BadInput: a field is missing or invalid; the message names it.
     """
     decoder = config.get_text_config(decoder=True)
     try:
@@ -113,14 +113,14 @@ def _layer(kind: str, window: int | None, part: PreTrainedConfig) -> LayerKV:
             f"num_key_value_heads must divide num_attention_heads: got {kv_heads} and {heads}; for example 8 and 32"
         )
     if part.model_type == "mimo_v2_flash" and window is not None:
-        kv_heads *= 2  # written into the model's code, not into its config
+        kv_heads *= 2  # a constant in the model's code, not in its config
     dim = _field(part, 128, "head_dim", "d_kv") or _need(part, 4096, "hidden_size") // heads
     sharing = "MHA" if kv_heads == heads else "MQA" if kv_heads == 1 else "GQA"
     return LayerKV(kind, window, kv_heads, dim, kv_heads, _field(part, 128, "v_head_dim") or dim, sharing, heads)
 
 
 def _field(part: PreTrainedConfig, example: int, *names: str) -> int | None:
-    """The first of `names` that is set."""
+    """Return the first of `names` that is set, or None."""
     for name in names:
         value = getattr(part, name, None)
         if value is not None and value is not False:

@@ -1,10 +1,10 @@
 """Bytes of a cache for a batch at a length: ours block by block, transformers' own two for comparison.
 
-    paged    blocks x block_size x Σ layers (key heads x bytes_per_vector(key_dim) + the same of the values)
-    dynamic  what DynamicCache keeps: every token, window - 1 of them where a layer slides
+    paged    blocks x block_size x Σ layers (key heads x bytes_per_vector(key_dim) + likewise for the values)
+    dynamic  the tokens that DynamicCache keeps: all, or window - 1 in sliding layers
     static   StaticCache allocated for exactly this length
 
-Source: PagedAttention, arXiv:2309.06180; scales and packing as in quant/formats.py.
+Source: PagedAttention, arXiv:2309.06180; scales and packing follow quant/formats.py.
 """
 
 import math
@@ -25,15 +25,15 @@ CACHES = ("paged", "dynamic", "static")
 
 @dataclass(frozen=True, kw_only=True)
 class CacheSpec:
-    """A cache by name with what decides its bytes.
+    """Name of a cache with the settings that determine its bytes.
 
     Args:
         cache: "paged", "dynamic" or "static".
-        formats: of a paged cache's layers, as `QuantizedPagedCache` takes them.
-        block_size: tokens a block.
-        max_tokens: the paged cache's cap over all rows.
+        formats: formats of a paged cache's layers, as in `QuantizedPagedCache`.
+        block_size: tokens of a block.
+        max_tokens: cap of the paged cache over all rows, in tokens.
         compileable: a paged cache of fixed capacity `max_tokens`.
-        dtype: what the model computes in.
+        dtype: dtype that the model computes in.
     """
 
     cache: str = "paged"
@@ -58,10 +58,10 @@ class CacheSpec:
             raise BadInput("compileable=True needs max_tokens: got none; for example max_tokens=batch * context")
 
     def formats_of(self, layers: Sequence[LayerKV]) -> list[KVFormat]:
-        """The format of each layer; layers that are not paged are native.
+        """Return the format of each layer; layers that are not paged are native.
 
         Raises:
-            BadInput: a layer is named that does not exist.
+            BadInput: a named layer does not exist.
         """
         own = [layer for layer in layers if layer.copy_of is None]
         paged = [i for i, layer in enumerate(own) if layer.is_paged] or [0]
@@ -76,23 +76,23 @@ class CacheSpec:
         if self.cache != "paged" or not layer.is_paged:
             return NATIVE_KV
         chosen = policy.at(idx, is_sliding=layer.window is not None)
-        # Latents: what stands in the place of the values is the rotary part of the keys.
+        # Latents: the rotary part of the keys is stored in place of the values.
         return KVFormat(chosen.k, chosen.k, guard=False) if layer.attention == "MLA" else chosen
 
     @property
     def max_blocks(self) -> int | None:
-        """`max_tokens` in blocks."""
+        """`max_tokens` in blocks, rounded up."""
         return None if self.max_tokens is None else -(-self.max_tokens // self.block_size)
 
 
 class KVBytes(NamedTuple):
-    """Bytes of the layers that the cache itself holds, `stock` those of layers that stay transformers' own."""
+    """Bytes of the layers that the cache holds itself; `stock` counts layers that stay transformers' own."""
 
-    content: int  # of the tokens, without slack
+    content: int  # of the tokens alone
     used: int  # of the blocks that hold them: `cache.stats().used_bytes`
-    reserved: int  # of all memory taken: `cache.stats().reserved_bytes`
+    reserved: int  # of all memory allocated: `cache.stats().reserved_bytes`
     stock: int
-    is_within_cap: bool = True  # `max_tokens` holds them
+    is_within_cap: bool = True  # `max_tokens` suffices
 
 
 def token_bytes(layer: LayerKV, fmt: KVFormat, dtype: torch.dtype) -> int:
@@ -110,7 +110,7 @@ def token_bytes(layer: LayerKV, fmt: KVFormat, dtype: torch.dtype) -> int:
 
 
 def scale_bytes(layer: LayerKV, fmt: KVFormat) -> int:
-    """Return the bytes of `token_bytes` that are scales."""
+    """Return the bytes of scales that `token_bytes` includes."""
     keys, values = (math.prod(plane.scale_shape) * plane.has_scale for plane in (fmt.k, fmt.v))
     return SCALE_DTYPE.itemsize * (layer.key_heads * keys + layer.value_heads * values)
 
@@ -125,7 +125,7 @@ def kv_bytes(
 ) -> KVBytes:
     """Return the bytes of `batch` rows of `length` tokens, the first `prompt` of them fed in one forward.
 
-    With `prompt=None` sliding layers count the most that they ever hold on the way to `length`.
+    With `prompt=None` sliding layers count the most that they hold at any time up to `length`.
     """
     tables: dict[int | None, _Table] = {}
     content = stock = 0
@@ -145,11 +145,11 @@ def kv_bytes(
     is_within_cap = True
     for window, table in tables.items():
         blocks = _blocks(spec, batch, length, prompt, window)
-        # Each table has a block space of its own, and each of these the cap.
+        # Each table has its own block space, and the cap applies to each.
         is_within_cap &= blocks.used <= blocks.reserved
         held = blocks.reserved * spec.block_size * table.slot + table.beside
         reserved += held
-        # A block is charged its share of what its table keeps once.
+        # A block is charged its share of the bytes that its table keeps once.
         used += blocks.used * (held // max(1, blocks.reserved))
     if spec.compileable:
         assert spec.max_blocks is not None
@@ -165,18 +165,18 @@ def row_tokens(spec: CacheSpec, length: int) -> int:
 class _Table(NamedTuple):
     """Bytes of all layers that share a window."""
 
-    slot: int  # of one token
-    beside: int  # whatever the number of blocks
+    slot: int  # for each token
+    beside: int  # for any number of blocks
 
 
 def centre_bytes(layer: LayerKV, fmt: KVFormat) -> int:
-    """Return what a guarded layer keeps beside its blocks: one float32 centre; rows with loud channels add theirs."""
+    """Return the bytes of a guarded layer beside its blocks: one float32 centre; rows with loud channels add theirs."""
     is_centred = fmt.guard and guard_for(fmt.k).centres
     return 4 * layer.key_heads * layer.key_dim if is_centred else 0
 
 
 def _held(spec: CacheSpec, length: int, window: int | None) -> int:
-    """Tokens of a row that a layer must keep."""
+    """Return the tokens of a row that a layer must keep."""
     if window is None or spec.compileable:
         return length
     return min(length, window if spec.cache == "static" else window - 1)

@@ -1,9 +1,9 @@
-"""How a model and its cache lie on devices: on one, divided over several, or some layers on each.
+"""Placement of a model and its cache on devices: on one, divided over several, or some layers on each.
 
-    divided   tensor parallelism by the plan of the model's class; what that leaves whole lies on every device
+    divided   tensor parallelism by the plan of the model's class; undivided parts are on every device
     spread    device_map="auto": each device holds a run of layers, and one of them works at a time
 
-One machine is planned for: what a network between machines costs is not known here.
+Plans cover one machine: the cost of a network between machines is not modelled.
 """
 
 import math
@@ -19,11 +19,11 @@ MOST_DEVICES = 8  # of one machine
 
 @dataclass(frozen=True)
 class Layout:
-    """`count` devices, the model divided over them or its layers spread."""
+    """`count` devices, with the model divided over them or its layers spread."""
 
     count: int = 1
     is_divided: bool = False
-    divides_kv: bool = False  # a divided model's heads, and the cache with them
+    divides_kv: bool = False  # the heads of a divided model are divided, and the cache with them
 
     @property
     def kv_parts(self) -> int:
@@ -31,7 +31,7 @@ class Layout:
         return self.count if self.divides_kv else 1
 
     def fullest(self, weights: Weights, kv_bytes: float, num_layers: int) -> float:
-        """Bytes on the device that holds most."""
+        """Return the bytes on the fullest device."""
         if self.is_divided and weights.split is not None:
             divided = weights.split.num_bytes
             return weights.num_bytes - divided * (1 - 1 / self.count) + kv_bytes / self.kv_parts
@@ -40,7 +40,7 @@ class Layout:
 
 
 def layouts(weights: Weights, layers: Sequence[LayerKV], device: Device) -> list[Layout]:
-    """Return the layouts that can be had on one machine, those to prefer first."""
+    """Return the possible layouts on one machine, the preferred ones first."""
     if not device.is_gpu:
         return [Layout()]
     divided = [
@@ -52,7 +52,7 @@ def layouts(weights: Weights, layers: Sequence[LayerKV], device: Device) -> list
 
 
 def why_not_divided(weights: Weights, layers: Sequence[LayerKV], count: int) -> str | None:
-    """Say why tensor parallelism does not divide the model over `count` devices; None where it does."""
+    """State why tensor parallelism cannot divide the model over `count` devices; None if it can."""
     split = weights.split
     if split is None:
         return "transformers has no plan to divide this model"

@@ -1,4 +1,4 @@
-"""KV memory of a model before it is loaded: bytes a token and layer, of a batch at a length, and what a card can hold.
+"""KV memory of a model before it is loaded: bytes of a token and layer, of a batch at a length, and device capacity.
 
     bytes a token and layer = key heads x key_dim x bytes + value heads x value_dim x bytes (+ scales)
 
@@ -24,9 +24,9 @@ from hf_kvopt.quant import FormatPolicy, KVFormat
 
 @dataclass(frozen=True, kw_only=True)
 class LayerMemory:
-    """One layer: what it stores of a token, and its bytes; shapes are (heads, channels)."""
+    """Storage of one layer: shapes as (heads, channels), and bytes of a token."""
 
-    kind: str  # "full", "sliding", "chunked", "states", "none", or a mixture of them
+    kind: str  # "full", "sliding", "chunked", "states", "none", or a combination
     window: int | None
     key_shape: tuple[int, int]
     value_shape: tuple[int, int]
@@ -36,10 +36,11 @@ class LayerMemory:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryReport:
-    """What `memory` found; sizes in bytes, lengths in tokens.
+    """Result of `memory`; sizes in bytes, lengths in tokens.
 
-    `used_bytes` and `reserved_bytes` are those of `cache.stats()`, `cross_*` those of an encoder-decoder's second
-    cache; `content_bytes` are the tokens' of both without block slack, `stock_bytes` those of transformers' own layers.
+    `used_bytes` and `reserved_bytes` equal those of `cache.stats()`; `cross_*` belong to the second cache of an
+    encoder-decoder. `content_bytes` counts the tokens of both without block slack, `stock_bytes` transformers' own
+    layers.
     """
 
     model_type: str
@@ -63,7 +64,7 @@ class MemoryReport:
     stock_bytes: int
     num_parameters: int | None
     weight_bytes: int | None
-    total_bytes: int  # weights and used
+    total_bytes: int  # weights and used KV
     max_positions: int | None
     capacity: Capacity | None
     notes: tuple[str, ...]
@@ -74,7 +75,7 @@ class MemoryReport:
         return self.used_bytes + self.cross_used_bytes - self.content_bytes
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return the report as plain values for JSON."""
         return asdict(self) | {"slack_bytes": self.slack_bytes}
 
 
@@ -97,34 +98,37 @@ def memory(
     budget: int | str | None = None,
     weights: bool = True,
 ) -> MemoryReport:
-    """Compute the KV memory of a model from its config, and the weights beside it.
+    """Compute the KV memory of a model, and of its weights, from its config.
 
     Args:
-        model: hub id (its config alone is downloaded), folder, config.json, fields, a config, or a model.
-        context: tokens a row in all, such as 32_768 or "32k".
-        batch: rows.
-        prompt: tokens of the first forward; decides what sliding layers hold just then. None: the most they hold.
-        encoder_context: tokens of the encoder, for encoder-decoder models; `context` if None.
-        cache: "paged", or transformers' "dynamic" or "static" to compare with.
-        format: of a paged cache: "native", "int8", "fp8_e4m3", "fp8_e5m2", "int4", "k8v4", or a pair for keys and
-            values such as "fp8_e4m3/int4".
-        skip_layers: layers that stay native, sliding ones by default; see `QuantizedPagedCache`.
+        model: a hub id (only its config is downloaded), folder, config.json, dict of fields, config, or model.
+        context: tokens of a row in all, such as 32_768 or "32k".
+        batch: number of rows.
+        prompt: tokens of the first forward; determines what sliding layers hold after it. None: the most they hold.
+        encoder_context: tokens of the encoder, for encoder-decoder models; defaults to `context`.
+        cache: "paged", or transformers' "dynamic" or "static" for comparison.
+        format: format of a paged cache: "native", "int8", "fp8_e4m3", "fp8_e5m2", "int4", "k8v4", or a pair for keys
+            and values such as "fp8_e4m3/int4".
+        skip_layers: layers that stay native, by default sliding ones; see `QuantizedPagedCache`.
         layer_formats: formats of single layers; see `QuantizedPagedCache`.
-        block_size: tokens a block.
-        max_tokens: the paged cache's cap over all rows; without one its pools grow by a quarter ahead.
+        block_size: tokens of a block.
+        max_tokens: cap of the paged cache over all rows; without it pools grow ahead by a quarter.
         compileable: fixed capacity of `max_tokens`.
-        dtype: of weights and native storage; the config's, or bfloat16.
-        device: name in the table of `hf_kvopt.plan.devices`, "cpu" or "auto": its memory times 0.9 is the budget.
-        budget: bytes for weights and cache, such as "24GiB"; goes before `device`. Weights beyond the budget are no
-            error: `capacity.fits` says so.
-        weights: count the weights (a moment for large models).
+        dtype: dtype of weights and native storage; defaults to the config's, else bfloat16.
+        device: name in the table of `hf_kvopt.plan.devices`, "cpu" or "auto"; 0.9 of its memory is the budget.
+        budget: bytes for weights and cache, such as "24GiB"; overrides `device`. Weights beyond the budget raise no
+            error; `capacity.fits` is False.
+        weights: count the weights (takes a moment for large models).
+
+        Returns:
+            A report; its `capacity` is None without `device` and `budget`.
 
     Raises:
-        BadInput: the config or a setting cannot be used; a `ValueError` that names the field.
-        UnsupportedModel: the model has no KV cache to count.
+        BadInput: the config or a setting is invalid; a `ValueError` that names the field.
+        UnsupportedModel: the model has no KV cache.
 
-    Source: PagedAttention, arXiv:2309.06180; latents, DeepSeek-V2, arXiv:2405.04434. Held against `cache.stats()` of
-    every architecture in tests/plan, and against textbook figures by `python -m evals.memory`.
+    Source: PagedAttention, arXiv:2309.06180; latents, DeepSeek-V2, arXiv:2405.04434. Verified against `cache.stats()`
+        of every architecture in tests/plan, and against textbook figures by `python -m evals.memory`.
 
     Examples:
         >>> gpt2 = {"model_type": "gpt2", "n_layer": 12, "n_head": 12, "n_embd": 768}
@@ -203,7 +207,7 @@ def memory(
 
 
 def chosen_dtype(dtype: torch.dtype | str | None, config: Any) -> torch.dtype:
-    """Return what weights and native storage are in: `dtype`, or the config's, or bfloat16."""
+    """Return the dtype of weights and native storage: `dtype`, else the config's, else bfloat16."""
     chosen = dtype if dtype is not None else getattr(config, "dtype", None) or torch.bfloat16
     found = getattr(torch, chosen.removeprefix("torch."), None) if isinstance(chosen, str) else chosen
     if found not in (torch.float32, torch.bfloat16, torch.float16):
@@ -212,7 +216,7 @@ def chosen_dtype(dtype: torch.dtype | str | None, config: Any) -> torch.dtype:
 
 
 def encoder_tokens(config: Any, tokens: int, given: int | str | None) -> int | None:
-    """Return the tokens of an encoder: as given, the model's fixed number, or `tokens`; None for other models."""
+    """Return the tokens of the encoder: as given, the model's fixed number, or `tokens`; None without an encoder."""
     if not config.is_encoder_decoder:
         if given is not None:
             raise BadInput(f"encoder_context is for encoder-decoder models: got {given!r} for a {config.model_type}")
@@ -221,12 +225,12 @@ def encoder_tokens(config: Any, tokens: int, given: int | str | None) -> int | N
 
 
 def _fixed_encoder(config: Any) -> int | None:
-    """Speech models hear a fixed number of frames."""
+    """Return the fixed number of frames that speech models encode, or None."""
     return getattr(config, "max_source_positions", None)
 
 
 def cross_bytes(layers: Sequence[LayerKV], spec: CacheSpec, batch: int, encoder: int | None) -> KVBytes:
-    """Return the bytes of cross-attention: as many layers, the encoder's tokens, all of them seen."""
+    """Return the bytes of cross-attention: one unbounded cache layer for each layer, over the encoder's tokens."""
     if encoder is None:
         return KVBytes(0, 0, 0, 0)
     unbounded = [layer._replace(window=None) for layer in layers]
@@ -236,7 +240,7 @@ def cross_bytes(layers: Sequence[LayerKV], spec: CacheSpec, batch: int, encoder:
 def _reserved(
     layers: list[LayerKV], stored: list[KVFormat], spec: CacheSpec, batch: int, length: int, encoder: int | None
 ) -> float:
-    """Bytes that a cache takes on its way to `length` tokens a row, free blocks included; infinite beyond its cap."""
+    """Return the bytes that a cache reserves up to `length` tokens of each row; infinite beyond its cap."""
     own, cross = kv_bytes(layers, stored, spec, batch, length, None), cross_bytes(layers, spec, batch, encoder)
     if not (own.is_within_cap and cross.is_within_cap):
         return math.inf

@@ -1,4 +1,4 @@
-"""The config of a model by hub id, folder, config.json or object; nothing else is ever downloaded."""
+"""Config of a model from a hub id, folder, config.json or object; nothing but the config is downloaded."""
 
 import difflib
 import json
@@ -13,9 +13,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_kvopt.plan.inputs import BadInput
 
-# A config without one of these would quietly get its class's default: the arithmetic of another model.
+# Without one of these a config would silently get its class's default: the arithmetic of another model.
 _NEEDED = {"num_hidden_layers": 32, "num_attention_heads": 32, "hidden_size": 4096}
-# Building more takes minutes, and nobody has them.
+# A typing error: building this many layers would take minutes.
 _MOST_LAYERS = 10_000
 _EXAMPLE = 'a hub id such as "meta-llama/Llama-3.1-8B", a folder, or a config.json'
 
@@ -24,7 +24,7 @@ def load_config(model: Any) -> PreTrainedConfig:
     """Return the config of `model`: a hub id, a folder, a config.json, its fields, a config, or a model.
 
     Raises:
-        BadInput: it is not there, has an unknown model_type, or lacks a field that the arithmetic needs.
+        BadInput: it does not exist, has an unknown model_type, or lacks a required field.
     """
     if isinstance(model, PreTrainedConfig):
         return model
@@ -84,7 +84,7 @@ def _from_fields(fields: dict[str, Any], where: str) -> PreTrainedConfig:
 
 
 def _require_fields(config_class: type[PreTrainedConfig], fields: Mapping[str, Any], where: str) -> None:
-    # Composite configs hold these in a part, whose defaults published configs do rely on.
+    # Composite configs hold these fields in a sub-config, on whose defaults published configs rely.
     if config_class.sub_configs:
         return
     names = config_class.attribute_map
@@ -96,7 +96,7 @@ def _require_fields(config_class: type[PreTrainedConfig], fields: Mapping[str, A
 
 
 def _require_numbers(fields: Mapping[str, Any], where: str) -> None:
-    """What transformers would stumble over without naming it."""
+    """Check the fields on which transformers would fail without naming them."""
     for name, example in _NEEDED.items():
         value, most = fields.get(name), _MOST_LAYERS if name == "num_hidden_layers" else None
         if isinstance(value, int) and not 1 <= value <= (most or value):

@@ -1,8 +1,8 @@
-"""What to choose for a deployment: every combination that fits is timed by arithmetic, and the best one explained.
+"""Planner: predicts the time of every combination of settings that fits, and explains the best one.
 
     request = time to the first token + (new tokens - 1) x step / accepted length
 
-Times are predictions of `steps.py`; `python -m hf_kvopt plan --check` measures them on the machine at hand.
+Times are predictions of `steps.py`; `python -m hf_kvopt plan --check` measures them on the current machine.
 """
 
 from collections.abc import Iterator, Mapping
@@ -32,30 +32,31 @@ from hf_kvopt.plan.weighing import MOST_ROWS_TO_DRAFT, WORTH_A_LOSS, Choice, Wei
 
 
 class Predicted(NamedTuple):
-    """What the plan is expected to take, beside transformers' default (DynamicCache, sdpa, eager).
+    """Predicted cost of a plan and of transformers' default (DynamicCache, sdpa, eager).
 
-    Bytes over all devices; `step_ms` is one forward of the whole batch, `request_s` a prompt and all its new tokens.
+    Bytes are over all devices; `step_ms` is one forward of the whole batch, `request_s` a prompt and all its new
+    tokens.
     """
 
     weight_bytes: int
     kv_bytes: int  # of one batch at its full context
-    most_kv_bytes: int  # that the cache grows to under `max_tokens`
-    max_tokens: int  # that `enable` is given
+    most_kv_bytes: int  # bytes that the cache grows to under `max_tokens`
+    max_tokens: int  # argument of `enable`
     default_kv_bytes: int
     step_ms: float
     default_step_ms: float
-    accepted: float  # tokens a row that a step yields
+    accepted: float  # tokens of a row that a step yields
     first_token_ms: float
     default_first_token_ms: float
     request_s: float
     default_request_s: float
-    gain: float  # default request over ours
-    default_num_devices: int | None  # that the default needs for its memory; timed on as many as the plan has
-    largest_batch: int | None  # rows of the full context that fit, None: no limit
+    gain: float  # default request time over this plan's
+    default_num_devices: int | None  # for the default's memory; its times are for `num_devices` of the plan
+    largest_batch: int | None  # rows of the full context that fit; None: no limit
 
 
 class Weighed(NamedTuple):
-    """An option that fits, and what it is predicted to take."""
+    """An option that fits, with its predicted cost."""
 
     option: Option
     kv_bytes: int
@@ -67,7 +68,7 @@ class Weighed(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A decision with its reasons; `option` says it for programs, `code` is what to run."""
+    """Chosen settings with their reasons; `option` is the machine-readable choice, `code` the lines to run."""
 
     model_type: str
     device: Device
@@ -86,7 +87,7 @@ class Plan:
     code: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return the plan as plain values for JSON."""
         return asdict(self) | {
             "device": self.device._asdict(),
             "option": self.option._asdict(),
@@ -106,28 +107,33 @@ def plan(
     head: bool = False,
     budget: int | str | None = None,
     dtype: torch.dtype | str | None = None,
+    fixed: bool = True,
 ) -> Plan:
     """Choose attention, cache, format, block size, prefix sharing, speculation, compilation and parallelism.
 
     Args:
-        model: see `memory`.
+        model: as in `memory`.
         device: name in the table of `hf_kvopt.plan.devices`, "cpu" or "auto".
-        context: tokens a row, prompt and new ones together, such as 32_768 or "32k".
-        batch: rows.
-        workload: "chat", "agent", "document", "code" or "batch"; its numbers are `Plan.assumptions`.
-        goal: "latency" of a request, or "throughput" of all of them.
-        head: whether a trained draft head for this model is at hand.
-        budget: bytes a device may use; 0.9 of its memory by default.
-        dtype: of the weights; the config's, or bfloat16.
+        context: tokens of a row, prompt and new ones together, such as 32_768 or "32k".
+        batch: number of rows.
+        workload: "chat", "agent", "document", "code" or "batch"; `Plan.assumptions` states its numbers.
+        goal: optimize the "latency" of a request, or the "throughput" of all of them.
+        head: a trained draft head for this model is available.
+        budget: bytes that one device may use; defaults to 0.9 of its memory.
+        dtype: dtype of the weights; defaults to the config's, else bfloat16.
+        fixed: allow a cache of fixed addresses, which a compiled step needs.
+
+        Returns:
+            The plan; bytes over all devices, times in the units of their names (`_ms`, `_s`).
 
     Raises:
-        BadInput: the question cannot be understood, or nothing fits.
+        BadInput: a setting is invalid, or nothing fits.
         UnsupportedModel: the model has no KV cache.
 
-    Source: arithmetic over bytes and operations; published host times and accepted lengths are named in
-    `hf_kvopt.plan.steps` and `workloads`, facts of cards in `devices`.
+    Source: arithmetic over bytes and operations. `hf_kvopt.plan.steps` and `workloads` cite the published host times
+        and accepted lengths, `devices` the facts of devices.
     """
-    setup = set_up(model, device, context, batch, workload, goal, budget, dtype)
+    setup = set_up(model, device, context, batch, workload, goal, budget, dtype, fixed)
     smallest = min(holding_of(setup, plain(name), setup.batch).most_bytes for name in setup.formats)
     layout = require_layout(setup, smallest)
     held = {option: largest_holding(setup, option, layout) for option in _options(setup, layout, head)}
@@ -194,7 +200,7 @@ def _weighed(option: Option, held: Holding, times: Times) -> Weighed:
 
 
 def _largest_batch(setup: Setup, option: Option, layout: Layout) -> int | None:
-    """The most rows of the full context that `option` holds, one batch of them."""
+    """Return the most rows of the full context that fit with `option`, in one batch; None: no limit."""
     return largest(lambda rows: setup.fits(layout, holding_of(setup, option, rows).most_bytes), 1 << 20)
 
 
@@ -213,19 +219,21 @@ def plan_times(config: Any, device: Device, context: int, batch: int, format: st
 
 
 def _options(setup: Setup, layout: Layout, head: bool) -> Iterator[Option]:
-    """Every combination that can be run together, the least lossy format first."""
+    """Yield every combination that can run together, the least lossy format first."""
     can_share = setup.work.seen_share > 0 and setup.why_not_shared is None
     can_draft = (
         not setup.has_states
         and not setup.config.is_encoder_decoder
         and setup.batch <= MOST_ROWS_TO_DRAFT
         and setup.goal == "latency"
-        # Each process of a divided model would stop drafting by its own clock.
+        # Each process of a divided model would time, and stop, its drafts on its own.
         and not layout.is_divided
     )
     drafts = ["none", *(["prompt_lookup", "head"] if head else ["prompt_lookup"] if setup.work.copies else [])]
-    # A graph needs fixed addresses and lengths on the device: nothing is shared, no draft is cut back.
-    can_compile = setup.device.is_gpu and layout.count == 1 and not setup.has_states and setup.weights.compiles
+    # A graph needs fixed addresses and lengths on the device: no sharing, no cropped drafts.
+    can_compile = (
+        setup.fixed and setup.device.is_gpu and layout.count == 1 and not setup.has_states and setup.weights.compiles
+    )
     for name in setup.formats:
         for shares_prefix in (False, True) if can_share else (False,):
             for draft in drafts if can_draft else ["none"]:
@@ -235,7 +243,7 @@ def _options(setup: Setup, layout: Layout, head: bool) -> Iterator[Option]:
 
 
 def _best(timed: Mapping[Option, Times]) -> Option:
-    """The fastest, where a lossy format has to be worth its loss against the best of the less lossy ones."""
+    """Return the fastest option; a lossy format must beat the best less lossy one by `WORTH_A_LOSS`."""
     by_format: dict[str, Option] = {}
     for option, times in timed.items():
         held = by_format.get(option.format)

@@ -1,8 +1,8 @@
-"""How a config's quantization_config stores weights: the bytes of a packed matrix, and which modules stay whole.
+"""Bytes of weights that a config's quantization_config packs, and the modules that it leaves unpacked.
 
-    packed matrix = weights x bits / 8 + scales: one for each tile of rows x columns, as the method has it
-    stays whole   what the config names (modules_to_not_convert, ignore, ...), else the output head; what is no linear
-                  layer or stack of experts: embeddings, biases, norms
+    packed matrix = weights x bits / 8 + scales: one for each tile of rows x columns, by method
+    unpacked      what the config names (modules_to_not_convert, ignore, ...), else the output head; whatever is no
+                  linear layer or stack of experts: embeddings, biases, norms
 
 Source: transformers' quantizers (`quantizers/base.py` for what is skipped), the layouts of GPTQ (arXiv:2210.17323),
 AWQ (arXiv:2306.00978), QLoRA (arXiv:2305.14314) and microscaling formats (arXiv:2310.10537).
@@ -21,7 +21,7 @@ Fields = Mapping[str, Any]
 
 
 class Scale(NamedTuple):
-    """Bits that are stored once for a tile of a matrix; None: for all of its rows, or columns."""
+    """Bits stored once for a tile of a matrix; None: all of its rows, or columns."""
 
     rows: int | None
     columns: int | None
@@ -29,12 +29,12 @@ class Scale(NamedTuple):
 
 
 class Packing(NamedTuple):
-    """How a method stores the weights that it converts."""
+    """Storage of the weights that a method converts."""
 
     method: str
-    bits: float  # a weight, without scales
+    bits: float  # of one weight, without scales
     scales: tuple[Scale, ...]
-    skips: tuple[str, ...] | None  # patterns of module names, None: the output head alone
+    skips: tuple[str, ...] | None  # patterns of module names; None: the output head alone
     converts_linear: bool = True
     converts_experts: bool = True
 
@@ -48,7 +48,7 @@ class Packing(NamedTuple):
         return math.prod(stack) * (rows * columns * self.bits + scales) / 8
 
     def converts(self, name: str, module: nn.Module, head: nn.Module | None) -> bool:
-        """Whether the weights of the module called `name` are packed."""
+        """Return whether the weights of the module called `name` are packed."""
         is_linear = self.converts_linear and isinstance(module, nn.Linear)
         if not (is_linear or (self.converts_experts and name.endswith(".experts"))):
             return False
@@ -56,7 +56,7 @@ class Packing(NamedTuple):
 
 
 def packing_of(fields: Fields) -> Packing | None:
-    """Return how a quantization_config stores weights; None for a method that is not known here."""
+    """Return the storage that a quantization_config describes; None for an unknown method."""
     named = str(fields.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in fields else ""))
     method = named.lower().replace("-", "_")
     found = _LAYOUTS[method](fields) if method in _LAYOUTS else None
@@ -64,14 +64,14 @@ def packing_of(fields: Fields) -> Packing | None:
         return None
     bits, *scales = found
     skips = next((tuple(fields[name]) for name in _SKIP_LISTS if fields.get(name) is not None), None)
-    # GPTQ and its kin pack the layers of the decoder; AWQ adds the output head to whatever is named.
+    # GPTQ and related methods pack the decoder's layers only; AWQ also skips the output head, whatever is named.
     if skips is not None and method in ("gptq", "awq", "auto_round") and not fields.get("lm_head"):
         skips = (*skips, "lm_head")
     return Packing(method, bits, tuple(scales), skips, method not in _EXPERTS_ALONE, method not in _LINEAR_ALONE)
 
 
 def is_unpacked_on(fields: Fields, device: Device) -> bool:
-    """Whether transformers loads such weights unpacked on `device`, which has no kernels for them."""
+    """Return whether transformers unpacks such weights on `device`, for which it has no kernels."""
     least = _LEAST_CAPABILITY.get(str(fields.get("quant_method")))
     if least is None:
         return False
@@ -82,13 +82,13 @@ def is_unpacked_on(fields: Fields, device: Device) -> bool:
 
 _SKIP_LISTS = ("modules_to_not_convert", "ignored_layers", "ignore", "llm_int8_skip_modules")
 _EXPERTS_ALONE = ("mxfp4",)
-# These replace linear modules one by one, and leave experts that are stacked in one parameter as they are.
+# These methods replace linear modules, and leave experts stacked in one parameter unpacked.
 _LINEAR_ALONE = ("bitsandbytes", "quanto", "eetq", "hqq", "bitnet", "torchao")
-# Compute capability below which transformers unpacks at loading (`validate_environment` of the quantizers).
+# Compute capability below which transformers unpacks while loading (`validate_environment` of the quantizers).
 _LEAST_CAPABILITY = {"fp8": (8, 9), "mxfp4": (7, 5)}
 _ALSO_ON_CPU = ("mxfp4",)
 
-# What a layout gives: the bits of a weight, then its scales.
+# Bits of a weight, then its scales.
 _Layout = tuple[Any, ...]
 
 
@@ -98,7 +98,7 @@ def _fp8(fields: Fields) -> _Layout:
 
 
 def _grouped(fields: Fields, *others: Scale) -> _Layout:
-    """GPTQ and AWQ: a float16 scale and a zero point of the weights' own bits for each group of a row."""
+    """Return the layout of GPTQ and AWQ: a float16 scale and a zero point of `bits` for each group of a row."""
     bits, group = float(fields.get("bits") or fields.get("w_bit") or 4), int(fields.get("group_size") or 128)
     return bits, Scale(1, group if group > 0 else None, 16 + bits), *others
 
@@ -129,7 +129,7 @@ def _compressed(fields: Fields) -> _Layout | None:
 
 
 def _by_name(name: object, group: int | None = None) -> _Layout | None:
-    """The first number behind `int` or `float` in a name such as int4_weight_only."""
+    """Return the layout for the first number after `int` or `float` in a name such as int4_weight_only."""
     found = re.search(r"(?:int|float)(\d+)", str(name).lower())
     return None if found is None else (float(found[1]), Scale(1, group, 16))
 
@@ -146,7 +146,7 @@ _LAYOUTS: dict[str, Callable[[Fields], _Layout | None]] = {
     "fbgemm_fp8": lambda fields: (8, Scale(1, None, 32)),
     "mxfp4": lambda fields: (4, Scale(1, 32, 8)),
     "nvfp4": lambda fields: (4, Scale(1, 16, 8)),
-    # With the group of each column.
+    # GPTQ also stores the group of each column.
     "gptq": lambda fields: _grouped(fields, Scale(None, 1, 32)),
     "awq": _grouped,
     "auto_round": _grouped,
@@ -161,9 +161,9 @@ _LAYOUTS: dict[str, Callable[[Fields], _Layout | None]] = {
 
 
 def _matches(pattern: str, name: str) -> bool:
-    """Whether a pattern names the module: from a dot to a dot, as a regular expression, or as the name's end.
+    """Return whether a pattern names the module: from dot to dot, as a regular expression, or as the end of its name.
 
-    Checkpoints may name modules by fewer parts than the model does, so a pattern may begin behind any dot.
+    Checkpoints may prefix module names differently from the model, so a pattern may begin after any dot.
     """
     pattern = pattern.removeprefix("re:")
     if name.endswith(pattern):

@@ -1,4 +1,4 @@
-"""The question that a plan answers: model, device, workload, and the sizes that follow from them."""
+"""Input of a plan: model, device, workload, and the sizes that follow from them."""
 
 import inspect
 from dataclasses import dataclass
@@ -21,17 +21,17 @@ from hf_kvopt.plan.workloads import WORKLOADS, Workload
 from hf_kvopt.prefix.identity import require_shareable
 
 GOALS = ("latency", "throughput")
-# By measured loss on a small model and by what peers publish: the least harmful first.
+# Ordered by loss, as measured on a small model and published by others: the least lossy first.
 FORMATS = ("native", "int8", "k8v4", "int4")
-# From here on a row's table in blocks of 16 has a thousand entries.
+# From this length on, a row has a thousand blocks of 16.
 LONG_ROW = 16384
-# Queries a row over latents as they lie (attention/mla.py); more expand them.
+# Queries of a row that attend to latents directly (attention/mla.py); with more, latents are expanded.
 MOST_ABSORBED = 16
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything that a plan is made from."""
+    """Checked input of a plan."""
 
     config: Any
     layers: tuple[LayerKV, ...]
@@ -42,12 +42,13 @@ class Setup:
     goal: str
     batch: int
     context: int
-    encoder: int | None  # tokens of the encoder, None without one
-    budget: int  # bytes a device
+    encoder: int | None  # tokens of the encoder; None without one
+    budget: int  # bytes of one device
+    fixed: bool  # a cache of fixed addresses may be chosen
 
     @property
     def work(self) -> Workload:
-        """The numbers of the workload."""
+        """Numbers of the workload."""
         return WORKLOADS[self.workload]
 
     @property
@@ -62,7 +63,7 @@ class Setup:
 
     @property
     def max_positions(self) -> int | None:
-        """Tokens that the model is made for."""
+        """Tokens that the model was trained for; None if the config does not say."""
         return vars(self.config.get_text_config(decoder=True)).get("max_position_embeddings")
 
     @cached_property
@@ -70,7 +71,7 @@ class Setup:
         """Formats that differ for this model, and can pack its channels."""
         paged = [layer for layer in self.layers if layer.is_paged]
         is_odd = any(n % 2 for layer in paged for n in (layer.key_dim, layer.value_dim))
-        # Of latents the values are the rotary part of the keys, and stored as these are.
+        # In latent layers the values are the rotary part of the keys, and are stored in the format of the keys.
         is_latent = bool(paged) and all(layer.attention == "MLA" for layer in paged)
         return tuple(
             name for name in FORMATS if not ((is_odd and name in ("k8v4", "int4")) or (is_latent and name == "k8v4"))
@@ -78,34 +79,34 @@ class Setup:
 
     @cached_property
     def takes_attention(self) -> bool:
-        """Whether the model's attention can be chosen, and reads all keys."""
+        """Return whether the model's attention can be chosen, and reads all keys."""
         model = model_class(self.config)
         indexed = any(layer.has_kv and not layer.is_paged for layer in self.layers)
         return not indexed and model is not None and compat.can_choose_attention(model)
 
     def expands(self, tokens_per_row: int) -> bool:
-        """Whether a step over `tokens_per_row` tokens a row expands its latents, as other attentions than ours do."""
+        """Return whether a step of `tokens_per_row` tokens expands latents, as attentions other than ours always do."""
         is_absorbed = self.takes_attention and not self.weights.packs_latents and tokens_per_row <= MOST_ABSORBED
         return self.has_latents and not is_absorbed
 
     @property
     def has_latents(self) -> bool:
-        """Whether some layer stores latents."""
+        """Return whether some layer stores latents."""
         return any(layer.attention == "MLA" for layer in self.layers)
 
     @property
     def has_states(self) -> bool:
-        """Whether some layer's past is a state, which cannot be cut, shared or verified token by token."""
+        """Return whether some layer keeps a recurrent state, which cannot be cropped or shared by token."""
         return any("states" in layer.kind for layer in self.layers)
 
     @property
     def slides(self) -> bool:
-        """Whether some layer keeps a window only, where nothing needs the rest."""
+        """Return whether some layer has a window."""
         return any(layer.window is not None for layer in self.layers)
 
     @cached_property
     def why_not_shared(self) -> str | None:
-        """Why `prefix_sharing=True` is refused for this model; None where it is taken."""
+        """Reason for which this model refuses `prefix_sharing=True`; None if it accepts."""
         model = model_class(self.config)
         try:
             require_shareable(self.config, None if model is None else inspect.signature(model.forward).parameters)
@@ -114,15 +115,15 @@ class Setup:
         return None
 
     def block_size(self, shares_prefix: bool) -> int:
-        """Tokens a block: small ones share in small steps, large ones keep the table of a long row short."""
+        """Return the block size: small blocks share in small steps, large ones keep the table of a long row short."""
         return 16 if shares_prefix or self.context < LONG_ROW else 64
 
     def layouts(self) -> list[Layout]:
-        """How the model can lie on devices, what to prefer first."""
+        """Return the possible layouts, the preferred ones first."""
         return layouts(self.weights, self.layers, self.device)
 
     def fits(self, layout: Layout, kv_bytes: float) -> bool:
-        """Whether the fullest device of `layout` holds its share of the weights and of `kv_bytes`."""
+        """Return whether the fullest device of `layout` holds its share of the weights and of `kv_bytes`."""
         return layout.fullest(self.weights, kv_bytes, len(self.layers)) <= self.budget
 
 
@@ -135,11 +136,12 @@ def set_up(
     goal: str,
     budget: int | str | None,
     dtype: torch.dtype | str | None,
+    fixed: bool = True,
 ) -> Setup:
-    """Check the question; see `plan` for the arguments.
+    """Check the arguments of `plan`, and return them with what follows from them.
 
     Raises:
-        BadInput, UnsupportedModel: what is wrong with it.
+        BadInput, UnsupportedModel: an argument or the model cannot be used.
     """
     config = load_config(model)
     require_kv_cache(config)
@@ -166,6 +168,7 @@ def set_up(
         context=tokens,
         encoder=encoder_tokens(config, tokens, None),
         budget=parse_bytes(budget, "budget") if budget is not None else int(place.memory_bytes * CARD_SHARE),
+        fixed=fixed,
     )
 
 
@@ -173,7 +176,7 @@ def require_layout(setup: Setup, smallest_kv: int) -> Layout:
     """Return the first layout that holds the weights and the smallest cache.
 
     Raises:
-        BadInput: none does.
+        BadInput: no layout does.
     """
     found = next((layout for layout in setup.layouts() if setup.fits(layout, smallest_kv)), None)
     if found is not None:

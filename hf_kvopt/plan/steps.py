@@ -1,10 +1,10 @@
-"""Time of a step before it is run: bytes over bandwidth, operations over rate, launches on the host.
+"""Predicted time of a step: bytes over bandwidth, operations over rate, launches on the host.
 
     eager step = max((weights + KV bytes) / (bandwidth x MEMORY_SHARE), operations / (rate x COMPUTE_SHARE), host)
     compiled step, and any on a CPU: the host's time is added instead
 
-A CPU's rates are measured where it is planned for, so its shares are 1. Shares of cards and host times are other
-people's measurements, named below; `plan --check` holds a prediction against the machine at hand.
+The rates of a CPU are measured on the machine itself, so its shares are 1. Shares of GPUs and host times are published
+measurements, cited below; `plan --check` compares a prediction with the current machine.
 """
 
 from collections.abc import Sequence
@@ -16,30 +16,30 @@ from hf_kvopt.plan.geometry import LayerKV
 from hf_kvopt.plan.layout import Layout
 from hf_kvopt.plan.weights import Weights
 
-# Of the datasheet: an H200 reaches 4.3 of 4.8 TB/s on a copy; good decode kernels 85 to 92 % of a copy.
+# Share of the datasheet: an H200 reaches 4.3 of 4.8 TB/s on a copy; good decode kernels 85 to 92 % of a copy.
 MEMORY_SHARE = 0.8
 # Large bf16 products reach 60 to 75 % of the datasheet under PyTorch.
 COMPUTE_SHARE = 0.6
 # An eager step waits for the host: 25.5 tokens/s for a 7B model of 32 layers on an A100, 107 when it is compiled
 # (https://pytorch.org/blog/accelerating-generative-ai-2/): 1.2 ms a layer there, less on newer hosts.
 EAGER_GPU_SECONDS_PER_LAYER = 1.2e-3
-# What the compiled step of that report takes beyond its bytes.
+# Time of the compiled step in that report beyond its bytes.
 COMPILED_GPU_SECONDS_PER_LAYER = 4e-5
 # Python and dispatch of one layer's operations on a CPU: a step of the bundled model of 8 layers takes 2.9 ms at short
 # context (evals.why, 2 cores with AVX512), of which its 28 MB of weights take 0.4.
 EAGER_CPU_SECONDS_PER_LAYER = 0.3e-3
-# How much faster than native a quantized decode can get however few its bytes, because instructions limit it: read
-# from compiled machine code, not measured (docs/notes/gpu-predictions.md).
+# Limit on the speed-up of a quantized decode over native, set by instructions and not by bytes: read from compiled
+# machine code, not measured (docs/notes/gpu-predictions.md).
 MOST_SPEEDUP = {"int8": 1.6, "fp8_e4m3": 1.5, "fp8_e5m2": 1.5, "k8v4": 1.7, "int4": 1.75}
 
 
 class Step(NamedTuple):
-    """Where the time of one forward goes, in seconds."""
+    """Parts of the time of one forward, in seconds."""
 
     bytes_s: float  # reading weights, keys and values
     work_s: float  # arithmetic
     host_s: float  # launching from the host
-    is_beside: bool  # the host works beside the device, else before it
+    is_beside: bool  # the host launches while the device works, else before it
 
     @property
     def device_s(self) -> float:
@@ -53,25 +53,25 @@ class Step(NamedTuple):
 
     @property
     def waits_for_host(self) -> bool:
-        """Whether the device is done before the host has launched the next step."""
+        """Return whether the device finishes before the host has launched the next step."""
         return self.is_beside and self.host_s > self.device_s
 
     @property
     def limit(self) -> str:
-        """What the step waits for."""
+        """Name of the resource that bounds the step."""
         return "the host" if self.waits_for_host else "arithmetic" if self.work_s > self.bytes_s else "memory"
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepModel:
-    """What the steps of one model on its devices cost.
+    """Time model of the steps of one model on its devices.
 
     Args:
-        device: where it runs, or one of several.
-        weights: of the model.
-        layers: of its decoder.
-        layout: how the model lies on devices.
-        itemsize: bytes of a number that the model computes with.
+        device: the device, or one of several equal ones.
+        weights: weights of the model.
+        layers: layers of its decoder.
+        layout: placement of the model on devices.
+        itemsize: bytes of a number in the dtype of the model.
     """
 
     device: Device
@@ -84,14 +84,14 @@ class StepModel:
         self,
         batch: int,
         context: int,
-        kv_bytes: float,  # that a step reads, of all rows, as if native
-        speedup: float = 1.0,  # of reading them quantized
+        kv_bytes: float,  # native bytes that a step reads, over all rows
+        speedup: float = 1.0,  # of a quantized read over a native one
         copies: float = 0.0,  # KV bytes that the cache moves besides, in units of kv_bytes
-        tokens_per_row: int = 1,  # more than one: a draft is verified
+        tokens_per_row: int = 1,  # more than one when a draft is verified
         is_compiled: bool = False,
-        expands: bool = False,  # latents to keys and values of all heads, written and read again
+        expands: bool = False,  # latents are expanded to keys and values of all heads, written and read again
     ) -> Step:
-        """Return the time of one step over the whole batch, whose rows hold `context` tokens."""
+        """Return the time of one step of the whole batch, whose rows hold `context` tokens."""
         num_tokens = batch * tokens_per_row
         kv_moved = kv_bytes / self.layout.kv_parts * (1 / speedup + copies)
         if expands:
@@ -103,7 +103,7 @@ class StepModel:
         return self._step(moved, work, is_compiled)
 
     def prefill(self, batch: int, num_tokens: int, context: int) -> Step:
-        """Return the time until the first token, the last `num_tokens` of each row's `context` computed."""
+        """Return the time until the first token, with the last `num_tokens` of each row's `context` computed."""
         attention = self._attention_work(context, context - num_tokens, expands=True) * num_tokens
         expansion = context * sum(layer.expansion_flops for layer in self._latent_layers)
         work = batch * (num_tokens * 2 * self._num_active + attention + expansion)
@@ -117,12 +117,12 @@ class StepModel:
         seconds = moved / self._bandwidth, work / self._flops
         if not self.device.is_gpu:
             return Step(*seconds, len(self.layers) * EAGER_CPU_SECONDS_PER_LAYER, False)
-        # A replayed graph has its own launches, one after the other; an eager host launches beside the device.
+        # A replayed graph runs its launches one after the other; an eager host launches while the device works.
         a_layer = COMPILED_GPU_SECONDS_PER_LAYER if is_compiled else EAGER_GPU_SECONDS_PER_LAYER
         return Step(*seconds, len(self.layers) * a_layer, not is_compiled)
 
     def _attention_work(self, stop: int, start: int, expands: bool) -> float:
-        """Operations of attention for one query of the columns `start` to `stop`, in the mean."""
+        """Return the mean operations of attention for one query of the columns `start` to `stop`."""
         work = 0.0
         for layer in self.layers:
             if not layer.has_kv:
@@ -137,12 +137,12 @@ class StepModel:
 
     @property
     def _divisor(self) -> int:
-        """Devices that each matrix is divided over."""
+        """Number of devices that each matrix is divided over."""
         return self.layout.count if self.layout.is_divided else 1
 
     @property
     def _num_active(self) -> float:
-        """Parameters that one token multiplies with on each device."""
+        """Parameters that one token is multiplied with on each device."""
         dense, expert = self.weights.dense, self.weights.expert
         routed = expert.num * self.weights.expert_share * expert.share(self._divisor)
         return dense.num * dense.share(self._divisor) + routed
@@ -157,5 +157,5 @@ class StepModel:
 
 
 def kv_speedup(format: str, native_bytes: float, stored_bytes: float) -> float:
-    """Return how much faster a step reads its KV in `format`: by its bytes, as far as instructions allow."""
+    """Return the speed-up of reading KV in `format`: by its bytes, limited by instructions."""
     return min(native_bytes / stored_bytes, MOST_SPEEDUP.get(format, 1.0)) if stored_bytes else 1.0

@@ -1,4 +1,4 @@
-"""Parameters and bytes of a model's weights, counted on the meta device: exact, and no byte of weights is made."""
+"""Parameters and bytes of a model's weights, counted exactly on the meta device without allocating them."""
 
 import math
 import re
@@ -22,7 +22,7 @@ _MAPPINGS = (
     "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
     "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING",
 )
-# What a config calls the number of experts that a token is sent to.
+# Config fields for the number of experts of a token.
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
 
 
@@ -34,47 +34,47 @@ class Part(NamedTuple):
     split_bytes: float = 0.0
 
     def share(self, num_devices: int) -> float:
-        """Return the share that each of `num_devices` devices holds and reads: what is not divided lies on all."""
+        """Return the share that each of `num_devices` devices holds and reads; undivided parts are on all of them."""
         split = self.split_bytes / self.num_bytes if self.num_bytes else 0.0
         return 1 - split * (1 - 1 / num_devices)
 
 
 class Split(NamedTuple):
-    """How transformers' tensor parallelism divides a model, by the plan of its class."""
+    """Division of a model by transformers' tensor parallelism, by the plan of its class."""
 
-    num_bytes: float  # of all weights, that are divided
-    granule: int  # a number of devices must divide this
-    divides_kv: bool  # the heads of attention are divided, and the cache with them
+    num_bytes: float  # of all divided weights
+    granule: int  # the number of devices must divide this
+    divides_kv: bool  # the attention heads are divided, and the cache with them
 
 
 class Weights(NamedTuple):
-    """What the weights of a model take, and what of them a step reads."""
+    """Size of the weights of a model, and the parts that a step reads."""
 
     num_parameters: int
     num_bytes: int
-    dense: Part  # what every token multiplies with
+    dense: Part  # weights that every token is multiplied with
     expert: Part = Part(0, 0)  # all routed experts
-    expert_share: float = 1.0  # of the experts that a token is sent to
+    expert_share: float = 1.0  # share of the experts that a token is sent to
     split: Split | None = None  # None: the class has no plan to divide its layers
-    outside_bytes: float = 0.0  # of what lies outside of the decoder's layers
-    compiles: bool = True  # generate() compiles a model that is stored so
-    packs_latents: bool = False  # what expands latents is quantized, so that attention cannot absorb it
+    outside_bytes: float = 0.0  # bytes outside of the decoder's layers
+    compiles: bool = True  # generate() compiles a model stored this way
+    packs_latents: bool = False  # the projection that expands latents is quantized, so that attention cannot absorb it
     notes: tuple[str, ...] = ()
 
     @property
     def num_active(self) -> float:
-        """Parameters that one token multiplies with."""
+        """Parameters that one token is multiplied with."""
         return self.dense.num + self.expert.num * self.expert_share
 
     def bytes_read(self, num_tokens: int, num_devices: int = 1) -> float:
-        """Bytes that each device reads in a step over `num_tokens` tokens, each sent to experts of its own choice."""
+        """Return the bytes that each device reads in a step of `num_tokens` tokens, each sent to its own experts."""
         touched = 1 - (1 - self.expert_share) ** num_tokens
         dense, expert = self.dense, self.expert
         return dense.num_bytes * dense.share(num_devices) + expert.num_bytes * touched * expert.share(num_devices)
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
-    """Return the class that generates with this config, or None where transformers has none."""
+    """Return the class that generates with this config, or None if transformers has none."""
     for name in config.architectures or ():
         if isinstance(getattr(transformers, name, None), type):
             return getattr(transformers, name)
@@ -86,7 +86,7 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
 
 
 def require_kv_cache(config: PreTrainedConfig) -> None:
-    """Raise UnsupportedModel for models that do not generate, or from a past of their own kind, or from none."""
+    """Raise UnsupportedModel for a model that does not generate, or that keeps no cache of the standard kind."""
     model = model_class(config)
     if model is None:
         if hasattr(config.get_text_config(decoder=True), "use_cache"):
@@ -103,12 +103,12 @@ def require_kv_cache(config: PreTrainedConfig) -> None:
 
 
 def count_weights(config: PreTrainedConfig, dtype: torch.dtype, device: Device | None = None) -> Weights | None:
-    """Return the weights in `dtype`, or as the config's quantization stores them; None where no model can be built.
+    """Return the weights in `dtype`, or as the config's quantization stores them; None if no model can be built.
 
     Args:
-        config: of the model.
-        dtype: of what is not quantized.
-        device: where they go; some formats are unpacked where there are no kernels for them.
+        config: config of the model.
+        dtype: dtype of weights that are not quantized.
+        device: target device; some formats are unpacked on devices without kernels for them.
     """
     model = _on_meta(config)
     if model is None:
@@ -135,7 +135,7 @@ def count_weights(config: PreTrainedConfig, dtype: torch.dtype, device: Device |
 
 
 class _Tensor(NamedTuple):
-    """One parameter: what it takes, who reads it, and how tensor parallelism divides it."""
+    """One parameter: its size, its readers, and its division by tensor parallelism."""
 
     name: str
     num: int
@@ -143,8 +143,8 @@ class _Tensor(NamedTuple):
     is_packed: bool
     is_read: bool  # by every decode step
     is_in_layer: bool
-    num_experts: int  # that are stacked in it, 0 for none
-    granule: int  # the length that is divided over devices, 0: it lies whole on each
+    num_experts: int  # stacked in it; 0 for none
+    granule: int  # length that is divided over devices; 0: undivided
 
 
 def _tensors(model: PreTrainedModel, packing: Packing | None, dtype: torch.dtype) -> Iterator[_Tensor]:
@@ -152,7 +152,7 @@ def _tensors(model: PreTrainedModel, packing: Packing | None, dtype: torch.dtype
     table: Any = model.get_input_embeddings()
     decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else model
     inside = {id(p) for p in (decoder if isinstance(decoder, torch.nn.Module) else model).parameters()}
-    # Of the input embedding a token reads one row, unless it is the output's matrix as well.
+    # A token reads one row of the input embedding, unless that is also the output matrix.
     unread = set() if head is not None and head.weight is table.weight else {id(table.weight)}
     outputs = set() if head is None else {id(p) for p in head.parameters()}
     plan = getattr(model, "tp_plan", None) or {}
@@ -181,7 +181,7 @@ def _tensors(model: PreTrainedModel, packing: Packing | None, dtype: torch.dtype
 
 
 def _granule(plan: Mapping[str, str], path: str, shape: torch.Size, packing: Packing | None) -> int:
-    """The length, in tiles of `packing`, that the plan of a class divides; 0 where it leaves the tensor whole."""
+    """Return the length, in tiles of `packing`, that the plan of a class divides; 0 if it leaves the tensor whole."""
     general = re.sub(r"\.\d+(?=\.|$)", ".*", path)
     style = plan.get(general) or plan.get(general.rpartition(".")[0]) or ""
     if len(shape) < 2 or not re.match(r"(packed_)?(colwise|rowwise)|embedding", style):
@@ -223,7 +223,7 @@ def _on_meta(config: PreTrainedConfig) -> PreTrainedModel | None:
     try:
         with torch.device("meta"):
             return kind._from_config(config, attn_implementation="eager")
-    except Exception:  # whatever a model does while it is built; the count is an extra
+    except Exception:  # building a model may raise anything, and the count is optional
         return None
 
 
@@ -234,10 +234,10 @@ def _quantization(config: PreTrainedConfig) -> dict[str, Any] | None:
 
 
 def _compiles(fields: dict[str, Any]) -> bool:
-    """Whether transformers' generate() compiles models of this quantization."""
+    """Return whether transformers' generate() compiles models of this quantization."""
     try:
         return bool(AutoHfQuantizer.from_config(dict(fields)).is_compileable)
-    except Exception:  # an unknown method, or one whose package is missing
+    except Exception:  # an unknown method, or a missing package
         return False
 
 

@@ -1,15 +1,15 @@
-"""What a deployment is used for, as numbers that decide; stated with every plan, because they are assumptions."""
+"""Workloads as numbers that decide; every plan states them, because they are assumptions."""
 
 from typing import NamedTuple
 
 
 class Workload(NamedTuple):
-    """How requests of a kind look: a context is a prompt and the new tokens behind it."""
+    """Shape of the requests of one kind: a context is a prompt followed by new tokens."""
 
     about: str
-    new_tokens: int  # half of the context at most
-    seen_share: float  # of the prompt that an earlier request or row had as its beginning
-    copies: bool  # whether the output repeats stretches of the prompt
+    new_tokens: int  # at most half of the context
+    seen_share: float  # share of the prompt that was the prefix of an earlier request or row
+    copies: bool  # the output repeats parts of the prompt
 
 
 WORKLOADS = {
@@ -22,10 +22,10 @@ WORKLOADS = {
 
 
 class Accepted(NamedTuple):
-    """What a verification yields."""
+    """Accepted length of a drafter."""
 
-    tokens: float  # a row, the one that the model itself adds included
-    nodes: int  # tokens a row that are verified, the newest one included
+    tokens: float  # of a row, the target's own token included
+    nodes: int  # tokens of a row that are verified, the root included
     source: str
 
 
@@ -37,5 +37,5 @@ ACCEPTED = {
 }
 # Prompt lookup gains little where the output does not copy.
 ACCEPTED_WITHOUT_COPIES = Accepted(1.2, 4, "assumed")
-# In batches a chain takes the place of the tree.
+# In batches a chain replaces the tree.
 ACCEPTED_CHAIN = Accepted(3.5, 5, "assumed for a chain of 4")

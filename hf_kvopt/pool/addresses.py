@@ -6,8 +6,9 @@ What is asked is kept until the rows or their lengths change: all layers of a st
 import torch
 from torch import Tensor
 
-from hf_kvopt.pool import slots as arithmetic
-from hf_kvopt.pool.slots import Layout, Memo, RowTensors, Step
+from hf_kvopt.kernels.blocks import gathered, strided
+from hf_kvopt.kernels.calls import RowTensors
+from hf_kvopt.pool.slots import Layout, Memo, Step, padded_rows
 
 _UNKNOWN = (-1, -1)
 
@@ -64,7 +65,7 @@ class Addresses:
     def rows_on(self, device: torch.device) -> RowTensors:
         """The rows as attention reads them; short rows are filled with block 0, lengths count from `base` on."""
         if self._rows_on is None or self._rows_on[0] != device:
-            blocks = self._tensors.of(("table", device), lambda: arithmetic.padded_rows(self.rows), torch.int32)
+            blocks = self._tensors.of(("table", device), lambda: padded_rows(self.rows), torch.int32)
             lens = self._tensors.of(
                 ("lens", device), lambda: [max(0, n - self.base) for n in self.lengths], torch.int32
             )
@@ -72,15 +73,48 @@ class Addresses:
             self._rows_on = device, (blocks, lens, lags)
         return self._rows_on[1]
 
+    def tensors_up_to(self, columns: int, device: torch.device) -> RowTensors:
+        """`rows_on` without what lies behind the first `columns` columns that are held."""
+        known = self._rows_on
+        rows = known[1] if known is not None and known[0] == device else self.rows_on(device)
+        late = self.clock - self.base - columns
+        return (rows[0], (rows[1] - late).clamp(min=0), rows[2]) if late else rows
+
+    def read(self, x: Tensor, skip: int, kv_len: int) -> Tensor:
+        """[batch, num_kv_heads, kv_len, ...] of x [num_blocks, block_size, num_kv_heads, ...], from column `skip` on: a
+        view where rows lie evenly, else a copy."""
+        span = self.span()
+        if span is None:
+            return gathered(x, self.gather_slots(skip, kv_len, x.device))
+        return strided(x, span[0] + skip, span[1], self.batch_size, kv_len)
+
     def slots(self, start: int, stop: int, device: torch.device) -> Tensor:
         """[batch, stop - start] int64 slots of the columns `start` to `stop`; -1 where a row has no token."""
         key = ("slots", device, start, stop)
-        return self._tensors.of(key, lambda: arithmetic.column_slots(self, start, stop), torch.int64)
+        return self._tensors.of(key, lambda: self._column_slots(start, stop), torch.int64)
 
     def gather_slots(self, skip: int, num_columns: int, device: torch.device) -> Tensor:
         """[batch, num_columns] int64 slots from column base + `skip` on; some slot of the row where it has no token."""
         key = ("gather", device, skip, num_columns)
-        return self._tensors.get(key, lambda: arithmetic.picked(self, skip, num_columns, device))
+        return self._tensors.get(key, lambda: self._picked(skip, num_columns, device))
+
+    def _column_slots(self, start: int, stop: int) -> list[list[int]]:
+        """Slots of the columns `start` to `stop` of each row; -1 where it has no token."""
+        size, slots = self.block_size, []
+        for row, lag in zip(self.rows, self.lags, strict=True):
+            first = self.base + lag  # the column of the row's first slot
+            none = [-1] * (min(stop, first) - start)
+            slots.append(none + [row[c // size] * size + c % size for c in range(max(start - first, 0), stop - first)])
+        return slots
+
+    def _picked(self, skip: int, num_columns: int, device: torch.device) -> Tensor:
+        """[batch, num_columns] int64 slots from column base + `skip` on; some slot of the row where it has no token."""
+        block_table, _, lags = self.rows_on(device)
+        tokens = torch.arange(skip, skip + num_columns, device=device).expand(len(block_table), -1)
+        if lags is not None:
+            tokens = (tokens - lags[:, None]).clamp(min=0)
+        blocks = block_table.long().gather(1, tokens // self.block_size)
+        return blocks * self.block_size + tokens % self.block_size
 
     @property
     def memo(self) -> Memo:

@@ -14,45 +14,14 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 from hf_kvopt.errors import KVOptError, OutOfBlocks
+from hf_kvopt.pool.free_runs import FreeRuns
+from hf_kvopt.pool.holders import BlockHolder
 from hf_kvopt.pool.live import LivePools
 from hf_kvopt.pool.slots import is_one_run
 from hf_kvopt.pool.tail import Tails
-
-
-class BlockHolder(Protocol):
-    """Whoever holds blocks (a table, a prefix tree): asked for them and told when they move."""
-
-    def held_rows(self) -> Sequence[Sequence[int]]:
-        """Every block list that this holder keeps a reference on, one count a mention."""
-        ...
-
-    def renumber(self, new_ids: dict[int, int]) -> None:
-        """Replace each block number by `new_ids[number]`."""
-        ...
-
-
-class BlockPool(Protocol):
-    """Storage that follows the allocator's block numbers."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes held, free blocks included."""
-        ...
-
-    def resize(self, num_blocks: int, src: list[int], dst: list[int]) -> None:
-        """Move to storage of `num_blocks` blocks, block `src[i]` becoming `dst[i]`."""
-        ...
-
-    def copy_blocks(self, src: list[int], dst: list[int]) -> None:
-        """Copy the bytes of block `src[i]` to `dst[i]`, scales included."""
-        ...
-
-    def move_slots(self, src: list[int], dst: list[int]) -> None:
-        """Copy the tokens in slots `src` to slots `dst`, all read before one is written, scales included."""
-        ...
 
 
 class BlockAllocator:
@@ -85,15 +54,18 @@ class BlockAllocator:
         self.holders: weakref.WeakSet[BlockHolder] = weakref.WeakSet()
         self.stays_put, self.on_shortage = stays_put, on_shortage
         self.lock = lock if lock is not None else threading.RLock()
-        self._run_ends: dict[int, int] = {}  # start of a maximal free run -> one past its end
-        self._run_starts: dict[int, int] = {}  # the same runs, by their end
-        self.num_free = 0
+        self.free = FreeRuns()
         self.abandoned: deque[list[int]] = deque()  # rows of collected holders, given back at the next call
 
     @property
     def num_blocks(self) -> int:
         """Blocks that the pools hold memory for."""
         return len(self.refcounts)
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that nobody holds."""
+        return self.free.num_free
 
     @property
     def num_available(self) -> int | None:
@@ -116,9 +88,9 @@ class BlockAllocator:
             blocks: list[int] = []
             while len(blocks) < num_blocks:
                 start = blocks[-1] + 1 if blocks else (-1 if after is None else after + 1)
-                if start not in self._run_ends:
-                    start = max(self._run_ends, key=lambda s: self._run_ends[s] - s)
-                end = min(self._run_ends[start], start + num_blocks - len(blocks))
+                if start not in self.free.ends:
+                    start = self.free.longest()
+                end = min(self.free.ends[start], start + num_blocks - len(blocks))
                 blocks += self._take(start, end)
             return blocks
 
@@ -126,12 +98,12 @@ class BlockAllocator:
         """Take one piece per size, evenly spaced over the largest free run so that each has room to grow behind it."""
         with self.lock:
             self.require_free(sum(sizes))
-            if not self._run_ends:
+            if not self.free.ends:
                 return [[] for _ in sizes]
-            start = max(self._run_ends, key=lambda s: self._run_ends[s] - s)
+            start = self.free.longest()
             # A used left neighbour is a row that may still grow: leave it the first share of the run.
             shares = len(sizes) + (start > 0)
-            pitch = (self._run_ends[start] - start) // shares
+            pitch = (self.free.ends[start] - start) // shares
             if pitch == 0 or pitch < max(sizes):
                 return [self.allocate(size) for size in sizes]
             first = start + pitch * (shares - len(sizes))
@@ -155,7 +127,7 @@ class BlockAllocator:
 
     def can_extend(self, last: int, num_blocks: int) -> bool:
         """Whether the `num_blocks` blocks right behind block `last` are free."""
-        return self._run_ends.get(last + 1, last + 1) - (last + 1) >= num_blocks
+        return self.free.room_behind(last) >= num_blocks
 
     def require_free(self, num_blocks: int) -> None:
         """Raise OutOfBlocks unless `num_blocks` blocks are free now."""
@@ -178,15 +150,8 @@ class BlockAllocator:
             self.relayout(needed + max(self.extent, needed if self.stays_put else needed // 4))
 
     def _refuse(self, num_blocks: int, num_left: int, num_total: int) -> NoReturn:
-        """Raise OutOfBlocks for `num_blocks` blocks where `num_left` of `num_total` are left, told in tokens first."""
-        size = self.block_size
-        asked, left, total = (number * size for number in (num_blocks, num_left, num_total))
-        raise OutOfBlocks(
-            f"room for {asked:,} more tokens was asked for: got {left:,} of {total:,} left (in blocks of {size}: "
-            f"{num_blocks:,} asked for, {num_left:,} of {num_total:,} left); raise max_tokens to "
-            f"{total - left + asked:,} or more, generate fewer rows or tokens at once, or free() caches that share "
-            "this pool"
-        )
+        """Raise OutOfBlocks for `num_blocks` blocks where `num_left` of `num_total` are left."""
+        raise OutOfBlocks.asked_for(num_blocks, num_left, num_total, self.block_size)
 
     def extend(self, num_blocks: int) -> None:
         """Grow to `num_blocks` blocks (at most the cap), each held block staying where it is."""
@@ -199,7 +164,7 @@ class BlockAllocator:
             new = range(self.num_blocks, num_blocks)
             self.refcounts += [0] * len(new)
             for block in new:
-                self._give(block)
+                self.free.give(block)
 
     def make_room(self, rows: Sequence[list[int]], wanted: Sequence[int]) -> None:
         """Lay the pools out anew where a row in one piece could not stay so: one copy now, a view at each step after.
@@ -278,7 +243,7 @@ class BlockAllocator:
                     raise KVOptError(f"block {block} was released twice; this is a bug, run check_integrity()")
                 self.refcounts[block] -= 1
                 if self.refcounts[block] == 0:
-                    self._give(block)
+                    self.free.give(block)
 
     def copy(self, blocks: Sequence[int]) -> list[int]:
         """Swap the caller's references to `blocks` for references to copies of them, made in free blocks."""
@@ -308,7 +273,7 @@ class BlockAllocator:
             self.reclaim()
             held = self._held()
             wrong = [b for b, count in enumerate(self.refcounts) if count != held.get(b, 0)]
-            free = {b for start, end in self._run_ends.items() for b in range(start, end)}
+            free = {b for start, end in self.free.ends.items() for b in range(start, end)}
             zero = {b for b, count in enumerate(self.refcounts) if count == 0}
             if wrong or free != zero or len(free) != self.num_free:
                 raise KVOptError(
@@ -323,34 +288,14 @@ class BlockAllocator:
         return Counter(block for row in [*rows, *self.abandoned] for block in row)
 
     def _take(self, start: int, end: int) -> list[int]:
-        """Cut [start, end) out of the free run that contains it."""
-        run_start = start if start in self._run_ends else max(s for s in self._run_ends if s <= start)
-        run_end = self._run_ends.pop(run_start)
-        del self._run_starts[run_end]
-        for lo, hi in ((run_start, start), (end, run_end)):
-            if lo < hi:
-                self._run_ends[lo], self._run_starts[hi] = hi, lo
+        """Hold the free blocks [start, end)."""
         self.refcounts[start:end] = [1] * (end - start)
-        self.num_free -= end - start
         if self.tails is not None:
             self.tails.forget(range(start, end))
-        return list(range(start, end))
-
-    def _give(self, block: int) -> None:
-        """Put a block back, joining the runs on its two sides."""
-        start, end = block, block + 1
-        if start in self._run_starts:
-            start = self._run_starts.pop(start)
-        if end in self._run_ends:
-            end = self._run_ends.pop(end)
-        self._run_ends[start], self._run_starts[end] = end, start
-        self.num_free += 1
+        return self.free.take(start, end)
 
     def _rebuild_runs(self) -> None:
-        self._run_ends, self._run_starts, self.num_free = {}, {}, 0
-        for block, count in enumerate(self.refcounts):
-            if count == 0:
-                self._give(block)
+        self.free = FreeRuns(block for block, count in enumerate(self.refcounts) if count == 0)
 
     def __getstate__(self) -> dict[str, object]:
         state = self.__dict__.copy()

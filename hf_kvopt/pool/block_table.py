@@ -11,18 +11,19 @@ Rows end at the clock and may begin at different columns: row i's token t stands
 before lags[i] (left padding, or what a row accepted less of than others) are neither written nor read.
 """
 
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
 
 from hf_kvopt.errors import CacheStateError
-from hf_kvopt.pool import slots as arithmetic
 from hf_kvopt.pool import tail
-from hf_kvopt.pool.addresses import Addresses
 from hf_kvopt.pool.allocator import BlockAllocator
-from hf_kvopt.pool.slots import Memo, Step
+from hf_kvopt.pool.block_rows import BlockRows
+from hf_kvopt.pool.slots import Step
 
 
-class BlockTable(Addresses):
+class BlockTable(BlockRows):
     """Owns one reference to each block in its rows and gives them back when it is released or collected.
 
     Args:
@@ -32,8 +33,7 @@ class BlockTable(Addresses):
     """
 
     def __init__(self, allocator: BlockAllocator, block_size: int, window: int | None = None) -> None:
-        super().__init__(block_size)
-        self.allocator = allocator
+        super().__init__(allocator, block_size)
         self.window = window
         self.record_past = False
         self.keeps_all = False  # a window hides what is behind it, but frees nothing: others may share it
@@ -44,9 +44,6 @@ class BlockTable(Addresses):
         self.exact: list[tuple[int, ...]] = []  # blocks of each row that are kept exact where others are sealed
         self.pins: list[tuple[int, ...]] = []  # of these, those that stay so
         self.is_approximate = False  # exact blocks were made of sealed ones, after a cut
-        self.on_refusal: weakref.WeakMethod[Callable[[int], None]] | None = None  # the cache's way back
-        allocator.add_holder(self)
-        self._watch()
 
     def adopt(self, rows: Sequence[Sequence[int]], lags: Sequence[int], clock: int) -> None:
         """Begin a batch with rows filled up to `clock`, whose blocks were retained for this table."""
@@ -129,12 +126,6 @@ class BlockTable(Addresses):
         self._rows_changed()
         tail.plan(self, self.step_start, self.clock)
 
-    def refuse(self) -> None:
-        """Whoever reads the step that was last reserved cannot take it: let the cache undo it in all its tables."""
-        undo = self.on_refusal() if self.on_refusal is not None else None
-        if undo is not None:
-            undo(self.step_start)
-
     def rollback(self, clock: int) -> None:
         """Undo the last `reserve`, back to `clock`, or go back to 0, after a forward that failed half way."""
         if clock >= self.clock:
@@ -161,7 +152,7 @@ class BlockTable(Addresses):
 
     def crop_rows(self, lengths: Sequence[int]) -> None:
         """Cut row i down to `lengths[i]` tokens; the clock goes back by the least number cut."""
-        self._crop_to(*arithmetic.after_cut(self, lengths))
+        self._crop_to(*self._after_cut(lengths))
 
     def restore(self, lags: Sequence[int], clock: int) -> None:
         """Go back to rows that reached up to column `clock`, those repeated since then once more alone.
@@ -204,7 +195,7 @@ class BlockTable(Addresses):
         clock = max(lengths, default=0)
         lags = [clock - length for length in lengths]
         self._require_held(lags, clock)
-        src, dst = arithmetic.moved_slots(self, num_tokens, paths)
+        src, dst = self._moved_slots(num_tokens, paths)
         for pool in self.allocator.pools if src else ():
             pool.move_slots(src, dst)
         self._crop_to(lags, clock)
@@ -215,7 +206,17 @@ class BlockTable(Addresses):
 
     def require_rows_croppable(self, lengths: Sequence[int]) -> None:
         """Raise CacheStateError unless `crop_rows(lengths)` can be done."""
-        self._require_held(*arithmetic.after_cut(self, lengths))
+        self._require_held(*self._after_cut(lengths))
+
+    def _after_cut(self, lengths: Sequence[int]) -> tuple[list[int], int]:
+        """Lags and clock once row i of `table` has `lengths[i]` tokens; raises CacheStateError where it has fewer."""
+        removed = [old - new for old, new in zip(self.lengths, lengths, strict=True)]
+        if min(removed, default=0) < 0:
+            raise CacheStateError(f"rows can only be cut: got {list(lengths)} tokens for rows that hold {self.lengths}")
+        if min(lengths, default=0) < 0:
+            raise CacheStateError(f"cannot crop to {min(lengths)} tokens: got a cache that holds {self.lengths}")
+        clock = self.clock - min(removed, default=0)
+        return [clock - length for length in lengths], clock
 
     def _crop_to(self, lags: Sequence[int], clock: int) -> None:
         if not self.rows:
@@ -272,19 +273,13 @@ class BlockTable(Addresses):
         self.is_approximate = False
         self._rows_changed()
 
-    def held_rows(self) -> list[list[int]]:
-        """The rows."""
-        return self.rows
-
     def exact_blocks(self) -> list[int]:
         """Blocks of the rows that are kept exact where others are sealed."""
         return tail.numbers_of(self)
 
-    def renumber(self, new_ids: dict[int, int]) -> None:
-        """Follow a relayout of the allocator."""
-        for row in self.rows:
-            row[:] = [new_ids[block] for block in row]
-        self._rows_changed()
+    def exact_table(self, device: torch.device) -> Tensor:
+        """[batch, max_blocks] int32: where the exact ones of each row's blocks lie; see `tail.exact_table`."""
+        return tail.exact_table(self, device)
 
     def _start_rows(self, lags: list[int], clock: int) -> None:
         """Fresh rows up to column `clock`, less what a window drops at once; what was held is retired."""
@@ -308,44 +303,13 @@ class BlockTable(Addresses):
         wanted = [
             self._blocks_for(clock - lag - self.base) - len(row) for lag, row in zip(self.lags, self.rows, strict=True)
         ]
-        copied = [row for row, _ in arithmetic.shared_places(self, self.clock, self.clock + 1)]  # half full and shared
+        copied = [row for row, _ in self._shared_places(self.clock, self.clock + 1)]  # half full and shared
         if copied or any(wanted):
             self.allocator.ensure_free(sum(wanted) + len(copied))
             if self.keep_contiguous:
                 self.allocator.make_room(self.rows, wanted)
             self._append_blocks([size + (i in copied) for i, size in enumerate(wanted)], copied)
             self._rows_changed()
-
-    def _append_blocks(self, sizes: Sequence[int], copied: Sequence[int]) -> None:
-        """Lengthen row i by `sizes[i]` blocks; the first takes the place of its last one where that is copied."""
-        kept = [row[:-1] if i in copied else row for i, row in enumerate(self.rows)]
-        pieces = self.allocator.allocate_behind(kept, sizes)
-        src, dst = [self.rows[i][-1] for i in copied], [pieces[i][0] for i in copied]
-        if copied:
-            for pool in self.allocator.pools:
-                pool.copy_blocks(src, dst)
-        self.rows[:] = [row + piece for row, piece in zip(kept, pieces, strict=True)]
-        self.allocator.release(src)
-
-    def unshare(self, start: int, stop: int) -> None:
-        """Copy the shared blocks behind the columns `start` to `stop`: `reserve` looks at the last one of a row alone,
-        and a layer writes before it where others of its kind hold more (cross attention to a large image)."""
-        places = arithmetic.shared_places(self, start, stop)
-        if places:
-            self.allocator.ensure_free(len(places))
-            copies = self.allocator.copy([self.rows[i][j] for i, j in places])
-            for (i, j), block in zip(places, copies, strict=True):
-                self.rows[i][j] = block
-            self._rows_changed()
-
-    def _blocks_for(self, num_tokens: int) -> int:
-        return -(-max(0, num_tokens) // self.block_size)
-
-    def _cut(self, lags: Sequence[int], clock: int) -> None:
-        for row, lag in zip(self.rows, lags, strict=True):
-            keep = self._blocks_for(clock - lag - self.base)
-            self.allocator.release(row[keep:])
-            del row[keep:]
 
     def _drop_front(self, first: int) -> None:
         """Free the blocks that lie wholly before position `first`."""
@@ -362,28 +326,3 @@ class BlockTable(Addresses):
         if self.retired is not None:
             self.retired.clear()
             self.retired = None
-
-    def _release_rows(self, rows: list[list[int]]) -> None:
-        for row in rows:
-            self.allocator.release(row)
-            row.clear()
-
-    def _watch(self) -> None:
-        """Give the blocks back when the table is collected."""
-        self._finalizer = weakref.finalize(self, _give_back, self.allocator, self.rows)
-        self._finalizer.atexit = False
-
-    def __getstate__(self) -> dict[str, object]:
-        state = self.__dict__.copy()
-        del state["_finalizer"]
-        state["_tensors"], state["_rows_on"], state["on_refusal"] = Memo(), None, None
-        return state
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state)
-        self._watch()
-
-
-def _give_back(allocator: BlockAllocator, rows: list[list[int]]) -> None:
-    # The collector may run this in the middle of an allocator call: leave the blocks where the next call finds them.
-    allocator.abandoned.extend(rows)

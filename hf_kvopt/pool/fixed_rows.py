@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from hf_kvopt.errors import OutOfBlocks
-from hf_kvopt.kernels.ops import define_op, store_plane
+from hf_kvopt.kernels.library import define_op
+from hf_kvopt.kernels.store import store_plane
 from hf_kvopt.pool.centres import num_pads
 from hf_kvopt.pool.slots import writable
 from hf_kvopt.quant import CENTRE_TOKENS, SCALE_DTYPE, centre_of, format_of, guarded, quantize

@@ -9,19 +9,20 @@ A block is sealed once, when it is full, from its own tokens: it depends neither
 came in. Until then, and while it is among a row's newest, it is exact.
 """
 
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_kvopt.kernels.cpu.sealed import SealedPlace, sealed_place
-from hf_kvopt.kernels.ops import runs_kernel
+from hf_kvopt.kernels.calls import KVSpec
+from hf_kvopt.kernels.cpu.sealed_place import SealedPlace, sealed_place
+from hf_kvopt.kernels.devices import runs_kernel
+from hf_kvopt.kernels.sealed_view import SealedView
 from hf_kvopt.pool import tail
 from hf_kvopt.pool.allocator import BlockAllocator
 from hf_kvopt.pool.block_table import BlockTable
-from hf_kvopt.pool.sealed_handle import SealedHandle
+from hf_kvopt.pool.reads import LayerReads
 from hf_kvopt.pool.slots import shared_runs, writable
 from hf_kvopt.quant import NATIVE, Format
 from hf_kvopt.quant.sealed import SealedBlocks, seal, unseal
@@ -52,17 +53,13 @@ class SealedPlane:
         self.num_heads, self.dim = states.shape[1], states.shape[-1]
         self.dtype, self.home = states.dtype, states.device
         self.block_size, self.codec = allocator.block_size, codec
-        self.num_fallbacks = 0
-        self.is_first = False  # the first layer that made a pool: the one at which a whole forward is checked
-        self.slides: bool | None = None  # whether transformers' own cache would slide here; not known at first
-        self.owner: weakref.ref[object] | None = None  # the attention module that filled it
         self._place: SealedPlace | None = None  # where the tensors lie, once that was asked
         self._hold(
             self._blocks(allocator.num_blocks, states.device), self._places(allocator.tails.capacity, states.device)
         )
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "owner": None, "_place": None}
+        return {**self.__dict__, "_place": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -163,17 +160,12 @@ class SealedPlane:
                 out[:, :, (a - first) * size : (b - first) * size] = picked.flatten(1, 2).transpose(1, 2)
         return out
 
-    def handle(
-        self,
-        table: BlockTable,
-        kv_len: int,
-        skip: int,
-        is_fresh: bool,
-        states: Tensor | None = None,
-        arrived: Tensor | None = None,
-    ) -> SealedHandle:
+    def view(
+        self, table: BlockTable, kv_len: int, skip: int, states: Tensor | None = None, arrived: Tensor | None = None
+    ) -> SealedView:
         """`kv_len` tokens of every row, `skip` tokens in, by reference; `arrived` are the states of the last ones."""
-        return SealedHandle(self, table, kv_len, skip, is_fresh, arrived, states)
+        spec = KVSpec((len(table.rows), self.num_heads, kv_len, self.dim), self.dtype, self.format.name)
+        return SealedView.of(self, table, spec, skip, states, arrived)
 
     def resize(self, num_blocks: int, src: list[int], dst: list[int]) -> None:
         """Move to `num_blocks` blocks, block `src[i]` becoming `dst[i]`; exact places stay."""
@@ -278,6 +270,7 @@ class SealedPool:
         self.keys = SealedPlane(key_states, allocator, sealed.k)
         self.values = SealedPlane(value_states, allocator, sealed.v)
         self.tails.pools.append(self)
+        self.reads = LayerReads()
 
     @property
     def planes(self) -> tuple[SealedPlane, SealedPlane]:
@@ -306,6 +299,18 @@ class SealedPool:
         """Store the states of the columns `start` to `stop`, and seal what becomes full."""
         for plane, states in zip(self.planes, (key_states, value_states), strict=True):
             plane.write(states, table, start, stop)
+
+    def views(
+        self,
+        table: BlockTable,
+        kv_len: int,
+        skip: int,
+        states: tuple[Tensor | None, Tensor | None],
+        arrived: tuple[Tensor | None, Tensor | None] = (None, None),
+    ) -> tuple[SealedView, SealedView]:
+        """Return keys and values of every row by reference; see `SealedPlane.view`."""
+        k, v = self.planes
+        return k.view(table, kv_len, skip, states[0], arrived[0]), v.view(table, kv_len, skip, states[1], arrived[1])
 
     def resize(self, num_blocks: int, src: list[int], dst: list[int]) -> None:
         """See `SealedPlane.resize`."""

@@ -17,9 +17,9 @@ from torch import Tensor
 from hf_kvopt import compat
 from hf_kvopt.cache.layer import PagedLayer
 from hf_kvopt.cache.paged import PagedCache
+from hf_kvopt.cache.rows import GrowingRows
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.pool import tail
-from hf_kvopt.pool.block_table import BlockTable
 
 if TYPE_CHECKING:
     from hf_kvopt.prefix.store import PrefixStore
@@ -111,6 +111,7 @@ class PrefixSharedCache(PagedCache):
         # The store's pools may be replaced by larger ones: never between planning a write and making it.
         with self.store.lock:
             self._require_open()
+            self._seen = min(self._seen, self._rows.clock)  # of a step that was undone nothing was seen
             if self.texts is not None and layer.clock == self._seen:
                 self._begin_forward(len(key_states), key_states.shape[2])
             if layer.is_empty:
@@ -210,29 +211,19 @@ class PrefixSharedCache(PagedCache):
         """
         pool = self.store.pools.get(layer_idx)
         if pool is not None and not pool.matches(key_states, value_states):
-            layer.is_first = pool.keys.is_first
+            layer.is_first = pool.reads.is_first
             self.store.forget_pool(layer_idx)
             pool = None
         layer.pool = pool
 
-    def _table_for(self, window: int | None) -> BlockTable:
-        if window not in self._tables:
-            table = BlockTable(self.store.allocator_for(window), self.cache_config.block_size, window)
-            table.keeps_all = True
-            self._tables[window] = table
-            self._watch_tables()
-        return self._tables[window]
+    def _make_rows(self) -> GrowingRows:
+        return GrowingRows(self.store.table_for, self.store.lock)
 
     def _select(self, indices: Sequence[int]) -> None:
         with self.store.lock:
             super()._select(indices)
         if self.texts is not None:
             self.texts, self.pads = [self.texts[i] for i in indices], [self.pads[i] for i in indices]
-
-    def _rollback(self, clock: int) -> None:
-        with self.store.lock:
-            super()._rollback(clock)
-        self._seen = min(self._seen, clock)
 
     def append_passes(self) -> None:
         """Append the layers that the model would: it cannot copy what is filled with a known text."""

@@ -24,8 +24,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_kvopt.errors import CacheStateError
+from hf_kvopt.pool.plane import Plane
 from hf_kvopt.pool.sealed import SealedPlane
-from hf_kvopt.pool.storage import Plane
 from hf_kvopt.prefix.identity import fingerprint
 from hf_kvopt.prefix.index import descendants
 
@@ -159,7 +159,7 @@ def _fill_pools(store: Any, manifest: dict[str, Any], tensors: dict[str, Tensor]
             for plane in planes
         ]
         pool = layer.make_pool(*states)
-        pool.keys.is_first = not allocator.pools
+        pool.reads.is_first = not allocator.pools
         blocks = torch.tensor(rows[spaces.index(allocator)], dtype=torch.long, device=device)
         for name, plane in zip(("keys", "values"), pool.planes, strict=True):
             for part, tensor in _parts(plane):

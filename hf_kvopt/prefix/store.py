@@ -22,6 +22,7 @@ from hf_kvopt.cache.stats import PrefixStats
 from hf_kvopt.config import CacheConfig
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.pool.allocator import BlockAllocator
+from hf_kvopt.pool.block_table import BlockTable
 from hf_kvopt.pool.sealed import SealedPool
 from hf_kvopt.pool.storage import KVPool
 from hf_kvopt.pool.tail import Tails
@@ -312,6 +313,12 @@ class PrefixStore:
             if self.formats.seals(window is not None):
                 allocator.tails = Tails()
         return self._allocators[window]
+
+    def table_for(self, window: int | None) -> BlockTable:
+        """A new table over the block space of all layers with one window (or none)."""
+        table = BlockTable(self.allocator_for(window), self.block_size, window)
+        table.keeps_all = True
+        return table
 
     def new_cache(self) -> PrefixSharedCache:
         """A cache without a prompt: `begin` makes it one for a prompt, else it is a plain paged cache."""

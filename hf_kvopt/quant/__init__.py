@@ -1,4 +1,4 @@
-"""Storage formats of keys and values."""
+"""Storage formats of keys and values, and their quantization in torch."""
 
 from hf_kvopt.quant.formats import (
     FORMATS,

@@ -1,19 +1,19 @@
 """Storage formats of keys and values: frozen descriptors and the registry that names them.
 
-A format says how one vector of `dim` channels (one token, one KV head) becomes bytes:
+A format defines how one vector of `dim` channels (one token, one KV head) becomes bytes:
 
     codes[c] = round(x[c] / scale)        scale = absmax(x) / qmax, one per token and KV head (int4: two)
 
-so that a token is quantized once, alone, and no row depends on its neighbours. `native` stores what the
-model computed. `int4` packs two channels to a byte: the low nibble holds the even channel, the high nibble
-the odd one, each as code + 8, so that no sign has to be extended when it is read.
+so that each token is quantized once, independently of its neighbours. `native` stores the computed values. `int4` packs
+two channels to a byte: the low nibble holds the even channel, the high nibble the odd one, each as code + 8, so that no
+sign has to be extended on reading.
 
-int4 uses -8..7 with a *signed* scale that maps the largest magnitude to exactly -8 (llama.cpp's q4_0), or to
--7.5, -8.5 or -9 (and then cut to -8), whichever is nearest to the vector as a whole. Against -7..7 the first alone
+int4 uses -8..7 with a *signed* scale that maps the largest magnitude to exactly -8 (llama.cpp's q4_0), or to -7.5, -8.5
+or -9 (then clamped to -8), whichever gives the smallest error for the vector. Compared with -7..7, the first alone
 lowers the mean squared error by 22 % on Gaussian, Laplace and Student-t channels (dim 64 and 128, 200,000 vectors
-each, torch on a CPU), the choice by another 8 % on the reference model's keys and values; the price is an error of
-up to 2 steps instead of half a step for channels at the ends. Even and odd channels, which lie in nibbles of their
-own, have a scale each: a group of 32 channels at head_dim 64.
+each, torch on a CPU), the choice by another 8 % on the reference model's keys and values; the price is an error of up
+to 2 steps instead of half a step for channels at the ends. Even and odd channels have a scale each: a group of 32
+channels at head_dim 64.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from hf_kvopt.quant.sealed_formats import SEALED, SealedKV
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """How a vector of channels is stored; hashable, so that it can be part of a compile key."""
+    """Storage of one vector of channels; hashable, so that it can be part of a compile key."""
 
     name: str
-    bits: int | None  # per channel; None: whatever the model computes in
+    bits: int | None  # per channel; None: the dtype that the model computes in
     code_dtype: torch.dtype | None  # element type of the pool; None: the model's own
-    qmax: float  # the code that the largest magnitude is mapped to
+    qmax: float  # the code of the largest magnitude
     codes_per_byte: int = 1
     mantissa_bits: int | None = None  # of a float code; None for integers
     min_exponent: int = 0  # of the smallest normal float code
@@ -42,7 +42,7 @@ class Format:
 
     @property
     def has_scale(self) -> bool:
-        """Whether a scale per token and KV head is stored beside the codes."""
+        """Return whether a scale for each token and KV head is stored beside the codes."""
         return self.code_dtype is not None
 
     @property
@@ -60,11 +60,11 @@ class Format:
         return dim // self.codes_per_byte
 
     def __reduce__(self) -> tuple[Callable[[str], Format], tuple[str]]:
-        # A copy is the descriptor itself: formats are told apart by identity.
+        # A copy is the descriptor itself, as formats are compared by identity.
         return get_format, (self.name,)
 
     def bytes_per_vector(self, dim: int, native_dtype: torch.dtype, scale_dtype: torch.dtype) -> int:
-        """Return the bytes of one token's vector of one KV head, its scale included."""
+        """Return the bytes of one token's vector of one KV head, scale included."""
         if self.code_dtype is None:
             return dim * native_dtype.itemsize
         return self.packed_dim(dim) * self.code_dtype.itemsize + self.codes_per_byte * scale_dtype.itemsize
@@ -81,21 +81,21 @@ FP8_E4M3 = Format(
     min_exponent=-6,
     min_capability=(8, 9),
 )
-# 448 and not e5m2's own 57,344: a float format loses nothing by leaving headroom, and scales of ordinary
-# keys and values then stay within float16's normal range.
+# 448 instead of e5m2's 57,344: headroom costs a float format nothing, and scales of ordinary keys and values then stay
+# within float16's normal range.
 FP8_E5M2 = Format(name="fp8_e5m2", bits=8, code_dtype=torch.float8_e5m2, qmax=448.0, mantissa_bits=2, min_exponent=-14)
 INT4 = Format(name="int4", bits=4, code_dtype=torch.uint8, qmax=8.0, codes_per_byte=2)
 
 FORMATS: dict[str, Format] = {f.name: f for f in (NATIVE, INT8, FP8_E4M3, FP8_E5M2, INT4)}
 
 
-# float16: the loss is that of float32 scales to four digits, and int8 at head_dim 64 stays below 0.53 of bfloat16.
+# float16 scales lose as much as float32 ones to four digits, and int8 at head_dim 64 stays below 0.53 of bfloat16.
 SCALE_DTYPE = torch.float16
 
 
 @dataclass(frozen=True)
 class KVFormat:
-    """How the keys and the values of a layer are stored; the two may differ.
+    """Formats of the keys and the values of a layer, which may differ.
 
     Where `sealed` is given, full blocks are stored as it says, and `k` and `v` are those of single tokens, in layers
     and caches that have no blocks to seal: latents, and rows of fixed capacity.
@@ -103,12 +103,12 @@ class KVFormat:
 
     k: Format
     v: Format
-    guard: bool = True  # whether coarse keys are guarded against loud channels; see `quant.guard`
+    guard: bool = True  # coarse keys are guarded against loud channels; see `quant.guard`
     sealed: SealedKV | None = None
 
     @property
     def name(self) -> str:
-        """As a user writes it: one name, or key/value."""
+        """Name as a user writes it: one name, or key/value."""
         for name, known in KV_FORMATS.items():
             if (known.k, known.v, known.sealed) == (self.k, self.v, self.sealed):
                 return name
@@ -116,7 +116,7 @@ class KVFormat:
 
     @property
     def is_native(self) -> bool:
-        """Whether both are stored as the model computes them."""
+        """Return whether both are stored as the model computes them."""
         return not (self.k.has_scale or self.v.has_scale)
 
 
@@ -125,6 +125,7 @@ KV_FORMATS: dict[str, KVFormat] = {name: KVFormat(fmt, fmt) for name, fmt in FOR
 KV_FORMATS["k8v4"] = KVFormat(INT8, INT4)
 for _name in ("k4v2", "int3"):
     KV_FORMATS[_name] = KVFormat(INT4, INT4, sealed=SEALED[_name])
+"""Formats of a layer by name, as caches, commands and evals take them."""
 NATIVE_KV = KV_FORMATS["native"]
 
 

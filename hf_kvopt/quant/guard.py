@@ -1,14 +1,14 @@
-"""What keeps a few loud channels of the keys from ruining a coarse format.
+"""Guard of quantized keys: centring and rotation, so that a few loud channels do not ruin a coarse format.
 
     stored = quantize((k - centre) H)        q . k = (q H) . stored + q . centre
 
-Centre: Qwen2.5-like models shift some key channels by a constant of many times the rest (a bias on a slow rotary pair).
-A row learns that shift from its first 16 tokens and keeps it; q . centre is the same for every key of the row, so
-softmax never sees it. Channels without such a shift, which is all of most models, are left alone: taking the mean from
-each channel costs twice the loss, because channels of the middle rotary frequencies turn away from it.
+Centre: Qwen2.5-like models shift some key channels by a constant many times larger than the rest (a bias on a slow
+rotary pair). A row learns that shift from its first 16 tokens and keeps it; q . centre is equal for every key of the
+row, so softmax ignores it. Channels without such a shift, which is all of most models, are left alone: subtracting the
+mean from each channel doubles the loss, because channels of the middle rotary frequencies turn away from it.
 
-Rotation: the orthonormal Hadamard matrix H spreads what is left evenly over the channels (QuaRot, arXiv:2404.00456).
-It pays at 4 bits, and neither helps nor hurts at 8.
+Rotation: the orthonormal Hadamard matrix H spreads the rest evenly over the channels (QuaRot, arXiv:2404.00456). It
+helps at 4 bits, and makes no difference at 8.
 """
 
 from functools import cache
@@ -19,16 +19,16 @@ from torch import Tensor
 
 from hf_kvopt.quant.formats import INT4, Format
 
-# Tokens of a row that its centre is learned from.
+# Tokens of a row from which its centre is learned.
 CENTRE_TOKENS = 16
-_LOUD = 6.0  # a shift counts from so many times the head's median magnitude on
-_SPREAD = 0.5  # ... if tokens stray from it by no more than this share of it
-_EXACT_DEVICES = ("cpu", "cuda")  # that multiply in float64
-_ODD = 8  # ... but for one in so many, such as an attention sink
+_LOUD = 6.0  # least shift, in multiples of the head's median magnitude
+_SPREAD = 0.5  # ... if tokens differ from it by at most this share of it
+_EXACT_DEVICES = ("cpu", "cuda")  # devices that multiply in float64
+_ODD = 8  # ... except one token in so many, such as an attention sink
 
 
 class Guard(NamedTuple):
-    """What is done to keys before they are quantized."""
+    """Transformation of keys before they are quantized."""
 
     centres: bool
     rotates: bool
@@ -38,10 +38,11 @@ NO_GUARD = Guard(centres=False, rotates=False)
 
 
 def guard_for(fmt: Format) -> Guard:
-    """The guard that a key format needs.
+    """Return the guard that a key format needs.
 
-    A float format resolves small channels beside loud ones, but not the differences between loud ones: e4m3 lost 1.4 %
-    of perplexity on the reference model with biases of 40 to 60 and int8 0.5 %; centred, what they lose without biases.
+    A float format resolves small channels beside loud ones, but not the differences between loud ones: on the reference
+    model with biases of 40 to 60, e4m3 lost 1.4 % of perplexity and int8 0.5 %; centred, both lose as much as without
+    biases.
     """
     return Guard(centres=fmt.has_scale, rotates=fmt is INT4)
 
@@ -49,7 +50,7 @@ def guard_for(fmt: Format) -> Guard:
 def centre_of(
     first: Tensor,  # [batch, num_kv_heads, tokens, head_dim]
 ) -> Tensor:
-    """Return the shift of each row's keys by its first tokens, [batch, num_kv_heads, head_dim] float32, mostly zero."""
+    """Return each row's key shift from its first tokens, [batch, num_kv_heads, head_dim] float32, mostly zero."""
     x = first.float()
     magnitude = x.abs().flatten(2).median(dim=-1).values[..., None]
     usual = x.median(dim=2, keepdim=True).values
@@ -62,21 +63,22 @@ def centre_of(
 def hadamard(
     x: Tensor,  # [..., dim] float32
 ) -> Tensor:
-    """Return x H, one vector whatever lies beside it.
+    """Return x H; each vector is independent of the others.
 
-    H is symmetric and its own inverse. Where dim is no power of two, it is as many of the largest that divides dim.
+    H is symmetric and its own inverse. If dim is no power of two, H is block diagonal, with blocks of the largest power
+    of two that divides dim.
     """
     if x.device.type not in _EXACT_DEVICES:
         return _butterflies(x)
-    # A matrix that is kept between calls has no place in a graph. In float64, of which float32 keeps nothing of the
-    # order of summation, sums and differences give the same as one product, which is fewer operations.
+    # A cached matrix has no place in a graph. In float64, rounded to float32, the order of summation does not show:
+    # sums and differences give the same as one product, which is fewer operations.
     if torch.compiler.is_compiling() or type(x) is not Tensor:
         return _butterflies(x.double()).float()
     return torch.matmul(x.double(), _matrix(x.shape[-1], x.device, torch.float64)).float()
 
 
 def _butterflies(x: Tensor) -> Tensor:
-    """The same in sums and differences."""
+    """Return x H by sums and differences (the fast Walsh-Hadamard transform)."""
     dim = x.shape[-1]
     size = _block(dim)
     half = 1
@@ -93,7 +95,7 @@ def guarded(
     rotates: bool,
     centre: Tensor | None,  # [batch, num_kv_heads, head_dim]
 ) -> Tensor:
-    """Return keys as they go into a format: less their row's centre, and rotated."""
+    """Return keys as they are quantized: centred, then rotated."""
     if centre is not None:
         states = states.float() - centre.unsqueeze(2)
     return hadamard(states.float()) if rotates else states
@@ -104,7 +106,7 @@ def unguarded(
     rotates: bool,
     centre: Tensor | None,  # [batch, num_kv_heads, head_dim]
 ) -> Tensor:
-    """Return the keys that stored ones stand for."""
+    """Undo `guarded`: return the keys before centring and rotation."""
     keys = hadamard(states) if rotates else states
     return keys if centre is None else keys + centre.unsqueeze(2)
 
@@ -112,7 +114,7 @@ def unguarded(
 def rotate(
     x: Tensor,  # [..., dim]
 ) -> Tensor:
-    """Return x H in x's dtype, as one matrix product."""
+    """Return x H in x's dtype, by one matrix product."""
     if torch.compiler.is_compiling():
         return hadamard(x.float()).to(x.dtype)
     return torch.matmul(x.float(), _matrix(x.shape[-1], x.device, torch.float32)).to(x.dtype)

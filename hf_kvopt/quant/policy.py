@@ -1,9 +1,9 @@
-"""Which layer is stored in which format: one default, exceptions by place or kind.
+"""Format of each layer: one default, with exceptions by position or kind.
 
     layer_formats  >  skip_layers  >  format
 
-Layers are numbered as the cache numbers them. "first" and "last" are the first and the last layer that hold keys and
-values, "sliding" all with a window.
+Layers are numbered as in the cache. "first" and "last" are the first and the last layer with keys and values,
+"sliding" all layers with a window.
 """
 
 from collections.abc import Collection, Mapping
@@ -23,16 +23,16 @@ class FormatPolicy:
     """Formats of all layers of a cache.
 
     Args:
-        format: of the layers that nothing else is said of; see `get_kv_format`.
+        format: format of all layers without an exception; see `get_kv_format`.
         skip_layers: layers that stay native: numbers (negative from the end), "first", "last", "sliding". Sliding
-            layers by default: their window bounds what they hold, so there is little to save.
-        layer_formats: formats of single layers, by the same names; a number goes before a place.
-        guard: "auto" shifts and rotates coarse keys where loud channels would ruin them, "off" never does; see
+            layers by default: their window limits their size, so there is little to save.
+        layer_formats: formats of single layers, by the same names; a number takes precedence over a position.
+        guard: "auto" centres and rotates coarse keys where loud channels would ruin them, "off" never does; see
             `quant.guard`.
-        exact_prefill: let the first prompt attend to its own states as they came, and not as they were stored.
+        exact_prefill: let the first prompt attend to its own states before they are quantized.
 
     Raises:
-        ValueError: an unknown format or place.
+        ValueError: an unknown format or layer name.
     """
 
     format: str = "native"
@@ -65,23 +65,23 @@ class FormatPolicy:
 
     @property
     def needs_layer_count(self) -> bool:
-        """Whether a layer is named from the end, so that the number of layers must be known."""
+        """Return whether a layer is named from the end, so that the number of layers must be known."""
         names = (*self.skip_layers, *self.layer_formats)
         return any(name == "last" or (isinstance(name, int) and name < 0) for name in names)
 
     def resolve(self, num_layers: int, first: int, last: int) -> "FormatPolicy":
-        """The same with plain numbers for places and negative numbers.
+        """Return this policy with numbers in place of "first", "last" and negative numbers.
 
         Args:
-            num_layers: of the cache.
+            num_layers: layers of the cache.
             first: number of the first layer that holds keys and values.
-            last: of the last one.
+            last: number of the last layer that holds keys and values.
 
         Raises:
-            ValueError: a layer that does not exist.
+            ValueError: a layer does not exist.
         """
         names = {name: _number(name, num_layers, first, last) for name in (*self.skip_layers, *self.layer_formats)}
-        # Places first, so that a number has the last word.
+        # Positions first, so that numbers override them.
         ordered = sorted(self.layer_formats.items(), key=lambda item: isinstance(item[0], int))
         return replace(
             self,
@@ -90,7 +90,7 @@ class FormatPolicy:
         )
 
     def at(self, layer_idx: int, is_sliding: bool) -> KVFormat:
-        """The format of one layer; a policy that names layers from the end must have been resolved."""
+        """Return the format of one layer; a policy that names layers from the end must be resolved first."""
         names: list[LayerName] = [layer_idx, *(["first"] if layer_idx == 0 else []), *(["sliding"] * is_sliding)]
         for name in names:
             if name in self.layer_formats:

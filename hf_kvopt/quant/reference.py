@@ -1,11 +1,11 @@
-"""Quantize and dequantize in torch: what the CPU storage uses and what the kernels are held to.
+"""Quantization in torch: used by CPU storage, and the reference that kernels are tested against.
 
     scale = absmax(x) / qmax              per token and KV head, rounded to `scale_dtype` first
     codes = cast(clamp(round(x / scale)))  so that a code always refers to the scale that is stored
 
-NaN and Inf: a vector that holds a non-finite value, or whose scale does not fit `scale_dtype`, gets the scale
-NaN. Every reader of that token then sees NaN, as attention over the unquantized cache would; it is never
-clamped into a plausible number.
+NaN and Inf: a vector that holds a non-finite value, or whose scale does not fit `scale_dtype`, gets the scale NaN.
+Every reader of that token then gets NaN, as from attention over the unquantized cache; it is never clamped to a
+plausible number.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor
 
 from hf_kvopt.quant.formats import INT4, Format
 
-# Half of float16's smallest step: added before rounding it makes tiny scales round up, so that no code
-# leaves the range by more than the rounding of a normal scale. float32 scales need none.
+# Half of float16's smallest step: added before rounding it makes tiny scales round up, so that no code exceeds the
+# range by more than the rounding of a normal scale. float32 scales need none.
 FLOAT16_NUDGE = 2.0**-25
-# What the largest magnitude of an int4 plane may become, before it is cut to -8.
+# Candidate codes of the largest magnitude of an int4 plane, before clamping to -8.
 INT4_DIVISORS = (-8.0, -8.5, -7.5, -9.0)
 _DIVISORS = torch.tensor(INT4_DIVISORS).view(-1, 1, 1)
-_INT4_VECTORS = 1 << 14  # that are tried with all of them at once
+_INT4_VECTORS = 1 << 14  # vectors for which all candidates are tried at once
 
 
 class Quantized(NamedTuple):
@@ -34,7 +34,7 @@ class Quantized(NamedTuple):
 
     @property
     def parts(self) -> list[Tensor]:
-        """The tensors that there are."""
+        """Tensors that are present."""
         return [self.codes] if self.scale is None else [self.codes, self.scale]
 
 
@@ -43,16 +43,16 @@ def quantize(
     fmt: Format,
     scale_dtype: torch.dtype = torch.float16,
 ) -> Quantized:
-    """Quantize each vector of the last axis alone; see the module for the rule and for NaN and Inf."""
+    """Quantize each vector of the last axis on its own, by the rule in the module docstring."""
     if fmt.code_dtype is None:
         return Quantized(x, None)
     fmt.packed_dim(x.shape[-1])
     x = x.float()
     if fmt is INT4:
         return _quantize_int4(x, scale_dtype)
-    # The norm is the largest magnitude, NaN where there is one.
+    # The norm is the largest magnitude, or NaN if there is one.
     scale = _rounded(torch.linalg.vector_norm(x, torch.inf, dim=-1) / fmt.qmax, scale_dtype)
-    # Where the scale is 0 or NaN the quotient is no number, and every code will do: 0 is read as 0 or NaN.
+    # Where the scale is 0 or NaN the quotient is NaN, and any code will do: 0 is read as 0 or NaN.
     steps = (x / scale.float().unsqueeze(-1)).clamp_(-fmt.qmax, fmt.qmax).nan_to_num_(0.0)
     return Quantized((steps.round_() if fmt.mantissa_bits is None else steps).to(fmt.code_dtype), scale)
 
@@ -77,9 +77,9 @@ def widen(
     codes: Tensor,  # [..., dim] of a format with one code a byte
     fmt: Format,
 ) -> tuple[Tensor, float]:
-    """Return codes in float32, and the power of two that they are still to be multiplied with.
+    """Return codes in float32, and the power of two that they must still be multiplied with.
 
-    On a CPU float8 is moved into the bits of a float16 (0.06x the time of torch's own cast of e4m3); right for all
+    On a CPU float8 is moved into the bits of a float16 (0.06x the time of torch's own cast of e4m3); exact for all
     codes that `quantize` makes, which are finite.
     """
     if fmt.mantissa_bits is None or codes.device.type != "cpu" or torch.compiler.is_compiling():
@@ -88,7 +88,7 @@ def widen(
     half.bitwise_left_shift_(10 - fmt.mantissa_bits)
     if fmt.mantissa_bits == 2:
         return half.view(torch.float16).float(), 1.0
-    # Sign, one exponent bit less than float16 has, and so a bias of 7 instead of 15.
+    # Sign, one exponent bit less than float16, and so a bias of 7 instead of 15.
     half.bitwise_and_(-0x4080)
     return half.view(torch.float16).float(), 256.0
 
@@ -96,7 +96,7 @@ def widen(
 def widen_planes(
     packed: Tensor,  # [..., dim / 2] uint8
 ) -> tuple[Tensor, Tensor]:
-    """Return int4 codes plus 8 in float32, even and odd channels, [..., dim / 2] each."""
+    """Return int4 codes plus 8 in float32: even and odd channels, [..., dim / 2] each."""
     return (packed & 15).float(), (packed >> 4).float()
 
 
@@ -109,23 +109,23 @@ def unpack_int4(
 
 
 def _quantize_int4(x: Tensor, scale_dtype: torch.dtype) -> Quantized:
-    """Even and odd channels apart, each with the nearest of a few scales; the first where they tie."""
+    """Quantize even and odd channels of `x` separately, each with the best of a few scales; ties take the first."""
     parts = [_quantize_int4_part(part, scale_dtype) for part in x.flatten(0, -2).split(_INT4_VECTORS)]
     codes, scale = (torch.cat(part) if len(part) > 1 else part[0] for part in zip(*parts, strict=True))
     return Quantized(codes.unflatten(0, x.shape[:-1]), scale.unflatten(0, x.shape[:-1]))
 
 
 def _quantize_int4_part(x: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The same for [vectors, dim], with all scales tried at once."""
+    """Return codes and scales of [vectors, dim], with all candidate scales tried at once."""
     planes = torch.stack((x[..., 0::2], x[..., 1::2]), dim=-2)  # [vectors, 2, dim / 2]
     low, high = torch.aminmax(planes, dim=-1)
-    # Signed: the largest magnitude lands on the end that the other sign does not have.
+    # Signed: the largest magnitude takes the end of the range that only one sign has.
     extreme = torch.where(high > -low, high, low)
     scales = _rounded(extreme / _DIVISORS.to(x.device), scale_dtype)  # [4, vectors, 2]
     divisor = scales.float().unsqueeze(-1)
-    steps = (planes / divisor).round_().clamp_(-8, 7)  # no number where all is zero: then every code will do
+    steps = (planes / divisor).round_().clamp_(-8, 7)  # NaN where all is zero: then any code will do
     errors = (steps * divisor - planes).square_().sum(-1)
-    # A scale that is no number is taken where it is the first, as for a vector with NaN, and nowhere else.
+    # A NaN scale is chosen if it is the first, as for a vector with NaN, and never otherwise.
     errors[1:].nan_to_num_(nan=torch.inf, posinf=torch.inf)
     best = errors.nan_to_num_(nan=-torch.inf, posinf=torch.inf).argmin(0, keepdim=True)
     codes = steps.gather(0, best.unsqueeze(-1).expand(-1, -1, -1, planes.shape[-1]))[0]
@@ -134,9 +134,9 @@ def _quantize_int4_part(x: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Te
 
 
 def _rounded(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
-    """The scales as they are stored, away from zero, NaN where they would not be finite."""
+    """Return the scales as stored: rounded away from zero, NaN where they would not be finite."""
     if scale_dtype == torch.float16:
         scale = scale.add(scale.sign(), alpha=FLOAT16_NUDGE)
     scale = scale.to(scale_dtype)
-    # inf - inf is NaN, and any other scale less itself is 0.
+    # inf - inf is NaN, and any other scale minus itself is 0.
     return (scale - scale).add_(scale)

@@ -1,4 +1,4 @@
-"""`speculative(...)`: what a user hands to `model.generate(custom_generate=...)`."""
+"""`speculative(...)`: makes the callable for `model.generate(custom_generate=...)`."""
 
 import inspect
 import logging
@@ -44,7 +44,7 @@ _EMPTIED = (
 
 
 class SpeculativeDecoding:
-    """A `custom_generate` callable; made by `speculative`, used for any number of calls, one at a time."""
+    """A `custom_generate` callable made by `speculative`; serves any number of calls, one at a time."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class SpeculativeDecoding:
         tokenizer: PreTrainedTokenizerBase | None = None,
         stop_strings: str | list[str] | None = None,
     ) -> "SpeculativeDecoding":
-        """This, for one call, with what generate() would not hand on; it learns and counts together with this one."""
+        """Return a copy for one call, with arguments that generate() drops; it shares drafter and statistics."""
         tokenizer, stop_strings = tokenizer or self.tokenizer, stop_strings or self.stop_strings
         if stop_strings is not None and tokenizer is None:
             raise ValueError("stop_strings need the tokenizer: got none; pass tokenizer=")
@@ -74,7 +74,7 @@ class SpeculativeDecoding:
 
     @property
     def stats(self) -> SpeculationStats:
-        """Accepted lengths, times and whether it fell back to plain decoding, over all calls."""
+        """Accepted lengths, times, and whether it fell back to plain decoding, over all calls."""
         return self.policy.stats
 
     @torch.no_grad()
@@ -87,12 +87,12 @@ class SpeculativeDecoding:
         generation_config: GenerationConfig,
         **model_kwargs: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
-        """What generate() calls, with everything prepared.
+        """Generate; generate() calls this with prepared arguments.
 
         Raises:
-            ValueError: a setting or a drafter that does not go with this model; before the first token.
-            UnsupportedModel: a model whose past cannot be taken back token by token.
-            CacheStateError: a cache of another kind.
+            ValueError: a setting or drafter does not fit this model; raised before the first token.
+            UnsupportedModel: the past of the model cannot be cropped token by token.
+            CacheStateError: the cache is of another kind.
         """
         compat.check()
         require_supported(model, input_ids, generation_config, model_kwargs)
@@ -131,7 +131,7 @@ class SpeculativeDecoding:
         kwargs: dict[str, Any],
         is_own: bool,
     ) -> None:
-        """Generate into `output`, the cache being one of `kwargs`."""
+        """Generate into `output`, with the cache of `kwargs`."""
         cache, names = kwargs[compat.CACHE_KEYWORD], inspect.signature(model.forward).parameters
         for name in ("logits_to_keep", "num_logits_to_keep"):
             if name in names:
@@ -177,29 +177,29 @@ def speculative(
     assistant_tokenizer: PreTrainedTokenizerBase | None = None,
     stop_strings: str | list[str] | None = None,
 ) -> SpeculativeDecoding:
-    """Speculative decoding for `model.generate(..., custom_generate=speculative(...))`, any batch size.
+    """Return a callable that decodes speculatively, for `model.generate(..., custom_generate=...)` and any batch size.
 
     The output is the target's own: greedy tokens are equal, samples have its distribution (arXiv:2211.17192).
 
     Args:
         draft: a draft head, its folder or repository, an assistant model of the same tokenizer, "prompt_lookup" or
             "lookahead".
-        gamma: tokens drafted in depth; None chooses by what was measured.
-        num_nodes: tokens of a draft tree (batch 1, heads that can); None chooses, 0 never makes one.
+        gamma: depth of a draft in tokens; None chooses it from measurements.
+        num_nodes: tokens of a draft tree (batch 1, heads that support trees); None chooses, 0 never drafts one.
         top_k: children of a node that a tree considers.
         acceptance: "lossless", or "typical" for Medusa's rule (arXiv:2401.10774), which is not lossless.
         fallback: decode plainly where speculation is measured to be slower.
-        streamer: is given the tokens; generate() does not hand its own on to a custom_generate.
-        tokenizer: of the target, for `stop_strings` and to compare with the assistant's.
-        assistant_tokenizer: of the assistant, where vocabulary sizes differ by padding only.
-        stop_strings: as for generate(), which refuses them here.
+        streamer: gets the tokens; generate() does not pass its own on to a custom_generate.
+        tokenizer: the target's, for `stop_strings` and for comparison with the assistant's.
+        assistant_tokenizer: the assistant's, needed if vocabulary sizes differ by padding only.
+        stop_strings: strings that end a row, as in generate(), which refuses them here.
 
     Returns:
-        A callable with `stats`; keep it, as it goes on learning when to speculate.
+        A callable with `stats`. Keep it for further calls: it learns when to speculate.
 
     Raises:
         ValueError, TypeError: a setting that cannot work.
-        FileNotFoundError: no draft head where one was named.
+        FileNotFoundError: no draft head was found where one was named.
 
     Examples:
         >>> speculation = speculative("prompt_lookup")
@@ -235,7 +235,7 @@ def _drafter_of(
                 "a model"
             )
         head = DraftHead.from_pretrained(draft)
-        head.follows_target = True  # whoever names a folder cannot move what is in it
+        head.follows_target = True  # the caller has no head to move
         return head
     if isinstance(draft, Drafter):
         return draft

@@ -38,7 +38,7 @@ def assert_as_before(cache: PagedCache, kind: str = "full", model: Any = None) -
     longer = torch.cat([TEXT, prompt(3, seed=4)["input_ids"]], dim=1)
     model = model if model is not None else tiny_model(kind)
     for layer in cache.layers:
-        layer.pool.keys.owner = None  # the models of these tests are equal, not the same
+        layer.pool.reads.owner = None  # the models of these tests are equal, not the same
     tokens = generate(model, unpadded(longer), cache, max_new_tokens=5)
     assert torch.equal(tokens, eager_continuation(kind, longer, max_new_tokens=5))
     cache.check_integrity()

@@ -8,7 +8,7 @@ import torch
 import hf_kvopt
 from hf_kvopt import CacheStateError, KVOptError, PagedCache, PrefixStore
 from hf_kvopt.pool.allocator import BlockAllocator
-from hf_kvopt.pool.storage import KVPool, Plane
+from hf_kvopt.pool.storage import KVPool
 from hf_kvopt.prefix.index import PrefixIndex
 from tests.helpers import eager_tokens, generate, prompt, tiny_config, tiny_model, unpadded
 
@@ -133,8 +133,8 @@ def break_off_in_call(monkeypatch, owner, name, number):
 @pytest.mark.parametrize("number", range(1, 13))
 @pytest.mark.parametrize(
     ("owner", "name"),
-    [(KVPool, "write"), (Plane, "handle"), (BlockAllocator, "retain"), (PrefixIndex, "_touch")],
-    ids=["write", "handle", "retain", "touch"],
+    [(KVPool, "write"), (KVPool, "views"), (BlockAllocator, "retain"), (PrefixIndex, "_touch")],
+    ids=["write", "views", "retain", "touch"],
 )
 @pytest.mark.parametrize("kind", ["full", "mixed"])
 def test_what_broke_off_is_not_shared(kind, owner, name, number, monkeypatch):

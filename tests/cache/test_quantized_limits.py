@@ -6,7 +6,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, T
 
 import hf_kvopt
 from hf_kvopt import PagedCache, QuantizedPagedCache, UnsupportedDevice
-from hf_kvopt.kernels import ops as dispatch
+from hf_kvopt.kernels import devices
 from hf_kvopt.kernels.triton.launch import Target
 from hf_kvopt.quant import KV_FORMATS, get_kv_format
 from tests.helpers import KINDS, NEW_TOKENS, eager_tokens, generate, prompt, states, tiny_config, tiny_model, unpadded
@@ -217,7 +217,7 @@ def test_float8_on_a_card_without_it_is_refused_when_the_cache_is_built(monkeypa
     model = tiny_model()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(dispatch, "device_target", lambda index: Target("sm80", 108, (8, 0)))
+    monkeypatch.setattr(devices, "device_target", lambda index: Target("sm80", 108, (8, 0)))
     for make in (
         lambda: QuantizedPagedCache(format="fp8_e4m3"),
         lambda: QuantizedPagedCache(format="int4/fp8_e4m3"),

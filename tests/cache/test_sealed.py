@@ -146,8 +146,8 @@ def test_a_deep_cut_goes_on_from_what_was_stored(name):
     # Blocks 3 and 4, that the next token reads exact, are what their sealed form stands for.
     known = make_cache(name)
     feed_in(known, whole.columns(0, held), 1)
-    read = cache.layers[0].keys.view_dense()
-    exact = known.layers[0].keys.view_dense()
+    read = cache.layers[0].keys.dense()
+    exact = known.layers[0].keys.dense()
     assert torch.equal(read[:, :, : 3 * BLOCK], exact[:, :, : 3 * BLOCK])
     step = (read - exact)[:, :, 3 * BLOCK :].abs().amax()
     assert 0 < step < 1.5 * (exact[:, :, BLOCK : 3 * BLOCK] - whole.k[:, :, BLOCK : 3 * BLOCK]).abs().amax()

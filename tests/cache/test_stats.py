@@ -92,3 +92,22 @@ def test_fallbacks_of_all_layers_are_counted() -> None:
         assert torch.isfinite(layer.keys).all()
         assert torch.isfinite(layer.values).all()
     assert cache.stats().dense_fallbacks >= 4
+
+
+@pytest.mark.parametrize("compileable", [False, True], ids=["growing", "fixed capacity"])
+def test_asking_changes_nothing_that_others_read(compileable: bool) -> None:
+    cache = PagedCache(max_tokens=128, compileable=compileable)
+    cache.update(*states(2, 21), 0)
+    (table,) = cache._tables.values()
+    before = table.lags, list(table.lags), table.version
+    table.lags = asked = Untouchable(table.lags)
+    assert cache.stats().num_tokens == 42
+    assert table.lags is asked
+    assert (before[1], before[2]) == (list(table.lags), table.version)
+
+
+class Untouchable(list[int]):
+    """Lags that nobody may write to."""
+
+    def __setitem__(self, *_: object) -> None:
+        raise AssertionError("lags of a live table were written to")

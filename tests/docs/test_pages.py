@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import hf_kvopt
+from hf_kvopt.__main__ import COMMANDS
 from hf_kvopt.quant import KV_FORMATS
 from tests.docs.pages import PAGES, ROOT, as_run, blocks
 
@@ -63,7 +64,7 @@ def test_commands_and_their_options_exist(page: str) -> None:
         name, options = module, re.findall(r"(?<!\S)--[a-z][\w-]*", rest)
         if module == "hf_kvopt":
             command = rest.split()[0]
-            name = f"hf_kvopt.cli.{command.replace('-', '_')}"
+            name = COMMANDS[command][0]
         spec = importlib.util.find_spec(name)
         assert spec is not None, f"{page}: {module}{rest}"
         if name == "pytest":

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -153,3 +154,45 @@ def test_the_command_leaves_no_traceback() -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("evals.equality: error:")
     assert "Traceback" not in done.stderr
+
+
+def test_a_text_of_the_user_is_read_and_named_in_the_rows(tmp_path: Path, model_path: Path) -> None:
+    text = tmp_path / "notes.txt"
+    text.write_text("def first(values):\n    return values[0]\n" * 40)
+    arguments = ["--model", str(model_path), "--text", str(text), "--scenarios", "greedy", "--sides", "paged+hf_kvopt"]
+    status, rows = short_run(tmp_path / "rows.json", *arguments)
+    assert status == 0
+    assert rows[0]["dataset"] == str(text)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(None, "cannot read --text"), (b"\xff\xfe\x00", "cannot read --text"), (b" \n", "holds no text")],
+)
+def test_a_text_that_cannot_be_read_is_named_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None, said: str
+) -> None:
+    text = tmp_path / "notes.txt"
+    if content is not None:
+        text.write_bytes(content)
+    with pytest.raises(SystemExit) as end:
+        short_run(tmp_path / "rows.json", "--shape", "tiny", "--text", str(text))
+    assert end.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert said in error[-1]
+
+
+def test_a_run_that_is_cut_off_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = []
+
+    def once(*arguments: Any) -> Comparison:
+        if done:
+            raise KeyboardInterrupt
+        done.append(arguments)
+        return compare(*arguments)
+
+    monkeypatch.setattr("evals.equality.__main__.compare", once)
+    out = tmp_path / "rows.json"
+    with pytest.raises(KeyboardInterrupt):
+        short_run(out, "--shape", "tiny", "--scenarios", "greedy", "padded")
+    assert len(json.loads(out.read_text())) == 1

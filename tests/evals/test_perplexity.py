@@ -15,6 +15,7 @@ from datasets import Dataset
 from transformers import QuantizedCache
 
 from evals._common.cli import BadArgumentError
+from evals._common.corpora import CORPORA
 from evals._common.memory import kv_bytes
 from evals._common.models import Subject
 from evals._common.outliers import add_outliers
@@ -22,9 +23,9 @@ from evals._common.prompts import load_texts
 from evals._common.reading import Scores, read_segments
 from evals._common.shapes import random_model
 from evals._common.shards import Shard, join_shards
-from evals._common.sides import Side
+from evals._common.sides import FORMATS, Side, accepted_sides
 from evals.perplexity.__main__ import main
-from evals.perplexity.bars import MEMORY, ORDINARY, OUTLIERS, Bar, bars_for, judge
+from evals.perplexity.bars import BUNDLED, MEMORY, OUTLIERS, QWEN, REAL, Bar, bars_for, judge
 from evals.perplexity.segments import make_segments
 from evals.perplexity.summary import summarize
 from hf_kvopt import CACHE_KEYWORD
@@ -140,7 +141,9 @@ def test_the_interval_covers_what_segments_disagree_about() -> None:
 def test_p99_is_a_token_that_one_in_a_hundred_exceeds() -> None:
     kl = torch.arange(1000.0).view(10, 100)
     flat = scores(torch.zeros(10, 100))
-    assert summarize(flat, flat._replace(kl=kl)).kl_p99 == 989.0
+    summary = summarize(flat, flat._replace(kl=kl))
+    assert (summary.kl_p99, summary.kl_p999) == (989.0, 998.0)
+    assert summary.kl_low < summary.kl_mean == 499.5 < summary.kl_high
 
 
 def test_segments_begin_with_the_start_token_and_join_short_texts_only() -> None:
@@ -189,7 +192,7 @@ def test_bytes_of_transformers_quantized_cache_count_codes_and_scales() -> None:
     assert kv_bytes(cache).used == codes + scales
 
 
-@pytest.mark.parametrize("cache", ["int8", "int4", "k8v4", "fp8_e4m3", "fp8_e5m2", "transformers_fp8"])
+@pytest.mark.parametrize("cache", [*FORMATS, "transformers_fp8"])
 def test_every_quantized_side_is_read_and_holds_less_than_bfloat16(tmp_path: Path, cache: str) -> None:
     attention = "sdpa" if cache.startswith("transformers") else "hf_kvopt"
     _, rows = short_run(tmp_path / "rows.json", "--context", "33", "--sides", f"{cache}+{attention}")
@@ -226,7 +229,7 @@ def test_wikitext_is_found_by_its_paper_name(monkeypatch: pytest.MonkeyPatch) ->
         return Dataset.from_dict({"text": ["a", "b"]})
 
     monkeypatch.setattr("evals._common.prompts.load_dataset", load)
-    texts = load_texts(Namespace(dataset="wikitext-2", split="test", column="text"))
+    texts = load_texts(Namespace(text=None, dataset="wikitext-2", split="test", column="text"))
     assert list(texts) == ["a", "b"]
     assert asked == [(("Salesforce/wikitext", "wikitext-2-raw-v1"), {"split": "test"})]
 
@@ -244,29 +247,67 @@ def test_a_backend_that_is_not_installed_is_one_line(
 
 
 def namespace(**given: object) -> Namespace:
-    return Namespace(**{"model": None, "shape": None, "dataset": None, "outliers": False, "prefill": 0, **given})
+    return Namespace(
+        **{"model": None, "shape": None, "text": None, "dataset": None, "outliers": False, "prefill": 0, **given}
+    )
 
 
-def test_losses_are_judged_on_the_reference_model_only() -> None:
-    assert bars_for(namespace()) == (*ORDINARY, *MEMORY)
+def test_losses_are_judged_on_models_that_have_bars() -> None:
+    assert bars_for(namespace()) == (*BUNDLED, *MEMORY)
     assert bars_for(namespace(outliers=True)) == (*OUTLIERS, *MEMORY)
     assert bars_for(namespace(shape="tiny")) == bars_for(namespace(model="x")) == MEMORY
+    for name in ("smollm2", QWEN):
+        assert bars_for(namespace(model=name)) == (*REAL[name], *MEMORY)
+        # Another model, and another question.
+        assert bars_for(namespace(model=name, outliers=True)) == bars_for(namespace(model=name, prefill=5)) == MEMORY
 
 
 def test_a_bar_is_met_at_its_limit_and_never_by_nan() -> None:
-    bars = (Bar("int8", "delta", 16, 0.1),)
+    bars = (Bar("int8", "delta", 0.1),)
     side = Side("int8", "hf_kvopt")
-    met = [judge(bars, side, 16, {"delta": value})[0].is_met for value in (0.1, 0.1001, math.nan)]
+    met = [judge(bars, side, 16, {"delta": (value, None, None)})[0].is_met for value in (0.1, 0.1001, math.nan)]
     assert met == [True, False, False]
-    assert judge(bars, side, 1, {"delta": 1.0}) == judge(bars, Side("int4", "sdpa"), 16, {"delta": 1.0}) == []
+    assert judge(bars, side, 16, {"kl_mean": (1.0, None, None)}) == []
+    assert judge(bars, Side("int4", "sdpa"), 16, {"delta": (1.0, None, None)}) == []
+
+
+def test_a_verdict_says_where_its_interval_reaches_over_the_limit() -> None:
+    bars, side = (Bar("int8", "delta", 0.1),), Side("int8", "hf_kvopt")
+    words = [judge(bars, side, 16, {"delta": f})[0].word for f in ((0.05, 0.0, 0.2), (0.2, 0.05, 0.3), (0.3, 0.2, 0.4))]
+    assert words == ["met, not beyond doubt", "MISSED, not beyond doubt", "MISSED"]
+
+
+def test_peers_that_refuse_a_model_are_left_out_and_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuses(*args: object, **kwargs: object) -> None:
+        raise AssertionError("group size must divide")
+
+    model, sides = random_model("tiny"), [Side("int4", "hf_kvopt"), Side("transformers_fp8", "sdpa")]
+    assert accepted_sides(model, sides) == sides
+    monkeypatch.setattr("evals._common.sides.QuantizedCache", refuses)
+    assert accepted_sides(model, sides) == sides[:1]
+    assert "transformers_fp8+sdpa is left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["programs", "prose"])
+def test_settings_are_chosen_on_other_text_than_figures_are_quoted_of(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evals._common.corpora.packaged_texts", lambda name: tmp_path)
+    monkeypatch.setattr("evals._common.corpora._read", str)
+    choosing, verdict, both = (CORPORA[text](part) for part in ("choosing", "verdict", "all"))
+    assert min(len(choosing), len(verdict)) > 1
+    assert not set(choosing) & set(verdict)
+    assert set(both) == set(choosing) | set(verdict)
 
 
 def test_check_turns_the_exit_status_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["--sides", "int8+hf_kvopt", "--check", "--context", "33"]
-    monkeypatch.setattr("evals.perplexity.__main__.bars_for", lambda args: (Bar("int8", "bf16_share", None, 1.0),))
+    monkeypatch.setattr("evals.perplexity.__main__.bars_for", lambda args: (Bar("int8", "bf16_share", 1.0),))
     status, rows = short_run(tmp_path / "rows.json", *arguments)
     assert (status, rows[1]["bars"][0]["met"]) == (0, True)
-    monkeypatch.setattr("evals.perplexity.__main__.bars_for", lambda args: (Bar("int8", "bf16_share", None, 0.01),))
+    monkeypatch.setattr("evals.perplexity.__main__.bars_for", lambda args: (Bar("int8", "bf16_share", 0.01),))
     status, rows = short_run(tmp_path / "more.json", *arguments)
     assert (status, rows[1]["bars"][0]["met"]) == (1, False)
 
@@ -283,7 +324,7 @@ def test_the_picture_is_drawn(tmp_path: Path) -> None:
     [
         (["--chunks", "0"], "at least 1, got 0"),
         (["--context", "1"], "at least 2, got 1"),
-        (["--sides", "int3+hf_kvopt"], "unknown cache 'int3'"),
+        (["--sides", "int5+hf_kvopt"], "unknown cache 'int5'"),
         (["--shape", "tiny", "--check", "--sides", "paged+hf_kvopt"], "--check has no bar"),
         (["--context", "9000000"], "less than one segment of 9000000 tokens"),
         (["--dataset", "./no/such/set"], "'./no/such/set'"),

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from hf_kvopt.errors import KVOptError, UnsupportedDevice
-from hf_kvopt.kernels import ops as dispatch
-from hf_kvopt.kernels.checks import check_format_runs
+from hf_kvopt.kernels.devices import check_format_runs
 from hf_kvopt.kernels.paged_kv import PagedKV
 from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.kernels.reference.attention import attention_reference, visible_pairs
+from hf_kvopt.kernels.store import store_kv
+from hf_kvopt.kernels.triton import ops as dispatch
 from hf_kvopt.kernels.triton.launch import Target, family_of
 from hf_kvopt.quant import FORMATS, get_format
 
@@ -32,7 +33,7 @@ def make_pools(name, dtype=torch.float32, num_blocks=6, num_kv_heads=2, dim=32):
 
 def step(q, k, v, k_pool, v_pool, k_scale, v_scale, block_table, seq_lens, slots):
     """What a layer does at each step."""
-    dispatch.store_kv(k, v, k_pool, v_pool, slots, k_scale, v_scale)
+    store_kv(k, v, k_pool, v_pool, slots, k_scale, v_scale)
     kv = PagedKV(k_pool, v_pool, block_table, seq_lens, k_scale, v_scale)
     decoded = dispatch.paged_decode(q, kv, Pattern(0.2))
     prefilled = dispatch.paged_prefill(q, kv, Pattern(0.2), return_lse=True)
@@ -126,9 +127,10 @@ def test_package_imports_and_runs_without_triton():
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch\n"
-        "from hf_kvopt.kernels import dispatch\n"
+        "from hf_kvopt.kernels.triton import ops as dispatch\n"
+        "from hf_kvopt.kernels.triton.optional import HAS_TRITON\n"
         "from hf_kvopt.kernels.pattern import Pattern\n"
-        "assert not dispatch.HAS_TRITON\n"
+        "assert not HAS_TRITON\n"
         "q = torch.randn(1, 2, 3, 32)\n"
         "assert dispatch.flash_prefill(q, q, q, Pattern(0.2)).out.shape == (1, 3, 2, 32)\n"
     )

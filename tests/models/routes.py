@@ -9,7 +9,7 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedMod
 
 import hf_kvopt
 from hf_kvopt.errors import KVOptError
-from hf_kvopt.pool.storage import Plane
+from hf_kvopt.pool.storage import KVPool
 from tests.models.cases import Case
 from tests.models.inputs import inputs_for
 from tests.models.kinds import keeps_keys_and_values
@@ -133,14 +133,13 @@ def _compare(case: Case, got: Generated, *caches: Cache) -> Outcome:
     delta = float((got.logits - want.logits).nan_to_num(0.0).abs().max())
     if delta > TOLERANCE * max(1.0, largest):
         return Outcome("wrong", f"logits differ by {delta:.1e}")
-    planes = [plane for used in caches for plane in _written(used)]
-    result = "exact" if planes or not keeps_keys_and_values(case) else "unused"
-    return Outcome(result, "", sum(plane.num_fallbacks for plane in planes))
+    pools = [pool for used in caches for pool in _written(used)]
+    result = "exact" if pools or not keeps_keys_and_values(case) else "unused"
+    return Outcome(result, "", sum(pool.reads.num_fallbacks for pool in pools))
 
 
-def _written(used: Cache) -> list[Plane]:
-    """The keys and values of the layers that hold blocks."""
+def _written(used: Cache) -> list[KVPool]:
+    """The pools of the layers that hold blocks."""
     if isinstance(used, EncoderDecoderCache):
         return _written(used.self_attention_cache) + _written(used.cross_attention_cache)
-    pools = [pool for layer in getattr(used, "layers", ()) if (pool := getattr(layer, "pool", None)) is not None]
-    return [plane for pool in pools for plane in pool.planes]
+    return [pool for layer in getattr(used, "layers", ()) if (pool := getattr(layer, "pool", None)) is not None]

@@ -1,4 +1,4 @@
-"""Tiny models are slower on many threads than on one."""
+"""Runs the tests of this room on one thread: tiny models are slower on many."""
 
 import pytest
 
@@ -7,4 +7,4 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(autouse=True)
 def _one_thread(one_thread: None) -> None:
-    """All tests of the room."""
+    """Apply `one_thread` to all tests of the room."""

@@ -1,4 +1,4 @@
-"""Reads a printed page sentence by sentence: each must be known to a rule, and each rule holds figures against figures.
+"""Reader of a printed page, sentence by sentence: each must match a rule, and each rule compares figures with figures.
 
 A rule is a pattern for a whole line and a check of what it found. Patterns name their pieces: `{gib}` is a size in
 bytes, `{num}` a number, `{ratio}` a factor.
@@ -14,7 +14,7 @@ import pytest
 from hf_kvopt.plan import Device, devices, show_bytes
 from hf_kvopt.plan.weights import count_weights
 
-# What a machine would measure of itself, so that a page is the same every time.
+# Fixed measurements of a CPU, so that a page is reproducible.
 HERE = Device("cpu (x86_64)", 96 * 1024**3, 4e10, 8e11, None, "measured here: made up")
 
 Check = Callable[..., Any]
@@ -34,7 +34,7 @@ _PIECES = {
 
 
 class Rule(NamedTuple):
-    """A sentence, and what must be so where it stands."""
+    """Pattern of a sentence, and the check of its figures."""
 
     pattern: str
     check: Check
@@ -48,7 +48,7 @@ class Rule(NamedTuple):
 
 
 def hold(line: str, rules: Iterable[Rule]) -> None:
-    """Hold a line against the rules; it must be known to one."""
+    """Check a line against the rules; one of them must match it."""
     for rule in rules:
         found = rule.matches(line)
         if found is not None:
@@ -63,7 +63,7 @@ def number(text: str) -> float:
 
 
 def size_of(text: str) -> float:
-    """Bytes of a printed size."""
+    """Return the bytes of a printed size."""
     figure, unit = text.split()
     return number(figure) * 1024 ** ["B", "KiB", "MiB", "GiB", "TiB"].index(unit)
 
@@ -74,7 +74,7 @@ def seconds(text: str) -> float:
 
 
 def near(text: str, value: float) -> bool:
-    """Whether a printed number is `value`, rounded to the digits that are shown."""
+    """Return whether a printed number is `value`, rounded to the digits that are shown."""
     digits = len(text.partition(".")[2])
     return abs(number(text) - value) <= 0.5001 * 10**-digits + 1e-9 * abs(value)
 
@@ -89,25 +89,25 @@ def same_seconds(text: str, value: float) -> bool:
 
 
 def same_versus(text: str, before: float, after: float) -> bool:
-    """Whether `a -> b unit (rx)` says these times, and the ratio that follows from them."""
+    """Return whether `a -> b unit (rx)` states these times, and the ratio that follows from them."""
     found = re.fullmatch(r"([\d,.]+) -> ([\d,.]+) (ms|s) \(([\d,.]+)x\)", text)
     assert found is not None
     scale = {"ms": 1e3, "s": 1.0}[found[3]]
     figures = near(found[1], before * scale) and near(found[2], after * scale) and near(found[4], before / after)
-    # Also as a reader would divide them.
+    # The ratio must also follow from the printed figures.
     shown = number(found[1]) / number(found[2])
     return figures and abs(number(found[4]) - shown) <= 0.03 * shown
 
 
 def table_of(lines: Sequence[str]) -> dict[str, list[str]]:
-    """The rows of a printed table by their first column."""
+    """Return the rows of a printed table by their first column."""
     rule = next(i for i, line in enumerate(lines) if set(line) <= {"-", " "} and line)
     rows = (re.split(r"\s{2,}", line.strip()) for line in lines[rule + 1 :])
     return {name: cells for name, *cells in rows}
 
 
 def require_plain_figures(page: str) -> None:
-    """No page shows an exponent, a figure that is none, or one of something that is several."""
+    """Check that a page shows no exponent, no NaN or infinity, and no plural of one."""
     for wrong in (
         r"\de[+-]\d",
         r"\bnan\b",
@@ -119,7 +119,7 @@ def require_plain_figures(page: str) -> None:
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `cpu` be HERE, and count the weights of a model once: building the larger ones takes longer than all else."""
+    """Make `cpu` return HERE, and count the weights of each model once: building the larger ones takes longest."""
     counted: dict[Any, Any] = {}
 
     def count_once(config: Any, dtype: Any, device: Device | None = None) -> Any:

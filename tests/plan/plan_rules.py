@@ -1,4 +1,4 @@
-"""What must be so of each sentence that `plan` prints, by the figures of the plan and by `memory`."""
+"""Rules for each sentence that `plan` prints, checked against the figures of the plan and of `memory`."""
 
 import copy
 from functools import cached_property
@@ -15,11 +15,11 @@ from hf_kvopt.plan.steps import MEMORY_SHARE, MOST_SPEEDUP
 from hf_kvopt.plan.weights import Weights, count_weights
 from tests.plan.pages import Rule, near, number, same_bytes, same_seconds, same_versus, seconds, size_of
 
-LOSS = 0.05  # of a request, that a format must save
+LOSS = 0.05  # share of a request that a lossy format must save
 
 
 class Facts:
-    """The figures behind a page: the plan's own, and those of `memory` and of the weights, counted anew."""
+    """Figures behind a page: the plan's own, and those of `memory` and of the weights, counted anew."""
 
     def __init__(self, fields: dict[str, Any], made: Plan, head: bool) -> None:
         self.fields, self.made, self.head = fields, made, head
@@ -46,11 +46,11 @@ class Facts:
         return self.made.num_devices if self.is_divided and not keeps_all else 1
 
     def kv(self, format: str, is_compiled: bool) -> int:
-        """Bytes of one batch in a growing cache, or one of fixed addresses, as `memory` counts them."""
+        """Return the bytes of one batch in a growing cache, or in one of fixed addresses, as counted by `memory`."""
         return self._memory(format, is_compiled).used_bytes
 
     def reserved(self, format: str, is_compiled: bool) -> int:
-        """The same with blocks that are reserved ahead."""
+        """Return the bytes of `kv` with blocks that are reserved ahead."""
         return self._memory(format, is_compiled).reserved_bytes
 
     def _memory(self, format: str, is_compiled: bool) -> MemoryReport:
@@ -67,14 +67,14 @@ class Facts:
         )
 
     def is_best(self, change: Option) -> bool:
-        """Whether the choice takes no longer than another option, but for what a format's loss must save."""
+        """Return whether the choice is as fast as another option, up to the saving that a lossy format must reach."""
         return self.weighed[self.best].request_s <= self.weighed[change].request_s / (1 - LOSS) * 1.0001
 
     def request(self, option: Option) -> float:
         return self.weighed[option].request_s
 
     def fits(self, size: float) -> bool:
-        """Whether weights and `size` bytes fit, as far as sums over all devices tell."""
+        """Return whether weights and `size` bytes fit, judged by sums over all devices."""
         return self.weights.num_bytes + size <= self.made.num_devices * self.budget
 
     @property
@@ -87,7 +87,7 @@ class Facts:
 
 
 def rules(f: Facts) -> dict[str, list[Rule]]:
-    """The sentences of each topic."""
+    """Return the rules for the sentences of each topic."""
     return {
         "attention": attention_rules(f),
         "cache": cache_rules(f),
@@ -433,6 +433,7 @@ def compile_rules(f: Facts) -> list[Rule]:
         ),
         Rule("because the device works {time} of the eager step's {time}", works),
         Rule("because generate() compiles on GPUs alone", lambda: not f.device.is_gpu),
+        Rule("because a cache of fixed addresses was ruled out", lambda: not any(o.is_compiled for o in f.weighed)),
         Rule(
             "because generate() does not compile weights of this quantization",
             lambda: "quantization_config" in f.fields,

@@ -1,6 +1,6 @@
-"""Published configs of models that people ask the planner about, written out so that nothing is downloaded.
+"""Published configs of models that people plan for, written out so that nothing is downloaded.
 
-Figures are those of the config.json on the hub, without the fields that decide about neither bytes nor operations.
+Figures are those of the config.json on the hub, without the fields that affect neither bytes nor operations.
 """
 
 from typing import Any

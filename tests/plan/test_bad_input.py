@@ -1,4 +1,4 @@
-"""What cannot be understood is one clear error that names the field and shows a right example."""
+"""Invalid input gives one error that names the field and shows a valid example."""
 
 import json
 import sys

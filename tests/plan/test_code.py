@@ -1,4 +1,4 @@
-"""The Python lines of a plan are real: they load, enable and generate, and the tokens are transformers' own."""
+"""The Python lines of a plan work: they load, enable and generate, and the tokens are transformers' own."""
 
 import itertools
 import re

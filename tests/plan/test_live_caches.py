@@ -1,4 +1,4 @@
-"""Predicted bytes are those of live caches, for every architecture that the suite can build."""
+"""Predicted bytes equal those of live caches, for every architecture that the suite can build."""
 
 import random
 from typing import Any
@@ -23,14 +23,14 @@ from tests.models.tiny import NEW_TOKENS, build
 
 BLOCK_SIZE = 16
 ALL = pytest.mark.parametrize("case", covered_cases(), ids=lambda case: case.name)
-# The model makes a cache of its own kind in `generate`, whatever `enable` set.
+# The model makes its own kind of cache in `generate`, whatever `enable` set.
 MAKES_ITS_OWN = {"musicgen_melody"}
-# Neither a cache nor a word of it in the config: only the class says that there is none.
+# No cache, and no field about one in the config: only the class tells.
 WITHOUT_CACHE = set(expected.REFUSED)
 
 
 def longest(cache: hf_kvopt.PagedCache) -> int:
-    """Tokens of the rows, those of image prompts and special tokens included."""
+    """Return the tokens of the longest row, image prompts and special tokens included."""
     return max((table.clock for table in cache._tables.values()), default=0)
 
 
@@ -152,7 +152,7 @@ def test_fixed_capacity_is_used_from_the_start(batch: int, max_tokens: int) -> N
 
 
 def _taken(model: Any, batch: int, context: int, **options: Any) -> int:
-    """Bytes that a live cache takes on its way to `context` tokens, free blocks included, at its largest."""
+    """Return the peak of the bytes that a live cache takes up to `context` tokens, free blocks included."""
     cache, most = hf_kvopt.PagedCache(model.config, **options), 0
     with torch.no_grad():
         for start in range(0, context, 500):

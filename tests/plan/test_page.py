@@ -45,7 +45,7 @@ def _here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def page_of(fields: dict[str, Any], question: dict[str, Any], capsys: Any, tmp_path: Path) -> tuple[str, str]:
-    """What the command prints on its two streams."""
+    """Return what the command prints on its two streams."""
     path = tmp_path / "config.json"
     path.write_text(json.dumps(fields))
     words = ["plan", str(path), f"--{question['goal']}", *["--head"] * bool(question.get("head"))]
@@ -57,7 +57,7 @@ def page_of(fields: dict[str, Any], question: dict[str, Any], capsys: Any, tmp_p
     return printed.out, printed.err
 
 
-# Every model on a large card, a small one and this machine; and cards that differ otherwise.
+# Every model on a large GPU, a small one and this machine; and GPUs that differ otherwise.
 PLACES = [
     *((name, device) for name in PUBLISHED for device in ("H200", "RTX4090", "cpu")),
     ("Llama-3.1-8B", "A100-40"),
@@ -80,7 +80,7 @@ def test_every_sentence_of_a_plan_is_so(name: str, device: str, capsys: Any, tmp
 
 
 def hold_error(error: str, fields: dict[str, Any], device: str) -> None:
-    """A plan that fits nowhere says what is lacking, in one line."""
+    """Check the one-line error of a plan that fits nowhere: it states what is lacking."""
     found = re.search(
         r"budget of (.+?)( a device)? is impossible: weights take (.+?), and with the smallest cache (.+?) are needed, "
         r"more than (?:(\d+) of )?(.+?) holds?; expected for example budget='(\d+)GiB', a smaller model, or a shorter",
@@ -94,13 +94,13 @@ def hold_error(error: str, fields: dict[str, Any], device: str) -> None:
     assert (int(many or 1), bool(each)) == ((8, True) if place.is_gpu else (1, False))
     assert size_of(weights) <= size_of(needed)
     count = int(many or 1)
-    # The parts that lie whole on each device, and layers that cannot be cut, leave some of the sum unused.
+    # Undivided parts on each device, and layers that cannot be split, leave some of the sum unused.
     assert size_of(needed) > 0.7 * count * place.memory_bytes * 0.9
     assert int(example) * 1024**3 * count > size_of(needed)
 
 
 def hold_page(page: str, facts: Facts) -> None:
-    """Hold each line of a page against the plan."""
+    """Check each line of a page against the plan."""
     require_plain_figures(page)
     blocks = page.strip().split("\n\n")
     known = rules(facts)
@@ -145,14 +145,14 @@ def hold_table(block: str, made: Plan) -> None:
     speed_up, plain = rows.pop("speed-up of a request")
     assert plain == "1x"
     assert not rows
-    # As a reader adds them up: a request is its first token and a step for each further one, by what a step yields.
+    # A request is its first token and a step for each further one, divided by the tokens of a step.
     new = int(re.search(r"max_new_tokens=(\d+)", made.code[-1])[1])
     for side, accepted in enumerate((p.accepted, 1.0)):
         total = shown["first token, s"][side] + (new - 1) * shown["step, ms"][side] / 1e3 / accepted
         assert total == pytest.approx(shown["request, s"][side], rel=0.01)
     ours, default = shown["request, s"]
     assert number(speed_up[:-1]) == pytest.approx(default / ours, rel=0.02)
-    # No step takes less than the host does to launch it, a prompt's first one included.
+    # No step, the prompt's included, takes less than its launch by the host.
     layers = made.option.is_compiled, made.device.is_gpu
     host = 1e3 * num_layers(made) * (EAGER_GPU_SECONDS_PER_LAYER if layers[1] else EAGER_CPU_SECONDS_PER_LAYER)
     assert min(p.first_token_ms, p.default_first_token_ms, p.default_step_ms) >= 0.999 * host
@@ -205,7 +205,7 @@ def assumption_rules(facts: Facts) -> list[Rule]:
 
 
 def hold_default(blocks: list[str], made: Plan) -> None:
-    """Whether the default fits is said where it needs other devices than the plan."""
+    """Check that the page states whether the default fits, if it needs other devices than the plan."""
     needs = made.predicted.default_num_devices
     said = [block for block in blocks if block.startswith("The default's cache")]
     assert bool(said) == (needs is None or needs > made.num_devices)
@@ -216,7 +216,7 @@ def hold_default(blocks: list[str], made: Plan) -> None:
 
 
 def hold_code(made: Plan, page: str) -> None:
-    """The lines are printed as they are, and `max_tokens` holds the batch in whole blocks."""
+    """Check that the lines are printed unchanged, and that `max_tokens` holds the batch in whole blocks."""
     assert page.rstrip().endswith("\n".join(f"    {line}" for line in made.code))
     p = made.predicted
     row = -(-made.context // made.block_size) * made.block_size

@@ -1,4 +1,4 @@
-"""The plan is what its own arithmetic says, is honest about small gains, and its Python lines run."""
+"""The plan follows from its own arithmetic, states small gains as such, and its Python lines run."""
 
 import dataclasses
 from typing import Any
@@ -21,7 +21,7 @@ LLAMA3_8B = LLAMA3_70B | {
     "hidden_size": 4096,
     "intermediate_size": 14336,
 }
-# A CPU that needs no measuring.
+# A CPU that needs no measurement.
 CPU = Device("cpu (test)", 64 * 10**9, 2e10, 1e11, None, "made up")
 
 
@@ -78,7 +78,7 @@ def test_predicted_memory_is_that_of_the_memory_report() -> None:
 
 def test_large_models_are_spread_over_as_few_devices_as_hold_them() -> None:
     made = planned(LLAMA3_70B, device="A100-40")
-    # 141 GB of weights and some KV: four cards of 36 usable GB would have 3 GB left, int4 KV of 32k takes 2.9.
+    # 141 GB of weights and some KV: four devices of 36 usable GB would have 3 GB left, int4 KV of 32k takes 2.9.
     need = made.predicted.weight_bytes + made.predicted.kv_bytes
     assert need <= made.num_devices * 36e9
     assert need > made.num_devices / 2 * 36e9
@@ -136,7 +136,7 @@ def test_a_step_is_its_bytes_over_the_bandwidth() -> None:
     per_byte, launches = 1 / (card.bandwidth * MEMORY_SHARE), 32 * 4e-5
     compiled = [steps.decode(1, 32768, 4e9, speedup=n, is_compiled=True).seconds for n in (1.0, 2.0)]
     assert compiled == pytest.approx([20e9 * per_byte + launches, 18e9 * per_byte + launches])
-    # Eager, the host is slower than that, and a prompt of a few tokens waits for it as well.
+    # Eager, the host is slower than that, and a prompt of a few tokens waits for it too.
     eager = steps.decode(1, 32768, 4e9)
     assert (eager.seconds, eager.limit) == (pytest.approx(32 * 1.2e-3), "the host")
     assert steps.prefill(1, 8, 8).seconds == pytest.approx(32 * 1.2e-3)
@@ -151,7 +151,7 @@ def test_experts_are_read_by_how_many_tokens_choose_them() -> None:
 
 def test_what_is_not_divided_is_read_by_every_device() -> None:
     weights = Weights(100, 200, Part(20, 40, split_bytes=30), Part(80, 160, split_bytes=160), expert_share=0.25)
-    # Ten bytes lie whole on each of two devices, the rest is halved.
+    # Ten bytes are undivided on each of two devices, the rest is halved.
     assert weights.bytes_read(1, num_devices=2) == pytest.approx(10 + 30 / 2 + 160 / 4 / 2)
 
 

@@ -1,4 +1,4 @@
-"""What a plan hands out runs, batch after batch, and takes the memory that was predicted."""
+"""The code of a plan runs, batch after batch, and takes the predicted memory."""
 
 import copy
 from pathlib import Path
@@ -53,7 +53,7 @@ VISION = {
 
 
 def shrink(fields: dict[str, Any]) -> dict[str, Any]:
-    """The same model with few and narrow layers."""
+    """Return the config with few and narrow layers."""
     known = fields.get("text_config", fields)
     small = {name: value for name, value in SMALL.items() if name in known or name.endswith("token_id")}
     small["dtype"] = small["torch_dtype"] = "float32"
@@ -83,13 +83,13 @@ def rows(batch: int, length: int, seed: int) -> dict[str, torch.Tensor]:
 
 
 def run(made: Plan, folder: Path, inputs: dict[str, torch.Tensor]) -> tuple[PreTrainedModel, list[Any], dict[str, Any]]:
-    """Run the lines of a plan on a CPU: the model, the caches that it made, and the names that the lines gave."""
+    """Run the lines of a plan on a CPU; return the model, the caches that it made, and the defined names."""
     lines = [line.replace('device_map="cuda"', 'device_map="cpu"') for line in made.code]
     scope: dict[str, Any] = {"name": str(folder), "inputs": inputs}
     at = next(i for i, line in enumerate(lines) if "hf_kvopt.enable" in line) + 1
     exec("\n".join(lines[:at]), scope)
     caches = _spy_on_cache(scope["model"])
-    # Transformers asks for a pad token where no text ends.
+    # transformers asks for a pad token if no text ends.
     exec("\n".join(lines[at:]).replace("generate(", "generate(pad_token_id=0, "), scope)
     return scope["model"], caches, scope
 
@@ -121,7 +121,7 @@ def _kinds(model: PreTrainedModel) -> list[str]:
 
 
 def _hold_store(made: Plan, model: PreTrainedModel, length: int, new: int) -> None:
-    """Fill the store with other batches, and with texts that part in the middle of a block, up to its cap."""
+    """Fill the store up to its cap with other batches, and with texts that diverge in the middle of a block."""
     store = hf_kvopt.prefix_store(model)
     for seed in (1, 2, 3, 4, 5, 6):
         inputs = rows(made.batch, length, seed)
@@ -132,6 +132,6 @@ def _hold_store(made: Plan, model: PreTrainedModel, length: int, new: int) -> No
         assert out.shape == (made.batch, length + new)
         stats = store.stats()
         assert stats.reserved_bytes <= made.predicted.most_kv_bytes
-    # A store that is full took what was predicted, and shared what came again.
+    # A full store took the predicted bytes, and shared what was repeated.
     assert stats.reserved_bytes == made.predicted.most_kv_bytes
     assert stats.hits > 0

@@ -1,4 +1,4 @@
-"""The figures that guides and papers give, and where a source is off."""
+"""Figures of guides and papers, and the mistake of a source that is wrong."""
 
 import pytest
 
@@ -49,7 +49,7 @@ def test_a_7b_model_of_full_heads_stores_16_kib_a_token_and_layer() -> None:
 
 
 def test_512_mb_at_32k_forgets_the_32_heads() -> None:
-    """One guide multiplies 2 x 32 layers x 128 x 2 bytes x 32k: a single head's 512 MiB. All 32 take 16 GiB."""
+    """Show that one guide's 2 x 32 layers x 128 x 2 bytes x 32k is a single head's 512 MiB; all 32 take 16 GiB."""
     right = fp16(LLAMA_7B, 32 * KIB).content_bytes
     one_head = fp16(LLAMA_7B | {"num_key_value_heads": 1, "head_dim": 128}, 32 * KIB).content_bytes
     assert one_head == 512 * MIB
@@ -73,7 +73,7 @@ def test_gpt_3_takes_4_4_gib_at_1000_tokens() -> None:
 
 
 def test_latent_attention_stores_a_latent_and_a_rotary_key_whatever_the_heads() -> None:
-    """DeepSeek-V3, arXiv:2412.19437: 512 + 64 channels a token and layer, 70 KB a token over 61 layers."""
+    """Check DeepSeek-V3, arXiv:2412.19437: 512 + 64 channels a token and layer, 70 KB a token over 61 layers."""
     report = fp16(DEEPSEEK_V3, 1000)
     assert {layer.bytes_per_token for layer in report.layers} == {(512 + 64) * 2}
     assert report.attention == "MLA"
@@ -98,6 +98,6 @@ def test_weights_are_those_of_the_model_cards() -> None:
 def test_a_sliding_layer_stops_growing_at_its_window() -> None:
     fields = LLAMA_7B | {"model_type": "mistral", "num_key_value_heads": 8, "sliding_window": 4096}
     sizes = [fp16(fields, n).used_bytes for n in (8192, 100_000)]
-    # A query sees itself and 4,095 before it; up to a block less one is not given back yet.
+    # A query sees itself and 4,095 before it; up to a block less one is not freed yet.
     assert sizes == [32 * 4096 * (4096 + 16)] * 2
     assert fp16(fields, 8192).bytes_per_token == 0

@@ -1,4 +1,4 @@
-"""Bytes of quantized weights are those that transformers stores, whichever modules the config leaves whole."""
+"""Bytes of quantized weights equal those that transformers stores, whichever modules the config leaves unpacked."""
 
 import copy
 from typing import Any
@@ -36,7 +36,7 @@ def test_gpt_oss_20b_takes_what_its_checkpoint_takes() -> None:
 def test_deepseek_v3_takes_what_its_checkpoint_takes_without_the_layer_that_transformers_drops() -> None:
     published, experts = 688_586_727_753, 256 * 3 * 7168 * 2048
     attention = 7168 * 1536 + 1536 * 24576 + 7168 * 576 + 512 * 32768 + 16384 * 7168
-    # The 62nd layer predicts one token more: a layer in fp8, an embedding, a head and a projection in bfloat16.
+    # The 62nd layer predicts one more token: a layer in fp8, an embedding, a head and a projection in bfloat16.
     dropped = experts + attention + 3 * 7168 * 2048 + 2 * (2 * 129280 * 7168 + 2 * 7168 * 7168)
     assert weights_of(DEEPSEEK_V3).num_bytes == pytest.approx(published - dropped, rel=1e-4)
 
@@ -67,7 +67,7 @@ def test_fp8_is_counted_as_transformers_stores_it(
     skips = HfQuantizer.get_modules_to_not_convert(model, skipped)
     settings = FineGrainedFP8Config(modules_to_not_convert=skips, weight_block_size=block)
     replace_with_fp8_linear(model, skips, settings, pre_quantized=True)
-    # Scales are float32 while a checkpoint is loaded, whatever dtype the rest has.
+    # Scales are float32 while a checkpoint is loaded, for any dtype of the rest.
     want = sum(p.numel() * (4 if "scale" in name else p.element_size()) for name, p in model.named_parameters())
     counted = count_weights(config, torch.bfloat16)
     assert counted is not None
@@ -142,12 +142,12 @@ def test_weights_are_unpacked_where_the_device_has_no_kernels_for_them() -> None
 
 
 def test_a_token_multiplies_with_as_many_parameters_as_the_model_cards_say() -> None:
-    # In billions, input embeddings left out.
+    # In billions, without input embeddings.
     active = {name: weights_of(fields).num_active / 1e9 for name, fields in PUBLISHED.items()}
     assert active["Qwen3-30B-A3B"] == pytest.approx(3.3 - 0.31, abs=0.1)
     assert active["DeepSeek-V3"] == pytest.approx(37 - 0.9, abs=0.6)
     assert active["gpt-oss-20b"] == pytest.approx(3.6, abs=0.05)
-    # The tower that sees images is read once a picture, not at every step.
+    # The tower that sees images is read once for each picture, not at every step.
     assert active["Gemma-3-27B"] == pytest.approx(27.0, abs=0.05)
 
 

@@ -41,8 +41,7 @@ def append(store: Store, tokens: list[list[int]], table: BlockTable | None = Non
     table.reserve(len(tokens), table.clock + len(tokens[0]))
     skipped = max(0, table.base - start)
     states = torch.tensor(tokens, dtype=torch.float32)[:, None, skipped:, None]
-    for plane in store.pool.planes:
-        plane.write(plane.encode(states), table, start + skipped, start + len(tokens[0]))
+    store.pool.write(states, states, table, start + skipped, start + len(tokens[0]))
 
 
 def read(store: Store, table: BlockTable | None = None) -> list[list[int]]:

@@ -226,8 +226,8 @@ def test_check_integrity_sees_damage(damage: str) -> None:
     elif damage == "count too high":
         store.allocator.refcounts[store.table.rows[0][0]] += 1
     elif damage == "free count wrong":
-        store.allocator.num_free -= 1
+        store.allocator.free.num_free -= 1
     else:
-        store.allocator._run_ends.clear()
+        store.allocator.free.ends.clear()
     with pytest.raises(KVOptError, match="block accounting is broken"):
         store.allocator.check_integrity()

@@ -33,7 +33,7 @@ def test_a_write_into_a_shared_block_copies_it_in_every_pool() -> None:
     store.allocator.pools.append(second)
     append(store, [count(0, 6)])
     states = torch.arange(36.0).view(1, 3, 6, 2)
-    second.values.write(second.values.encode(states), store.table, 0, 6)
+    second.write(states, states, store.table, 0, 6)
     fork = store.table.fork()
     append(store, [[100]], fork)
     append(store, [[200]])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_kvopt import PagedCache
 from hf_kvopt.errors import CacheStateError
-from hf_kvopt.pool.handle import KVHandle
+from hf_kvopt.pool.handle import KVHandle, view_of
 from tests.helpers import states
 
 
@@ -122,7 +122,7 @@ def test_detach_and_alias_stay_handles_on_the_same_blocks() -> None:
 
 def test_gathers_are_counted_and_reads_in_place_are_not() -> None:
     cache, handle, _ = filled()
-    handle.view_dense()
+    view_of(handle).dense()
     assert cache.stats().dense_fallbacks == 0
     for number in (1, 2, 3):
         handle + 1
@@ -131,7 +131,7 @@ def test_gathers_are_counted_and_reads_in_place_are_not() -> None:
 
 def test_rows_side_by_side_are_read_as_a_view() -> None:
     _, handle, _ = filled()
-    assert handle.view_dense().untyped_storage().data_ptr() == handle.codes.untyped_storage().data_ptr()
+    assert view_of(handle).dense().untyped_storage().data_ptr() == handle.codes.untyped_storage().data_ptr()
 
 
 def test_one_warning_names_the_operation_that_gathered(caplog: pytest.LogCaptureFixture) -> None:

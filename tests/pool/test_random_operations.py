@@ -154,8 +154,7 @@ class TableMachine(RuleBasedStateMachine):
         skipped = max(0, table.base - columns)
         for i, pool in enumerate(self.pools):
             states = (tokens + i / 2)[:, None, skipped:, None].expand(-1, 1, -1, 2)
-            for plane in pool.planes:
-                plane.write(plane.encode(states), table, columns + skipped, columns + num_tokens)
+            pool.write(states, states, table, columns + skipped, columns + num_tokens)
 
     def cut(self, shadow: Shadow, lengths: list[int]) -> None:
         try:

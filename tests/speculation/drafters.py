@@ -12,7 +12,7 @@ from tests.helpers import tiny_model
 
 
 def noisy(kind: str = "full", noise: float = 0.05) -> PreTrainedModel:
-    """`tiny_model(kind)` with disturbed weights: agrees with it on most tokens, not on all."""
+    """Return `tiny_model(kind)` with disturbed weights: it agrees on most tokens, not on all."""
     model = tiny_model(kind)
     generator = torch.Generator().manual_seed(5)
     for parameter in model.parameters():
@@ -21,7 +21,7 @@ def noisy(kind: str = "full", noise: float = 0.05) -> PreTrainedModel:
 
 
 class Forest(Drafter):
-    """Trees around a known text: at each depth the true token and a wrong one, in turns first, both with a child."""
+    """Trees around a known text: at each depth the true token and a wrong one, in turns first, each with a child."""
 
     can_tree = True
 
@@ -67,7 +67,7 @@ class _ForestSession(DraftSession):
 
 
 class Oracle(Drafter):
-    """Chains of a known text that are wrong now and then, at other places in each row."""
+    """Chains of a known text with occasional errors, at different positions in each row."""
 
     def __init__(self, truth: Tensor, every: int = 3) -> None:
         self.truth, self.every = truth.tolist(), every  # [batch, length]

@@ -21,14 +21,14 @@ _EAGLE = {
     "head_dim": 8,
     "initializer_range": 0.25,
 }
-# Of sizes that the compiled kernel of a CPU takes.
+# Sizes that the compiled CPU kernel supports.
 _EVEN = {"intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
 EAGLES = ("eagle3", "eagle3 compiled", "eagle3 of two layers", "eagle3 with norms", "eagle1")
 KINDS = (*EAGLES, "medusa", "medusa with the target's lm head")
 
 
 def tiny_head(kind: str = "eagle3", seed: int = 1) -> HeadBase:
-    """Build the head of a kind for the tiny Llama: the same kind and seed always give the same weights."""
+    """Build the head of a kind for the tiny Llama: a kind and a seed always give the same weights."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         head = _make(kind)
@@ -61,13 +61,13 @@ def _make(kind: str) -> HeadBase:
 
 @torch.no_grad()
 def features_of(head: HeadBase, target: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """[batch, length, width]: what the target makes of `input_ids`."""
+    """Return the target's features of `input_ids`: [batch, length, width]."""
     out = target(input_ids=input_ids, use_cache=False, output_hidden_states=True)
     return torch.cat([out.hidden_states[layer] for layer in head.feature_layers], dim=-1)
 
 
 def read_of(head: HeadBase, target: PreTrainedModel, rows: list[Tensor], starts: list[int] | None = None) -> Read:
-    """A `Read` of each row but its last token, from position `starts[i]` on, padded on the right."""
+    """Return a `Read` of each row except its last token, from position `starts[i]` on, padded on the right."""
     starts = starts or [0] * len(rows)
     counts = [len(row) - 1 - start for row, start in zip(rows, starts, strict=True)]
     shape = len(rows), max(counts)
@@ -78,14 +78,14 @@ def read_of(head: HeadBase, target: PreTrainedModel, rows: list[Tensor], starts:
         positions[i, :count] = torch.arange(start, start + count)
         own = features_of(head, target, row[None, :-1])[0, start:]
         if features is None:
-            # Not zeros: whatever lies in the padding must not matter.
+            # Not zeros: padding must not matter.
             features = torch.full((*shape, own.shape[-1]), 7.0)
         features[i, :count] = own
     return Read(tokens, following, positions, features, counts)
 
 
 class Greedy:
-    """Arg max, as the loop's sampler does it."""
+    """Arg max sampler, as used by the loop."""
 
     is_greedy = True
 
@@ -94,7 +94,7 @@ class Greedy:
 
 
 class Stochastic:
-    """Draws from the softmax, and says so."""
+    """Sampler that draws from the softmax and returns it."""
 
     is_greedy = False
 

@@ -1,4 +1,4 @@
-"""What speculation refuses: one clear error before the first token, and a model that is as it was."""
+"""Refusals of speculation: one error before the first token, and an unchanged model."""
 
 import functools
 from typing import Any
@@ -88,7 +88,7 @@ def test_a_streamer_takes_one_row() -> None:
 
 
 class _Wants(Drafter):
-    """Asks for hidden states, and fails when it is to draft."""
+    """Drafter that asks for hidden states, and whose session fails to draft."""
 
     feature_layers = (0, -1)
 

@@ -40,7 +40,7 @@ LLAMA = {
 
 
 def unfused(head: EagleHead, prefix: str) -> dict[str, torch.Tensor]:
-    """The weights of a head under the published names, layer 0 under `prefix`."""
+    """Return the weights of a head under the published names, layer 0 under `prefix`."""
     published = {}
     for name, x in head.state_dict().items():
         if name.startswith("layers."):
@@ -73,7 +73,7 @@ def write(folder, config, weights, file="model.safetensors"):
 
 
 def assert_same(folder, head, **options):
-    """The head in `folder` computes what `head` does."""
+    """Check that the head in `folder` computes the logits of `head`."""
     loaded = hf_kvopt.DraftHead.from_pretrained(folder, **options)
     target, ids = tiny_model(), prompt(12)["input_ids"]
     head.bind(target)
@@ -196,7 +196,7 @@ def test_the_eagle1_layout(has_bias, tmp_path):
 
 
 def medusa_weights(head: MedusaHead) -> dict[str, torch.Tensor]:
-    """The weights of Medusa's own modules: blocks, then the LM head, numbered in each head."""
+    """Return the weights of Medusa's own modules: blocks, then the LM head, numbered in each head."""
     layers, heads = head.block_weight.shape[:2]
     weights = {}
     for i in range(heads):
@@ -223,7 +223,7 @@ def test_the_first_medusa_layout_shares_the_lm_head(tmp_path):
     head = tiny_head("medusa with the target's lm head")
     config = {"base_model_name_or_path": "x", "medusa_num_heads": 4, "medusa_num_layers": 1, "version": "1"}
     write(tmp_path, config, medusa_weights(head), "medusa_lm_head.pt")
-    # Such a checkpoint does not say what the vocabulary is: the target's is believed.
+    # Such a checkpoint does not store the vocabulary size: the target's is used.
     assert_same(tmp_path, head)
 
 

@@ -1,4 +1,4 @@
-"""An EAGLE-3 session with the compiled kernel of a CPU against the same session in torch."""
+"""An EAGLE-3 session with the compiled CPU kernel compared with the session in torch."""
 
 from copy import deepcopy
 
@@ -27,7 +27,7 @@ def make_read(counts: list[int], firsts: list[int], seed: int, features: int = 3
 
 
 class Pair:
-    """One head's session as it is, and one that torch computes."""
+    """Two sessions of one head: one compiled, one in torch."""
 
     def __init__(self, rows: int, head: EagleHead | None = None) -> None:
         self.head = head or tiny_head("eagle3 compiled")
@@ -103,7 +103,7 @@ def test_trees_and_chains_in_turn():
     for plan in (CHAIN, TREE, CHAIN, CHAIN, TREE, TREE):
         pair.check(plan)
         pair.extend(2)
-    # Without new tokens as well.
+    # Also without new tokens.
     for plan in (TREE, CHAIN, TREE, CHAIN, CHAIN):
         pair.check(plan)
 
@@ -122,7 +122,7 @@ def test_rows_that_leave_and_come_in_another_order():
 
 
 class Drawn:
-    """Takes the second best token, and says so of q."""
+    """Sampler that takes the second best token, and returns the softmax as q."""
 
     is_greedy = False
 

@@ -1,4 +1,4 @@
-"""Costs: lines through medians, and acceptance by depth that is forgotten where it is not tried."""
+"""Costs: lines through medians, and acceptance by depth, which fades where it is not tried."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Speculation gives the very tokens of plain greedy decoding in float32, row by row."""
+"""Speculation gives exactly the tokens of plain greedy decoding in float32, row by row."""
 
 from typing import Any
 
@@ -56,7 +56,7 @@ def test_trees_accept_what_they_hold() -> None:
     wanted = eager_tokens("full", 30, max_new_tokens=NEW)
     spec = speculative(Forest(wanted), gamma=4, num_nodes=12, fallback=False)
     tiny_model().generate(**prompt(30), custom_generate=spec, max_new_tokens=NEW, do_sample=False)
-    # 23 tokens behind the first, five a step, of which the last may not fit.
+    # 23 tokens after the first, five a step, of which the last may not fit.
     assert spec.stats.steps <= 6
     assert spec.stats.mean_accepted_length > 4
 
@@ -105,7 +105,7 @@ def test_allowed_tokens_are_asked_for_by_row() -> None:
 
 
 class _Third(StoppingCriteria):
-    """Ends a row at its third token that can be divided by three."""
+    """Criterion that ends a row at its third token divisible by three."""
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         return (input_ids[:, 14:] % 3 == 0).sum(dim=1) >= 3

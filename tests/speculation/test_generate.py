@@ -1,4 +1,4 @@
-"""Whole speculative generate() calls with heads: the tokens of plain decoding, on every supported transformers."""
+"""Speculative generate() calls with heads give the tokens of plain decoding, on every supported transformers."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Heads by themselves: what they compute, save and share, and whom they refuse."""
+"""Heads on their own: logits, saving, sharing with the target, and the targets that they refuse."""
 
 import copy
 
@@ -52,7 +52,7 @@ def test_dtype_can_be_chosen(tmp_path):
 
 
 def test_an_eagle3_step_is_the_papers_equation():
-    """Written out with transformers' own modules, for one position without a past."""
+    """Compare with the equation written out with transformers' own modules, for one position without a past."""
     target, head = tiny_model(), tiny_head()
     head.bind(target)
     layer, ids = head.layers[0], prompt(2)["input_ids"]

@@ -1,4 +1,4 @@
-"""What heads are trained on: rolled-out drafts, the loss over them, and the decoding they would give."""
+"""Training of heads: rolled-out drafts, the loss over them, and the decoding that they would give."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_a_rollout_drafts_from_every_position_as_decoding_does(kind):
-    """Position t, step i: as if the text ended at t + 1 and its next i tokens had been drafted."""
+    """Compare position t, step i, with a text that ends at t + 1 and whose next i tokens were drafted."""
     target, head, row, steps = tiny_model(), tiny_head(kind), text(14), 3
     head.bind(target)
     logits = head.rollout(features_of(head, target, row[None]), row[None], steps)
@@ -59,7 +59,7 @@ def test_gradients_reach_every_weight_of_the_head():
 
 @torch.no_grad()
 def test_accepted_lengths_are_those_of_greedy_decoding():
-    """On the target's own continuation: the chain that the head drafts there, as far as the target would go along."""
+    """Compare, on the target's own continuation, with the head's chain as far as the target accepts it."""
     target, head, steps, start = tiny_model(), tiny_head(), 3, 8
     row = generate(target, unpadded(text(start)[None]), max_new_tokens=30)
     head.bind(target)
@@ -79,7 +79,7 @@ def test_chains_end_where_the_text_leaves_the_targets_path():
     best = torch.zeros(1, 8, dtype=torch.long)
     text_ids = torch.zeros(1, 8, dtype=torch.long)
     assert accepted_lengths(Outcome(torch.tensor(0.0), hits), text_ids, best).tolist() == [[3, 3, 3, 3, 3]]
-    # The token at 4 is not what the target says behind 3: chains that would feed it stop before it.
+    # The target does not predict the token at 4 after 3: chains that would feed it stop before it.
     text_ids[0, 4] = 1
     assert accepted_lengths(Outcome(torch.tensor(0.0), hits), text_ids, best).tolist() == [[3, 2, 1, 3, 3]]
     hits[1, 0, 0] = False

@@ -1,4 +1,4 @@
-"""The policy: plans by what was measured, plain decoding where that is faster, and what it says about it."""
+"""The policy: plans from measurements, plain decoding where that is faster, and its warnings."""
 
 import logging
 
@@ -15,7 +15,7 @@ from tests.speculation.test_equality import drafter
 
 
 def simulate(policy: Policy, steps: int, alpha: float, draft_s: float, read_s: float, batch: int = 1) -> list[Plan]:
-    """Steps of a machine that takes 10 ms a forward and `read_s` a token; each drafted token is accepted by alpha."""
+    """Run steps of a machine with 10 ms a forward and `read_s` a token; alpha is the acceptance of a drafted token."""
     generator = torch.Generator().manual_seed(0)
     plans = []
     for _ in range(steps):
@@ -72,7 +72,7 @@ def test_a_step_that_was_held_up_is_no_reason_to_stop() -> None:
 
 def test_depths_that_were_slow_once_are_tried_again() -> None:
     policy = make()
-    # While something else runs, many tokens take long.
+    # While something else runs, many tokens are slow.
     simulate(policy, 14, alpha=0.9, draft_s=0.0005, read_s=0.03)
     plans = simulate(policy, 400, alpha=0.9, draft_s=0.0005, read_s=0.0001)
     assert sum(plan.gamma for plan in plans[-40:]) / 40 > 5
@@ -90,7 +90,7 @@ def test_first_drafts_are_not_measured() -> None:
 
 
 def uneven(policy: Policy, steps: int, gains: list[int], rows_leave: bool = True) -> list[Plan]:
-    """Rows of which row i accepts `gains[i]` tokens of a draft, however deep; each step takes as long as it reads."""
+    """Run steps in which row i accepts `gains[i]` tokens of any draft, and each step is as slow as it reads tokens."""
     policy.begin(None, rows_leave)
     plans, rows = [], range(len(gains))
     for _ in range(steps):
@@ -106,7 +106,7 @@ def uneven(policy: Policy, steps: int, gains: list[int], rows_leave: bool = True
 
 
 def test_a_batch_is_as_fast_as_its_slowest_row() -> None:
-    # 3.2 tokens a step on the mean, but two rows take a plain step's one: the batch is done no sooner.
+    # 3.2 tokens a step in the mean, but two rows get a plain step's one: the batch is done no sooner.
     assert uneven(make(), 200, [6, 6, 6, 0, 0, 0]).count(NOTHING) > 100
     assert uneven(make(), 200, [3, 3, 3, 3, 3, 3]).count(NOTHING) < 10
 
@@ -170,7 +170,7 @@ def test_stats_count_what_happened() -> None:
     spec = speculative(drafter("assistant"), gamma=3, fallback=False)
     assert torch.equal(generate(tiny_model(), prompt(9, 6), custom_generate=spec, max_new_tokens=20), wanted)
     stats = spec.stats
-    # The first token of each row comes of the prompt.
+    # The first token of each row comes from the prompt.
     assert stats.tokens + stats.plain_tokens == 2 * 19
     assert stats.mean_accepted_length == stats.tokens / stats.row_steps
     assert stats.accepted_by_depth == sorted(stats.accepted_by_depth, reverse=True)
@@ -182,7 +182,7 @@ def test_stats_count_what_happened() -> None:
 
 def test_generation_goes_on_equal_through_pauses() -> None:
     wanted = eager_tokens("full", 30, max_new_tokens=60)
-    # Wrong everywhere: it falls back, and what was not told to the drafter meanwhile is told later.
+    # All wrong: it falls back, and the drafter is told later what it missed.
     spec = speculative(Forest(wanted, range(200)), gamma=4)
     got = generate(tiny_model(), prompt(30), custom_generate=spec, max_new_tokens=60)
     assert torch.equal(got, wanted)

@@ -1,4 +1,4 @@
-"""Rotary scaling by length: equal tokens while it cannot tell, a refusal before the first token where it could."""
+"""Rotary scaling by length: equal tokens while it has no effect, a refusal before the first token where it may."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -163,7 +163,7 @@ def test_other_scalings_do_not_look_at_the_length(rope: dict) -> None:
 
 
 def test_a_past_that_the_model_drops_is_noticed() -> None:
-    # Phi-3 computes texts anew that pass the original length, whatever its rotation: into a cache of its own.
+    # Phi-3 recomputes texts that pass the original length, for any rotation: into a cache of its own.
     model = phi()
     model.config.rope_parameters = {"rope_type": "default", "rope_theta": 1e4}
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config)

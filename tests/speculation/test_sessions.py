@@ -1,4 +1,4 @@
-"""Drafting with the head's cache against the same head without one, over the whole text each time."""
+"""Drafting with the head's cache compared with the head without one, over the whole text each time."""
 
 from math import exp
 
@@ -26,7 +26,7 @@ def text(length: int, seed: int = 0) -> Tensor:
 
 
 def log_q(head, target, row: Tensor, drafted: list[int]) -> Tensor:
-    """log q of the token behind `row` and `drafted`, [draft_vocab_size]: no cache, one row."""
+    """Return log q of the token after `row` and `drafted`, [draft_vocab_size]: no cache, one row."""
     features = features_of(head, target, row[None, :-1])
     if not isinstance(head, EagleHead):
         return torch.log_softmax(head(features[0, -1:])[len(drafted), 0], -1)
@@ -41,7 +41,7 @@ def log_q(head, target, row: Tensor, drafted: list[int]) -> Tensor:
 
 
 def dense_causal(layer, q, k, v):
-    """Attention over whole rows, written out."""
+    """Compute attention over whole rows, written out."""
     group, length = q.shape[1] // k.shape[1], q.shape[2]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     future = torch.ones(length, length, dtype=torch.bool).triu(1)
@@ -68,7 +68,7 @@ def test_a_chain_is_what_the_head_says_over_the_whole_text(kind):
     target, head, row = tiny_model(), tiny_head(kind), text(19)
     session = begin(head, target, row)
     assert session.propose(Plan(4, 4), Greedy()).tokens.tolist() == [greedy_chain(head, target, row, 4)]
-    # Drafting twice is drafting once.
+    # Drafting twice gives one draft.
     assert session.propose(Plan(4, 4), Greedy()).tokens.tolist() == [greedy_chain(head, target, row, 4)]
 
 
@@ -106,7 +106,7 @@ def test_rows_of_different_lengths_do_not_see_each_other(kind):
 
 
 def grown_by_hand(head, target, row: Tensor, plan: Plan) -> dict[tuple[int, ...], float]:
-    """EAGLE-2 as written: paths of target ids, with their joint log probability."""
+    """Grow EAGLE-2's tree as in the paper: return paths of target ids with their joint log probability."""
     frontier: dict[tuple[int, ...], float] = {(): 0.0}
     candidates: dict[tuple[int, ...], float] = {}
     for _ in range(plan.gamma):
@@ -121,7 +121,7 @@ def grown_by_hand(head, target, row: Tensor, plan: Plan) -> dict[tuple[int, ...]
 
 
 def paths(draft: Draft, row: int) -> list[tuple[int, ...]]:
-    """The path of each node, root first; parents must come before their children."""
+    """Return the path of each node, root first; check that parents come before their children."""
     found: list[tuple[int, ...]] = []
     assert draft.parents is not None
     for i, (token, parent) in enumerate(zip(draft.tokens[row].tolist(), draft.parents[row].tolist(), strict=True)):
@@ -210,7 +210,7 @@ def test_chains_end_where_the_head_does_not_believe_in_them(kind):
 
 @pytest.mark.parametrize("kind", ["eagle3", "medusa"])
 def test_a_drawn_token_is_never_dropped_for_its_own_value(kind):
-    """Chains end behind the first column that makes them unlikely; they have at least one."""
+    """Check that chains end after the first column that makes them unlikely, and have at least one."""
     target, head, rows = tiny_model(), tiny_head(kind), [text(19), text(12, 1)]
     session = begin(head, target, *rows)
     seen = set()
@@ -238,7 +238,7 @@ def test_a_tree_leaves_out_what_the_head_does_not_believe_in(kind):
 
 
 def test_a_session_drafts_for_the_target_that_it_was_begun_for():
-    """Both targets' embeddings are shared, one after the other."""
+    """Share the embeddings of two targets, one after the other."""
     head, row = tiny_head("eagle1"), text(19)
     for seed in (0, 1, 0):
         target = tiny_model(seed=seed)

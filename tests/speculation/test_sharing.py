@@ -33,7 +33,7 @@ def wanted_of(kind: str, inputs: Any) -> torch.Tensor:
 @pytest.mark.parametrize("rows", [(SYSTEM,), (SYSTEM + text(5), SYSTEM, SYSTEM + text(9))], ids=["batch 1", "batch 3"])
 @pytest.mark.parametrize(
     ("draft", "kind"),
-    # The tiny heads are for the tiny Llama.
+    # The tiny heads fit only the tiny Llama.
     [(draft, kind) for draft in DRAFTS for kind in KINDS if kind == "full" or "head" not in draft],
 )
 def test_warm_and_cold_calls_give_the_tokens_of_plain_decoding(draft: str, kind: str, rows: Any) -> None:

@@ -1,4 +1,4 @@
-"""Streamers and stop strings, which generate() does not hand on, bound in the factory; the sugar around it."""
+"""Streamers and stop strings, which generate() does not pass on: bound by the factory, and by `enable`."""
 
 import copy
 from typing import Any
@@ -18,7 +18,7 @@ ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())[:VOCAB]
 
 
 class Collected:
-    """A streamer that keeps what it is given."""
+    """Streamer that keeps what it is given."""
 
     def __init__(self) -> None:
         self.pieces: list[list[int]] = []
@@ -32,7 +32,7 @@ class Collected:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Token i is the i-th byte character."""
+    """Return a tokenizer whose token i is the i-th byte character."""
     made = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(ALPHABET)}, merges=[]))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()

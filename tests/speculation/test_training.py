@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Words w0 ... w96, the last of which ends a text."""
+    """Return a tokenizer of words w0 ... w96, the last of which ends a text."""
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w96", unk_token="w0")
@@ -35,7 +35,7 @@ def target(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Texts that the target wrote itself."""
+    """Return texts that the target wrote itself."""
     path = tmp_path_factory.mktemp("data") / "rows.jsonl"
     prompts = torch.randint(3, VOCAB, (40, 4), generator=torch.Generator().manual_seed(0))
     rows = generate(tiny_model(), unpadded(prompts), max_new_tokens=28)
@@ -44,7 +44,7 @@ def data(tmp_path_factory) -> Path:
 
 
 def train(target, data, out, *options):
-    """Run the command in this process; returns the rows of its log."""
+    """Run the command in this process; return the rows of its log."""
     args = ["--model", target, "--data", data, "--out", out, "--row-len", 32, "--batch-size", 4, "--steps", 3, "--cpu"]
     assert main(["train-draft", *map(str, [*args, *options])]) == 0
     return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
@@ -109,7 +109,7 @@ def test_two_processes_train_one_head(target, data, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log] == [3, 6]
-    # Two processes of two rows, two batches a step: eight rows a step, of the forty that there are.
+    # Two processes of two rows, two batches a step: eight rows a step, of forty.
     state = torch.load(tmp_path / "state" / "trainer.pt")
     assert (state["epoch"], state["batch"]) == (1, 2)
     hf_kvopt.DraftHead.from_pretrained(tmp_path).check(tiny_model())

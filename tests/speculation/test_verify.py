@@ -1,4 +1,4 @@
-"""Acceptance: greedy by comparison, sampling without loss: the distribution of what comes out is the target's."""
+"""Acceptance: greedy by comparison, sampling without loss: the output has the target's distribution."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def distribution(*shape: int, seed: int) -> Tensor:
 
 
 def assert_drawn_from(counts: Tensor, expected: Tensor) -> None:
-    """Chi-square of cell `counts` against probabilities `expected`; rare cells are put together."""
+    """Check cell `counts` against probabilities `expected` by a chi-square test; rare cells are merged."""
     total = int(counts.sum())
     order = expected.flatten().argsort(descending=True)
     counts, expected = counts.flatten()[order].double(), expected.flatten()[order].double() * total
@@ -36,7 +36,7 @@ def assert_drawn_from(counts: Tensor, expected: Tensor) -> None:
 
 
 def counted(sequences: list[list[int]], depth: int, p: list[Tensor]) -> Tensor:
-    """How often each `depth` tokens came out, cut sequences filled up by p at their depth as plain decoding would."""
+    """Count each sequence of `depth` tokens; shorter ones are filled up from p as in plain decoding."""
     counts = torch.zeros([VOCAB] * depth)
     for tokens in sequences:
         tokens = list(tokens[:depth])
@@ -47,7 +47,7 @@ def counted(sequences: list[list[int]], depth: int, p: list[Tensor]) -> Tensor:
 
 
 def joint(p: list[Tensor]) -> Tensor:
-    """Probability of each sequence of independent tokens."""
+    """Return the probability of each sequence of independent tokens."""
     return torch.einsum("a,b,c->abc", *p)
 
 
@@ -125,7 +125,7 @@ def test_a_parent_behind_its_child_is_refused() -> None:
 
 
 def small(seed: int, vocab: int = 12) -> LlamaForCausalLM:
-    """A target or an assistant whose next-token distribution is far from uniform."""
+    """Build a target or an assistant whose next-token distribution is far from uniform."""
     config = LlamaConfig(
         vocab_size=vocab, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, head_dim=8, initializer_range=0.5,
@@ -138,7 +138,7 @@ def small(seed: int, vocab: int = 12) -> LlamaForCausalLM:
 
 
 def exact(model: LlamaForCausalLM, prompt: list[int], depth: int, temperature: float, k: int, top_p: float) -> Tensor:
-    """Probability of every continuation of `depth` tokens, by plain forwards and the definition of each warper."""
+    """Return the probability of every continuation of `depth` tokens, by plain forwards and the warpers as defined."""
     vocab = model.config.vocab_size
     total = torch.ones(())
     for length in range(depth):

@@ -9,13 +9,40 @@ only widened to float32, a tile at a time, so that the tile is still in the core
 import torch
 from torch import Tensor
 
+from hf_kvopt.kernels.calls import AttentionCall, KVView
 from hf_kvopt.kernels.cpu.dense import mask_scores, softmax_beside
 from hf_kvopt.kernels.pattern import Pattern
-from hf_kvopt.quant import Format, Quantized, widen, widen_planes
+from hf_kvopt.quant import Format, Quantized, get_format, widen, widen_planes
 
 # Channels of one tile over all rows and heads, 8 MiB in float32: at 2 KV heads of 64 a tile of 8,192 tokens takes 0.6x
 # the time of eight of 1,024 (2 cores), whose products are too small.
 _TILE_CHANNELS = 1 << 21
+
+
+def accepts(call: AttentionCall) -> bool:
+    """Take one query a row over quantized storage, of rows that begin together."""
+    q, k, v, pattern, dropout = call
+    if (
+        not isinstance(k, KVView)
+        or not isinstance(v, KVView)
+        or dropout
+        or k.states is not None
+        or v.states is not None
+    ):
+        return False
+    is_quantized = k.plane.scale is not None or v.plane.scale is not None
+    is_plain = pattern.starts is None and (pattern.sinks is None or pattern.sinks.dim() == 1)
+    return is_quantized and is_plain and q.shape[2] == 1 and not torch.is_grad_enabled() and not call.needs_centre
+
+
+def run(call: AttentionCall) -> Tensor:
+    """Multiply with the codes."""
+    q, k, v, pattern, _ = call
+    assert isinstance(k, KVView)
+    assert isinstance(v, KVView)
+    return decode_codes(
+        k.for_codes(q), k.codes(), v.codes(), (get_format(k.spec.format), get_format(v.spec.format)), pattern
+    )
 
 
 def decode_codes(

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_kvopt.kernels.calls import AttentionCall, KVView
 from hf_kvopt.kernels.pattern import Pattern
 
 # What becomes of scores: scale, softcap, sinks [batch | 1, num_heads, q_len, 1] and dropout.
@@ -21,6 +22,18 @@ _Scoring = tuple[float, float | None, Tensor | None, float]
 _TILE_SCORES = 1 << 24
 _TILE_ROWS = 256
 _LONG_ROW = 6144
+
+
+def accepts(call: AttentionCall) -> bool:
+    """Take every call."""
+    return True
+
+
+def run(call: AttentionCall) -> Tensor:
+    """Attend to dense keys and values, or what views stand for."""
+    q, k, v, pattern, dropout = call
+    k, v = (x.dense() if isinstance(x, KVView) else x for x in (k, v))
+    return attend(q, k, v, pattern, dropout)
 
 
 def attend(

@@ -22,7 +22,7 @@ from hf_kvopt.kernels.cpu.jit.spec import (
     Spec,
     part_items,
 )
-from hf_kvopt.kernels.cpu.paged_attention import Place
+from hf_kvopt.kernels.cpu.place import Place
 from hf_kvopt.kernels.cpu.program import MAX_DIM, NAMES, bits_of, can_compile, compiled, lanes, num_threads
 from hf_kvopt.kernels.pattern import LOG2E
 

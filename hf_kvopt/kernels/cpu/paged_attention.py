@@ -1,27 +1,26 @@
 """Attention of a few queries over blocks on a CPU, in machine code made at first use (kernels/cpu/jit/).
 
 Keys and values are read where they lie, through the block table: rows that share blocks, end at unlike lengths or lie
-scattered cost what one contiguous row costs. `can_attend` says whether a call can be taken; kernels/cpu/dense.py takes
-the others.
+scattered cost what one contiguous row costs. `can_attend` says whether a call can be taken.
 """
 
 import threading
 from array import array
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_kvopt.kernels.calls import AttentionCall, KVView
 from hf_kvopt.kernels.cpu.jit.spec import BOOL_MASK, CHUNK, FLOAT_MASK, NO_MASK, NO_WINDOW, Spec, part_items
-from hf_kvopt.kernels.cpu.program import MAX_DIM, NAMES, bits_of, can_compile, compiled, lanes, num_threads
+from hf_kvopt.kernels.cpu.place import Place
+from hf_kvopt.kernels.cpu.program import bits_of, can_compile, compiled, lanes, num_threads
 from hf_kvopt.kernels.pattern import LOG2E, Pattern
-from hf_kvopt.quant import format_of
 
 # Scaled queries of a KV head's group, which each thread keeps on its stack: chunks of 512 tokens with 4 heads of 64. A
 # chunk of 512 queries against 640 tokens takes 0.48x of SDPA's time (2 cores, AVX-512).
 MAX_QUERY_BYTES = 1 << 19
-MIN_BLOCK = 16  # a unit of keys lies in one block
 QUERY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NO_MASK, _NO_SINKS = (NO_MASK, 0, 0, 0, 0), (0, 0, 0, 0)
 _KEPT_SCRATCH = 1 << 16  # float32 values: what decoding takes
@@ -30,47 +29,29 @@ _THREAD = threading.local()
 SERIAL_WORK = 1 << 18
 
 
-class Place(NamedTuple):
-    """Where a pool lies, as the kernel takes it; holds as long as the pool's tensors stay."""
-
-    arguments: tuple[int, ...]  # address and strides in bytes: of blocks, tokens and heads, of scales' blocks and heads
-    code: str  # how it is stored, a name in codec.CODECS
-    dim: int
-    scale_bits: int
-    num_heads: int
-    num_blocks: int
-    block_shift: int
-
-
-def place_of(
-    codes: Tensor,  # [num_blocks, block_size, num_kv_heads, width]
-    scale: Tensor | None,  # [num_blocks, block_size, num_kv_heads, *scale_shape]
-) -> Place | None:
-    """Where this pool lies; None where the kernel cannot read it."""
-    num_blocks, block_size, num_heads, width = codes.shape
-    is_power = block_size >= MIN_BLOCK and not block_size & (block_size - 1)
-    if codes.device.type != "cpu" or type(codes) is not Tensor or not is_power or not _is_readable(codes, scale):
-        return None
-    item = codes.element_size()
-    block, token, head, _ = codes.stride()
-    arguments = codes.data_ptr(), block * item, token * item, head * item
-    bits, dim = 16, width * format_of(codes.dtype).codes_per_byte
-    scales = 0, 0, 0
-    if scale is not None:
-        bits = 8 * scale.element_size()
-        scales = scale.data_ptr(), scale.stride(0) * bits // 8, scale.stride(2) * bits // 8
-    shift = block_size.bit_length() - 1
-    return Place((*arguments, *scales), NAMES[codes.dtype], dim, bits, num_heads, num_blocks, shift)
-
-
-def _is_readable(codes: Tensor, scale: Tensor | None) -> bool:
-    """Whether a token's channels, and the scales of a block's tokens, lie beside one another."""
-    if codes.dtype not in NAMES or codes.shape[3] > MAX_DIM or codes.stride(3) != 1:
+def accepts(call: AttentionCall) -> bool:
+    """Take calls over blocks alone, of queries that a thread can keep."""
+    q, k, v, _, dropout = call
+    if (
+        not isinstance(k, KVView)
+        or not isinstance(v, KVView)
+        or dropout
+        or k.states is not None
+        or v.states is not None
+    ):
         return False
-    if scale is None:
-        return True
-    is_packed = scale.stride(1) == 1 if scale.dim() == 3 else scale.stride()[1::2] == (scale.shape[3], 1)
-    return is_packed and scale.dtype in (torch.float16, torch.float32)
+    if k.plane.place is None or v.plane.place is None or (k.centre is not None and call.needs_centre):
+        return False
+    return can_attend(q, k.plane.place, v.plane.place)
+
+
+def run(call: AttentionCall) -> Tensor:
+    """Read keys and values where they lie."""
+    q, k, v, pattern, _ = call
+    assert isinstance(k, KVView)
+    assert isinstance(v, KVView)
+    q = k.for_codes(q) if k.spec.rotates else q
+    return attend_blocks(q, k.plane.place, v.plane.place, *k.row_tensors(), pattern, skip=k.skip)  # type: ignore[arg-type]
 
 
 def can_attend(

@@ -45,6 +45,7 @@ def can_compile() -> bool:
     return _machine().lanes_here() is not None
 
 
+@cache
 def lanes() -> int:
     """float32 values in a vector register."""
     return _machine().lanes_here()

@@ -13,15 +13,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_kvopt.kernels.blocks import strided
+from hf_kvopt.kernels.calls import StoreCall
 from hf_kvopt.kernels.cpu.jit.spec import STORE_ARGUMENTS, STORE_CHUNK, StoreSpec
-from hf_kvopt.kernels.cpu.paged_attention import Place
+from hf_kvopt.kernels.cpu.place import Place
 from hf_kvopt.kernels.cpu.program import NAMES, can_compile, compiled, lanes, num_threads
+from hf_kvopt.kernels.reference import store as reference
 
 _SOURCES = (torch.float32, torch.bfloat16, torch.float16)
 # Channels below which one thread is done before a second has begun.
 _SERIAL_WORK = 1 << 15
 _CODES = ("int8", "uint8", "float8_e4m3fn", "float8_e5m2")
 _OUTSIDE = STORE_ARGUMENTS.index("outside")
+
+
+def accepts(call: StoreCall) -> bool:
+    """Take calls of which at least one plane can be written; torch's operations write the other."""
+    return any(_can_write(part.plane.place, part.states) for part in call.parts)
+
+
+def run(call: StoreCall) -> None:
+    """Write each plane; a native pool whose rows lie evenly takes one copy of torch's."""
+    if call.even is not None and all(part.plane.scale is None for part in call.parts):
+        for plane, _, states, _ in call.parts:
+            strided(plane.codes, *call.even, states.shape[0], states.shape[2]).copy_(states)
+        return
+    left = []
+    for part in call.parts:
+        plane, _, states, centre = part
+        if plane.place is None:
+            left.append(part)
+        else:
+            store_states(states, plane.place, call.slots(), centre, plane.rotates)
+    if left:
+        reference.run(call._replace(parts=tuple(left)))
+
+
+def _can_write(place: Place | None, states: Tensor) -> bool:
+    return place is not None and can_store(states, place)
 
 
 def can_store(

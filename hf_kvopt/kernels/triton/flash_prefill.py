@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_kvopt.kernels.packed import Packed, check_dense
+from hf_kvopt.kernels.packed import Packed
 from hf_kvopt.kernels.paged_kv import empty_results
-from hf_kvopt.kernels.pattern import Pattern, pattern_args, strides_of
+from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.kernels.reference.attention import AttentionOut, attention_reference, visible_pairs
+from hf_kvopt.kernels.triton.arguments import pattern_args, strides_of
+from hf_kvopt.kernels.triton.checks import check_dense
 from hf_kvopt.kernels.triton.configs import flash_prefill_config
 from hf_kvopt.kernels.triton.launch import Config, Launch, Target, cdiv, dot_dtype, next_power_of_two, target_of
 from hf_kvopt.kernels.triton.optional import TensorDescriptor, tl, triton

@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_kvopt.kernels.checks import (
+from hf_kvopt.kernels.reference.attention import AttentionOut
+from hf_kvopt.kernels.triton.checks import (
     COMPUTE_DTYPES,
     check_contiguous,
     check_device,
@@ -20,7 +21,6 @@ from hf_kvopt.kernels.checks import (
     check_last_contiguous,
     check_shape,
 )
-from hf_kvopt.kernels.reference.attention import AttentionOut
 from hf_kvopt.kernels.triton.launch import Launch, next_power_of_two, target_of
 from hf_kvopt.kernels.triton.optional import tl, triton
 

@@ -17,10 +17,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_kvopt.kernels.checks import check_contiguous, check_dtype
-from hf_kvopt.kernels.paged_kv import PagedKV, check_paged, empty_results, paged_args
-from hf_kvopt.kernels.pattern import Pattern, pattern_args
+from hf_kvopt.kernels.paged_kv import PagedKV, empty_results
+from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.kernels.reference.attention import AttentionOut, paged_reference
+from hf_kvopt.kernels.triton.arguments import paged_args, pattern_args
+from hf_kvopt.kernels.triton.checks import check_contiguous, check_dtype, check_paged
 from hf_kvopt.kernels.triton.configs import decode_config, least_decode_tile
 from hf_kvopt.kernels.triton.launch import Config, Launch, Target, cdiv, next_power_of_two, target_of
 from hf_kvopt.kernels.triton.merge_state import plan_merge_state

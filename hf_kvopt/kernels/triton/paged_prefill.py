@@ -14,9 +14,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hf_kvopt.kernels.paged_kv import PagedKV, check_paged, empty_results, paged_args
-from hf_kvopt.kernels.pattern import Pattern, pattern_args
+from hf_kvopt.kernels.paged_kv import PagedKV, empty_results
+from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.kernels.reference.attention import AttentionOut, paged_reference
+from hf_kvopt.kernels.triton.arguments import paged_args, pattern_args
+from hf_kvopt.kernels.triton.checks import check_paged
 from hf_kvopt.kernels.triton.configs import paged_prefill_config
 from hf_kvopt.kernels.triton.launch import Config, Launch, Target, cdiv, target_of
 from hf_kvopt.kernels.triton.optional import tl, triton

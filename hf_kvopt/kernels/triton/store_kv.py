@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_kvopt.kernels.checks import (
+from hf_kvopt.kernels.triton.arguments import strides_of
+from hf_kvopt.kernels.triton.checks import (
     COMPUTE_DTYPES,
     check_device,
     check_dtype,
@@ -21,7 +22,6 @@ from hf_kvopt.kernels.checks import (
     check_shape,
     debug_enabled,
 )
-from hf_kvopt.kernels.pattern import strides_of
 from hf_kvopt.kernels.triton.launch import Launch, Target, cdiv, next_power_of_two, target_of
 from hf_kvopt.kernels.triton.optional import tl, triton
 from hf_kvopt.kernels.triton.store_tile import store_one

@@ -1,1 +1,1 @@
-"""What proposes tokens without trained heads."""
+"""Drafters without trained heads: an assistant model, lookahead decoding, prompt lookup."""

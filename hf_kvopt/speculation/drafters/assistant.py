@@ -1,4 +1,4 @@
-"""An assistant model as drafter: a smaller model of the same tokenizer, with a paged cache of its own, any batch size.
+"""Drafter that runs a smaller model of the same tokenizer, with its own paged cache, for any batch size.
 
 Source: Leviathan et al., arXiv:2211.17192; Chen et al., arXiv:2302.01318.
 """
@@ -15,11 +15,12 @@ from hf_kvopt.speculation.loop.reader import Reader
 
 
 class AssistantDrafter(Drafter):
-    """Drafts with a whole model.
+    """Drafter that runs a whole model.
 
     Args:
         model: the assistant.
-        tokenizer, assistant_tokenizer: of target and assistant, to tell a padded vocabulary from another one.
+        tokenizer, assistant_tokenizer: tokenizers of the target and of the assistant; with both given, vocabulary sizes
+            may differ by padding.
 
     Raises:
         ValueError: the tokenizers differ.
@@ -56,15 +57,15 @@ class AssistantDrafter(Drafter):
 
 
 class _AssistantSession(DraftSession):
-    """The assistant's cache holds each row up to, and without, the tokens that it was not shown yet."""
+    """Session of an assistant, whose cache holds the tokens of `extend` except those in `unread`."""
 
     def __init__(self, model: PreTrainedModel, vocab_size: int, batch_size: int) -> None:
         cache = PagedCache(config=model.config.get_text_config(decoder=True))
         cache.activate_past_recording()
         self.reader = Reader(model, cache, [0] * batch_size, None, [0] * batch_size, torch.device("cpu"))
         self.vocab_size = vocab_size
-        self.unread: list[list[int]] = [[] for _ in range(batch_size)]  # ends with the root
-        self.drafted: list[Tensor] = []  # [batch] tokens behind the root that the cache holds, until the next `extend`
+        self.unread: list[list[int]] = [[] for _ in range(batch_size)]  # not fed yet; ends with the root
+        self.drafted: list[Tensor] = []  # for each depth [batch]: drafted tokens in the cache
 
     def extend(self, read: Read) -> None:
         following = read.following.tolist()
@@ -102,13 +103,13 @@ class _AssistantSession(DraftSession):
         self.reader.cache.free()
 
     def _tried(self) -> list[list[int]]:
-        """Of each row, the drafted tokens that the cache holds."""
+        """Return the drafted tokens that the cache holds, for each row."""
         if not self.drafted:
             return [[] for _ in self.unread]
         return torch.stack(self.drafted, dim=1).tolist()
 
     def _catch_up(self) -> Tensor:
-        """Read what is new, the root last: logits [batch, vocab] behind it."""
+        """Read the unread tokens, the root last, and return logits [batch, vocab] after the root."""
         unread, width = self.unread, max(len(row) for row in self.unread)
         fed = torch.tensor([row + [0] * (width - len(row)) for row in unread], device=self.reader.device)
         outputs = self.reader.forward(fed)
@@ -118,7 +119,7 @@ class _AssistantSession(DraftSession):
         return self._logits(outputs.logits[range(len(lens)), [n - 1 for n in lens]])
 
     def _logits(self, logits: Tensor) -> Tensor:
-        """[batch, vocab] over the target's ids: padding of either vocabulary is never drafted."""
+        """Pad or cut logits to [batch, vocab] over the target's ids, so that padding is never drafted."""
         missing = self.vocab_size - logits.shape[-1]
         if missing > 0:
             return torch.nn.functional.pad(logits, (0, missing), value=float("-inf"))
@@ -126,5 +127,5 @@ class _AssistantSession(DraftSession):
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the common beginning."""
+    """Return the length of the common prefix."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

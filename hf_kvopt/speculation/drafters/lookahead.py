@@ -1,9 +1,9 @@
-"""Lookahead decoding: the target guesses its own future by Jacobi iteration, and what it guessed is drafted later.
+"""Lookahead decoding: the target guesses its own next tokens by Jacobi iteration, and its guesses are drafted later.
 
-Each verification gives the target's choice behind every drafted token, whether that token was right or not. These
-choices are the next guess of the same positions (one Jacobi step), and token by token they spell n-grams that the
-model likes; those that begin with the root are drafted first, the newest guess behind them (Fu et al.,
-arXiv:2402.02057; the window here is the draft itself, so that a forward reads no more than gamma + 1 tokens).
+Each verification gives the target's choice after every drafted token, whether that token was right or not. These
+choices are the next guess for the same positions (one Jacobi step), and consecutive ones form n-grams that the model
+finds likely. N-grams that begin with the root are drafted first, then the newest guess (Fu et al., arXiv:2402.02057;
+here the window is the draft itself, so a forward reads at most gamma + 1 tokens).
 """
 
 from collections import OrderedDict
@@ -18,10 +18,10 @@ _NUM_NGRAMS = 4096
 
 
 class Lookahead(Drafter):
-    """Drafts from the target's own guesses.
+    """Drafter that proposes the target's own guesses.
 
     Args:
-        ngram: tokens of the n-grams that are collected, the first one included.
+        ngram: length of the collected n-grams in tokens.
     """
 
     def __init__(self, ngram: int = 4) -> None:
@@ -37,9 +37,10 @@ class _LookaheadSession(DraftSession):
     def __init__(self, ngram: int, batch_size: int) -> None:
         self.ngram = ngram
         self.texts: list[list[int]] = [[] for _ in range(batch_size)]
-        # What followed a token in a trajectory, newest last; one pool, as rows of a batch are often alike.
+        # First token -> the tokens that followed it, oldest entry first. All rows share the pool, as rows of a batch
+        # are often alike.
         self.pool: OrderedDict[int, list[int]] = OrderedDict()
-        self.guesses: list[list[int]] = [[] for _ in range(batch_size)]  # behind the root of each row
+        self.guesses: list[list[int]] = [[] for _ in range(batch_size)]  # guesses after the root of each row
         self.drafted: list[list[int]] = [[] for _ in range(batch_size)]
         self.device = torch.device("cpu")
 
@@ -68,9 +69,9 @@ class _LookaheadSession(DraftSession):
         self.drafted = [self.drafted[row] for row in rows]
 
     def _follow(self, row: int, choices: Sequence[int], num_new: int) -> None:
-        """One Jacobi step: the choices behind what was drafted are the next guess, and spell n-grams."""
+        """Make one Jacobi step: the choices after the drafted tokens are the next guess and new n-grams."""
         drafted = self.drafted[row]
-        # choices[i] stands behind drafted[i - 1]: pairs of the two trajectories.
+        # choices[i] comes after drafted[i - 1].
         for i, token in enumerate(drafted[: len(choices) - 1]):
             if i + 1 >= num_new:
                 self._note([token, *choices[i + 1 : i + 2]])
@@ -83,7 +84,7 @@ class _LookaheadSession(DraftSession):
 
     def _note(self, ngram: Sequence[int]) -> None:
         known = self.pool.get(ngram[0])
-        # A longer n-gram is not forgotten for a shorter one that it begins with.
+        # A known n-gram is kept when the new one is only its prefix.
         if known is not None and list(known[: len(ngram) - 1]) == list(ngram[1:]):
             return
         self.pool[ngram[0]] = list(ngram[1:])
@@ -92,7 +93,7 @@ class _LookaheadSession(DraftSession):
             self.pool.popitem(last=False)
 
     def _guess(self, row: int, gamma: int) -> list[int]:
-        """Collected n-grams chained behind the root; where none begins, the guess of the last step, then repetition."""
+        """Chain collected n-grams after the root; without one, take the last guess, then repeat the last token."""
         text, guesses = self.texts[row], self.guesses[row]
         tokens: list[int] = []
         while len(tokens) < gamma:

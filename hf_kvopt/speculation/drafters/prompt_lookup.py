@@ -1,4 +1,4 @@
-"""Prompt lookup: what followed the last n-gram when it stood in the text before is drafted again; no model at all.
+"""Prompt lookup: if the last n-gram occurred earlier in the text, draft the tokens that followed it; no model is run.
 
 Source: Saxena, "Prompt Lookup Decoding" (2023); transformers' `prompt_lookup_num_tokens`.
 """
@@ -12,10 +12,10 @@ from hf_kvopt.speculation.drafters.base import Draft, Drafter, DraftSession, Pla
 
 
 class PromptLookup(Drafter):
-    """Drafts from the row's own text.
+    """Drafter that copies from the row's own text.
 
     Args:
-        max_ngram: tokens that must match at most; longer matches win, and of equal ones the latest.
+        max_ngram: tokens that must match at most; the longest match wins, then the latest.
     """
 
     def __init__(self, max_ngram: int = 3) -> None:
@@ -31,7 +31,7 @@ class _LookupSession(DraftSession):
     def __init__(self, max_ngram: int, batch_size: int) -> None:
         self.max_ngram = max_ngram
         self.texts: list[list[int]] = [[] for _ in range(batch_size)]
-        # Where each n-gram was last seen to end, n-grams that end the text not counted yet.
+        # N-gram -> where it last ended; an n-gram at the end of the text is not entered yet.
         self.ends: list[dict[tuple[int, ...], int]] = [{} for _ in range(batch_size)]
         self.device = torch.device("cpu")
 
@@ -63,7 +63,7 @@ class _LookupSession(DraftSession):
         for n in range(min(self.max_ngram, len(text)), 0, -1):
             end = ends.get(tuple(text[-n:]))
             if end is not None:
-                # Where the copy runs into the end of the text, it goes on with itself: a loop is drafted as a loop.
+                # A copy that reaches the end of the text repeats itself, so that a loop is drafted as a loop.
                 period = len(text) - end
                 return [text[end + i % period] for i in range(gamma)]
         return []

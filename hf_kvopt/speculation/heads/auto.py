@@ -1,4 +1,4 @@
-"""DraftHead: loads a draft head without being told which kind it is."""
+"""DraftHead: loads a draft head of any supported kind."""
 
 import json
 import re
@@ -27,9 +27,9 @@ _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
 class DraftHead:
-    """Like `AutoModel`, for draft heads: `DraftHead.from_pretrained(path_or_id)` gives an EAGLE or a Medusa head.
+    """Loader of draft heads: `DraftHead.from_pretrained(path_or_id)` returns an EAGLE or a Medusa head.
 
-    It reads heads of `save_pretrained` and of `python -m hf_kvopt train-draft`, and published ones of EAGLE-3,
+    It reads heads saved by `save_pretrained` or `python -m hf_kvopt train-draft`, and published heads of EAGLE-3,
     EAGLE-1/2, `speculators` and Medusa; `hf_kvopt.speculation.heads.checkpoints` documents the layouts.
     """
 
@@ -50,13 +50,17 @@ class DraftHead:
 
         Args:
             path_or_id: a folder, or a repository on the hub.
-            dtype: of the weights; None: as they are stored, or as the configuration says.
-            target_layer_ids: which hidden states of the target an EAGLE-3 head reads, where its configuration does not
-                say, or counts them otherwise.
-            hub_options: for `huggingface_hub.snapshot_download`, e.g. revision, token, cache_dir, local_files_only.
+            dtype: dtype of the weights; None keeps the stored one, or the one that the configuration names.
+            target_layer_ids: the target's hidden states that an EAGLE-3 head reads, if its configuration does not list
+                them or numbers them differently.
+            hub_options: passed to `huggingface_hub.snapshot_download`, such as revision, token, cache_dir,
+                local_files_only.
+
+        Returns:
+            The head, a `Drafter` that `speculative` takes.
 
         Raises:
-            ValueError: no head of a known layout, or weights that do not fit their configuration.
+            ValueError: the layout is not known, or the weights do not fit their configuration.
             FileNotFoundError: no such folder or repository, no config.json, or no weights.
         """
         folder = Path(path_or_id).expanduser()
@@ -79,14 +83,14 @@ class DraftHead:
 
 
 def _downloaded(path_or_id: str | Path, hub_options: dict[str, Any]) -> Path:
-    """The folder of a repository's files."""
+    """Return the folder of a repository's files, downloading them if needed."""
     expected = "expected the folder of a draft head, or the id of a repository on the hub, as in owner/name"
     if isinstance(path_or_id, Path) or not _REPOSITORY.fullmatch(path_or_id):
         raise FileNotFoundError(f"no draft head was found: got {str(path_or_id)!r}, which is no folder; {expected}")
     patterns = ["*.json", *_FILES, "*.safetensors", "pytorch_model*.bin"]
     try:
         return Path(snapshot_download(path_or_id, allow_patterns=patterns, **hub_options))
-    # A repository that the hub does not know, and a hub that cannot be reached and of which nothing is at hand.
+    # The hub does not know the repository, or cannot be reached and nothing is cached.
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise FileNotFoundError(
             f"no draft head was found: got {path_or_id!r}, which is no folder, and of which the hub gave nothing "
@@ -95,7 +99,7 @@ def _downloaded(path_or_id: str | Path, hub_options: dict[str, Any]) -> Path:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All weights of a folder, from one file or from the shards that an index names."""
+    """Return all weights of a folder, from one file or from the shards that an index names."""
     for name in _INDEXES:
         if (folder / name).exists():
             shards = sorted(set(json.loads((folder / name).read_text())["weight_map"].values()))

@@ -1,4 +1,4 @@
-"""What EAGLE and Medusa heads have in common: their draft vocabulary, and whom they may draft for."""
+"""Base of EAGLE and Medusa heads: the draft vocabulary, and the check of the target."""
 
 from typing import Any, NamedTuple, NoReturn
 
@@ -17,7 +17,7 @@ class Shared(NamedTuple):
     lm_head: nn.Module | None
 
     def lm_logits(self, hidden: Tensor) -> Tensor:
-        """[..., vocab_size] of [..., hidden_size]."""
+        """Return logits [..., vocab_size] for hidden states [..., hidden_size]."""
         assert isinstance(self.lm_head, nn.Module)  # checked when the head was bound
         return self.lm_head(hidden.to(next(self.lm_head.parameters()).dtype))
 
@@ -25,21 +25,21 @@ class Shared(NamedTuple):
 class HeadBase(PreTrainedModel, Drafter):
     """A trained head that proposes tokens from a target's hidden states; `speculative(head)` takes it.
 
-    A head knows the target that it was last bound to (by `check` and `begin`), whose embeddings or LM head it may
-    share; these are not saved with it. One target at a time.
+    A head is bound to one target at a time, by `bind`, `check` or `begin`, and may share its embeddings or LM head;
+    these are not saved with it.
     """
 
     base_model_prefix = ""
     main_input_name = "features"
     _no_split_modules: list[str] = []  # noqa: RUF012
     can_tree = True
-    follows_target = False  # whether `bind` moves it to the target's device
+    follows_target = False  # `bind` moves the head to the target's device
 
-    d2t: Tensor | None  # [draft_vocab_size] int64: target token less draft token
-    t2d: Tensor | None  # [vocab_size] bool: whether the head can propose a token
+    d2t: Tensor | None  # [draft_vocab_size] int64: target token id minus draft token id
+    t2d: Tensor | None  # [vocab_size] bool: True for tokens that the head can propose
 
     def rollout(self, features: Tensor, input_ids: Tensor, num_steps: int) -> list[Tensor]:
-        """Draft at all positions at once, the text itself being fed where a chain would feed its own tokens.
+        """Draft at all positions at once, feeding the tokens of the text in place of drafted ones.
 
         Args:
             features: [batch, row_len, num_features * target_hidden_size].
@@ -47,20 +47,20 @@ class HeadBase(PreTrainedModel, Drafter):
             num_steps: tokens to draft, at most row_len - 1.
 
         Returns:
-            For each step i logits [batch, row_len - num_steps, draft_vocab_size]: at position t, of the token at
+            For each step i, logits [batch, row_len - num_steps, draft_vocab_size]: at position t for the token at
             t + 2 + i, which the target predicts at t + 1 + i.
         """
         raise NotImplementedError
 
     def bind(self, target: PreTrainedModel) -> None:
-        """Check that `target` is the model this head was trained for, and share its embeddings or LM head.
+        """Check that `target` is the model that this head was trained for, and share its embeddings or LM head.
 
         Raises:
-            ValueError: hidden size, vocabulary, layers or device differ; the message names what.
+            ValueError: hidden size, vocabulary, layers or device differ; the message names which.
         """
         config = target.config.get_text_config(decoder=True)
         self._require("hidden_size", self.target_hidden_size, config.hidden_size)
-        # Medusa's first layout says nothing of the vocabulary.
+        # Medusa's first layout does not store the vocabulary size.
         self._require("vocab_size", self.config.vocab_size or config.vocab_size, config.vocab_size)
         head_device, target_device = self.device, _device_of(target.get_input_embeddings())
         if target_device is not None and not _is_same(head_device, target_device):
@@ -70,12 +70,12 @@ class HeadBase(PreTrainedModel, Drafter):
                     f"target on {target_device}; call head.to({str(target_device)!r})"
                 )
             nn.Module.to(self, target_device)
-        # Past nn.Module's registration: the target's weights are not the head's to save or to train.
+        # Bypass nn.Module's registration: the head neither saves nor trains the target's weights.
         self.__dict__["_shared"] = Shared(target.get_input_embeddings(), target.get_output_embeddings())
 
     @property
     def shared(self) -> "Shared":
-        """What the head uses of the target that it was bound to."""
+        """Return the modules of the target that the head was bound to."""
         if "_shared" not in self.__dict__:
             raise ValueError("this head knows no target yet: expected head.bind(target) before the head is run")
         return self.__dict__["_shared"]
@@ -85,18 +85,18 @@ class HeadBase(PreTrainedModel, Drafter):
 
     @property
     def target_hidden_size(self) -> int:
-        """Width of the features."""
+        """Width of one feature layer."""
         return self.config.hidden_size
 
     def check(self, target: PreTrainedModel) -> None:
         self.bind(target)
 
     def to_target(self, draft_ids: Tensor) -> Tensor:
-        """The target's ids of draft ids."""
+        """Convert draft token ids to the target's."""
         return draft_ids if self.d2t is None else draft_ids + self.d2t[draft_ids]
 
     def spread(self, logits: Tensor) -> Tensor:
-        """[..., vocab_size] out of [..., draft_vocab_size]: minus infinity for what cannot be proposed."""
+        """Scatter logits [..., draft_vocab_size] to [..., vocab_size], filled with minus infinity."""
         if self.d2t is None:
             return logits
         full = logits.new_full((*logits.shape[:-1], self.config.vocab_size), float("-inf"))
@@ -104,10 +104,10 @@ class HeadBase(PreTrainedModel, Drafter):
         return full
 
     def set_draft_vocab(self, token_ids: Tensor) -> None:
-        """Propose these tokens of the target (ascending, as many as `draft_vocab_size`) and no others.
+        """Restrict proposals to these token ids of the target: ascending, `draft_vocab_size` of them.
 
         Raises:
-            ValueError: another number of tokens, or an order that the published layout cannot hold.
+            ValueError: wrong number of tokens, or not in ascending order.
         """
         size = self.config.draft_vocab_size
         if self.d2t is None or self.t2d is None or len(token_ids) != size or bool((token_ids.diff() <= 0).any()):
@@ -120,7 +120,7 @@ class HeadBase(PreTrainedModel, Drafter):
         self.t2d[token_ids] = True
 
     def _make_vocab_buffers(self) -> None:
-        """`d2t` and `t2d` where the draft vocabulary is smaller than the target's, else None."""
+        """Register `d2t` and `t2d`: None unless the draft vocabulary is smaller than the target's."""
         size, all_ids = self.config.draft_vocab_size, self.config.vocab_size
         d2t = t2d = None
         if size != all_ids:
@@ -152,11 +152,11 @@ class HeadBase(PreTrainedModel, Drafter):
 
 
 def _device_of(embeddings: nn.Module) -> torch.device | None:
-    """Where embeddings are computed; None where they are offloaded and nobody says."""
+    """Return the device that embeddings are computed on; None if they are offloaded to an unknown one."""
     device: torch.device = embeddings.weight.device  # type: ignore[assignment]
     if device.type != "meta":
         return device
-    # accelerate's hook brings the weights there for the time of a forward.
+    # accelerate's hook moves the weights there during a forward.
     computes_on = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
     return None if computes_on is None else torch.device(computes_on)
 

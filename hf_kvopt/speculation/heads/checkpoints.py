@@ -1,16 +1,16 @@
-"""Published draft heads, brought to the heads of this library.
+"""Conversion of published draft heads to the heads of this library.
 
-The layouts, what tells them apart, and where they were read:
+The layouts, how each is recognized, and the source that defines it:
 
-EAGLE-3, its authors' (yuhuili/EAGLE3-*), also SpecForge, AngelSlim, NVIDIA: weights named `midlayer.*`
+EAGLE-3 by its authors (yuhuili/EAGLE3-*), SpecForge, AngelSlim, NVIDIA: weights named `midlayer.*`
     pytorch_model.bin or model.safetensors:
         midlayer.self_attn.{q,k,v}_proj.weight   [heads * head_dim, 2 * hidden_size]
         midlayer.self_attn.o_proj.weight, midlayer.mlp.{gate,up,down}_proj.weight
         midlayer.{hidden_norm,input_layernorm,post_attention_layernorm}.weight
         fc.weight                                [hidden_size, 3 * target hidden_size]
         norm.weight, lm_head.weight              [draft_vocab_size, hidden_size]
-        d2t [draft_vocab_size] int64, target id less draft id; t2d [vocab_size] bool
-        embed_tokens.weight                      only where the width is not the target's
+        d2t [draft_vocab_size] int64, target id minus draft id; t2d [vocab_size] bool
+        embed_tokens.weight                      only if the head is not as wide as the target
     config.json: a Llama config with `draft_vocab_size`, `target_hidden_size`
     SafeAILab/EAGLE eagle/model/cnets.py, eagle/traineagle3/cnets.py; vLLM llama_eagle3.py
 speculators (RedHatAI, neuralmagic): `speculators_model_type: eagle3`
@@ -22,17 +22,17 @@ EAGLE-1 and EAGLE-2 (yuhuili/EAGLE-*): `fc.weight` [hidden_size, 2 * hidden_size
     `layers.0.*` of a Llama layer without input_layernorm, fc.bias, embed_tokens.weight
     SafeAILab/EAGLE eagle/model/cnets1.py
 Medusa (FasterDecoding/medusa-*): `0.0.linear.weight`
-    medusa_lm_head.pt or .safetensors: i.j.linear.{weight,bias} of block j of head i, and, but for the first layout,
+    medusa_lm_head.pt or .safetensors: i.j.linear.{weight,bias} of block j of head i, and, except in the first layout,
     i.<number of blocks>.weight [vocab_size, hidden_size]
-    config.json: `medusa_num_heads`, `medusa_num_layers` (some say 2 heads and hold 5: the weights are believed)
+    config.json: `medusa_num_heads`, `medusa_num_layers` (some say 2 heads and hold 5: the weights decide)
     FasterDecoding/Medusa medusa/model/medusa_model.py, medusa_model_legacy.py, train/train_legacy.py
 Medusa for vLLM: `blocks.0.layers.0.weight`
     blocks.i.layers.j.weight, lm_heads.i.weight (or one for all), token_map [draft vocabulary] int64
     vLLM model_executor/models/medusa.py
 
-Numbers of layers of the target: `eagle_aux_hidden_state_layer_ids` beside the other fields counts as vLLM does, i is
-what enters block i, which is `hidden_states[i]`; inside `eagle_config` (SpecForge, NVIDIA) it counts what leaves block
-i, `hidden_states[i + 1]`. Without either it is (2, n // 2, n - 3) of n blocks.
+Layer numbers of the target: `eagle_aux_hidden_state_layer_ids` at the top level follows vLLM, where i is the input of
+block i, `hidden_states[i]`; inside `eagle_config` (SpecForge, NVIDIA) i is the output of block i,
+`hidden_states[i + 1]`. Without either it is (2, n // 2, n - 3) for n blocks.
 """
 
 import re
@@ -62,10 +62,10 @@ _NORM_FIELDS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_outpu
 
 
 def build(config: dict[str, Any], weights: Weights) -> HeadBase:
-    """The head that a published configuration and its weights describe, in the weights' dtype.
+    """Build the head that a published configuration and its weights describe, in the dtype of the weights.
 
     Raises:
-        ValueError: a layout that is not known, or weights that are missing, too many or of another shape.
+        ValueError: the layout is not known, or weights are missing, superfluous or of another shape.
     """
     weights = {name.removeprefix("model."): x for name, x in weights.items() if not _OF_THE_TARGET.search(name)}
     for is_it, convert in _LAYOUTS:
@@ -94,7 +94,7 @@ def _fill(config: EagleConfig | MedusaConfig, weights: Weights) -> HeadBase:
 
 
 def _eagle3(config: dict[str, Any], weights: Weights) -> tuple[EagleConfig, Weights]:
-    """The authors' layout; those of `speculators` come here with their fields lifted to the top."""
+    """Convert the authors' layout; `_speculators` calls it with the nested fields lifted to the top."""
     if "mask_hidden" in weights:
         raise ValueError("a head for parallel drafting (P-EAGLE) is not supported: got weights with mask_hidden")
     weights = {name.replace("midlayer.", "layers.0."): x for name, x in weights.items()}
@@ -137,7 +137,7 @@ def _eagle1(config: dict[str, Any], weights: Weights) -> tuple[EagleConfig, Weig
 
 
 def _llama_fields(config: dict[str, Any], weights: Weights) -> dict[str, Any]:
-    """The fields that all EAGLE heads share, shapes believed before the configuration; fuses `weights` in place."""
+    """Return the fields common to all EAGLE heads, from weight shapes if possible; fuse `weights` in place."""
     fields = {name: config[name] for name in (*_LLAMA_FIELDS, *_ROPE_FIELDS) if config.get(name) is not None}
     first = "layers.0.self_attn."
     head_dim = weights[first + "q_proj.weight"].shape[0] // config["num_attention_heads"]
@@ -158,7 +158,7 @@ def _llama_fields(config: dict[str, Any], weights: Weights) -> dict[str, Any]:
 
 
 def _fuse(weights: Weights, layer: str) -> None:
-    """q, k, v into one matrix, gate and up into another; a bias of queries alone leaves the output without."""
+    """Fuse q, k and v into one matrix, gate and up into another; add a zero output bias if only q, k and v have one."""
     for fused, parts in (
         ("qkv_proj", [f"self_attn.{n}_proj" for n in "qkv"]),
         ("gate_up_proj", ["mlp.gate_proj", "mlp.up_proj"]),
@@ -247,7 +247,7 @@ def _medusa_of(
 
 
 def _grid(weights: Weights, pattern: str) -> dict[tuple[int, int], Tensor]:
-    """Weights by their two numbers."""
+    """Return weights by the two numbers in their names."""
     found = ((re.fullmatch(pattern, name), x) for name, x in weights.items())
     return {(int(match[1]), int(match[2])): x for match, x in found if match}
 

@@ -1,6 +1,6 @@
-"""An EAGLE-3 head's steps in the compiled kernel of a CPU: what was read since the last draft, and a chain behind it.
+"""Steps of an EAGLE-3 head in the compiled CPU kernel: read new tokens, then draft a chain after them.
 
-Between torch's steps and these nothing differs but rounding, and only drafts depend on it.
+The results differ from torch's by rounding only, and only drafts depend on them.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 def weights_of(head: "EagleHead") -> DraftWeights | None:
-    """What the kernel computes with; None where torch has to."""
+    """Return the weights for the kernel, or None if the head needs torch."""
     layer: Any = head.layers[0]
     embedding: Any = head.embed_tokens or head.shared.embeddings
     is_plain = len(head.layers) == 1 and layer.is_wide and layer.q_norm is None and layer.act is F.silu
     if not is_plain or head.norm is None or head.lm_head is None or head.norms_output:
         return None
     linears = (layer.qkv_proj, layer.o_proj, layer.gate_up_proj, layer.down_proj, head.lm_head)
-    # A subclass, a bias or a hook computes something else.
+    # A subclass, a bias or a hook changes the computation.
     if not all(_is_plain(linear) for linear in linears) or not _is_lookup(embedding):
         return None
     if any(_has_hooks(module) for module in (head, layer, embedding)):
@@ -51,7 +51,7 @@ def weights_of(head: "EagleHead") -> DraftWeights | None:
         layer.norm_before_residual,
         head.config.rms_norm_eps,
     )
-    # As they are now: a head that is cast or moved while it drafts gets other memory, and frees this.
+    # Detach now: a head that is cast or moved while it drafts gets new memory and frees this one.
     weights = DraftWeights._make(x.detach() if isinstance(x, Tensor) else x for x in weights)
     return weights if can_draft(weights) else None
 
@@ -69,15 +69,15 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 class CompiledSteps:
-    """Owns what was read and not computed yet, and the hidden states that drafts go on from.
+    """Runs an EAGLE head in the compiled kernel; owns noted tokens and the last hidden states.
 
-    What it adds to the session's cache, the session takes out again but for `read.counts` tokens of each row.
+    The session removes the columns that this adds to its cache, except `read.counts` tokens of each row.
 
     Args:
-        head: bound to its target.
-        weights: of it.
-        cache: the session's, with one layer that has tokens.
-        num_rows: of the batch.
+        head: the head, bound to its target.
+        weights: its weights, from `weights_of`.
+        cache: the session's cache, with one layer that holds tokens.
+        num_rows: rows of the batch.
     """
 
     def __init__(self, head: "EagleHead", weights: DraftWeights, cache: PagedCache, num_rows: int) -> None:
@@ -88,16 +88,16 @@ class CompiledSteps:
         self._read: Read | None = None
 
     def note(self, read: Read) -> None:
-        """Remember tokens for the next draft."""
+        """Remember tokens to read with the next draft."""
         self._read = read
 
     @property
     def has_read(self) -> bool:
-        """Whether something was noted and not computed yet."""
+        """Return whether noted tokens were not computed yet."""
         return self._read is not None
 
     def settle(self) -> tuple[Tensor, int]:
-        """[batch, 1, hidden_size] behind the last token read, and how many columns of the cache it took."""
+        """Read the noted tokens; return the last hidden states [batch, 1, hidden_size] and the columns added."""
         read, self._read = self._read, None
         width = 0 if read is None else read.tokens.shape[1]
         if read is not None:
@@ -107,16 +107,17 @@ class CompiledSteps:
         return self._drafting.states[:, None].to(self._head.dtype, copy=True), width
 
     def chain(self, hidden: Tensor | None, position: Tensor, plan: Plan, sample: Sampler) -> tuple[Draft, int]:
-        """A chain behind the root of each row, and how many columns it took.
+        """Draft a chain after the root of each row; return it with the number of columns it added.
 
-        `hidden` is what it goes on from where torch has read the last tokens; `position` [batch, 1] is theirs.
+        `hidden` [batch, 1, hidden_size] is the state to continue from if torch read the last tokens, else None;
+        `position` [batch, 1] is the position of the last token.
         """
         gamma = min(plan.gamma, plan.num_nodes)
         read, self._read = self._read, None
         width = 0 if read is None else read.tokens.shape[1]
         counts = None if read is None else _counts_of(read)
         held, slots = self._room_for(width + gamma - 1, counts)
-        # Padding has positions too, past those of the last token.
+        # Padding also gets positions, after that of the last token.
         rotations = self._rotations(position, gamma + width)
         positions = (position + torch.arange(1, gamma, device="cpu")).T.contiguous()
         entries = None
@@ -144,18 +145,18 @@ class CompiledSteps:
         return draft, width + gamma - 1
 
     def _room_for(self, num_tokens: int, counts: Tensor | None) -> tuple[Held, Tensor]:
-        """The cache with room for so many tokens of each row, of which `counts` are read first, and their slots."""
+        """Reserve `num_tokens` columns for each row; return the cache, less what is read first, and the slots."""
         layer, device = self._layer, self._identity.device
         layer.claim(self._num_rows, num_tokens)
         blocks, lens, _ = layer.table.rows_on(device)
         lens = lens - num_tokens
         if counts is not None:
             lens += counts
-        held = Held(layer.pool.keys.place, layer.pool.values.place, blocks, lens)
+        held = Held(layer.pool.keys.stored.place, layer.pool.values.stored.place, blocks, lens)
         return held, layer.table.slots(layer.clock - num_tokens, layer.clock, device)
 
     def _entries(self, read: Read, slots: Tensor, counts: Tensor) -> Entries:
-        """All of `read`, the padding too: what it writes is written over, or taken out, before anything reads it."""
+        """Return all of `read`, padding included: what padding writes is overwritten or cropped before it is read."""
         assert read.features is not None  # as in EagleSession.extend
         width = read.tokens.shape[1]
         features = read.features if self._weights.fc is not None else self._head.combine(read.features)
@@ -169,11 +170,11 @@ class CompiledSteps:
         )
 
     def _rotations(self, positions: Tensor, more: int) -> Tensor:
-        """[positions, 2, head_dim] float32 for `positions` and as many behind them."""
+        """Return rotations [positions, 2, head_dim] float32 that cover `positions` and `more` after them."""
         length = int(positions.max()) + more
         return self._head.rotary.reserve(length, self._identity.device, torch.float32)
 
 
 def _counts_of(read: Read) -> Tensor:
-    """[batch] int64."""
+    """Return the token counts as a CPU tensor [batch] int64."""
     return torch.tensor(read.counts, device="cpu")

@@ -1,31 +1,31 @@
-"""Configurations of the draft heads: what a head needs to know about itself and about the model it drafts for."""
+"""Configurations of the draft heads."""
 
 from transformers import PreTrainedConfig
 
 
 class EagleConfig(PreTrainedConfig):
-    """An EAGLE head: a decoder of one layer (or few) over the target's features and the embedded next token.
+    """Configuration of an EAGLE head: a small decoder over the target's features and the embedded next token.
 
     Args:
-        vocab_size: the target's vocabulary.
+        vocab_size: size of the target's vocabulary.
         draft_vocab_size: tokens that the head can propose; 0: all of the target's.
         target_hidden_size: width of the target; 0: the head's own.
-        target_layer_ids: which of the target's `hidden_states` are read: 0 the embeddings, i what leaves block i,
-            -1 what leaves the final norm. None: for EAGLE-3 the authors' choice, (2, n // 2, n - 3) of a target with n
-            blocks; for EAGLE-1 (-1,).
-        eagle_version: 3, or 1 for the heads of EAGLE-1 and EAGLE-2, which are the same network.
-        own_embeddings: the head has embeddings of its own; else it looks up the target's.
-        norm_before_residual: the residual is taken behind the norm of the feature (`speculators`).
+        target_layer_ids: indices of the target's `hidden_states` to read: 0 the embeddings, i the output of block i, -1
+            the output of the final norm. None: for EAGLE-3 (2, n // 2, n - 3) of n blocks, as its authors chose; for
+            EAGLE-1 (-1,).
+        eagle_version: 3, or 1 for heads of EAGLE-1 and EAGLE-2, which share one architecture.
+        own_embeddings: the head has its own embeddings instead of the target's.
+        norm_before_residual: the residual is the normed feature (`speculators`).
         norm_before_fc: one norm over the concatenated features (`speculators`).
-        fc_norm: one norm for each of the features (`speculators`).
-        norm_output: what is fed back is behind the final norm (`speculators`, EAGLE-3.1).
-        qk_norm: queries and keys are normed by head, as in Qwen3.
-        fc_bias: whether `fc` has a bias (EAGLE-1: usually).
+        fc_norm: one norm for each feature (`speculators`).
+        norm_output: the state that is fed back is the output of the final norm (`speculators`, EAGLE-3.1).
+        qk_norm: queries and keys are normed for each attention head, as in Qwen3.
+        fc_bias: `fc` has a bias (usual in EAGLE-1).
 
-    The other fields mean what they mean in `LlamaConfig`, with 0 for its None.
+    The other fields mean the same as in `LlamaConfig`, with 0 in place of None.
 
     Raises:
-        ValueError: values that do not go together.
+        ValueError: the values are inconsistent.
     """
 
     model_type = "hf_kvopt_eagle"
@@ -69,7 +69,7 @@ class EagleConfig(PreTrainedConfig):
 
     @property
     def num_features(self) -> int:
-        """Layers of the target that are read."""
+        """Number of target layers that are read."""
         return 3 if self.target_layer_ids is None else len(self.target_layer_ids)
 
     def _check(self) -> None:
@@ -100,19 +100,19 @@ class EagleConfig(PreTrainedConfig):
 
 
 class MedusaConfig(PreTrainedConfig):
-    """Medusa: head i proposes the i-th token behind the next one, all from the last hidden state of the target.
+    """Configuration of Medusa heads: head i proposes the i-th token after the next one.
 
     Args:
-        vocab_size: the target's vocabulary; 0: not known, with shared_lm_head.
+        vocab_size: size of the target's vocabulary; 0: unknown, allowed with shared_lm_head.
         draft_vocab_size: tokens that the heads can propose; 0: all of the target's.
         hidden_size: width of the target and of the heads.
-        medusa_num_heads: tokens that are proposed.
-        medusa_num_layers: residual blocks a head.
-        shared_lm_head: the blocks are followed by the target's own LM head instead of one a head (Medusa's first
-            layout, whose checkpoints hold blocks alone).
+        medusa_num_heads: number of heads, the depth of a draft.
+        medusa_num_layers: residual blocks of each head.
+        shared_lm_head: the blocks feed the target's LM head instead of one for each head (Medusa's first layout, whose
+            checkpoints hold only blocks).
 
     Raises:
-        ValueError: values that do not go together.
+        ValueError: the values are inconsistent.
     """
 
     model_type = "hf_kvopt_medusa"

@@ -1,11 +1,11 @@
-"""EAGLE heads: one decoder layer that writes on, in the target's features instead of in tokens.
+"""EAGLE heads: one decoder layer that predicts the target's next features, and tokens from them.
 
     EAGLE-3    g_t = fc([low_t; mid_t; high_t])      h_t = layer([norm(e_{t+1}); norm(g_t)], g_t)
                logits_{t+2} = lm_head(norm(h_t))     over a draft vocabulary
     EAGLE-1/2  g_t = last hidden state               h_t = layer(fc([e_{t+1}; g_t]))
                logits_{t+2} = the target's lm_head(h_t)
 
-e_{t+1} embeds the token behind position t. Further steps feed h back in the place of g.
+e_{t+1} embeds the token after position t. Further steps feed h back in place of g.
 
 Source: EAGLE-3, arXiv:2503.01840; EAGLE, arXiv:2401.15077; EAGLE-2, arXiv:2406.16858.
 """
@@ -23,7 +23,7 @@ from hf_kvopt.speculation.heads.layer import Attend, EagleLayer, RolloutAttentio
 
 
 class EagleHead(HeadBase):
-    """EAGLE-1, 2 or 3, as its config says; see `EagleConfig`."""
+    """EAGLE head of version 1, 2 or 3, depending on its config; see `EagleConfig`."""
 
     config_class = EagleConfig
     config: EagleConfig
@@ -32,7 +32,7 @@ class EagleHead(HeadBase):
         super().__init__(config)
         hidden, width = config.hidden_size, config.target_hidden_size
         is_3 = config.eagle_version == 3
-        # Read at every drafting step, where a look into a configuration costs as much as a small operation.
+        # Kept as attributes: a look-up in the config costs as much as a small operation at every drafting step.
         self.is_first_version, self.norms_output = not is_3, config.norm_output
         self.fc = nn.Linear(config.num_features * width if is_3 else 2 * hidden, hidden, bias=config.fc_bias)
         self.layers = nn.ModuleList([EagleLayer(config, idx) for idx in range(config.num_hidden_layers)])
@@ -76,16 +76,16 @@ class EagleHead(HeadBase):
 
     def forward(
         self,
-        tokens: Tensor,  # [batch, q_len] int64: the token behind each feature
-        hidden: Tensor,  # [batch, q_len, hidden_size]: of `combine`, or what the step before returned
+        tokens: Tensor,  # [batch, q_len] int64: the token after each feature
+        hidden: Tensor,  # [batch, q_len, hidden_size]: from `combine`, or the output of the step before
         rotation: Tensor,  # [batch | 1, q_len, 2, head_dim]: `rotary` of the positions
         attend: Attend,
         last: Tensor | None = None,  # [batch, 1] int64
     ) -> Tensor:
-        """What `logits` reads, and what the next step takes as `hidden`.
+        """Return hidden states for `logits`, which are also the `hidden` of the next step.
 
         Returns:
-            [batch, q_len, hidden_size], or [batch, 1, hidden_size] of the places `last`.
+            [batch, q_len, hidden_size], or [batch, 1, hidden_size] at the indices `last`.
         """
         embeds = self._embed(tokens).to(hidden.dtype)
         if self.is_first_version:
@@ -96,7 +96,7 @@ class EagleHead(HeadBase):
         return norm(self.norm, hidden) if self.norms_output and self.norm is not None else hidden
 
     def combine(self, features: Tensor) -> Tensor:
-        """[..., hidden_size] out of the target's features [..., num_features * target_hidden_size]."""
+        """Project the target's features [..., num_features * target_hidden_size] to [..., hidden_size]."""
         features = features.to(self.fc.weight.dtype)
         if self.is_first_version:
             return features
@@ -108,7 +108,7 @@ class EagleHead(HeadBase):
         return self.fc(features)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., draft_vocab_size] float32 of what `forward` returned."""
+        """Return logits [..., draft_vocab_size] float32 of the output of `forward`."""
         if self.lm_head is None:
             return self.shared.lm_logits(hidden).float()
         if self.norm is not None and not self.norms_output:
@@ -133,10 +133,10 @@ class EagleHead(HeadBase):
 
 
 def default_layers(num_layers: int) -> tuple[int, ...]:
-    """The features of EAGLE-3's authors: what enters the blocks 2, n // 2 and n - 3 of n."""
+    """Return the feature layers of EAGLE-3's authors: the inputs of blocks 2, n // 2 and n - 3 of n."""
     return 2, num_layers // 2, num_layers - 3
 
 
 def draft_vocab_of(counts: Sequence[int] | Tensor, size: int) -> Tensor:
-    """The `size` most frequent token ids of [vocab_size] counts, ascending."""
+    """Return the `size` most frequent token ids, ascending, from counts [vocab_size]."""
     return torch.as_tensor(counts).topk(size).indices.sort().values

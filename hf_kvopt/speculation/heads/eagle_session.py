@@ -1,7 +1,7 @@
-"""One generate() call of an EAGLE head: its own small cache holds an entry for each token that the target has read.
+"""Session of an EAGLE head: its own small cache holds an entry for each token that the target has read.
 
 entry t     (feature of token t, embedding of token t + 1)       written by `extend`, true features
-drafted     (own hidden state, embedding of the token drafted)   written by `propose`, cropped by the next call
+drafted     (own hidden state, embedding of the drafted token)   written by `propose`, cropped by the next call
 """
 
 from collections.abc import Sequence
@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 
 
 class CachedAttention:
-    """Attention over a paged cache; `mask` [batch | 1, 1, q_len, kv_len] bool where queries are not a causal run.
+    """Attention over a paged cache.
 
-    `lengths` are set where rows are right-padded: what stands behind them goes before the last layer's one query a row.
+    `mask` [batch | 1, 1, q_len, kv_len] bool is set if the queries are not a causal run. `lengths` is set if rows are
+    right-padded: the padding is cropped before the last layer, which has one query for each row, attends.
     """
 
     def __init__(self, cache: PagedCache) -> None:
@@ -34,7 +35,7 @@ class CachedAttention:
         self.lengths: list[int] | None = None
 
     def __call__(self, layer: EagleLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """See `Attend`."""
+        """Append k and v to the cache, and attend; see `Attend`."""
         keys, values = self._cache.update(k, v, layer.layer_idx)
         if self.lengths is not None and q.shape[2] < k.shape[2]:
             self._cache.crop_rows(self.lengths)
@@ -44,19 +45,19 @@ class CachedAttention:
 
 
 class EagleSession(DraftSession):
-    """Owns the head's cache; between calls it holds `lengths[i]` true entries of row i and some drafted ones."""
+    """Session that owns the head's cache; between calls row i holds `lengths[i]` true entries and some drafted ones."""
 
     def __init__(self, head: "EagleHead", batch_size: int) -> None:
         self._head = head
         self._cache = PagedCache()
         self._attend = CachedAttention(self._cache)
         self._lengths = [0] * batch_size
-        self._drafted = 0  # columns to forget
-        # [batch, 1, hidden_size]: what the root's guess is read from; None where `_steps` has it.
+        self._drafted = 0  # drafted columns to crop
+        # [batch, 1, hidden_size]: hidden state after the root; None if `_steps` holds it.
         self._hidden: Tensor | None = None
         self._position: Tensor | None = None  # [batch, 1]
         self._weights = weights_of(head)
-        self._steps: CompiledSteps | None = None  # from the first tokens behind the prompt on
+        self._steps: CompiledSteps | None = None  # made by the first draft after the prompt
 
     def extend(self, read: Read) -> None:
         assert read.features is not None  # the loop brings what `feature_layers` asks for
@@ -141,14 +142,14 @@ class EagleSession(DraftSession):
         return growth.draft(head.to_target)
 
     def _settle(self) -> None:
-        """Forget what was drafted, and have `_hidden` of what was read."""
+        """Crop drafted columns, and set `_hidden` to the state after the last token read."""
         self._forget_drafts()
         if self._steps is not None and self._hidden is None:
             self._hidden, self._drafted = self._steps.settle()
             self._forget_drafts()
 
     def _forget_drafts(self) -> None:
-        """Cut the cache down to what was read."""
+        """Crop the cache to the tokens that were read."""
         if self._drafted:
             self._cache.crop_rows(self._lengths)
             self._drafted = 0

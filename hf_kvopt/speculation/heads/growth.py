@@ -1,9 +1,9 @@
-"""How drafts grow: chains token by token, trees level by level, both only as far as the head believes in them.
+"""Growth of drafts: chains token by token, trees level by level, while the head is confident enough.
 
-The joint probability of a node, the product of q along its path, estimates how likely the target accepts it. Chains
-end where its mean over the rows falls below `Plan.min_confidence`. A tree is EAGLE-2's: each level expands its `top_k`
-best nodes by `top_k` children, and the `num_nodes` best of all levels are the draft, less those below the limit. A
-parent is never less likely than its child, so what is kept is a tree.
+The joint probability of a node, the product of q along its path, estimates how likely the target accepts it. A chain
+ends where its mean over the rows falls below `Plan.min_confidence`. A tree is EAGLE-2's: each level expands its
+`top_k` best nodes by `top_k` children, and the `num_nodes` best of all levels are the draft, except those below the
+limit. A parent is never less likely than its child, so the nodes that remain form a tree.
 
 Source: EAGLE-2, arXiv:2406.16858, section 4.
 """
@@ -20,21 +20,21 @@ from hf_kvopt.speculation.heads.base import HeadBase
 
 
 class ChainGrowth:
-    """Owns the tokens of one chain a row, all of one length: a column costs the same however many rows may use it.
+    """Grows one chain for each row, all of one length: a column costs the same for one row as for all.
 
-    They end where the mean over the rows of the joint probability falls below the limit. Arg max tokens of that column
-    are left out; drawn ones stay, and the chain ends behind them: to drop tokens by their value would change the
+    The chain ends where the mean over the rows of the joint probability falls below the limit. Arg max tokens of that
+    column are dropped. Drawn ones stay, and the chain ends after them: dropping tokens by their value would change the
     distribution that the others are drawn from.
     """
 
     def __init__(self, head: HeadBase, batch_size: int, min_confidence: float, sample: Sampler) -> None:
         self._head, self._sample, self._limit = head, sample, min_confidence
-        self._joint = [0.0] * batch_size  # log of the product of q
+        self._joint = [0.0] * batch_size  # log of the product of q, for each row
         self._q: list[Tensor | None] = []
-        self.tokens: list[Tensor] = []  # of each depth, [batch] in the target's ids
+        self.tokens: list[Tensor] = []  # for each depth [batch], target ids
 
     def add(self, logits: Tensor) -> bool:
-        """Choose a token for each row by logits [batch, draft_vocab_size]; whether the chain goes on."""
+        """Choose a token for each row from logits [batch, draft_vocab_size]; return whether the chain continues."""
         if not self._sample.is_greedy:
             token, q = self._sample(self._head.spread(logits))
             self.tokens.append(token)
@@ -47,7 +47,7 @@ class ChainGrowth:
         return True
 
     def draft(self, device: torch.device) -> Draft:
-        """What has grown; it can be nothing."""
+        """Return the chain as grown so far, possibly empty."""
         if not self.tokens:
             return Draft(torch.zeros(len(self._joint), 0, dtype=torch.long, device=device))
         q = [x for x in self._q if x is not None]
@@ -55,21 +55,21 @@ class ChainGrowth:
         return Draft(torch.stack(self.tokens, dim=1), q=q_all)
 
     def _believe(self, log_q: Tensor) -> bool:
-        """Whether the chain is still likely with a token of `log_q` [batch] more in each row."""
+        """Add `log_q` [batch] to the joint log probabilities; return whether the chain is still above the limit."""
         self._joint = [joint + more for joint, more in zip(self._joint, log_q.tolist(), strict=True)]
         return sum(map(exp, self._joint)) >= self._limit * len(self._joint)
 
 
 class Frontier(NamedTuple):
-    """The nodes of a level that are expanded next."""
+    """Nodes of a level that are expanded next."""
 
     tokens: Tensor  # [batch, top_k] int64, draft ids
-    parents: Tensor  # [batch, top_k] int64: index in the frontier before
-    ancestors: Tensor  # [batch, top_k, nodes in all frontiers up to this one] bool: itself and those above
+    parents: Tensor  # [batch, top_k] int64: index in the previous frontier
+    ancestors: Tensor  # [batch, top_k, nodes in all frontiers up to this one] bool: the node and its ancestors
 
 
 class TreeGrowth:
-    """Owns the candidates of one tree a row, level by level."""
+    """Grows one tree for each row, level by level, and owns its candidates."""
 
     def __init__(self, batch_size: int, plan: Plan, device: torch.device) -> None:
         self._plan = plan
@@ -78,18 +78,18 @@ class TreeGrowth:
         self._scores: list[Tensor] = []
         self._parents: list[Tensor] = []
         self._num_candidates = 0
-        # The root: the one node of the first frontier.
+        # The first frontier is the root.
         self._ids = torch.full((batch_size, 1), -1, device=device)
         self._joint = torch.zeros(batch_size, 1, device=device)
         self._ancestors = torch.zeros(batch_size, 1, 0, dtype=torch.bool, device=device)
 
     @property
     def is_done(self) -> bool:
-        """Whether no node of the frontier is worth its children."""
+        """Return whether no node of the frontier is above the limit."""
         return self._limit is not None and float(self._joint.max()) < self._limit
 
     def expand(self, log_q: Tensor) -> Frontier:
-        """Take in the log probabilities [batch, nodes of the frontier, draft_vocab_size] below the frontier."""
+        """Take log probabilities [batch, nodes, draft_vocab_size] below the frontier; return the next frontier."""
         top_k = self._plan.top_k
         best = log_q.topk(top_k, dim=-1)
         joint = (self._joint[:, :, None] + best.values).flatten(1)
@@ -108,10 +108,10 @@ class TreeGrowth:
         return Frontier(tokens.gather(1, chosen.indices), parents, self._ancestors)
 
     def draft(self, to_target: Callable[[Tensor], Tensor]) -> Draft:
-        """The best nodes of all, parents first; those that are not believed in stand last and do not count."""
+        """Return the best nodes of all levels, parents first; nodes below the limit come last and are not counted."""
         scores, tokens = torch.cat(self._scores, dim=1), torch.cat(self._tokens, dim=1)
         parents, num_all = torch.cat(self._parents, dim=1), scores.shape[1]
-        # Stable: where a child is as likely as its parent, the parent comes first, and so is kept first.
+        # Stable sort: a parent stays before a child of equal probability, and so is kept first.
         best = scores.sort(dim=1, descending=True, stable=True).indices[:, : min(self._plan.num_nodes, num_all)]
         doubted, lengths = torch.zeros_like(best), None
         if self._limit is not None:

@@ -1,11 +1,11 @@
-"""The decoder layer of an EAGLE head, without a say in how its attention is computed.
+"""Decoder layer of an EAGLE head; the caller supplies the attention.
 
 EAGLE-3, first layer:   x = [norm(e); norm(f)],  residual f       e: embedded next token, f: feature
 EAGLE-1, first layer:   x = fc([e; f]),          residual x       (made by the head, not normed)
 any further layer:      x = norm(h),             residual h
 
 then, as in Llama, h = residual + attention(x), out = h + mlp(norm(h)). A drafting step is bound by the number of
-operations, not by their size: projections are fused, and weights are applied without a call of their module.
+operations, not by their size: projections are fused, and weights are applied without calling their modules.
 """
 
 from collections.abc import Callable
@@ -19,12 +19,12 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from hf_kvopt.speculation.heads.config import EagleConfig
 
 # (layer, q [batch, num_heads, q_len, head_dim], k, v [batch, num_kv_heads, q_len, head_dim])
-# -> [batch, q_len, num_heads, head_dim]; it keeps k and v for the steps to come.
+# -> [batch, q_len, num_heads, head_dim]; it keeps k and v for later steps.
 Attend = Callable[["EagleLayer", Tensor, Tensor, Tensor], Tensor]
 
 
 class EagleLayer(nn.Module):
-    """One layer; see the module for what goes in."""
+    """One decoder layer; the module docstring gives its inputs."""
 
     is_causal = True
 
@@ -56,12 +56,12 @@ class EagleLayer(nn.Module):
     def forward(
         self,
         hidden: Tensor,  # [batch, q_len, hidden_size]
-        embeds: Tensor,  # [batch, q_len, hidden_size]: of the token behind each
+        embeds: Tensor,  # [batch, q_len, hidden_size]: embeddings of the token after each position
         rotation: Tensor,  # [batch | 1, q_len, 2, head_dim]: see `RotaryTable`
         attend: Attend,
         last: Tensor | None = None,  # [batch, 1] int64
     ) -> Tensor:
-        """[batch, q_len, hidden_size], or [batch, 1, hidden_size] of the places `last`; keys and values are of all."""
+        """Return states [batch, q_len, hidden_size], or [batch, 1, hidden_size] at `last`."""
         x, residual = self._take_in(hidden, embeds)
         batch, q_len, _ = x.shape
         qkv = linear(self.qkv_proj, x).view(batch, q_len, -1, self.head_dim)
@@ -87,37 +87,38 @@ class EagleLayer(nn.Module):
 
 
 def linear(module: nn.Linear, x: Tensor) -> Tensor:
-    """`module(x)`, without what a module's call costs."""
+    """Compute `module(x)` without the overhead of a module call."""
     return F.linear(x, module.weight, module.bias)
 
 
 def norm(module: nn.RMSNorm, x: Tensor) -> Tensor:
-    """`module(x)`, without what a module's call costs."""
+    """Compute `module(x)` without the overhead of a module call."""
     return torch.rms_norm(x, module.normalized_shape, module.weight, module.eps)
 
 
 class RotaryTable:
-    """Cosines and sines by position, made once: computing them anew would cost a tenth of a drafting step.
+    """Table of cosines and sines by position, made once: computing them anew would cost a tenth of a drafting step.
 
-    The signs of "rotate half" are in the sines. Any rope type of transformers whose frequencies do not change with
-    the length.
+    The signs of "rotate half" are in the sines. Supports any rope type of transformers whose frequencies do not depend
+    on the length.
     """
 
     def __init__(self, config: EagleConfig) -> None:
-        # The embedding itself is made at first use: heads are built without memory first, by from_pretrained.
+        # The embedding is made at first use: from_pretrained builds heads without memory first.
         self._config = config
         self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
-        """[..., 2, head_dim] of `positions` [...] int64."""
+        """Return rotations [..., 2, head_dim] for `positions` [...] int64."""
         length = 1
-        # Reading the largest position would wait for a GPU; there the table covers the model's positions at once.
+        # Reading the largest position would synchronize a GPU; there the table covers all positions of the model at
+        # once.
         if positions.device.type == "cpu" and not torch.compiler.is_compiling():
             length = int(positions.max()) + 1
         return self.reserve(length, positions.device, dtype)[positions]
 
     def reserve(self, length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """[positions, 2, head_dim], of at least `length` positions."""
+        """Return the table [positions, 2, head_dim], with at least `length` positions."""
         table = self._tables.get((device, dtype))
         if table is None or len(table) < length:
             table = self._tables[device, dtype] = self._make(length, device, dtype)
@@ -127,7 +128,7 @@ class RotaryTable:
     def _make(self, length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         length = 1 << (max(length, 4096) - 1).bit_length()
         length = max(length, self._config.max_position_embeddings) if device.type != "cpu" else length
-        # Made where it is used: the default device may be another, even one without memory.
+        # Made on `device`: the default device may be another, even one without memory.
         with torch.inference_mode(False), device:
             rotary = LlamaRotaryEmbedding(self._config)  # type: ignore[arg-type]
             positions = torch.arange(length, device=device)[None]
@@ -141,21 +142,21 @@ def rotate(
     x: Tensor,  # [batch, q_len, heads, head_dim]
     rotation: Tensor,  # [batch | 1, q_len, 2, head_dim]
 ) -> Tensor:
-    """Rotary embedding of `x`, halves against each other."""
+    """Apply the rotary embedding to `x`, rotating halves against each other."""
     cos, sin = rotation[:, :, :1], rotation[:, :, 1:]
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 def causal_rollout(num_positions: int, group: int, device: torch.device) -> Tensor:
-    """[group * num_positions, num_positions] bool: True where a query must not see a key."""
+    """Return a mask [group * num_positions, num_positions] bool: True where a query must not see a key."""
     mask = torch.ones(num_positions, num_positions, dtype=torch.bool, device=device).triu(1)
     return mask.repeat(group, 1)
 
 
 class RolloutAttention:
-    """Attention of EAGLE-3's training-time test: all positions draft at once, each its own chain.
+    """Attention of EAGLE-3's training-time test: all positions draft at once, each a chain of its own.
 
-    At step i position t sees the first step's keys up to t, and of the later steps its own alone: they stand where
+    At step i, position t sees the keys of step 0 up to t, and only its own key of each later step: these stand where
     the tokens t + 1 ... t + i would stand in a cache. Softmax is over both.
 
     Source: EAGLE-3, arXiv:2503.01840, section 3.2.
@@ -166,7 +167,7 @@ class RolloutAttention:
         self._mask: Tensor | None = None
 
     def __call__(self, layer: EagleLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """See `Attend`."""
+        """Attend to the keys of this and the earlier steps, and keep k and v; see `Attend`."""
         kept = self._kept.setdefault(layer.layer_idx, [])
         kept.append((k, v))
         batch, num_heads, length, dim = q.shape

@@ -1,8 +1,8 @@
-"""Medusa: K heads on the target's last hidden state, head k guessing the k-th token behind the next one.
+"""Medusa: K heads on the target's last hidden state; head k guesses the k-th token after the next one.
 
     block(x) = x + silu(W x + b)        logits_k = lm_head_k(block(...block(h)))
 
-All of a draft comes from one pass, so a draft costs next to nothing, and no token of it knows the one before.
+One pass makes a whole draft, so a draft is nearly free, but no token of it depends on the one before.
 
 Source: Medusa, arXiv:2401.10774.
 """
@@ -50,7 +50,7 @@ class MedusaHead(HeadBase):
         return MedusaSession(self)
 
     def forward(self, features: Tensor) -> Tensor:
-        """[medusa_num_heads, n, draft_vocab_size] logits of the target's last hidden states [n, hidden_size]."""
+        """Return logits [medusa_num_heads, n, draft_vocab_size] for the last hidden states [n, hidden_size]."""
         x = features.to(self.block_weight.dtype).expand(self.config.medusa_num_heads, *features.shape)
         for weight, bias in zip(self.block_weight, self.block_bias, strict=True):
             x = x + F.silu(torch.baddbmm(bias, x, weight.transpose(1, 2)))
@@ -69,7 +69,7 @@ class MedusaHead(HeadBase):
 
     def _init_weights(self, module: nn.Module) -> None:
         if module is self:
-            # Blocks begin as the identity: with the target's LM head, each head begins by guessing the next token.
+            # Blocks begin as the identity: with the target's LM head, each head first guesses the next token.
             init.zeros_(self.block_weight)
             init.zeros_(self.block_bias)
             if self.lm_weight is not None:

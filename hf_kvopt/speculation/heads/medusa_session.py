@@ -1,4 +1,4 @@
-"""One generate() call of Medusa heads: nothing is kept but the target's last hidden state."""
+"""Session of Medusa heads: it keeps only the target's last hidden state."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class MedusaSession(DraftSession):
-    """Drafts as deep as there are heads; a tree is grown over the product of their guesses."""
+    """Drafts one token for each head; a tree spans the product of their guesses."""
 
     def __init__(self, head: "MedusaHead") -> None:
         self._head = head

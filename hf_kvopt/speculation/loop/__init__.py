@@ -1,1 +1,1 @@
-"""Draft, verify, keep: one generate() call."""
+"""The speculation loop of one generate() call: draft, verify, keep."""

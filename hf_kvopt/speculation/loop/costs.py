@@ -1,7 +1,7 @@
-"""What drafts give and what they take, as far as it was measured: acceptance by depth, seconds by size.
+"""Measured gain and cost of drafts: acceptance rate by depth, seconds by size.
 
-A verification takes a + b n for n tokens of all rows together, a draft of depth d takes e + f d; lines are fitted to
-the medians of what was measured, so that one size tells of another, and one batch size of the next as rows leave.
+A verification takes a + b n seconds for n tokens of all rows together, a draft of depth d takes e + f d. Lines are
+fitted to the medians of measurements, so that one size predicts another, and one batch size the next as rows leave.
 """
 
 from collections import defaultdict, deque
@@ -9,22 +9,22 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import NamedTuple
 
-_WINDOW = 16  # measurements that are remembered of each size
-_HORIZON = 128  # measurements of other sizes after which one no longer counts
-_FORGET = 0.98  # acceptance of a step ago counts this much less
-_ALIKE = 16.0  # accepted tokens, as if every row had begun with as many: paces of a text change
-_PRIOR = 0.75  # acceptance of a first token before anything is known, as if one had been tried
+_WINDOW = 16  # measurements kept for each size
+_HORIZON = 128  # a size counts as recent for this many measurements
+_FORGET = 0.98  # weight of the acceptance of one step earlier
+_ALIKE = 16.0  # accepted tokens of a prior that all rows are alike: the acceptance of a text changes
+_PRIOR = 0.75  # acceptance of a first token before any measurement, with the weight of one try
 
 
 class Expected(NamedTuple):
-    """Of a draft, on average."""
+    """Expected result of one draft."""
 
-    tokens: float  # of its verification, the target's own included
-    depth: float  # that the drafter makes of what it is asked for
+    tokens: float  # tokens that its verification gives, the target's own included
+    depth: float  # drafted depth, which may be less than asked for
 
 
 class Rates:
-    """By depth, given the depth before: how often a drafter goes that deep, and how often that is accepted."""
+    """Acceptance by depth, given the depth before: how often the drafter gets there, and how often that is accepted."""
 
     def __init__(self) -> None:
         self.made: list[list[float]] = []  # [times, tries] of each depth
@@ -32,28 +32,28 @@ class Rates:
 
     @property
     def num_known(self) -> float:
-        """Drafts that count, those long ago for less."""
+        """Number of noted drafts, older ones weighted less."""
         return self.passed[0][1] if self.passed else 0.0
 
     def note(self, gamma: int, depths: list[tuple[int, int]]) -> None:
-        """A draft that was asked to be `gamma` deep: (drafted, accepted) of each row."""
+        """Note a draft that was asked for depth `gamma`: (drafted, accepted) of each row."""
         self.fade(_FORGET)
         missing = gamma - len(self.made)
         for counts in (self.made, self.passed):
             counts += [[0.0, 0.0] for _ in range(missing)]
         for drafted, accepted in depths:
             _count(self.made, drafted, gamma)
-            # What the drafter left out counts as not accepted: it believed as much.
+            # A token that the drafter left out counts as not accepted: it was not confident.
             _count(self.passed, accepted, gamma)
 
     def fade(self, factor: float) -> None:
-        """Let what was seen so far count less; a depth that is never tried is like the one before in the end."""
+        """Scale down the weight of all counts; the estimate of an untried depth approaches that of the depth before."""
         for counts in (*self.made, *self.passed):
             counts[0] *= factor
             counts[1] *= factor
 
     def expected(self, gamma: int, boost: float = 1.0) -> Expected:
-        """Of a draft asked to be `gamma` deep; `boost` > 1 where several siblings are tried at each depth."""
+        """Estimate a draft of depth `gamma`; `boost` > 1 if several siblings are tried at each depth."""
         tokens = passed = made = 1.0
         depth, pass_rate, make_rate = 0.0, _PRIOR, 1.0
         for at in range(gamma):
@@ -68,23 +68,23 @@ class Rates:
 
 
 class Paces:
-    """How much more or less than the mean each row of a call accepts: a batch is done when its slowest row is.
+    """Acceptance of each row of a call relative to the mean: a batch is done when its slowest row is.
 
-    A row that takes e_i tokens a step is done after 1/e_i of the steps that plain decoding takes, and a step's time is
-    a + b * rows. Tokens that count are those of a batch of equal rows that would take as long.
+    A row that takes e_i tokens a step needs 1/e_i of the steps of plain decoding, and a step takes a + b * rows
+    seconds. `counting` returns the tokens a step of a batch of equal rows that would take as long.
     """
 
     def __init__(self) -> None:
-        self._accepted: dict[int, list[float]] = {}  # of each row, and of the mean of the rows beside it
+        self._accepted: dict[int, list[float]] = {}  # row: [its accepted tokens, mean over the rows of each step]
         self.rows_leave = True
 
     def begin(self, rows_leave: bool) -> None:
-        """Forget the rows; whether those of the next call make steps cheaper when they are done."""
+        """Forget the rows; `rows_leave` tells whether finished rows make the steps of this call cheaper."""
         self._accepted.clear()
         self.rows_leave = rows_leave
 
     def note(self, accepted: Mapping[int, int]) -> None:
-        """Drafted tokens that were accepted in one step, by row."""
+        """Note the drafted tokens that were accepted in one step, by row."""
         mean = sum(accepted.values()) / max(1, len(accepted))
         for row, count in accepted.items():
             own = self._accepted.setdefault(row, [0.0, 0.0])
@@ -92,7 +92,7 @@ class Paces:
             own[1] += mean
 
     def counting(self, rows: Sequence[int], tokens: float, fixed: float) -> float:
-        """Of `tokens` a step, taken by the mean row, those that count; `fixed` is the share a of a step's time."""
+        """Convert `tokens` a step of the mean row to those of equal rows; `fixed` is the share a of a step's time."""
         if len(rows) == 1:
             return tokens
         steps = [1 / (1 + (tokens - 1) * self._share(row)) for row in rows]
@@ -105,24 +105,24 @@ class Paces:
 
 
 class Line(NamedTuple):
-    """Seconds of a size."""
+    """Seconds as a linear function of size."""
 
     base: float
     slope: float
 
     def at(self, x: float) -> float:
-        """Seconds for x."""
+        """Return the seconds of size x."""
         return self.base + self.slope * x
 
 
 class Times:
-    """Seconds by size, of one kind of work.
+    """Measured seconds by size, of one kind of work.
 
-    What lies long ago says nothing of sizes that were never met again: it may have been measured while something else
-    ran, and would keep its size from being tried for ever.
+    Old measurements of a size expire: they may have been taken while something else ran, and would keep that size from
+    being tried again.
 
     Args:
-        growth: while one size is all that is known, the share of its time that as much again is taken to add.
+        growth: assumed relative cost of doubling the size, while only one size was measured.
     """
 
     def __init__(self, growth: float) -> None:
@@ -137,11 +137,11 @@ class Times:
 
     @property
     def has_slope(self) -> bool:
-        """Whether unlike sizes were measured of late."""
+        """Return whether more than one size was measured recently."""
         return len(self._recent()) > 1
 
     def note(self, size: int, seconds: float) -> None:
-        """One measurement."""
+        """Add one measurement."""
         if size in self._last and not self._is_recent(size):
             self._seconds[size].clear()
         self._seconds[size].append(seconds)
@@ -150,14 +150,14 @@ class Times:
         self._line = None
 
     def at(self, size: int) -> float:
-        """Seconds of a size: its own where they were measured often, those of the line where not."""
+        """Return the seconds of a size: the median if it was measured more than once, else the value of the line."""
         times = self._seconds.get(size, ())
         return median(times) if len(times) > 1 else self.line().at(size)
 
     def line(self) -> Line:
-        """Least squares, never falling, and of no size in less than no time."""
+        """Fit a line by least squares, with slope and intercept not negative."""
         if self._line is None:
-            # A size that was met once may have been slow for being the first.
+            # A size that was measured once may have been slow because it was new.
             recent = self._recent()
             often = {size: times for size, times in recent.items() if len(times) > 1}
             known = often if len(often) > 1 else recent

@@ -4,10 +4,10 @@
              session.propose ──► x_1 .. x_gamma ~ q      (or a tree)
              target(root, x_1 .. x_gamma) ──► p_0 .. p_gamma
              accept ──► alpha tokens and one more from p   (Leviathan et al., arXiv:2211.17192)
-             cache.keep_paths            rows keep unlike numbers of tokens
+             cache.keep_paths            each row keeps its own number of tokens
 
-Every row has its own length; a finished row leaves the batch, unless its cache is handed back to the caller. Where
-something may depend on rows that go on together, they do (see `lockstep`).
+Every row has its own length. A finished row leaves the batch, unless its cache is handed back to the caller. If
+something may depend on rows staying together, they do (see `lockstep`).
 """
 
 import time
@@ -39,26 +39,26 @@ from hf_kvopt.speculation.loop.verify import (
 
 
 class Accepted(NamedTuple):
-    """What one verification gave to each row."""
+    """Result of one verification, for each row."""
 
-    paths: list[list[int]]  # nodes that stay in the cache, the root first; none where the row was done
-    following: list[list[int]]  # tokens behind them
-    taken: list[list[int]]  # what the output took
+    paths: list[list[int]]  # nodes that stay in the cache, the root first; empty for a finished row
+    following: list[list[int]]  # tokens after them
+    taken: list[list[int]]  # tokens that the output took
     num_drafted: list[int]  # accepted tokens of the draft
 
 
 class Speculation:
-    """One generate() call.
+    """Decodes one generate() call.
 
     Args:
-        reader: the target and its cache, which has read `input_ids` but for nothing: see `run`.
-        drafter: whose session drafts.
-        policy: how much.
-        output: where tokens go.
-        scores: logits processors.
-        config: of this call.
-        is_typical: Medusa's acceptance instead of the lossless one.
-        rows_may_leave: whether the cache is nobody else's, so that finished rows are dropped from it.
+        reader: the target and its cache, which holds the prompt.
+        drafter: makes the drafts.
+        policy: chooses the size of each draft.
+        output: takes the tokens.
+        scores: applies the logits processors.
+        config: the generation config of the call.
+        is_typical: use Medusa's acceptance instead of the lossless one.
+        rows_may_leave: the cache belongs to this call alone, so that finished rows are dropped from it.
     """
 
     def __init__(
@@ -78,11 +78,11 @@ class Speculation:
         self.in_lockstep = self._needs_lockstep()
         self.rows_may_leave = rows_may_leave and not self.in_lockstep
         self.reads_trees = reads_trees(reader.model)
-        self.num_skipped = reader.read_lens[0] - output.prompt_len  # columns of a text that only the cache knows
+        self.num_skipped = reader.read_lens[0] - output.prompt_len  # columns before those of `input_ids`
         reader.last_column = output.max_length - 2 + self.num_skipped
-        # A token that is drawn from the target's scores alone meets the likeliest draft best.
+        # Drafting the arg max is best where a token is drawn from the target's scores alone.
         self.sampler = DraftSampler(scores, self.do_sample and not self.in_lockstep)
-        self.rows = list(range(len(output.lens)))  # row of the output of each row of the reader
+        self.rows = list(range(len(output.lens)))  # row of the output for each row of the reader
         self.pending = Pending()
         self.is_first_draft = True
         sampling = (config.temperature, config.top_k, config.top_p, config.min_p) if self.do_sample else None
@@ -90,7 +90,7 @@ class Speculation:
         self.extra = {"output_hidden_states": True} if drafter.feature_layers else {}
 
     def run(self, prefill: Any, prompt: Read, session: DraftSession) -> None:
-        """Decode until every row is done; `prefill` are the target's outputs for the prompt.
+        """Decode until every row is done; `prefill` holds the target's outputs for the prompt.
 
         `prompt.following` lacks its last column, which is sampled here.
         """
@@ -135,11 +135,11 @@ class Speculation:
         self._let_go(session)
 
     def _draft(self, session: DraftSession, plan: Plan) -> tuple[Draft, TreeShape | None]:
-        """What the drafter proposes, and its shape where it is a tree; nothing where nothing is planned."""
+        """Return the draft, with its shape if it is a tree; empty if the plan is."""
         if not plan.num_nodes:
             return Draft(self._roots()[:, :0]), None
         started = time.perf_counter()
-        # A drafter's many small steps are bound by what torch books for each tensor.
+        # Inference mode: a drafter's many small steps are bound by torch's bookkeeping for each tensor.
         with torch.inference_mode():
             if self.pending:
                 session.extend(self.pending.take())
@@ -177,7 +177,7 @@ class Speculation:
         return sampled_tree(draft.tokens[0].tolist(), shape, p[0])
 
     def _accept(self, draft: Draft, shape: TreeShape | None, fed: Tensor, logits: Tensor) -> Accepted:
-        """Hand to the output what the target accepts of `fed`, roots and draft, and what it gives behind."""
+        """Commit the tokens of `fed`, roots and draft, that the target accepts, and the one after them."""
         output = self.output
         if self.in_lockstep:
             self.choices = logits.argmax(dim=-1)
@@ -197,7 +197,7 @@ class Speculation:
         return Accepted(paths, taken, taken, [len(path) for path in verdict.paths])
 
     def _read(self, fed: Tensor, accepted: Accepted, outputs: Any) -> Read:
-        """What the drafter is told; a row that is done and cannot leave is told something or other."""
+        """Return what the drafter is told; a finished row that cannot leave gets its root and an arbitrary token."""
         features = features_of(outputs, self.drafter.feature_layers)
         nodes = [path or [0] for path in accepted.paths]
         following = [
@@ -209,21 +209,21 @@ class Speculation:
         return packed(fed.to(device), following, nodes, positions, features, self.choices.to(device))
 
     def _fed(self, draft: Draft) -> Tensor:
-        """[batch, 1 + num_nodes]: the roots, and the draft behind them; in lockstep padding where rows are done."""
+        """Return tokens to feed [batch, 1 + num_nodes], roots first; in lockstep with padding for finished rows."""
         fed = torch.cat([self._roots(), draft.tokens], dim=1)
         if self.in_lockstep and any(self.output.is_done):
             fed[torch.tensor(self.output.is_done, device=fed.device), 1:] = self.output.pad
         return fed
 
     def _roots(self) -> Tensor:
-        """[batch, 1]: the last token of each row, in lockstep of the last column."""
+        """Return [batch, 1]: the last token of each row, or in lockstep the last column."""
         output = self.output
         if self.in_lockstep:
             return output.ids[:, output.width - 1, None]
         return output.ids[self.rows, [output.lens[row] - 1 for row in self.rows]][:, None]
 
     def _prefixes(self, fed: Tensor, shape: TreeShape | None) -> list[list[Tensor]] | None:
-        """What plain decoding would have before each node's next token, where a processor looks at it."""
+        """Return the text before each node's next token, or None if no processor reads it."""
         if not self.scores.needs_prefix:
             return None
         prefixes = []
@@ -237,26 +237,26 @@ class Speculation:
         return prefixes
 
     def _logits(self, outputs: Any) -> Tensor:
-        """[batch, q_len, vocab] float32, where the tokens are."""
+        """Return logits [batch, q_len, vocab] float32 on the device of the output."""
         return outputs.logits.to(self.output.ids.device, torch.float32)
 
     def _needs_lockstep(self) -> bool:
-        """Whether something may tell rows that go on by themselves from those of plain decoding."""
+        """Return whether processors, criteria or the model can tell rows of different lengths from plain decoding."""
         output, is_fixed = self.output, self.reader.cache.cache_config.compileable
         sees_scores = bool(output.others) and output.scores is not None
         is_tied = is_fixed or sees_scores or counts_columns(self.reader.model)
         return not self.is_typical and (self.scores.needs_lockstep or (len(output.lens) > 1 and is_tied))
 
     def align(self) -> None:
-        """Leave every row of the cache with all tokens but the last, as plain decoding does: padding behind ended rows.
+        """Fill the cache as plain decoding does: all tokens of each row but the last, and padding after ended rows.
 
-        Their scores and logits are those behind the padding.
+        Their scores and logits are recorded after the padding.
         """
         output, reader, width = self.output, self.reader, self.output.width - 1
         if self.in_lockstep:
             return
         held = [length - self.num_skipped for length in reader.read_lens]
-        # A row that a criterion ended late may hold what was taken back.
+        # A row that a criterion ended late may hold tokens that were taken back.
         right = [min(n, length - 1) for n, length in zip(held, output.lens, strict=True)]
         reader.drop([n - kept for n, kept in zip(held, right, strict=True)])
         most = width - min(right)
@@ -291,10 +291,10 @@ class Speculation:
 
 
 def _draw_one(p: Tensor) -> Tensor:
-    """[rows] drawn from p [rows, vocab]."""
+    """Draw [rows] tokens from p [rows, vocab]."""
     return torch.multinomial(p, 1)[:, 0]
 
 
 def _on(draft: Draft, device: torch.device) -> Draft:
-    """`draft` where the target's scores are."""
+    """Move `draft` to the device of the target's scores."""
     return draft._replace(tokens=draft.tokens.to(device), q=None if draft.q is None else draft.q.to(device))

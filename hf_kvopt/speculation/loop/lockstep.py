@@ -1,12 +1,12 @@
-"""Lockstep: a verified draft gone through as plain decoding goes, one column of the whole batch after the other.
+"""Lockstep: commit a verified draft one column of the whole batch at a time, as plain decoding does.
 
     draft     root  x_1  x_2  x_3        logits of all of them by one forward
-    row 0       a ─► b ─► c ─► q         processors and criteria are called once a column, on all rows, as ever;
-    row 1       p ─► q ─► r ─► s         where a row leaves the draft (here behind x_2), the column is the last one
+    row 0       a ─► b ─► c ─► q         processors and criteria are called once a column, on all rows;
+    row 1       p ─► q ─► r ─► s         where a row leaves the draft (here after x_2), the column is the last one
 
-For what may count its calls, keep state or compare rows: processors and criteria of the caller. Rows keep equally many
-tokens, and those that are done read padding, so that a cache of fixed capacity can follow. A token is drawn from the
-target's scores and compared with the draft, which is lossless, and draws what plain decoding would draw.
+It serves processors and criteria of the caller that may count their calls, keep state or compare rows. Rows keep
+equally many tokens, and finished ones read padding, so that a cache of fixed capacity can follow. A token is drawn from
+the target's scores and compared with the draft, which is lossless and draws what plain decoding would draw.
 """
 
 from collections.abc import Sequence
@@ -21,11 +21,11 @@ from hf_kvopt.speculation.loop.tree import TreeShape
 
 
 class Walk(NamedTuple):
-    """How far a draft went."""
+    """Accepted part of a draft."""
 
     path: list[int]  # nodes that were read and stay, the root first
-    tokens: list[list[int]]  # of each row, behind each node of the path; padding where a row was done
-    taken: list[list[int]]  # what the output took of them
+    tokens: list[list[int]]  # for each row, the token after each node of the path; padding for a finished row
+    taken: list[list[int]]  # tokens of them that the output took
 
 
 def walk(
@@ -36,7 +36,7 @@ def walk(
     scores: NodeScores,
     do_sample: bool,
 ) -> Walk:
-    """Commit one token a row and column, as long as what is committed was drafted."""
+    """Commit one token of each row a column, while the committed tokens are the drafted ones."""
     path: list[int] = [0]
     taken: list[list[int]] = [[] for _ in fed]
     first = output.width
@@ -63,5 +63,5 @@ def _children(node: int, shape: TreeShape | None, fed: Tensor) -> Sequence[int]:
 
 
 def _match(fed: Tensor, tokens: Tensor, nodes: Sequence[int]) -> int | None:
-    """The node of `nodes` at which every row was fed its one of `tokens` [batch]."""
+    """Return the first of `nodes` whose tokens equal `tokens` [batch] in every row, or None."""
     return next((node for node in nodes if bool((fed[:, node] == tokens).all())), None)

@@ -1,11 +1,11 @@
-"""Output: the tokens of every row as they are committed, and when a row is done.
+"""Output: the committed tokens of every row, and which rows are done.
 
     row 0   prompt | a b c d e f g         rows grow by different numbers of tokens
     row 1   prompt | p q r                 criteria were shown the columns that all rows have, `num_shown` of them:
                        ^                   the whole batch, one length after the other, as plain decoding shows it
 
-What a criterion says of a length is therefore known late for a row that is ahead: it is cut back to where it ended.
-Without an end-of-text token plain decoding lets rows that are done go on until all are, and so does this.
+A criterion is therefore evaluated late for a row that is ahead: the row is cut back to the length where it ended.
+Without an end-of-text token, plain decoding continues finished rows until all are finished, and so does this.
 """
 
 from collections.abc import Sequence
@@ -26,13 +26,13 @@ from hf_kvopt import compat
 
 
 class Output:
-    """Ids, lengths and ends of all rows of one generate() call.
+    """Tokens, lengths and ends of all rows of one generate() call.
 
     Args:
         input_ids: [batch, prompt length].
         criteria: transformers' own and the caller's.
-        config: of this call.
-        streamer: is given tokens as they are committed.
+        config: the generation config of the call.
+        streamer: gets tokens as they are committed.
     """
 
     def __init__(
@@ -44,16 +44,16 @@ class Output:
     ) -> None:
         batch, prompt_len = input_ids.shape
         lengths = [criterion.max_length for criterion in criteria if type(criterion) is MaxLengthCriteria]
-        # One token is always generated, and looked at then.
+        # One token is always generated before the length is checked.
         self.max_length = max(prompt_len + 1, min(lengths, default=config.max_length))
         self.eos = {
             int(token) for one in criteria if type(one) is EosTokenCriteria for token in one.eos_token_id.flatten()
         }
-        # Those that are told by the last token and the length are judged here; others may look at anything.
+        # Criteria on the last token and the length are judged here; others may read anything.
         own = (MaxLengthCriteria, EosTokenCriteria)
         self.others = StoppingCriteriaList([criterion for criterion in criteria if type(criterion) not in own])
-        self.rows_end = any(hasattr(criterion, "eos_token_id") for criterion in criteria)  # transformers' own question
-        self.is_met = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)  # by the others, if rows go on
+        self.rows_end = any(hasattr(criterion, "eos_token_id") for criterion in criteria)  # as transformers tests it
+        self.is_met = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)  # by `others`, unless rows end
         self.pad = compat.pad_token(config)
         self.ids = input_ids.new_full((batch, self.max_length), self.pad)
         self.ids[:, :prompt_len] = input_ids
@@ -82,12 +82,12 @@ class Output:
 
     @property
     def remaining(self) -> int:
-        """Tokens that the row with the most room may still get."""
+        """Most tokens that a row may still get."""
         return max((self.max_length - self.lens[row] for row in self.active), default=0)
 
     @property
     def width(self) -> int:
-        """Columns of the longest row."""
+        """Length of the longest row."""
         return max(self.lens)
 
     def commit(self, tokens: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -105,13 +105,13 @@ class Output:
         ]
 
     def record(self, row: int, scores: Tensor, logits: Tensor) -> None:
-        """Keep scores and logits [tokens, vocab] of what is committed to a row next, where they are asked for."""
+        """Keep scores and logits [tokens, vocab] of the tokens that a row gets next, if they are asked for."""
         for kept, new in ((self.scores, scores), (self.logits, logits)):
             if kept is not None:
                 kept[row].extend(new.clone())
 
     def result(self, cache: Any) -> Tensor | GenerateDecoderOnlyOutput:
-        """What generate() returns; rows that ended earlier are padded."""
+        """Return the result of generate(), with shorter rows padded."""
         if self.streamer is not None:
             self.streamer.end()
         sequences = self.ids[:, : self.width]
@@ -155,13 +155,13 @@ class Output:
         self._trim(row)
 
     def _trim(self, row: int) -> None:
-        """Forget the scores and logits of tokens that were not taken."""
+        """Drop the scores and logits of tokens that were not taken."""
         for kept in (self.scores, self.logits):
             if kept is not None:
                 del kept[row][self.lens[row] - self.prompt_len :]
 
     def _step(self, rows: list[list[Tensor]], step: int) -> Tensor:
-        """[batch, vocab] of one generated position."""
+        """Stack one generated position of all rows to [batch, vocab]."""
         return torch.stack([row[step] for row in rows])
 
     def _by_step(self, rows: list[list[Tensor]] | None) -> tuple[Tensor, ...] | None:

@@ -1,10 +1,10 @@
-"""How much to draft: whatever is expected to give most tokens a second, by what was measured so far.
+"""Policy: chooses the draft size with the most expected tokens a second, from measurements.
 
-A chain of gamma gives 1 + sum_k prod_{j<=k} alpha_j tokens for the time of its draft and its verification, nothing
-drafted gives one for a plain step; in a batch the slower rows count for more (`Paces`). Nothing is tried out for its
-own sake: sizes that were not met of late are read off a line through those that were, a tree is drawn where that
-promises a clear gain over chains, and what was learned is carried from call to call. Where plain decoding wins,
-speculation stops, says so once, and is tried again later.
+A chain of gamma gives 1 + sum_k prod_{j<=k} alpha_j tokens for the time of its draft and its verification, a plain
+step gives one; in a batch slower rows count for more (`Paces`). No size is tried for its own sake: sizes that were
+not measured recently are read off a line through those that were, a tree is drawn if it promises a clear gain over
+chains, and measurements are kept from call to call. Where plain decoding is faster, speculation stops, warns once, and
+is tried again later.
 """
 
 import logging
@@ -22,23 +22,23 @@ logger = logging.getLogger(__name__)
 NOTHING = Plan(0, 0)
 _CHAINS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
 _TREES = ((3, 8), (4, 8), (4, 12), (5, 16), (6, 24), (6, 32), (7, 48))  # depth, nodes
-_TREE_GAIN = 1.15  # a tree that was never drawn must promise this much more than the best chain
-_SIBLINGS = 1.3  # a guess until a tree was drawn: siblings at each depth are worth a third of a second chance
-_READ_GROWTH = 0.1  # a guess until it was measured: twice the tokens take a tenth longer
-_ENOUGH = 4  # drafts after which something counts as known
-_KEEP = 4  # steps for which a choice stands: to choose costs as much as several small operations
+_TREE_GAIN = 1.15  # gain over the best chain that a tree must promise before one was measured
+_SIBLINGS = 1.3  # guess until a tree was measured: siblings multiply the chances of each depth by this
+_READ_GROWTH = 0.1  # guess until it was measured: twice the tokens take a tenth longer
+_ENOUGH = 4  # drafts after which a tree size counts as measured
+_KEEP = 4  # steps for which a choice stands: choosing costs as much as several small operations
 _TRUST, _TRIAL = 16, 8  # speculative steps before the first judgement, and after a pause; texts are uneven
-_HELD_UP = 2.0  # times the median of a step, beyond which it was not the step that took so long
+_HELD_UP = 2.0  # longest counted step, in medians: a longer one was delayed from outside
 _PAUSE, _LONGEST_PAUSE = 32, 256  # plain steps until speculation is tried again
-_MOST_SAMPLINGS = 16  # ways to sample that are told apart
-_WARM_UP = 3  # steps that are not measured, with drafts and without: the first ones compile and load things
-# Least, without measurements, most: see `Policy._confidence`. A head's q is spread wider than the target's first choice
+_MOST_SAMPLINGS = 16  # sampling settings with measurements of their own
+_WARM_UP = 3  # steps that are not measured, with drafts and without: the first ones compile and load code
+# Least, before measurements, most: see `Policy._confidence`. A head's q is flatter than the target's first choice
 # deserves, so costs alone would end drafts too early (measured on the reference model).
 _CONFIDENCE = (0.01, 0.03, 0.05)
 
 
 class Known:
-    """What is known of one way to sample, as a sampled draft is accepted less often than a greedy one."""
+    """Measurements under one sampling setting, as a sampled draft is accepted less often than a greedy one."""
 
     def __init__(self) -> None:
         self.rates: dict[int, Rates] = defaultdict(Rates)  # by nodes of the tree; 0: chains
@@ -57,8 +57,8 @@ class Policy:
         num_nodes: tokens of a tree; None chooses, 0 never draws one.
         top_k: children of a node that a tree considers.
         max_gamma: the deepest draft to consider.
-        can_tree: whether the drafter can.
-        may_stop: fall back to plain decoding where it is faster.
+        can_tree: the drafter can draft trees.
+        may_stop: fall back to plain decoding if it is faster.
     """
 
     def __init__(
@@ -81,15 +81,15 @@ class Policy:
         self._known: dict[Hashable, Known] = {None: self.known}
 
     def begin(self, sampling: Hashable, rows_leave: bool) -> None:
-        """A call that samples so, and whether rows that are done make its steps cheaper."""
+        """Begin a call with these sampling settings; `rows_leave`: finished rows make its steps cheaper."""
         self.known = self._known.pop(sampling) if sampling in self._known else Known()
-        self._known[sampling] = self.known  # behind all that were used before it
+        self._known[sampling] = self.known  # last, as the most recently used
         if len(self._known) > _MOST_SAMPLINGS:
             del self._known[next(iter(self._known))]
         self.paces.begin(rows_leave)
 
     def plan(self, rows: Sequence[int], remaining: int) -> Plan:
-        """What to draft now for `rows`, by their numbers in the call, that still take `remaining` tokens at most."""
+        """Return the plan for `rows`, numbered as in the call, which take at most `remaining` more tokens."""
         batch_size = len(rows)
         if remaining < 2:
             return NOTHING
@@ -97,7 +97,7 @@ class Policy:
             self.known.pause_left -= 1
             return NOTHING
         if self.may_stop and self.num_plain < 2:
-            return NOTHING  # what a plain step costs
+            return NOTHING  # measure a plain step first
         if self.may_stop and self._loses(rows):
             self._stop(rows)
             return NOTHING
@@ -108,22 +108,22 @@ class Policy:
         return _cut(best, remaining - 1)
 
     def note_draft(self, plan: Plan, batch_size: int, depth: int, seconds: float, is_first: bool = False) -> None:
-        """A draft by `plan` that came to `depth` took `seconds`; the first of a call takes in the prompt as well."""
+        """Note that a draft by `plan` reached `depth` in `seconds`; the first of a call also reads the prompt."""
         self.stats.draft_s += seconds
         if not is_first and self.num_drafted >= _WARM_UP:
             self.known.draft_times[batch_size, plan.is_chain].note(depth, seconds)
 
     def note_step(
         self,
-        plan: Plan,  # as it was asked for
+        plan: Plan,  # as asked for
         batch_size: int,
         num_read: int,  # tokens of each row
-        draft_s: float | None,  # None: not a measure, as the draft took in the prompt
+        draft_s: float | None,  # None: not measured, as the draft also read the prompt
         step_s: float,
         accepted: Mapping[int, tuple[int, int]],  # (drafted, accepted) of each row
-        tokens: int,  # that came of it, over all rows
+        tokens: int,  # tokens gained over all rows
     ) -> None:
-        """Note what a draft and its verification took and gave; a plain step where nothing was asked for."""
+        """Note the time and the tokens of a draft and its verification, or of a plain step if the plan is empty."""
         stats, rows, depths = self.stats, max(1, len(accepted)), list(accepted.values())
         self.num_steps += 1
         self.num_drafted += bool(plan.num_nodes)
@@ -143,7 +143,7 @@ class Policy:
             stats.time_saved_s += tokens / rows / self._plain_rate(batch_size) - draft_s - step_s
 
     def rate(self, plan: Plan, rows: Sequence[int]) -> float:
-        """Tokens of a row a second, as it is expected of a plan that drafts."""
+        """Return the expected tokens of a row a second under a plan that drafts."""
         batch_size = len(rows)
         read = self.read_times.line() if self.read_times else Line(1e-3, 0.0)
         tokens, depth = self._rates_of(plan).expected(plan.gamma, 1.0 if self._is_known(plan) else _SIBLINGS)
@@ -173,7 +173,7 @@ class Policy:
         return self.known.rates[0 if plan.is_chain or not self._is_known(plan) else plan.num_nodes]
 
     def _confidence(self, plan: Plan, rows: Sequence[int]) -> float:
-        """Where a draft should end: one token more must be likelier than the share of a token's time that it costs."""
+        """Return the joint probability below which a draft ends: the cost of one more token in token times."""
         (least, unknown, most), batch_size = _CONFIDENCE, len(rows)
         if not self.known.draft_times[batch_size, plan.is_chain].has_slope:
             return unknown
@@ -182,18 +182,18 @@ class Policy:
         return min(most, max(least, cost * self.rate(plan, rows)))
 
     def _draft_line(self, is_chain: bool, batch_size: int) -> Line:
-        """Of the batch size that is nearest to it; a tree that was never drawn is guessed by chains."""
+        """Return the draft times of the nearest measured batch size; an unmeasured tree is guessed from chains."""
         known = {batch: times for (batch, kind), times in self.known.draft_times.items() if kind == is_chain and times}
         if known:
             return known[min(known, key=lambda batch: abs(batch - batch_size))].line()
         if is_chain or not any(kind and times for (_, kind), times in self.known.draft_times.items()):
             return Line(0.0, 0.0)
-        # A level of a tree is several nodes: as if it took twice as long as one of a chain.
+        # A level of a tree has several nodes: guess twice the time of a level of a chain.
         base, slope = self._draft_line(True, batch_size)
         return Line(base, 2 * slope)
 
     def _loses(self, rows: Sequence[int]) -> bool:
-        """Whether the last speculative steps gave less than plain ones would have, counted and not estimated."""
+        """Return whether the last speculative steps gave fewer tokens a second, as counted, than plain ones."""
         num_steps = len(self.known.recent[len(rows)])
         if num_steps < self.known.trust:
             return False
@@ -203,7 +203,7 @@ class Policy:
         return loses
 
     def _counted_rate(self, rows: Sequence[int]) -> float:
-        """Tokens of a row a second in the last speculative steps, those that count."""
+        """Return the tokens of a row a second in the last speculative steps, weighted by `Paces`."""
         steps = self.known.recent[len(rows)]
         if not steps:
             return 0.0
@@ -221,7 +221,7 @@ class Policy:
                 self._plain_rate(len(rows)),
             )
         self.known.pause_left, self.known.pause = self.known.pause, min(2 * self.known.pause, _LONGEST_PAUSE)
-        # So that it is really tried again, and what it gives then counts.
+        # Make sure that speculation is tried again, and judged by its new measurements.
         self.known.trust = _TRIAL
         self.known.recent.clear()
         self.known.chosen.clear()
@@ -234,13 +234,13 @@ def _recent() -> deque[tuple[float, float]]:
 
 
 def _rate_of(steps: Collection[tuple[float, float]]) -> float:
-    """Tokens a second; a step that was held up from outside does not count for much more than the others."""
+    """Return tokens a second; a step that was delayed from outside counts for at most `_HELD_UP` medians."""
     longest = _HELD_UP * median([seconds for _, seconds in steps]) if steps else 0.0
     return sum(tokens for tokens, _ in steps) / max(1e-9, sum(min(seconds, longest) for _, seconds in steps))
 
 
 def _cut(plan: Plan, depth: int) -> Plan:
-    """`plan` for rows that can take `depth` drafted tokens at most."""
+    """Limit `plan` to rows that can take at most `depth` drafted tokens."""
     if plan.gamma <= depth:
         return plan
     num_nodes = depth if plan.is_chain else max(depth, plan.num_nodes)

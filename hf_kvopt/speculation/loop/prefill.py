@@ -1,4 +1,4 @@
-"""The prompt of a speculative call: read by the target as generate() would, and told to the drafter without padding."""
+"""Prefill of a speculative call: the target reads the prompt as in generate(), the drafter gets it unpadded."""
 
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from hf_kvopt.speculation.drafters.base import Read
 from hf_kvopt.speculation.loop.reader import Reader, require_grown
 from hf_kvopt.speculation.loop.reads import features_of, packed
 
-# What the reader itself feeds, or says nothing of the tokens.
+# Inputs that the reader feeds itself, or that do not concern the tokens.
 _OWN_INPUTS = (
     *compat.CACHE_NAMES, "input_ids", "attention_mask", "position_ids", "cache_position", "use_cache",
     "logits_to_keep", "num_logits_to_keep", "output_attentions", "output_hidden_states", "return_dict",
@@ -22,7 +22,7 @@ _OWN_INPUTS = (
 
 
 class Prefilled(NamedTuple):
-    """The target after the prompt."""
+    """State of the target after the prompt."""
 
     reader: Reader
     outputs: Any
@@ -38,7 +38,7 @@ def prefill(
     feature_layers: tuple[int, ...],
     takes_positions: bool,
 ) -> Prefilled:
-    """Let the target read what `cache` lacks of the prompt.
+    """Let the target read the part of the prompt that `cache` lacks.
 
     Raises:
         ValueError: the drafter needs hidden states, and the target returns none.
@@ -67,7 +67,7 @@ def prefill(
         takes_positions,
         steady_inputs(model, input_ids, outputs, {**model_kwargs, compat.cache_keyword(model): cache}),
     )
-    # Features were computed for what the cache lacked; other drafters are told all the text that there is.
+    # Features exist only for what the cache lacked; drafters without features get the whole text.
     width = input_ids.shape[1] if features is None else min(features.shape[1], input_ids.shape[1])
     features = None if features is None else features[:, -width:]
     ids = input_ids.to(reader.device)
@@ -76,11 +76,11 @@ def prefill(
 
 
 def prompt_columns(input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any], held: int) -> int:
-    """Return the columns that a cache with `held` of them will have once the prompt is read into it."""
+    """Return the columns of a cache that holds `held` once the prompt is read into it."""
     embeds = model_kwargs.get("inputs_embeds")
     if embeds is not None:
         return int(embeds.shape[1])
-    # The whole text, of which what is held is left out; or what comes behind that, with a mask over all.
+    # Either the whole text, whose held part is skipped, or only its continuation, with a mask over all.
     is_whole = compat.prompt_columns(config, model_kwargs.get("attention_mask")) == input_ids.shape[1]
     return input_ids.shape[1] if is_whole else held + input_ids.shape[1]
 
@@ -88,10 +88,10 @@ def prompt_columns(input_ids: Tensor, config: GenerationConfig, model_kwargs: di
 def steady_inputs(
     model: PreTrainedModel, input_ids: Tensor, outputs: Any, model_kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return what plain decoding would feed at every step beside tokens, mask and positions, as transformers says.
+    """Return the inputs besides tokens, mask and positions that plain decoding would feed at every step.
 
     Raises:
-        UnsupportedModel: an input of which nobody knows what it is for the tokens that are drafted.
+        UnsupportedModel: an input that is not known for drafted tokens.
     """
     inputs = compat.next_inputs(model, input_ids, outputs, model_kwargs)
     steady: dict[str, Any] = {}
@@ -109,7 +109,7 @@ def steady_inputs(
 
 
 def _told(ids: Tensor, is_real: Tensor, positions: Tensor, features: Tensor | None) -> Read:
-    """The last columns of the prompt, each row without its padding."""
+    """Return the last columns of the prompt, each row without its padding."""
     nodes = [row.nonzero()[:, 0].tolist() or [ids.shape[1] - 1] for row in is_real.cpu()]
     texts = [row[columns].tolist() for row, columns in zip(ids.cpu(), nodes, strict=True)]
     read = packed(ids, [[*text[1:], 0] for text in texts], nodes, [0] * len(ids), features, None)

@@ -1,11 +1,11 @@
-"""Reader: a model, its cache, and how far each row of the batch has been read into it.
+"""Reader: a model, its cache, and how many tokens of each row were read into it.
 
     columns of the cache   0 1 2 3 4 5 6 7 8        rows end together; a row that kept less begins later, and a mask
-    row 0                  a b c d e f g h i        like that of left padding hides what lies before
+    row 0                  a b c d e f g h i        as for left padding hides the columns before it
     row 1                  - - p q r s t u v
 
-The target is read this way, and so is an assistant model. A model that writes its past elsewhere is noticed at once:
-the cache must grow by what was fed.
+Both the target and an assistant model are read this way. A model that writes its past elsewhere is detected at once:
+the cache must grow by the tokens that were fed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,17 +23,17 @@ from hf_kvopt.speculation.loop.tree import TreeShape, ancestor_mask
 
 
 class Reader:
-    """Reads tokens into the cache and takes back those that were not accepted.
+    """Reads tokens into the cache and removes those that were not accepted.
 
     Args:
-        model: whatever reads.
+        model: the model that reads.
         cache: its cache, with `read_lens` tokens of each row in it (padding included).
         read_lens: [batch].
-        padding: [batch, prompt length] bool, False at the padding of the prompt; None where there is none.
-        offsets: [batch] position id of a row's first token; negative where padding comes before it.
-        device: where the tokens come from; offloaded models, which lie nowhere, take them there.
-        takes_positions: whether the model's forward takes `position_ids`.
-        steady: further inputs of the forward, for each token [batch, 1] the same, or no tensors.
+        padding: [batch, prompt length] bool, False at the padding of the prompt; None without padding.
+        offsets: [batch] position id of a row's first column; negative if it begins with padding.
+        device: device of the tokens; used for offloaded models, which have none.
+        takes_positions: the model's forward takes `position_ids`.
+        steady: further inputs of the forward: tensors [batch, 1] that hold for every token, or other values.
     """
 
     def __init__(
@@ -51,11 +51,11 @@ class Reader:
         self.read_lens, self.padding, self.offsets = list(read_lens), padding, list(offsets)
         self.takes_positions, self.steady = takes_positions, dict(steady)
         self.device = device if model.device.type == "meta" else model.device
-        # No token is kept behind this column: those that are tried there get the position of the last one.
+        # No token is kept after this column: tokens tried there get the position of the last one.
         self.last_column: int | None = None
 
     def forward(self, tokens: Tensor, shape: TreeShape | None = None, **kwargs: Any) -> Any:
-        """Outputs for tokens [batch, q_len], each row behind its end; `shape` where they are a tree (batch 1).
+        """Run the model on tokens [batch, q_len] after the end of each row; `shape` is their tree (batch 1).
 
         Raises:
             UnsupportedModel: the model did not write them to the cache.
@@ -81,20 +81,20 @@ class Reader:
         return outputs
 
     def keep(self, q_len: int, paths: Sequence[Sequence[int]]) -> None:
-        """Of the last `q_len` tokens of each row, keep those numbered in `paths`, in that order."""
+        """Keep, of the last `q_len` tokens of each row, those numbered in `paths`, in that order."""
         kept = [len(path) for path in paths]
         self.cache.keep_paths(q_len, paths)
         self.read_lens = [length + n for length, n in zip(self.read_lens, kept, strict=True)]
 
     def drop(self, counts: Sequence[int]) -> None:
-        """Take back the last `counts[i]` tokens of row i."""
+        """Remove the last `counts[i]` tokens of row i."""
         most = max(counts)
         if most:
             self.read_lens = [length - most for length in self.read_lens]
             self.keep(most, [list(range(most - n)) for n in counts])
 
     def select(self, rows: Sequence[int]) -> None:
-        """Let row i be what row `rows[i]` was."""
+        """Keep only the rows `rows`, in that order."""
         index = torch.tensor(rows)
         self.cache.batch_select_indices(index)
         self.read_lens = [self.read_lens[row] for row in rows]
@@ -106,7 +106,7 @@ class Reader:
                 self.steady[name] = value[index.to(value.device)]
 
     def positions(self, q_len: int, shape: TreeShape | None = None) -> Tensor:
-        """[batch, q_len] position ids of the next tokens."""
+        """Return position ids [batch, q_len] of the next tokens."""
         firsts = [length + offset for length, offset in zip(self.read_lens, self.offsets, strict=True)]
         steps = range(q_len) if shape is None else shape.depths
         positions = torch.tensor([[first + step for step in steps] for first in firsts], device=self.device)
@@ -116,7 +116,7 @@ class Reader:
         return positions.minimum(lasts[:, None])
 
     def _mask(self, q_len: int) -> Tensor | None:
-        """[batch, columns + q_len]: False before the first token of a row and at its padding; None: nothing to hide."""
+        """Return [batch, columns + q_len] bool, False before a row's first token and at padding; None if all True."""
         columns = self.cache.get_seq_length()
         shifts = [columns - length for length in self.read_lens]
         if self.padding is None and not any(shifts):
@@ -130,7 +130,7 @@ class Reader:
         return mask
 
     def _tree_mask(self, shape: TreeShape) -> Any:
-        """A mask over past and tree for each kind of layer; [1, 1, nodes, keys], bool or additive as the model asks."""
+        """Return a mask over past and tree for each kind of layer: [1, 1, nodes, keys], bool or additive."""
         nodes, columns = len(shape.depths), self.cache.get_seq_length()
         seen = self._mask(nodes)
         past = torch.ones(nodes, columns, dtype=torch.bool, device=self.device)
@@ -139,7 +139,7 @@ class Reader:
         mask = torch.cat([past, ancestor_mask(shape).to(self.device)], dim=1)
         depths = torch.tensor(shape.depths, device=self.device)
         places = torch.cat([torch.arange(columns, device=self.device), columns + depths])
-        # As the model sees it, whatever its cache keeps; chunks are counted from the first token on.
+        # The mask is the one of the model, whatever its cache keeps; chunks are counted from the first token.
         kinds, options = compat.layer_types(self.model.config.get_text_config(decoder=True))
         first = int(past[0].long().argmax()) if columns else 0
         masks = {}

@@ -1,4 +1,4 @@
-"""Builds what a drafter is told of a verification, and keeps it while nothing is drafted."""
+"""Builds the `Read` of each verification, and keeps it while nothing is drafted."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,10 +10,10 @@ from hf_kvopt.speculation.drafters.base import Read
 
 
 def features_of(outputs: Any, layers: Sequence[int]) -> Tensor | None:
-    """[batch, q_len, len(layers) * hidden_size] of the target's outputs.
+    """Return features [batch, q_len, len(layers) * hidden_size] from the target's outputs, or None without layers.
 
     Raises:
-        ValueError: the target gave no hidden states.
+        ValueError: the target returned no hidden states.
     """
     if not layers:
         return None
@@ -35,7 +35,7 @@ def packed(
     features: Tensor | None,  # [batch, q_len, width]
     choices: Tensor | None,
 ) -> Read:
-    """A `Read` of the tokens numbered in `nodes` of each row, the first at `positions`."""
+    """Return a `Read` of the tokens numbered in `nodes` of each row, the first one at `positions`."""
     counts = [len(row) for row in nodes]
     width = max(counts)
     steps = range(width)
@@ -51,7 +51,7 @@ def packed(
 
 
 class Pending:
-    """Reads that the drafter was not told yet, as it was not asked to draft."""
+    """Reads that the drafter was not told yet, because no draft was needed."""
 
     def __init__(self) -> None:
         self.reads: list[Read] = []
@@ -64,7 +64,7 @@ class Pending:
         self.reads.append(read)
 
     def take(self) -> Read:
-        """All of them as one."""
+        """Return all reads as one, and forget them."""
         reads, self.reads = self.reads, []
         if len(reads) == 1:
             return reads[0]
@@ -80,7 +80,7 @@ class Pending:
 
 
 def _join(parts: Sequence[Tensor], counts: Sequence[Sequence[int]]) -> Tensor:
-    """Right-padded tensors [batch, width, ...] one behind the other, without the padding between them."""
+    """Concatenate right-padded tensors [batch, width, ...] row by row, without the padding between them."""
     rows = [
         torch.cat([part[row, : count[row]] for part, count in zip(parts, counts, strict=True)])
         for row in range(len(parts[0]))

@@ -1,4 +1,4 @@
-"""What speculation asks of a call and of a model; the rest is refused before the first token."""
+"""Requirements of speculation on a call and a model; anything else is refused before the first token."""
 
 import inspect
 from typing import Any
@@ -15,12 +15,12 @@ from hf_kvopt.cache.quantized import QuantizedPagedCache
 from hf_kvopt.errors import CacheStateError, UnsupportedModel
 from hf_kvopt.speculation.loop.prefill import prompt_columns
 
-# Model types whose forward over several tokens is another computation than as many forwards over one.
+# Model types for which a forward over several tokens differs from several forwards over one.
 _NOT_BY_TOKEN = {
     "doge": "its attention keeps the keys of the largest values, and which of equal ones depends on how many are read",
     "prophetnet": "its decoder takes one token at a time behind a cache",
 }
-# Model types that take positions, and yet count columns: Git widens each mask by the columns of an image.
+# Model types that take positions and still count columns: Git widens each mask by the columns of an image.
 _COLUMN_COUNTERS = ("git",)
 _PLAIN_CACHES = (PagedCache, QuantizedPagedCache)
 _MODES = ("greedy_search", "sample", "assisted_generation")
@@ -29,11 +29,11 @@ _MODES = ("greedy_search", "sample", "assisted_generation")
 def require_supported(
     model: PreTrainedModel, input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]
 ) -> None:
-    """Refuse what no drafter could do.
+    """Refuse calls that no drafter can serve.
 
     Raises:
-        ValueError: a setting of the call.
-        UnsupportedModel: a model, or inputs of it.
+        ValueError: an unsupported setting of the call.
+        UnsupportedModel: an unsupported model, or inputs of it.
     """
     if config.num_beams and config.num_beams > 1:
         raise ValueError(
@@ -91,13 +91,13 @@ def require_steady_rope(
     held: int,
     max_length: int,
 ) -> None:
-    """Refuse texts that may grow beyond where a token's keys begin to depend on how long they are.
+    """Refuse texts that may outgrow the length from which a token's keys depend on the length of the text.
 
-    Rows of a batch are read at unlike lengths, and each token with others that may not stay.
+    Rows of a batch are read at different lengths, and each token together with others that may not stay.
 
     Args:
         held: columns of the cache.
-        max_length: of the ids that the call may return.
+        max_length: longest row that the call may return, in tokens of `input_ids`.
 
     Raises:
         UnsupportedModel: a text may grow longer than that.
@@ -121,15 +121,15 @@ def require_steady_rope(
 
 
 def cache_for(model: PreTrainedModel, model_kwargs: dict[str, Any]) -> tuple[PagedCache, bool]:
-    """Return the cache of this call, and whether it is nobody else's.
+    """Return the cache of this call, and whether it belongs to this call alone.
 
     Raises:
-        CacheStateError: a cache of another kind.
-        UnsupportedModel: layers of the model keep states that cannot be taken back.
+        CacheStateError: the cache is of another kind.
+        UnsupportedModel: layers of the model keep states that cannot be cropped.
     """
     cache = model_kwargs.get(compat.CACHE_KEYWORD)
     if isinstance(cache, PagedCache):
-        # A cache of a derived kind belongs to whoever made it: it outlives the call.
+        # A cache of a derived class belongs to whoever made it, and outlives the call.
         is_own = type(cache) in _PLAIN_CACHES and not compat.is_user_defined(cache)
     elif cache is None or (compat.is_default_cache(cache) and not _is_offloading(cache)):
         cache, is_own = PagedCache(config=model.config.get_text_config(decoder=True)), True
@@ -154,13 +154,13 @@ def cache_for(model: PreTrainedModel, model_kwargs: dict[str, Any]) -> tuple[Pag
 
 
 def counts_columns(model: PreTrainedModel) -> bool:
-    """Whether `model` takes the place of a token in the cache for its position: rows must then go on together."""
+    """Return whether `model` derives positions from the columns of the cache, so that rows must advance together."""
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
     return not takes_positions or model.config.get_text_config(decoder=True).model_type in _COLUMN_COUNTERS
 
 
 def reads_trees(model: PreTrainedModel) -> bool:
-    """Whether `model` takes from mask and positions alone which tokens come before a token, and how far."""
+    """Return whether `model` takes a token's ancestors, and their distance, from mask and positions alone."""
     return not counts_columns(model) and _traits(model).calls_interface
 
 

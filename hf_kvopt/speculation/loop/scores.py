@@ -1,9 +1,9 @@
-"""Logits processors along drafted paths: each position is processed with the very prefix that plain decoding has there.
+"""Logits processors along drafted paths: each position is processed with the prefix that plain decoding has there.
 
-Processors that look at scores alone (temperature, top-k, ...) take all positions at once. Those that look at the
-prefix (repetition penalty, bad words, minimum length, ...) get every position with its own, those of equal length
-together. All others, those of the caller above all, may count their calls, keep state or compare rows: they are called
-as plain decoding calls them, whole batches in the order of the text (`lockstep`).
+Processors that read only scores (temperature, top-k, ...) take all positions at once. Those that read the prefix
+(repetition penalty, bad words, minimum length, ...) get every position with its own prefix, those of equal length
+together. All others, such as the caller's own, may count their calls, keep state or compare rows: they are called as
+plain decoding calls them, on whole batches in the order of the text (`lockstep`).
 """
 
 from collections.abc import Sequence
@@ -68,26 +68,26 @@ class NodeScores:
         self.processors = processors
         self.warpers = LogitsProcessorList([p for p in processors if type(p) in _SCORES_ALONE])
         self.needs_prefix = len(self.warpers) < len(processors)
-        # By exact type: what is derived from one may do anything.
+        # By exact type: a derived class may do anything.
         self.needs_lockstep = any(type(p) not in (*_SCORES_ALONE, *_BY_PREFIX) for p in processors)
-        # What knows a row by its number in the batch is told it once, as rows come in other groups here.
+        # Processors with state for each row are split by row, as rows are grouped differently here.
         rows = [LogitsProcessorList([_of_row(p, row) for p in processors]) for row in range(batch_size)]
         is_alike = all(p is q for p, q in zip(rows[0], processors, strict=True))
         self.by_row = None if is_alike else rows
 
     def warp(self, logits: Tensor) -> Tensor:
-        """What needs no prefix, on logits [batch, vocab]: for a drafter's own distribution."""
-        # Warpers are given ids by their signature and do not read them.
+        """Apply the processors that need no prefix to logits [batch, vocab], for a drafter's own distribution."""
+        # Warpers take ids by their signature and do not read them.
         return self.warpers(logits.new_zeros(len(logits), 1, dtype=torch.long), logits)  # type: ignore[arg-type]
 
     def lockstep(self, ids: Tensor, logits: Tensor) -> Tensor:
-        """Scores [batch, vocab] of the logits behind `ids` [batch, length], by one call as plain decoding makes it."""
+        """Return scores [batch, vocab] of the logits after `ids` [batch, length], by one call as in plain decoding."""
         return self.processors(ids.clone(), logits)  # type: ignore[arg-type]
 
     def __call__(self, logits: Tensor, prefixes: Sequence[Sequence[Tensor]] | None, rows: Sequence[int]) -> Tensor:
-        """Scores [batch, nodes, vocab] of logits of that shape.
+        """Return scores [batch, nodes, vocab] for logits of that shape.
 
-        `prefixes[i][node]` [length] is what comes before; `rows[i]` the number of row i in the whole batch.
+        `prefixes[i][node]` [length] is the text before it; `rows[i]` is the number of row i in the whole batch.
         """
         if not self.processors:
             return logits
@@ -110,7 +110,7 @@ class NodeScores:
 
 
 class DraftSampler:
-    """Turns a drafter's logits into tokens as the target samples: warped alike, so that q is close to p."""
+    """Turns a drafter's logits into tokens with the target's sampling settings, so that q is close to p."""
 
     def __init__(self, scores: NodeScores, do_sample: bool) -> None:
         self.scores, self.is_greedy = scores, not do_sample
@@ -123,7 +123,7 @@ class DraftSampler:
 
 
 def _of_row(processor: Any, row: int) -> Any:
-    """`processor` for row `row` alone, where it has something for each row."""
+    """Return a `processor` for row `row` alone if it holds a value for each row, else the processor itself."""
     ignored = getattr(processor, "prompt_ignore_length", None)
     if type(processor) is RepetitionPenaltyLogitsProcessor and isinstance(ignored, Tensor):
         return RepetitionPenaltyLogitsProcessor(processor.penalty, prompt_ignore_length=int(ignored[row]))

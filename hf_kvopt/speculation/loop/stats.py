@@ -1,4 +1,4 @@
-"""What speculation did: accepted lengths, times, and whether it was worth it."""
+"""Statistics of speculation: accepted lengths, times, and whether it fell back to plain decoding."""
 
 from dataclasses import dataclass, field
 
@@ -10,29 +10,29 @@ class SpeculationStats:
     calls: int = 0
     steps: int = 0  # verifications
     row_steps: int = 0  # verifications times rows
-    tokens: int = 0  # of verifications, the target's own token of each included
+    tokens: int = 0  # given by verifications, the target's own tokens included
     plain_steps: int = 0  # steps without a draft
     plain_tokens: int = 0
     draft_s: float = 0.0
     verify_s: float = 0.0
     plain_s: float = 0.0
-    time_saved_s: float = 0.0  # against plain steps for the same tokens, once one was timed
+    time_saved_s: float = 0.0  # compared with plain steps for the same tokens, once one was timed
     fell_back: bool = False  # plain decoding was faster, at least for a while
     proposed_by_depth: list[int] = field(default_factory=list)
     accepted_by_depth: list[int] = field(default_factory=list)
 
     @property
     def mean_accepted_length(self) -> float:
-        """Tokens a verification and row, the target's own token included."""
+        """Tokens of a row that a verification gives, the target's own token included."""
         return self.tokens / self.row_steps if self.row_steps else 0.0
 
     @property
     def acceptance_by_depth(self) -> list[float]:
-        """Of the drafts of at least k + 1 tokens, the share of which that many were accepted."""
+        """Share of the drafts of at least k + 1 tokens of which k + 1 or more were accepted, for each k."""
         return [a / p if p else 0.0 for a, p in zip(self.accepted_by_depth, self.proposed_by_depth, strict=True)]
 
     def note_verification(self, depths: list[tuple[int, int]], tokens: int, seconds: float) -> None:
-        """A verification that gave `tokens`; (drafted, accepted) of each row."""
+        """Note a verification that gave `tokens`; `depths` holds (drafted, accepted) of each row."""
         self.steps += 1
         self.row_steps += len(depths)
         self.tokens += tokens
@@ -46,7 +46,7 @@ class SpeculationStats:
                 self.accepted_by_depth[depth] += depth < accepted
 
     def note_plain(self, tokens: int, seconds: float) -> None:
-        """A step without a draft."""
+        """Note a step without a draft."""
         self.plain_steps += 1
         self.plain_tokens += tokens
         self.plain_s += seconds

@@ -13,14 +13,14 @@ from torch import Tensor
 
 
 class TreeShape(NamedTuple):
-    """What a forward needs to know of a tree, for one row; node 0 is the root."""
+    """Structure of one row's tree; node 0 is the root."""
 
-    parents: list[int]  # of nodes 1, 2, ...: index of the parent node; entry 0 belongs to node 1
-    depths: list[int]  # of nodes 0, 1, ...
-    children: list[list[int]]  # of nodes 0, 1, ...
+    parents: list[int]  # for nodes 1, 2, ...: index of the parent node; entry 0 belongs to node 1
+    depths: list[int]  # for nodes 0, 1, ...
+    children: list[list[int]]  # for nodes 0, 1, ...
 
     def path_to(self, node: int) -> list[int]:
-        """Nodes from below the root down to `node`; empty for the root."""
+        """Return the nodes from below the root down to `node`; empty for the root."""
         path = []
         while node:
             path.append(node)
@@ -29,10 +29,10 @@ class TreeShape(NamedTuple):
 
 
 def shape_of(parents: Sequence[int], num_nodes: int) -> TreeShape:
-    """The shape of the first `num_nodes` nodes, whose `parents` count drafted tokens from 0 and the root as -1.
+    """Return the shape of the first `num_nodes` nodes; `parents` number drafted tokens from 0 and the root as -1.
 
     Raises:
-        ValueError: a parent that does not come before its child.
+        ValueError: a parent does not come before its child.
     """
     above = [parent + 1 for parent in parents[:num_nodes]]
     depths, children = [0], [[] for _ in range(num_nodes + 1)]  # type: tuple[list[int], list[list[int]]]
@@ -45,7 +45,7 @@ def shape_of(parents: Sequence[int], num_nodes: int) -> TreeShape:
 
 
 def ancestor_mask(shape: TreeShape) -> Tensor:
-    """[nodes, nodes] bool, root included: whether the row's node is, or descends from, the column's."""
+    """Return [nodes, nodes] bool, root included: True where the row's node is the column's or descends from it."""
     num_nodes = len(shape.depths)
     mask = torch.zeros(num_nodes, num_nodes, dtype=torch.bool)
     mask[0, 0] = True

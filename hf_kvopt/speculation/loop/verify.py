@@ -1,8 +1,8 @@
-"""Which drafted tokens the target accepts, so that the output is what the target alone would give.
+"""Acceptance of drafted tokens, such that the output is what the target alone would give.
 
-Greedy: a token is accepted where it is the target's first choice. Sampling (Leviathan et al., arXiv:2211.17192): token
-x drawn from q is accepted with probability min(1, p(x) / q(x)); the first that is not is replaced by a draw from
-norm(max(p - q, 0)), and behind the last accepted one a token is drawn from p. A child of a tree that was chosen, not
+Greedy: a token is accepted if it is the target's first choice. Sampling (Leviathan et al., arXiv:2211.17192): token
+x drawn from q is accepted with probability min(1, p(x) / q(x)); the first rejected one is replaced by a draw from
+norm(max(p - q, 0)), and after the last accepted one a token is drawn from p. A child of a tree that was chosen, not
 drawn, is a point mass: accepted with probability p(x), after which p without x, renormalised, judges its siblings
 (SpecInfer, arXiv:2305.09781). `typical` is Medusa's rule (arXiv:2401.10774), which is not lossless.
 """
@@ -21,16 +21,16 @@ _TYPICAL_EPSILON, _TYPICAL_DELTA = 0.09, 0.3
 
 
 class Verdict(NamedTuple):
-    """What one verification gives, row by row."""
+    """Result of one verification, row by row."""
 
     paths: list[list[int]]  # accepted nodes, 1 for the first drafted token
-    tokens: list[list[int]]  # their tokens, and the one behind them that the target gave
+    tokens: list[list[int]]  # their tokens, and the target's own token after them
 
 
 def greedy_chain(tokens: Tensor, choices: Tensor, lengths: Sequence[int] | None) -> Verdict:
     """Accept drafted `tokens` [batch, gamma] while they are the target's `choices` [batch, gamma + 1]."""
     gamma = tokens.shape[1]
-    # One wait for the device.
+    # A single synchronization with the device.
     drafted, chosen = torch.cat([tokens, choices], dim=1).split([gamma, gamma + 1], dim=1)
     rows = []
     for row, (draft, choice) in enumerate(zip(drafted.tolist(), chosen.tolist(), strict=True)):
@@ -43,7 +43,7 @@ def greedy_chain(tokens: Tensor, choices: Tensor, lengths: Sequence[int] | None)
 def sampled_chain(tokens: Tensor, p: Tensor, q: Tensor | None, lengths: Sequence[int] | None) -> Verdict:
     """Accept drafted `tokens` [batch, gamma] by rejection, p [batch, gamma + 1, vocab] against q [batch, gamma, vocab].
 
-    Without q each token is a point mass. `lengths`: how many tokens of each row count.
+    Without q each token is a point mass. `lengths` is the number of usable tokens of each row.
     """
     batch, gamma = tokens.shape
     if not gamma:
@@ -78,13 +78,13 @@ def greedy_tree(tokens: Sequence[int], shape: TreeShape, choices: Sequence[int])
 
 
 def sampled_tree(tokens: Sequence[int], shape: TreeShape, p: Tensor) -> Verdict:
-    """Accept children as point masses, p [nodes, vocab] of the root and of every drafted node; one row."""
+    """Accept children as point masses, with p [nodes, vocab] of the root and of every drafted node; one row."""
     nodes = len(shape.parents)
     index = torch.tensor([shape.parents, list(tokens[:nodes])], dtype=torch.long, device=p.device)
     listed = torch.stack([p[index[0], index[1]].double(), torch.rand(nodes, dtype=torch.double, device=p.device)])
-    mass, u = listed.tolist()  # of each node's token under its parent's p; and what decides on it
+    mass, u = listed.tolist()  # of each node's token under its parent's p, and the draw that decides on it
     node, path, refused = 0, [], []  # type: tuple[int, list[int], list[int]]
-    left = 1.0  # what the refused siblings have left of p
+    left = 1.0  # probability left after the refused siblings
     while True:
         for child in shape.children[node]:
             token = tokens[child - 1]
@@ -109,7 +109,7 @@ def typical_tree(
     p: Tensor,  # [nodes, vocab]
     pick: Callable[[Tensor], Tensor],  # [1, vocab] -> [1]
 ) -> Verdict:
-    """Accept the longest path whose tokens are likely enough, min(epsilon, delta * exp(-entropy)); not lossless."""
+    """Accept the longest path of tokens with p >= min(epsilon, delta * exp(-entropy)); not lossless."""
     entropy = -(p * p.clamp(min=1e-9).log()).sum(dim=-1)
     least = (_TYPICAL_DELTA * (-entropy).exp()).clamp(max=_TYPICAL_EPSILON).tolist()
     best: list[int] = []
@@ -125,6 +125,6 @@ def typical_tree(
 
 
 def _draw(rest: Tensor, p: Tensor) -> Tensor:
-    """[batch] drawn from `rest` [batch, vocab] up to a factor; from p where rounding left nothing of it."""
+    """Draw [batch] from `rest` [batch, vocab], unnormalized; from p in rows where rounding left nothing."""
     rest = torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, p)
     return torch.multinomial(rest, 1)[:, 0]

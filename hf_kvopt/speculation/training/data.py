@@ -1,4 +1,4 @@
-"""Rows of tokens to train a draft head on, from text files, data files or data sets, streamed."""
+"""Rows of tokens to train a draft head on, streamed from text files, data files or data sets."""
 
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -16,20 +16,20 @@ _SHUFFLE_BUFFER = 1024
 
 
 class TokenRows(torch.utils.data.IterableDataset):
-    """Documents one after another, cut into rows of `row_len` tokens; the same rows in each pass with the same epoch.
+    """Documents one after another, cut into rows of `row_len` tokens; the epoch determines the order.
 
     Args:
-        sources: files (.json, .jsonl, .parquet, .csv; anything else is read as text, a document a file), folders of
-            such files, or `name`, `name:config` of a data set on the hub. A record is `input_ids` (taken as they are),
-            `messages` (through the chat template) or text.
-        tokenizer: the target's.
-        row_len: tokens a row.
-        text_column: which column holds the text.
-        split: of data sets on the hub.
-        seed: of the order; None: as it stands.
+        sources: files (.json, .jsonl, .parquet, .csv; any other is read as one text document), folders of such files,
+            or `name`, `name:config` of a data set on the hub. A record has `input_ids` (used unchanged), `messages`
+            (through the chat template) or text.
+        tokenizer: the target's tokenizer.
+        row_len: tokens of each row.
+        text_column: the column that holds the text.
+        split: the split of data sets on the hub.
+        seed: seed of the shuffling; None keeps the order.
 
     Raises:
-        ValueError: nothing to read, or records without a column that is known.
+        ValueError: the sources hold nothing to read, or a record has no known column.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class TokenRows(torch.utils.data.IterableDataset):
         self._seed, self._epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next pass."""
+        """Select the shuffling of the next pass."""
         self._epoch = epoch
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -80,10 +80,10 @@ class TokenRows(torch.utils.data.IterableDataset):
 
 
 def open_source(source: str, split: str = "train") -> list[IterableDataset]:
-    """One stream for each kind of file in `source`, or one for a data set on the hub.
+    """Return one stream for each kind of file in `source`, or one for a data set on the hub.
 
     Raises:
-        ValueError: a path that is not there, and cannot be the name of a data set.
+        ValueError: a path that does not exist and cannot name a data set.
     """
     path = Path(source)
     if path.is_dir():
@@ -111,7 +111,7 @@ def open_source(source: str, split: str = "train") -> list[IterableDataset]:
 
 
 def count_tokens(rows: TokenRows, num_rows: int, vocab_size: int) -> Tensor:
-    """How often each token occurs in the first `num_rows` rows, [vocab_size] int64."""
+    """Count each token in the first `num_rows` rows: [vocab_size] int64."""
     counts = torch.zeros(vocab_size, dtype=torch.long)
     for _, row in zip(range(num_rows), rows, strict=False):
         counts += torch.bincount(row, minlength=vocab_size)

@@ -1,4 +1,4 @@
-"""What a draft head is trained on: the target's own distribution, at every step of a draft.
+"""Training loss of a draft head: cross-entropy with the target's own distribution at every step of a draft.
 
     L = sum_i 0.8^i mean_t CE(p(. | x_<=t+1+i), q_i(. | t))        q_i: the head's i-th guess from position t
 
@@ -19,15 +19,15 @@ from hf_kvopt.speculation.heads.base import HeadBase
 
 
 class Seen(NamedTuple):
-    """What the target made of a batch of rows."""
+    """Outputs of the target for a batch of rows."""
 
     features: Tensor  # [batch, row_len, num_features * hidden_size]
-    logits: Tensor  # [batch, row_len, draft_vocab_size], of the tokens that the head can propose
-    best: Tensor  # [batch, row_len] int64: the target's arg max, of its whole vocabulary
+    logits: Tensor  # [batch, row_len, draft_vocab_size]: only tokens that the head can propose
+    best: Tensor  # [batch, row_len] int64: the target's arg max over its whole vocabulary
 
 
 class Outcome(NamedTuple):
-    """What the head made of it."""
+    """Loss and hits of the head on a batch of rows."""
 
     loss: Tensor  # scalar
     hits: Tensor  # [num_steps, batch, positions] bool: the guess is the target's arg max
@@ -35,7 +35,7 @@ class Outcome(NamedTuple):
 
 @torch.no_grad()
 def look(target: PreTrainedModel, head: HeadBase, input_ids: Tensor) -> Seen:
-    """Run the target over rows [batch, row_len] and keep what the head learns from."""
+    """Run the target on rows [batch, row_len] and return what the head is trained on."""
     out = target(input_ids=input_ids, use_cache=False, output_hidden_states=True)
     features = torch.cat([out.hidden_states[layer] for layer in head.feature_layers], dim=-1)
     logits = out.logits
@@ -52,7 +52,7 @@ class RolledOutLoss(nn.Module):
         self.head, self.num_steps, self.decay = head, num_steps, decay
 
     def forward(self, input_ids: Tensor, seen: Seen) -> Outcome:
-        """Loss and hits over rows [batch, row_len]; all positions but the last `num_steps` count."""
+        """Return loss and hits on rows [batch, row_len]; all positions but the last `num_steps` count."""
         head, length = self.head, input_ids.shape[1] - self.num_steps
         p = torch.softmax(seen.logits.float(), dim=-1)
         reachable = torch.ones_like(seen.best, dtype=torch.float32)
@@ -69,17 +69,17 @@ class RolledOutLoss(nn.Module):
 
 
 def accepted_lengths(outcome: Outcome, input_ids: Tensor, best: Tensor) -> Tensor:
-    """[batch, positions]: tokens of a greedy chain from each position that the target would accept.
+    """Return [batch, positions]: tokens of a greedy chain from each position that the target would accept.
 
-    A chain is followed as long as the text itself goes on with the target's arg max: exact on the target's own greedy
-    continuations, a lower bound on any other text.
+    A chain is followed while the text itself continues with the target's arg max. The result is exact on the target's
+    own greedy continuations, and a lower bound on any other text.
     """
     num_steps, _, length = outcome.hits.shape
     alive = torch.ones_like(outcome.hits[0])
     accepted = torch.zeros_like(outcome.hits[0], dtype=torch.long)
     for step in range(num_steps):
         if step:
-            # This step was fed the text's own token in the place of the one guessed before.
+            # This step was fed the text's token in place of the one guessed before.
             alive = alive & (input_ids[:, 1 + step : 1 + step + length] == best[:, step : step + length])
         alive = alive & outcome.hits[step]
         accepted += alive
@@ -87,7 +87,7 @@ def accepted_lengths(outcome: Outcome, input_ids: Tensor, best: Tensor) -> Tenso
 
 
 def walk(accepted: Sequence[Sequence[int]], start: int) -> list[int]:
-    """Tokens gained by each step of decoding the rows of `accepted_lengths` from `start` on, bonus token counted."""
+    """Return the tokens of each step of decoding the rows of `accepted_lengths` from `start`."""
     gains = []
     for row in accepted:
         position = start

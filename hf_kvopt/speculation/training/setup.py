@@ -1,4 +1,4 @@
-"""What a training run begins with: a fresh head that fits the target, and its optimizers."""
+"""Setup of a training run: a fresh head that fits the target, and its optimizers."""
 
 import argparse
 
@@ -13,7 +13,7 @@ from hf_kvopt.speculation.training.data import TokenRows, count_tokens
 
 
 def make_head(args: argparse.Namespace, target: PreTrainedModel, rows: TokenRows) -> HeadBase:
-    """A fresh head for `target`, with its LM head as a start; counts tokens for the draft vocabulary."""
+    """Return a fresh head for `target`, initialized with its LM head; counts tokens to choose the draft vocabulary."""
     text = target.config.get_text_config(decoder=True)
     vocab = min(args.draft_vocab or 32000, text.vocab_size)
     lm_weight = target.get_output_embeddings().weight
@@ -64,7 +64,7 @@ def make_head(args: argparse.Namespace, target: PreTrainedModel, rows: TokenRows
 
 
 def make_optimizers(head: HeadBase, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
-    """AdamW over everything, or Muon over the matrices that are no embeddings and AdamW over the rest."""
+    """Return AdamW for all weights, or Muon for matrices other than embeddings and LM heads and AdamW for the rest."""
     named = [(n, p) for n, p in head.named_parameters() if p.requires_grad]
     rest = [p for n, p in named if args.optimizer == "adamw" or p.ndim != 2 or "embed" in n or "lm_head" in n]
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)]

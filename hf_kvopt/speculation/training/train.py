@@ -1,7 +1,7 @@
-"""Trains an EAGLE or Medusa head for a frozen target; `python -m hf_kvopt train-draft` (cli/train_draft.py).
+"""Training of an EAGLE or Medusa head for a frozen target; `python -m hf_kvopt train-draft` (cli/train_draft.py).
 
-Features are made by the target as training goes; nothing is stored. The output folder holds the head as of the last
-save (load it with `hf_kvopt.DraftHead.from_pretrained`), log.jsonl, and state/ to go on from: the same command resumes.
+The target computes features during training; nothing is stored. The output folder holds the last saved head (load it
+with `hf_kvopt.DraftHead.from_pretrained`), log.jsonl, and state/ to resume from: the same command resumes.
 """
 
 import argparse
@@ -29,13 +29,13 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer:
-    """Owns a run: head, optimizers, data and what is on disk; between steps all of it can be saved.
+    """A training run: owns the head, its optimizers, the data and the output folder; it can be saved between steps.
 
     Args:
-        args: of the command line.
+        args: arguments of the command line.
 
     Raises:
-        ValueError, OSError: a target or data that cannot be read, or do not go with the settings.
+        ValueError, OSError: a target or data that cannot be read, or that do not fit the settings.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -70,7 +70,7 @@ class Trainer:
         self.step, self.epoch, self.batch = 0, 0, 0
 
     def run(self) -> None:
-        """Train to `--max-steps`, from where the last run stopped."""
+        """Train up to `--max-steps`, from the step of the last save."""
         self.resume()
         args, is_main = self.args, self.accelerator.is_main_process
         args.out.mkdir(parents=True, exist_ok=True)
@@ -112,7 +112,7 @@ class Trainer:
             accepted += accepted_lengths(outcome, input_ids, seen.best).tolist()
         start = self.args.eval_from
         gains = walk(accepted, self.args.row_len // 2 if start is None else start)
-        # Of the steps of that walk that came so far, the share that goes a token further.
+        # Share of the steps of that walk that reached a depth and got one token further.
         depths = [sum(g > d for g in gains) / max(1, sum(g >= d for g in gains)) for d in range(1, self.args.steps + 1)]
         return {
             "heldout_loss": round(loss, 4),
@@ -121,7 +121,7 @@ class Trainer:
         }
 
     def save(self) -> None:
-        """Write the head, and the state to go on from; an interrupted save leaves the one before."""
+        """Write the head and the state to resume from; an interrupted save leaves the previous one intact."""
         self.accelerator.wait_for_everyone()
         out, new = self.args.out, self.args.out / "state.new"
         self.accelerator.save_state(str(new), safe_serialization=True)
@@ -134,13 +134,13 @@ class Trainer:
             dtype = getattr(torch, self.args.save_dtype)
             weights = {n: w.to(dtype) if w.is_floating_point() else w for n, w in self.head.state_dict().items()}
             self.head.save_pretrained(out, state_dict=weights)
-            # save_pretrained notes the dtype of training, and from_pretrained would load that.
+            # save_pretrained records the dtype of training, which from_pretrained would load.
             self.head.config.dtype = dtype
             self.head.config.save_pretrained(out)
         self.accelerator.wait_for_everyone()
 
     def resume(self) -> None:
-        """Go on from `--out`, if there is something."""
+        """Load the state in `--out`, if there is one."""
         folder = self.args.out / "state"
         if not (folder / "trainer.pt").exists():
             return
@@ -168,7 +168,7 @@ class Trainer:
         return outcome.loss.item()
 
     def _batches(self) -> Iterator[Tensor]:
-        """Batches without end, from the one after the last that was trained on."""
+        """Yield batches without end, from the one after the last that was trained on."""
         while True:
             self.rows.set_epoch(self.epoch)
             loader = self.accelerator.skip_first_batches(self.loader, self.batch)

@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_kvopt.kernels.cpu import draft as cpu_draft
-from hf_kvopt.kernels.cpu import program as cpu_program
 from hf_kvopt.kernels.cpu.draft import Drafting, DraftWeights, Entries, Held, can_draft
-from hf_kvopt.kernels.cpu.paged_attention import place_of
+from hf_kvopt.kernels.cpu.place import place_of
 from hf_kvopt.kernels.cpu.program import can_compile
 from tests.helpers import assert_in_a_forked_child
 
@@ -197,8 +196,7 @@ def test_any_number_of_threads_gives_the_same(threads, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(case.run()[:2], want[:2], strict=True))
 
 
-def test_avx2_computes_the_same(monkeypatch):
-    monkeypatch.setattr(cpu_program._machine(), "lanes_here", lambda: 8)
+def test_avx2_computes_the_same(avx2):
     for dtype in DTYPES:
         Case([5, 33, 70, 2, 9], [2, 3, 1, 1, 4], 5, make_weights(dtype, has_fc=True)).check()
 

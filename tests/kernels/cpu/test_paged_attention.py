@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_kvopt.kernels.cpu import paged_attention as cpu_jit
-from hf_kvopt.kernels.cpu import program as cpu_program
 from hf_kvopt.kernels.cpu.jit.spec import CHUNK, TILE
-from hf_kvopt.kernels.cpu.paged_attention import can_attend, place_of
+from hf_kvopt.kernels.cpu.paged_attention import can_attend
+from hf_kvopt.kernels.cpu.place import place_of
 from hf_kvopt.kernels.cpu.program import can_compile
 from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.kernels.reference.attention import visible_pairs
@@ -366,8 +366,7 @@ def test_a_scale_of_nan_shows_in_its_row_and_head_alone():
 
 
 @pytest.mark.parametrize("dim", [40, 64], ids="head_dim {}".format)
-def test_avx2_agrees(dim, monkeypatch):
-    monkeypatch.setattr(cpu_program._machine(), "lanes_here", lambda: 8)
+def test_avx2_agrees(dim, avx2):
     for heads in (8, 2), (3, 1), (4, 2), (2, 2):
         check(make_rows((77, 16, 1), sizes=(dim, dim), heads=heads), softcap=2.0)
         check(make_rows((77, 16, 1), sizes=(dim, dim), heads=heads, dtype=torch.float16))

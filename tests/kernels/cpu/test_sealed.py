@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hf_kvopt.attention import sealed as route
 from hf_kvopt.kernels.cpu import program, sealed
+from hf_kvopt.kernels.cpu import sealed_tiles as route
 from hf_kvopt.kernels.cpu.program import can_compile
 from hf_kvopt.quant import KVFormat, formats
 from hf_kvopt.quant.formats import INT4

@@ -9,12 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_kvopt import QuantizedPagedCache
-from hf_kvopt.kernels.cpu import program as cpu_program
 from hf_kvopt.kernels.cpu import store as cpu_store
-from hf_kvopt.kernels.cpu.paged_attention import place_of
+from hf_kvopt.kernels.cpu.place import place_of
 from hf_kvopt.kernels.cpu.program import can_compile
 from hf_kvopt.kernels.cpu.store import can_store, store_states
-from hf_kvopt.pool import storage
 from hf_kvopt.quant import SCALE_DTYPE, Format, Quantized, dequantize, get_format, hadamard, quantize
 from tests.helpers import assert_in_a_forked_child
 
@@ -193,8 +191,7 @@ def test_a_token_depends_neither_on_others_nor_on_threads(name, rotates, monkeyp
 
 @in_every_format
 @pytest.mark.parametrize("dim", [36, 64, 256], ids="head_dim {}".format)
-def test_avx2_stores_the_same(name, dim, monkeypatch):
-    monkeypatch.setattr(cpu_program._machine(), "lanes_here", lambda: 8)
+def test_avx2_stores_the_same(name, dim, avx2):
     x = make_states(1, 2, 40, dim)
     x[0, 0, 3, 5] = torch.nan
     check(x, name, make_slots(40))
@@ -284,7 +281,7 @@ def cache_bytes(name: str, steps: list[int], loud: bool = False) -> list[Tensor]
         for layer in range(2):
             cache.update(k, v, layer)
     planes = [plane for layer in cache.layers for plane in layer.pool.planes]
-    return [bits(x) for plane in planes for x in plane.read_codes(cache.layers[0].table, sum(steps)).parts]
+    return [bits(x) for plane in planes for x in plane.view(cache.layers[0].table, sum(steps)).codes().parts]
 
 
 @pytest.mark.parametrize("loud", [False, True], ids=["quiet keys", "loud keys"])
@@ -305,10 +302,10 @@ def test_a_cache_holds_the_bytes_that_torch_would_write(name, loud, monkeypatch)
         taken.append(1)
         return store_states(*args, **kwargs)
 
-    monkeypatch.setattr(storage, "store_states", counting)
+    monkeypatch.setattr(cpu_store, "store_states", counting)
     mine = cache_bytes(name, steps, loud=loud)
     assert len(taken) >= 2 * len(steps)
-    monkeypatch.setattr(storage, "can_store", lambda states, place: False)
+    monkeypatch.setattr(cpu_store, "can_store", lambda states, place: False)
     assert all(torch.equal(a, b) for a, b in zip(cache_bytes(name, steps, loud=loud), mine, strict=True))
 
 

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from hf_kvopt.errors import KVOptError
-from hf_kvopt.kernels import ops as dispatch
-from hf_kvopt.kernels.packed import Packed, check_dense
+from hf_kvopt.kernels.devices import runs_kernel
+from hf_kvopt.kernels.packed import Packed
 from hf_kvopt.kernels.paged_kv import PagedKV
 from hf_kvopt.kernels.pattern import Pattern
+from hf_kvopt.kernels.triton import ops as dispatch
+from hf_kvopt.kernels.triton.checks import check_dense
 from hf_kvopt.kernels.triton.flash_prefill import flash_prefill, flash_prefill_reference
 from hf_kvopt.kernels.triton.merge_state import merge_state
 from hf_kvopt.kernels.triton.paged_decode import paged_decode
@@ -189,7 +191,7 @@ def test_merge_names_the_argument():
 
 def test_registered_ops_run_the_kernel_here_and_refuse_to_lose_a_gradient():
     q = make_query(1, 2, 3, 32)
-    assert dispatch.runs_kernel(q)
+    assert runs_kernel(q)
     expected = flash_prefill_reference(q, q, q, Pattern(0.3)).out
     assert torch.allclose(dispatch.flash_prefill(q, q, q, Pattern(0.3)).out, expected, atol=1e-5)
     with pytest.raises(KVOptError, match="no gradient"):

@@ -5,8 +5,9 @@ import torch
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 from hf_kvopt import ATTENTION_NAME, CACHE_KEYWORD, QuantizedPagedCache
-from hf_kvopt.kernels import ops as dispatch
+from hf_kvopt.kernels import devices
 from hf_kvopt.kernels.reference.attention import attention_reference, visible_pairs
+from hf_kvopt.kernels.triton.optional import INTERPRET
 from hf_kvopt.quant import KV_FORMATS, dequantize, get_kv_format, quantize
 from tests.kernels.triton.conftest import assert_close
 
@@ -48,7 +49,7 @@ def stored(states, fmt):
 def test_every_length_of_a_block_is_attended_to_as_stored(name, heads):
     attend, module = AttentionInterface()[ATTENTION_NAME], Attention(heads[0] // heads[1]).eval()
     formats = get_kv_format(name)
-    assert dispatch.INTERPRET
+    assert INTERPRET
     cache = QuantizedPagedCache(format=name, guard="off")
     keys = values = torch.zeros(1, heads[1], 0, DIM)
     # A block, a decode step at each length of the next, and a chunk behind it.
@@ -113,7 +114,7 @@ def test_a_whole_generation_is_the_text_of_the_cpu_path(name, heads, cache, monk
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "do_sample": False, "output_logits": True}
     texts, logits = [], []
     for interprets in (True, False):
-        monkeypatch.setattr(dispatch, "INTERPRET", interprets)
+        monkeypatch.setattr(devices, "INTERPRET", interprets)
         held = QuantizedPagedCache(config, format=name, **CACHES[cache])
         out = model.generate(ids, **{CACHE_KEYWORD: held}, return_dict_in_generate=True, **options)
         texts.append(out.sequences)

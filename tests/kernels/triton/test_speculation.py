@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_kvopt
-from hf_kvopt.kernels import ops as dispatch
+from hf_kvopt.kernels.triton.optional import INTERPRET
 from hf_kvopt.speculation.heads.config import EagleConfig
 from hf_kvopt.speculation.heads.eagle import EagleHead
 
@@ -45,7 +45,7 @@ def test_speculation_gives_the_eager_tokens(batch, plan):
     model.set_attn_implementation("hf_kvopt")
     spec = hf_kvopt.speculative(head, **plan, fallback=False)
     got = model.generate(ids, custom_generate=spec, **options)
-    assert dispatch.INTERPRET
+    assert INTERPRET
     assert torch.equal(got, want)
     assert spec.stats.steps > 0
     assert spec.stats.mean_accepted_length > 1

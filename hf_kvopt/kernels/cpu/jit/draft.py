@@ -19,12 +19,14 @@ from contextlib import AbstractContextManager
 from llvmlite import ir
 
 from hf_kvopt.kernels.cpu.jit.attention import define
+from hf_kvopt.kernels.cpu.jit.choose import TokenChoice
 from hf_kvopt.kernels.cpu.jit.codec import CODECS
 from hf_kvopt.kernels.cpu.jit.coder import stored
-from hf_kvopt.kernels.cpu.jit.dense import Dense, team
-from hf_kvopt.kernels.cpu.jit.emitter import F32, I32, I64, NEG_INF, PTR
+from hf_kvopt.kernels.cpu.jit.dense import team
+from hf_kvopt.kernels.cpu.jit.emitter import F32, I32, I64, PTR
 from hf_kvopt.kernels.cpu.jit.kernel import VOID, Kernel
-from hf_kvopt.kernels.cpu.jit.spec import ARGUMENTS, DRAFT_ARGUMENTS, PARTIAL, DraftSpec
+from hf_kvopt.kernels.cpu.jit.phase import Phase
+from hf_kvopt.kernels.cpu.jit.spec import ARGUMENTS, DRAFT_ARGUMENTS, DraftSpec
 
 _LAYER = (PTR, I64, I64, PTR, PTR, PTR, PTR, I64, PTR, I64, PTR)
 
@@ -41,7 +43,7 @@ def emit(spec: DraftSpec) -> ir.Module:
     work, run = (ir.Function(module, ir.FunctionType(VOID, [PTR]), name) for name in ("draft", "run"))
     layer.linkage = choose.linkage = combine.linkage = work.linkage = "internal"
     Layer(layer, spec, *attend).emit()
-    Choice(choose, spec).emit()
+    TokenChoice(choose, spec).emit()
     Combination(combine, spec).emit()
     _emit_work(Kernel(work, spec.lanes, DRAFT_ARGUMENTS), combine, layer, choose)
     e = Kernel(run, spec.lanes, DRAFT_ARGUMENTS)
@@ -79,31 +81,6 @@ def _emit_work(e: Kernel, combine: ir.Function, layer: ir.Function, choose: ir.F
             e.b.call(layer, [e.arguments, thread, threads, *chain])
             states.set(e.pointer("drafted"))
     e.b.ret_void()
-
-
-class Phase(Dense):
-    """A function of the drafting kernel; the fourth argument on are its own."""
-
-    def __init__(self, function: ir.Function, spec: DraftSpec) -> None:
-        super().__init__(function, spec.lanes, DRAFT_ARGUMENTS, spec.weights, spec.eps)
-        self.spec = spec
-
-    def scratch(self) -> ir.Value:
-        """Memory of this thread alone."""
-        return self.at(self.pointer("scratch"), self.b.mul(self.thread, self.number("scratch_thread")))
-
-    def normed(self, source: ir.Value, norm: str, target: ir.Value) -> None:
-        """Rows of hidden states of the batch, normed, for this thread."""
-        with self.loop(self.integer(0), self.number("num_rows"), 1) as row:
-            x, y = (self.row(base, row, self.spec.hidden) for base in (source, target))
-            self.rms_norm(x, CODECS["float32"], self.pointer(norm), self.spec.hidden, y)
-
-    def outputs(self, count: int, rows: ir.Value, body: Callable[[ir.Value, list[ir.Value]], None]) -> None:
-        """`body` of this thread's outputs, a vector's worth of them from a first one on, and some of the rows."""
-        first, stop = self.share(count // self.lanes)
-        with self.loop(first, stop, 1) as tile:
-            output = self.b.mul(tile, self.integer(self.lanes))
-            self.blocks(rows, lambda some: body(output, some))
 
 
 class Combination(Phase):
@@ -295,105 +272,3 @@ class Layer(Phase):
                 self.store(self.b.fadd(x, residual), target)
 
         self.outputs(hidden, self.number("num_rows"), add)
-
-
-class Choice(Phase):
-    """choose(..., depth, states): logits, the likeliest tokens, and `is_over` where they are not believed in."""
-
-    def __init__(self, function: ir.Function, spec: DraftSpec) -> None:
-        super().__init__(function, spec)
-        self.depth, self.states = function.args[3:]
-        self.ints = ir.VectorType(I32, spec.lanes)
-
-    def emit(self) -> None:
-        """Write the function."""
-        hidden, vocab, normed = self.spec.hidden, self.spec.vocab, self.scratch()
-        self.normed(self.states, "norm", normed)
-
-        def score(output: ir.Value, rows: list[ir.Value]) -> None:
-            weight = self.weight_row(self.pointer("lm_head"), output, hidden)
-            for row, x in zip(
-                rows, self.products(weight, hidden, [self.row(normed, row, hidden) for row in rows]), strict=True
-            ):
-                self.store(x, self.item(self._logits(row), F32, output))
-
-        self.outputs(vocab, self.number("num_rows"), score)
-        with self.loop(self.integer(0), self.number("num_rows"), 1) as row:
-            self._reduce(row)
-        self.barrier()
-        with self.b.if_then(self.b.icmp_signed("==", self.thread, self.integer(0))):
-            self._merge()
-        self.barrier()
-        self.b.ret_void()
-
-    def _logits(self, row: ir.Value) -> ir.Value:
-        return self.row(self.pointer("logits"), row, self.spec.vocab)
-
-    def _partial(self, thread: ir.Value, row: ir.Value) -> list[ir.Value]:
-        """Addresses of the greatest, its token and the sum of a thread's share of a row."""
-        index = self.b.add(self.b.mul(thread, self.number("num_rows")), row)
-        base = self.row(self.pointer("partials"), index, PARTIAL)
-        return [self.item(base, F32, self.integer(i)) for i in range(3)]
-
-    def _reduce(self, row: ir.Value) -> None:
-        """The greatest logit of this thread's share, the first token that has it, and the sum of exp(logit - it)."""
-        logits = self._logits(row)
-        first, stop = (self.b.mul(x, self.integer(self.lanes)) for x in self.share(self.spec.vocab // self.lanes))
-        steps = ir.Constant(self.ints, list(range(self.lanes)))
-        greatest, where = self.var(self.splat(NEG_INF)), self.var(ir.Constant(self.ints, None))
-        with self.loop(first, stop, self.lanes) as token:
-            x = self.load(self.item(logits, F32, token))
-            is_greater = self.b.fcmp_ordered(">", x, greatest.get())
-            tokens = self.b.add(self.splat(self.b.trunc(token, I32)), steps)
-            where.set(self.b.select(is_greater, tokens, where.get()))
-            greatest.set(self.b.select(is_greater, x, greatest.get()))
-        most = self.splat(self.fold(greatest.get(), "max"))
-        total = self.var(self.splat(0.0))
-        with self.loop(first, stop, self.lanes) as token:
-            x = self.load(self.item(logits, F32, token))
-            total.set(self.b.fadd(total.get(), self.exp(self.b.fsub(x, most))))
-        # Of the lanes that have it, the one with the least token.
-        none = ir.Constant(self.ints, [(1 << 31) - 1] * self.lanes)
-        tied = self.b.select(self.b.fcmp_ordered("==", greatest.get(), most), where.get(), none)
-        least = self.folded(tied, lambda a, b: self.b.select(self.b.icmp_signed("<", a, b), a, b))
-        extreme, token_at, sum_at = self._partial(self.thread, row)
-        self.b.store(self.lane0(most), extreme)
-        self.b.store(self.lane0(least), token_at)
-        self.b.store(self.fold(total.get(), "add"), sum_at)
-
-    def _merge(self) -> None:
-        """Of each row the first token with the greatest logit, and what the drafter believes of the chain so far."""
-        belief, rows = self.var(ir.Constant(F32, 0.0)), self.number("num_rows")
-        with self.loop(self.integer(0), rows, 1) as row:
-            greatest, token = self.var(ir.Constant(F32, NEG_INF)), self.var(ir.Constant(I32, 0))
-            with self.loop(self.integer(0), self.threads, 1) as thread:
-                extreme, token_at, _ = self._partial(thread, row)
-                value = self.b.load(extreme, typ=F32)
-                with self.b.if_then(self.b.fcmp_ordered(">", value, greatest.get())):
-                    greatest.set(value)
-                    token.set(self.b.load(token_at, typ=I32))
-            total = self.var(ir.Constant(F32, 0.0))
-            with self.loop(self.integer(0), self.threads, 1) as thread:
-                extreme, _, sum_at = self._partial(thread, row)
-                weight = self.exp(self.splat(self.b.fsub(self.b.load(extreme, typ=F32), greatest.get())))
-                part = self.b.fmul(self.b.load(sum_at, typ=F32), self.lane0(weight))
-                total.set(self.b.fadd(total.get(), part))
-            joint = self.item(self.pointer("joint"), F32, row)
-            likely = self.b.fdiv(self.b.load(joint, typ=F32), total.get())
-            self.b.store(likely, joint)
-            belief.set(self.b.fadd(belief.get(), likely))
-            place = self.b.add(self.b.mul(self.depth, rows), row)
-            self.b.store(self._to_target(token.get()), self.item(self.pointer("tokens"), I64, place))
-        wanted = self.b.fmul(self.real("limit"), self.b.sitofp(rows, F32))
-        # NaN ends the chain as well.
-        with self.b.if_else(self.b.fcmp_ordered(">=", belief.get(), wanted)) as (goes_on, ends):
-            with goes_on:
-                self.b.store(self.b.add(self.depth, self.integer(1)), self.argument("made"))
-            with ends:
-                self.b.store(self.integer(1), self.argument("is_over"))
-
-    def _to_target(self, token: ir.Value) -> ir.Value:
-        found = self.var(self.b.sext(token, I64))
-        with self.b.if_then(self.b.icmp_signed("!=", self.number("d2t"), self.integer(0))):
-            found.set(self.b.add(found.get(), self.index(self.pointer("d2t"), found.get())))
-        return found.get()

@@ -16,12 +16,13 @@ from contextlib import AbstractContextManager
 from llvmlite import ir
 
 from hf_kvopt.kernels.cpu.jit.attention import emit_finish, emit_run
+from hf_kvopt.kernels.cpu.jit.block_reader import BlockReader
 from hf_kvopt.kernels.cpu.jit.codec import Codec
 from hf_kvopt.kernels.cpu.jit.emitter import F32, I32, I64, PTR
 from hf_kvopt.kernels.cpu.jit.kernel import VOID
 from hf_kvopt.kernels.cpu.jit.spec import TILE, SealedSpec
 from hf_kvopt.kernels.cpu.jit.stored import Stored, load_codes, rotated
-from hf_kvopt.kernels.cpu.jit.worker import Plane, Worker
+from hf_kvopt.kernels.cpu.jit.worker import Worker
 
 Bounds = list[tuple[ir.Value, ir.Value]]
 
@@ -326,8 +327,8 @@ class _Tiles:
         self.loop.__exit__(*error)  # type: ignore[arg-type]
 
 
-def _exact(e: SealedWorker, name: str, codec: Codec, row: ir.Value, head: ir.Value) -> Plane:
+def _exact(e: SealedWorker, name: str, codec: Codec, row: ir.Value, head: ir.Value) -> BlockReader:
     """The exact keys or values of a task, found by the places of the row's blocks."""
-    plane = Plane(e, name, codec, row, head)
+    plane = BlockReader(e, name, codec, row, head)
     plane.table = e.item(e.pointer("exact_table"), I32, e.b.mul(row, e.number("exact_table_row")))
     return plane

@@ -1,9 +1,8 @@
-"""The ops as the rest of the package calls them, registered with torch.library under `hf_kvopt::`.
+"""Attention as ops of torch.library under `hf_kvopt::`, which the Triton backend of `kernels.attention` calls.
 
 One rule for all: a CUDA tensor takes the kernel, and so does a CPU tensor under TRITON_INTERPRET=1; every other tensor
-takes the torch path (storing: this CPU's machine code, where there is some); what a CUDA device cannot do raises
-`UnsupportedDevice`. Fake implementations and declared mutations let `torch.compile(fullgraph=True)` and CUDA graphs see
-one opaque op each.
+takes the reference in torch; what a CUDA device cannot do raises `UnsupportedDevice`. Fake implementations and declared
+mutations let `torch.compile(fullgraph=True)` and CUDA graphs see one opaque op each.
 
 Queries are aligned bottom-right: query i of a row sits at position seq_len - q_len + i. The ops have no gradient,
 and raise where one would be lost.
@@ -11,16 +10,14 @@ and raise where one would be lost.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_kvopt.errors import KVOptError, UnsupportedDevice
-from hf_kvopt.kernels.checks import check_format_runs
-from hf_kvopt.kernels.cpu.paged_attention import place_of
-from hf_kvopt.kernels.cpu.store import can_store, store_states
+from hf_kvopt.errors import KVOptError
+from hf_kvopt.kernels.devices import runs_kernel
+from hf_kvopt.kernels.library import PATTERN, define_op
 from hf_kvopt.kernels.packed import Packed
 from hf_kvopt.kernels.paged_kv import PagedKV, empty_results
 from hf_kvopt.kernels.pattern import Pattern
@@ -29,21 +26,9 @@ from hf_kvopt.kernels.triton import flash_prefill as _flash_prefill
 from hf_kvopt.kernels.triton import merge_state as _merge_state
 from hf_kvopt.kernels.triton import paged_decode as _paged_decode
 from hf_kvopt.kernels.triton import paged_prefill as _paged_prefill
-from hf_kvopt.kernels.triton import store_kv as _store_kv
-from hf_kvopt.kernels.triton.launch import device_target, target_of
-from hf_kvopt.kernels.triton.optional import HAS_TRITON, INTERPRET
-from hf_kvopt.quant import Format
 
-# Flat, in the field order of PagedKV and Pattern: the ops know tensors and numbers only.
+# Flat, in the field order of PagedKV: the ops know tensors and numbers only.
 _PAGED = "Tensor q, Tensor k_pool, Tensor v_pool, Tensor block_table, Tensor seq_lens, Tensor? k_scale, Tensor? v_scale"
-PATTERN = (
-    "float scale, bool is_causal=True, int? window=None, float? softcap=None, Tensor? sinks=None, "
-    "Tensor? starts=None, Tensor? mask=None"
-)
-_STORE_KV = (
-    "(Tensor k, Tensor v, Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor slot_mapping, Tensor(c!)? k_scale=None, "
-    "Tensor(d!)? v_scale=None) -> ()"
-)
 _FLASH_PREFILL = (
     f"(Tensor q, Tensor k, Tensor v, {PATTERN}, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
     "SymInt? max_q_len=None) -> (Tensor, Tensor)"
@@ -55,13 +40,6 @@ _DECODE = f"({_PAGED}, {PATTERN}, Tensor(a!)? scratch=None) -> (Tensor, Tensor)"
 _POOLS, _FIELDS = len(PagedKV._fields), len(Pattern._fields)
 
 
-def runs_kernel(tensor: Tensor) -> bool:
-    """Whether an op over this tensor runs the Triton kernel; raises UnsupportedDevice on CUDA without Triton."""
-    if tensor.is_cuda and not HAS_TRITON:
-        raise UnsupportedDevice("kernels on CUDA need Triton: got none installed; pip install triton, or use the CPU")
-    return tensor.is_cuda or (INTERPRET and tensor.device.type == "cpu")
-
-
 def _takes_kernel(*inputs: Tensor) -> bool:
     """`runs_kernel`, and an error where a gradient would be lost without a word."""
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
@@ -70,32 +48,6 @@ def _takes_kernel(*inputs: Tensor) -> bool:
             "attn_implementation='sdpa'"
         )
     return runs_kernel(inputs[0])
-
-
-def require_format(fmt: Format, like: Tensor) -> None:
-    """Raise UnsupportedDevice if kernels on this tensor's device cannot read the format; for cache construction."""
-    if runs_kernel(like):
-        check_format_runs(fmt, target_of(like))
-
-
-def require_format_somewhere(fmt: Format) -> None:
-    """Raise UnsupportedDevice if there are CUDA cards and the best of them cannot read the format."""
-    targets = [device_target(index) for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    if targets:
-        check_format_runs(fmt, max(targets, key=lambda target: target.capability))
-
-
-def store_kv(
-    k: Tensor,  # [batch, num_kv_heads, q_len, k_dim], last axis contiguous
-    v: Tensor,  # [batch, num_kv_heads, q_len, v_dim]
-    k_pool: Tensor,  # [num_blocks, block_size, num_kv_heads, k_dim or packed], written in place
-    v_pool: Tensor,
-    slot_mapping: Tensor,  # [batch * q_len] int64: block * block_size + offset, -1 to skip
-    k_scale: Tensor | None = None,  # [num_blocks, block_size, num_kv_heads, *scale_shape] float16 or float32
-    v_scale: Tensor | None = None,
-) -> None:
-    """Quantize (the pools' dtypes say how) and scatter new keys and values into their slots."""
-    torch.ops.hf_kvopt.store_kv(k, v, k_pool, v_pool, slot_mapping, k_scale, v_scale)
 
 
 def paged_decode(
@@ -147,36 +99,6 @@ def merge_state(
     return AttentionOut(*torch.ops.hf_kvopt.merge_state(partial_out, partial_lse, sinks, dtype))
 
 
-def store_plane(
-    states: Tensor,  # [batch, num_kv_heads, tokens, dim]
-    pool: Tensor,  # [num_blocks, block_size, num_kv_heads, dim or packed], written in place
-    scale: Tensor | None,
-    slot_mapping: Tensor,  # [batch * tokens] int64, -1 to skip
-) -> None:
-    """Quantize and scatter keys or values without Triton: in this CPU's machine code where it can be, else in torch."""
-    place = place_of(pool, scale)
-    if place is not None and can_store(states, place):
-        store_states(states, place, slot_mapping)
-    else:
-        _store_kv.store_plane_reference(states, pool, slot_mapping, scale)
-
-
-def _store_kv_impl(
-    k: Tensor,
-    v: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    slot_mapping: Tensor,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> None:
-    if _takes_kernel(k, v):
-        _store_kv.store_kv(k, v, k_pool, v_pool, slot_mapping, k_scale, v_scale)
-        return
-    store_plane(k, k_pool, k_scale, slot_mapping)
-    store_plane(v, v_pool, v_scale, slot_mapping)
-
-
 # An op leaves out trailing arguments that have their default: `rest` is the pattern, or less, and what follows it.
 def _paged_decode_impl(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     kv, pattern = PagedKV(*rest[:_POOLS]), Pattern(*rest[_POOLS : _POOLS + _FIELDS])
@@ -224,20 +146,6 @@ def _merge_state_fake(
     return partial_out.new_empty(partial_out.shape[1:], dtype=dtype), partial_lse.new_empty(partial_lse.shape[1:])
 
 
-def define_op(
-    name: str,
-    schema: str,
-    real: Callable[..., object],
-    fake: Callable[..., object],
-    tags: Sequence[torch.Tag] = (),
-) -> None:
-    """Register `hf_kvopt::name`: what it does on every device, and the shapes of what it returns."""
-    torch.library.define(f"hf_kvopt::{name}", schema, tags=tags)
-    torch.library.impl(f"hf_kvopt::{name}", "default", real)
-    torch.library.register_fake(f"hf_kvopt::{name}", fake)
-
-
-define_op("store_kv", _STORE_KV, _store_kv_impl, lambda *_: None)
 define_op("paged_decode", _DECODE, _paged_decode_impl, _paged_fake)
 define_op("paged_prefill", f"({_PAGED}, {PATTERN}) -> (Tensor, Tensor)", _paged_prefill_impl, _paged_fake)
 define_op("flash_prefill", _FLASH_PREFILL, _flash_prefill_impl, _flash_prefill_fake)

@@ -1,0 +1,238 @@
+"""What a cache does to the rows of all its layers together: `GrowingRows`, or `FixedRows` of one capacity.
+
+    PagedCache ─► GrowingRows   a block table for each kind of layer; rows share blocks, and end where they like
+              └─► FixedRows     one table that never changes; lengths live on the device, with each layer
+
+The cache has one of the two and asks it no further. Neither holds a layer or the cache: what they change is handed in.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, Protocol, Self
+
+from hf_kvopt.cache.fixed import FixedLayer
+from hf_kvopt.cache.layer import PagedLayer
+from hf_kvopt.config import CacheConfig
+from hf_kvopt.errors import CacheStateError
+from hf_kvopt.pool.allocator import BlockAllocator
+from hf_kvopt.pool.block_table import BlockTable
+from hf_kvopt.pool.tail import Tails
+from hf_kvopt.quant import FormatPolicy
+
+Layers = Sequence[PagedLayer]
+
+
+class TableMaker(NamedTuple):
+    """Makes tables over block spaces of their own."""
+
+    config: CacheConfig
+    formats: FormatPolicy = FormatPolicy()
+
+    def __call__(self, window: int | None) -> BlockTable:
+        """Make the table of all layers with this window, or none."""
+        allocator = BlockAllocator(self.config.max_blocks, block_size=self.config.block_size)
+        if self.formats.seals(window is not None) and not self.config.compileable:
+            allocator.tails = Tails()
+        return BlockTable(allocator, self.config.block_size, window)
+
+
+class MakesTables(Protocol):
+    """Whoever gives a table to the layers with a window (or none)."""
+
+    def __call__(self, window: int | None) -> BlockTable:
+        """Make the table."""
+        ...
+
+
+class GrowingRows:
+    """Block tables by window, each for all layers of a kind.
+
+    Args:
+        make_table: makes a table when the first layer of its kind asks.
+        lock: held while a step is undone, where other threads change the same blocks.
+    """
+
+    is_fixed = False
+    layer_class: type[PagedLayer] = PagedLayer
+
+    def __init__(self, make_table: MakesTables, lock: AbstractContextManager[Any] | None = None) -> None:
+        self.make_table = make_table
+        self.lock = lock if lock is not None else contextlib.nullcontext()
+        self.tables: dict[int | None, BlockTable] = {}
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the batch; 0 while nothing is held."""
+        return max((table.batch_size for table in self.tables.values()), default=0)
+
+    @property
+    def clock(self) -> int:
+        """Columns that were appended, as far as any layer has come."""
+        return max((table.clock for table in self.tables.values()), default=0)
+
+    def table_for(self, window: int | None) -> BlockTable:
+        """The table that all layers with a window (or none) share."""
+        if window not in self.tables:
+            self.tables[window] = self.make_table(window)
+        return self.tables[window]
+
+    def owns(self, layer: PagedLayer) -> bool:
+        """Whether a layer's rows are these."""
+        return self.tables.get(layer.table.window) is layer.table
+
+    def lengths(self, table: BlockTable, layers: Layers) -> list[int]:
+        """Tokens of each row of one table."""
+        return table.lengths
+
+    def crop(self, num_tokens: int, layers: Layers) -> None:
+        """Remove the last `num_tokens` tokens of every row; see `PagedCache.crop`."""
+        for table in self._live():
+            table.crop(num_tokens)
+        self._sync(layers)
+
+    def require_croppable(self, num_tokens: int) -> None:
+        """Raise CacheStateError unless `crop(num_tokens)` can be done."""
+        for table in self._live():
+            table.require_croppable(num_tokens)
+
+    def crop_rows(self, lengths: Sequence[int], layers: Layers) -> None:
+        """Cut row i down to `lengths[i]` tokens; see `PagedCache.crop_rows`."""
+        for table in self._live():
+            table.require_rows_croppable(lengths)
+        for table in self._live():
+            table.crop_rows(lengths)
+        self._sync(layers)
+
+    def keep(self, num_tokens: int, paths: Sequence[Sequence[int]], layers: Layers) -> None:
+        """Of the last tokens of each row keep those on its path; see `PagedCache.keep_paths`."""
+        for table in self._live():
+            table.keep(num_tokens, paths)
+        self._sync(layers)
+
+    def select(self, indices: Sequence[int], layers: Layers) -> None:
+        """Let row i be what row `indices[i]` was."""
+        for table in self._live():
+            table.select(indices)
+
+    def reset(self, layers: Layers) -> None:
+        """Forget all tokens and the batch size."""
+        for table in self.tables.values():
+            table.allocator.recount()
+            table.clear()
+        self._sync(layers)
+
+    def undo(self, clock: int, layers: Layers) -> None:
+        """Undo a forward that was refused, or of which only some layers were written, back to column `clock`."""
+        with self.lock:
+            for table in self.tables.values():
+                table.rollback(clock)
+            self._sync(layers)
+
+    def take_back(self, clock: int, layers: Layers) -> None:
+        """Go back to what all layers hold, after a forward that stopped half way."""
+        self.undo(clock, layers)
+
+    def forget_tables(self) -> None:
+        """Let go of all tables: forks keep the block spaces that they use."""
+        self.tables = {}
+
+    def fork(self) -> Self:
+        """Make rows over the same blocks; whoever writes first copies the block that is written."""
+        child = type(self)(self.make_table, self.lock)
+        child.tables = {window: table.fork() for window, table in self.tables.items()}
+        return child
+
+    def _live(self) -> list[BlockTable]:
+        return [table for table in self.tables.values() if table.rows]
+
+    def _sync(self, layers: Layers) -> None:
+        for layer in layers:
+            # A layer that sat out some forwards stays behind by as much.
+            layer.clock = min(layer.clock, layer.table.clock)
+            if not layer.clock:
+                layer.forget()
+
+
+class FixedRows(GrowingRows):
+    """One table that never changes: row r owns the r-th equal share of the blocks.
+
+    All layers keep all tokens, those with a window too; each knows its length.
+    """
+
+    is_fixed = True
+    layer_class = FixedLayer
+
+    def table_for(self, window: int | None) -> BlockTable:
+        return super().table_for(None)
+
+    def lengths(self, table: BlockTable, layers: Layers) -> list[int]:
+        lengths = [int(layer.length) for layer in self._fixed(layers)]
+        return [max(lengths, default=0)] * table.batch_size
+
+    def require_croppable(self, num_tokens: int) -> None:
+        """Any number can be removed: more than are held leave none."""
+
+    def crop(self, num_tokens: int, layers: Layers) -> None:
+        for layer in self._fixed(layers):
+            layer.set_length(max(0, int(layer.length) - num_tokens))
+
+    def crop_rows(self, lengths: Sequence[int], layers: Layers) -> None:
+        raise CacheStateError(
+            "crop_rows needs a growing cache of attention layers alone: got one of fixed capacity, or with states "
+            "that have no token axis; use crop"
+        )
+
+    def keep(self, num_tokens: int, paths: Sequence[Sequence[int]], layers: Layers) -> None:
+        if any(list(path) != list(paths[0]) for path in paths):
+            raise CacheStateError(
+                f"rows of a cache of fixed capacity keep the same tokens: got {[list(path) for path in paths]}; "
+                "use PagedCache without compileable=True"
+            )
+        for layer in self._fixed(layers):
+            layer.keep(num_tokens, paths[0])
+
+    def select(self, indices: Sequence[int], layers: Layers) -> None:
+        for layer in self._fixed(layers):
+            layer.select_rows(list(indices))
+
+    def reset(self, layers: Layers) -> None:
+        for layer in self._fixed(layers):
+            layer.set_length(0)
+            layer.forget()
+
+    def undo(self, clock: int, layers: Layers) -> None:
+        """Nothing: a layer that refuses, or breaks off, has not written, and reads no further than its own length."""
+
+    def take_back(self, clock: int, layers: Layers) -> None:
+        for layer in self._fixed(layers):
+            layer.set_length(clock)
+
+    def fork(self) -> Self:
+        """Make rows with memory of their own: addresses are fixed, so nothing can be shared."""
+        return type(self)(self.make_table, self.lock)
+
+    def _fixed(self, layers: Layers) -> list[FixedLayer]:
+        return [layer for layer in layers if isinstance(layer, FixedLayer)]
+
+
+class CacheStep:
+    """The step guard of one cache: how whoever reads what was just written has it taken back in all tables.
+
+    Args:
+        rows: of the cache.
+        layers: of the cache, the very list.
+
+    The cache holds it, and handles do; no layer or table does, so that a dropped cache is freed at once.
+    """
+
+    def __init__(self, rows: GrowingRows, layers: list[Any]) -> None:
+        self.rows, self.layers = rows, layers
+
+    def undo(self, table: BlockTable) -> None:
+        """Go back to where the step that was last reserved in `table` began."""
+        self.undo_to(table.step_start)
+
+    def undo_to(self, clock: int) -> None:
+        """Go back to column `clock`, of a forward that was refused or of which only some layers were written."""
+        self.rows.undo(clock, [layer for layer in self.layers if isinstance(layer, PagedLayer)])

@@ -1,0 +1,124 @@
+"""Reading: the ordered list of backends that compute an attention; the first one that accepts a call runs it.
+
+sealed      layers whose full blocks are sealed: this CPU's machine code, or PyTorch's operations block by block
+triton      CUDA devices, and Triton's interpreter
+graph       one opaque op in a compiled graph, over rows of fixed capacity: it runs this list when the graph runs
+compiled    this CPU's machine code, through the block table
+codes       one query a row over quantized storage: PyTorch's operations, and nothing is dequantized
+torch       PyTorch's operations over a view of the pool, or a gathered copy
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_kvopt.kernels import devices
+from hf_kvopt.kernels.calls import AttentionCall, EqualRows, KVSpec, KVView, Reader, Stored
+from hf_kvopt.kernels.cpu import codes, dense, sealed_tiles
+from hf_kvopt.kernels.cpu import paged_attention as compiled
+from hf_kvopt.kernels.cpu.place import place_of
+from hf_kvopt.kernels.library import PATTERN, define_op
+from hf_kvopt.kernels.pattern import Pattern
+from hf_kvopt.kernels.triton import attention as triton
+from hf_kvopt.quant import format_of
+
+
+def attend(call: AttentionCall) -> Tensor:
+    """Compute an attention, [batch, q_len, num_heads, v_head_dim] contiguous."""
+    # A CPU need not be asked for Triton at each layer of each step.
+    for reader in READERS if call.q.is_cuda or devices.INTERPRET else CPU_READERS:
+        if reader.accepts(call):
+            return reader.run(call)
+    raise AssertionError("the last backend of the list takes every call")
+
+
+def _graph_accepts(call: AttentionCall) -> bool:
+    """Take what a compiled graph reads from blocks; dropout and gradients are torch's."""
+    if not torch.compiler.is_compiling() or call.dropout or not isinstance(call.k, KVView):
+        return False
+    return isinstance(call.v, KVView) and not (torch.is_grad_enabled() and call.q.requires_grad)
+
+
+def _run_in_graph(call: AttentionCall) -> Tensor:
+    """Hand what the views hold to one op: inside of it runs the very code that runs outside of a graph."""
+    k, v = call.k, call.v
+    assert isinstance(k, KVView)
+    assert isinstance(v, KVView)
+    assert isinstance(k.rows, EqualRows)
+    out: Tensor = torch.ops.hf_kvopt.attend_fixed(
+        call.q, k.plane.codes, k.plane.scale, v.plane.codes, v.plane.scale, *k.rows, k.centre,
+        k.spec.shape[2], k.spec.dtype, v.spec.dtype, k.spec.rotates, *call.pattern,
+    )  # fmt: skip
+    return out
+
+
+def fixed_view(
+    codes: Tensor,
+    scale: Tensor | None,
+    rows: EqualRows,
+    kv_len: int,
+    dtype: torch.dtype,
+    rotates: bool = False,
+    centre: Tensor | None = None,
+) -> KVView:
+    """Make a view of rows of fixed capacity out of what it holds, `dtype` being what a model sees."""
+    fmt = format_of(codes.dtype)
+    shape = (len(rows.block_table), codes.shape[2], kv_len, codes.shape[3] * fmt.codes_per_byte)
+    plane = Stored(codes, scale, rotates, place_of(codes, scale))
+    return KVView(plane, rows, KVSpec(shape, dtype, fmt.name, rotates), centre=centre)
+
+
+def _attend_fixed(
+    query: Tensor,
+    key_codes: Tensor,
+    key_scale: Tensor | None,
+    value_codes: Tensor,
+    value_scale: Tensor | None,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    centre: Tensor | None,
+    kv_len: int,
+    key_dtype: torch.dtype,
+    value_dtype: torch.dtype,
+    rotates: bool,
+    *pattern: Any,
+) -> Tensor:
+    """Run the list over views made of what they hold."""
+    # On a CPU it costs nothing to look; elsewhere whoever made the handle left out what is not needed.
+    if centre is not None and centre.device.type == "cpu" and not bool(centre.any()):
+        centre = None
+    rows = EqualRows(block_table, seq_lens)
+    k = fixed_view(key_codes, key_scale, rows, kv_len, key_dtype, rotates, centre)
+    v = fixed_view(value_codes, value_scale, rows, kv_len, value_dtype)
+    return attend(AttentionCall(query, k, v, Pattern(*pattern)))
+
+
+def _attend_fixed_fake(
+    query: Tensor, key_codes: Tensor, key_scale: Tensor | None, value_codes: Tensor, *_: Any
+) -> Tensor:
+    batch, num_heads, q_len = query.shape[:3]
+    v_dim = value_codes.shape[3] * format_of(value_codes.dtype).codes_per_byte
+    return query.new_empty(batch, q_len, num_heads, v_dim)
+
+
+READERS = (
+    Reader("sealed", sealed_tiles.accepts, sealed_tiles.run),
+    Reader("triton", triton.accepts, triton.run),
+    Reader("graph", _graph_accepts, _run_in_graph),
+    Reader("compiled", compiled.accepts, compiled.run),
+    Reader("codes", codes.accepts, codes.run),
+    Reader("torch", dense.accepts, dense.run),
+)
+CPU_READERS = tuple(reader for reader in READERS if reader.name != "triton")
+
+define_op(
+    "attend_fixed",
+    "(Tensor query, Tensor key_codes, Tensor? key_scale, Tensor value_codes, Tensor? value_scale, Tensor block_table, "
+    "Tensor seq_lens, Tensor? centre, SymInt kv_len, ScalarType key_dtype, ScalarType value_dtype, bool rotates, "
+    f"{PATTERN}) -> Tensor",
+    _attend_fixed,
+    _attend_fixed_fake,
+)

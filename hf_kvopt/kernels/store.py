@@ -1,0 +1,97 @@
+"""Writing: the ordered list of backends that store new keys and values in their blocks.
+
+    op          Triton's kernel where it runs, and one opaque op in a compiled graph
+    compiled    this CPU's machine code
+    torch       everything else
+
+`KVPool` asks the list when it is made, and again only for states that are no plain tensors or come in a compiled graph.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_kvopt.errors import KVOptError
+from hf_kvopt.kernels.calls import PlaneWrite, StoreCall, Stored, Writer
+from hf_kvopt.kernels.cpu import store as compiled
+from hf_kvopt.kernels.cpu.place import place_of
+from hf_kvopt.kernels.devices import runs_kernel
+from hf_kvopt.kernels.library import define_op
+from hf_kvopt.kernels.reference import store as reference
+from hf_kvopt.kernels.triton import store_kv as triton_store
+from hf_kvopt.quant import format_of, guarded
+
+_STORE_KV = (
+    "(Tensor k, Tensor v, Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor slot_mapping, Tensor(c!)? k_scale=None, "
+    "Tensor(d!)? v_scale=None) -> ()"
+)
+
+
+def writer_for(call: StoreCall) -> Writer:
+    """Return the first backend that takes calls like this one."""
+    return next(writer for writer in WRITERS if writer.accepts(call))
+
+
+def store_kv(
+    k: Tensor,  # [batch, num_kv_heads, q_len, k_dim], last axis contiguous
+    v: Tensor,  # [batch, num_kv_heads, q_len, v_dim]
+    k_pool: Tensor,  # [num_blocks, block_size, num_kv_heads, k_dim or packed], written in place
+    v_pool: Tensor,
+    slot_mapping: Tensor,  # [batch * q_len] int64: block * block_size + offset, -1 to skip
+    k_scale: Tensor | None = None,  # [num_blocks, block_size, num_kv_heads, *scale_shape] float16 or float32
+    v_scale: Tensor | None = None,
+) -> None:
+    """Quantize (the pools' dtypes say how) and scatter new keys and values into their slots."""
+    torch.ops.hf_kvopt.store_kv(k, v, k_pool, v_pool, slot_mapping, k_scale, v_scale)
+
+
+def store_plane(
+    states: Tensor,  # [batch, num_kv_heads, tokens, dim]
+    pool: Tensor,  # [num_blocks, block_size, num_kv_heads, dim or packed], written in place
+    scale: Tensor | None,
+    slot_mapping: Tensor,  # [batch * tokens] int64, -1 to skip
+) -> None:
+    """Quantize and scatter keys or values without Triton, outside of a graph."""
+    plane = Stored(pool, scale, place=place_of(pool, scale))
+    call = StoreCall((PlaneWrite(plane, format_of(pool.dtype), states),), lambda: slot_mapping)
+    (_COMPILED if compiled.accepts(call) else _TORCH).run(call)
+
+
+def _op_accepts(call: StoreCall) -> bool:
+    """Take keys and values together, where Triton runs or a graph is being compiled."""
+    return len(call.parts) == 2 and (torch.compiler.is_compiling() or runs_kernel(call.parts[0].states))
+
+
+def _run_op(call: StoreCall) -> None:
+    """Guard keys, and hand all to the op."""
+    keys, values = call.parts
+    k, v = guarded(keys.states, keys.plane.rotates, keys.centre), values.states
+    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    slots = call.slots().reshape(-1)
+    store_kv(k, v, keys.plane.codes, values.plane.codes, slots, keys.plane.scale, values.plane.scale)
+
+
+def _store_kv_impl(
+    k: Tensor,
+    v: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    slot_mapping: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> None:
+    if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+        raise KVOptError("hf_kvopt::store_kv has no gradient: got states that require one; call under torch.no_grad()")
+    if runs_kernel(k):
+        triton_store.store_kv(k, v, k_pool, v_pool, slot_mapping, k_scale, v_scale)
+        return
+    store_plane(k, k_pool, k_scale, slot_mapping)
+    store_plane(v, v_pool, v_scale, slot_mapping)
+
+
+_COMPILED = Writer("compiled", compiled.accepts, compiled.run)
+_TORCH = Writer("torch", reference.accepts, reference.run)
+WRITERS = (Writer("op", _op_accepts, _run_op), _COMPILED, _TORCH)
+
+define_op("store_kv", _STORE_KV, _store_kv_impl, lambda *_: None)

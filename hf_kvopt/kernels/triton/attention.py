@@ -1,0 +1,118 @@
+"""Attention by the Triton kernels: which one takes a call, and why none does.
+
+paged, few queries         paged_decode      keys split over programs, lengths on the device
+paged, many queries        paged_prefill     through the block table
+nothing cached before      flash_prefill     over the states as they came
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_kvopt.kernels.calls import AttentionCall, KVView
+from hf_kvopt.kernels.devices import runs_kernel
+from hf_kvopt.kernels.paged_kv import PagedKV
+from hf_kvopt.kernels.pattern import Pattern
+from hf_kvopt.kernels.triton import ops
+
+logger = logging.getLogger(__name__)
+
+# Queries times the heads of a KV group that one tile of the split kernel takes at most.
+_DECODE_ROWS = 64
+_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def accepts(call: AttentionCall) -> bool:
+    """Take calls on a device that runs the kernels; where one is passed on there, that is said once."""
+    if not runs_kernel(call.q):
+        return False
+    obstacle = _obstacle(call)
+    if obstacle is not None:
+        _say_once(obstacle)
+    return obstacle is None
+
+
+def run(call: AttentionCall) -> Tensor:
+    """Call the op that suits."""
+    q, k, v, pattern, _ = call
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    if pattern.starts is not None:
+        pattern = pattern._replace(starts=torch.as_tensor(pattern.starts, dtype=torch.int32, device=q.device))
+    if not isinstance(k, KVView) or not isinstance(v, KVView):
+        return _over_dense(q, _dense(k), _dense(v), pattern)
+    if k.states is not None and v.states is not None:
+        return _over_dense(q, k.states, v.states, pattern)
+    if call.needs_centre:
+        return _over_dense(q, k.dense(), v.dense(), pattern)
+    return _over_blocks(q, k, v, pattern)
+
+
+def _over_blocks(q: Tensor, k: KVView, v: KVView, pattern: Pattern) -> Tensor:
+    block_table, seq_lens, lags = k.row_tensors()
+    if k.skip or lags is not None:
+        pattern = _by_token(k, lags, pattern)
+    kv = PagedKV(k.plane.codes, v.plane.codes, block_table, seq_lens, k.plane.scale, v.plane.scale)
+    group = q.shape[1] // k.spec.shape[1]
+    op = ops.paged_decode if q.shape[2] * group <= _DECODE_ROWS else ops.paged_prefill
+    return op(k.for_codes(q), kv, pattern).out
+
+
+def _by_token(k: KVView, lags: Tensor | None, pattern: Pattern) -> Pattern:
+    """Return the pattern over the tokens that rows hold, and not over the columns that a model was promised.
+
+    Rows hold whole blocks, so some tokens before the first column, and nothing where a row begins later.
+    """
+    starts, mask = pattern.starts, pattern.mask
+    assert starts is None or isinstance(starts, Tensor)
+    batch, _, kv_len, _ = k.spec.shape
+    device = k.plane.codes.device
+    ahead = torch.full((batch,), k.skip, dtype=torch.int32, device=device)
+    if lags is not None:
+        ahead = ahead - lags
+    starts = (ahead if starts is None else ahead + starts).clamp(min=0)
+    if mask is None or mask.shape[-1] == 1:
+        return pattern._replace(starts=starts)
+    hidden = False if mask.dtype == torch.bool else float("-inf")
+    if lags is None:
+        return pattern._replace(starts=starts, mask=F.pad(mask, (k.skip, 0), value=hidden))
+    columns = torch.arange(k.skip + kv_len, device=device) - ahead[:, None]
+    is_column = ((columns >= 0) & (columns < kv_len))[:, None, None]
+    index = columns.clamp(0, kv_len - 1)[:, None, None]
+    mask = mask.expand(batch, -1, -1, -1)
+    moved = mask.gather(-1, index.expand(-1, *mask.shape[1:3], -1))
+    return pattern._replace(starts=starts, mask=torch.where(is_column, moved, hidden))
+
+
+def _over_dense(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    return ops.flash_prefill(q, k, v, pattern).out
+
+
+def _dense(x: Tensor | KVView) -> Tensor:
+    return x.dense() if isinstance(x, KVView) else x
+
+
+def _obstacle(call: AttentionCall) -> str | None:
+    """Say why the kernels cannot take this call; None where they can."""
+    q, k, v, pattern, dropout = call
+    v_dim = v.spec.shape[-1] if isinstance(v, KVView) else v.shape[-1]
+    dims = (q.shape[-1], v_dim)
+    if any(dim % 8 or not 32 <= dim <= 256 for dim in dims):
+        return f"head sizes {dims} (kernels take multiples of 8 from 32 to 256)"
+    if q.dtype not in _KERNEL_DTYPES:
+        return f"{q.dtype} (kernels take float16, bfloat16 and float32)"
+    if dropout or (torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (q, k, v))):
+        return "training (kernels have no gradient)"
+    if pattern.sinks is not None and pattern.sinks.dim() != 1:
+        return "sinks that differ by query"
+    return None
+
+
+@cache
+def _say_once(obstacle: str) -> None:
+    logger.warning("hf_kvopt attention takes PyTorch's SDPA instead of its Triton kernels: got %s", obstacle)
