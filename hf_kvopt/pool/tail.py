@@ -18,14 +18,11 @@ import torch
 from torch import Tensor
 
 from hf_kvopt.pool.live import LivePools
+from hf_kvopt.quant.sealed_formats import tail_blocks
 
 if TYPE_CHECKING:
     from hf_kvopt.pool.allocator import BlockAllocator
     from hf_kvopt.pool.block_table import BlockTable
-
-# A step of no more blocks than this keeps all of its own blocks exact until the next one, so that drafts are cut back
-# without a loss; a longer one is a prompt.
-_DRAFT_BLOCKS = 4
 
 
 class Tails:
@@ -83,22 +80,6 @@ class Tails:
         return [(self.places[a], self.places[b]) for a, b in pairs]
 
 
-def wanted(
-    before: int,  # tokens of the row before a step
-    after: int,  # and behind it
-    block_size: int,
-) -> tuple[int, ...]:
-    """Return the blocks of a row that are exact while it goes from `before` to `after` tokens."""
-    if after <= 0:
-        return ()
-    last, first = (after - 1) // block_size, max(0, before // block_size - 1)
-    if last - first <= _DRAFT_BLOCKS:
-        return tuple(sorted({0, *range(first, last + 1)}))
-    # The ends of what was there and of what comes; between them blocks are sealed from the states of the step.
-    ends = range(max(0, after // block_size - 2), last + 1)
-    return tuple(sorted({0, *range(first, before // block_size + 1), *ends}))
-
-
 def completed(table: "BlockTable", start: int, stop: int) -> list[tuple[int, int]]:
     """(row, block of the row) that become full by the columns `start` to `stop`, but for first blocks."""
     size, found = table.block_size, []
@@ -113,7 +94,7 @@ def plan(table: "BlockTable", start: int, stop: int) -> None:
     """Give the blocks that a step over the columns `start` to `stop` needs exact a place."""
     tails = table.allocator.tails
     assert tails is not None
-    rows = [wanted(max(0, start - lag), stop - lag, table.block_size) for lag in table.lags]
+    rows = [tail_blocks(max(0, start - lag), stop - lag, table.block_size) for lag in table.lags]
     if table.pins:
         rows = [
             tuple(sorted({*blocks, *(block for block in pins if block * table.block_size < stop - lag)}))
@@ -149,7 +130,7 @@ def settle(table: "BlockTable") -> None:
     tails = table.allocator.tails
     if tails is None or not table.rows:
         return
-    needed = [wanted(length, length, table.block_size) for length in table.lengths]
+    needed = [tail_blocks(length, length, table.block_size) for length in table.lengths]
     kept = [
         tuple(sorted({*now, *(block for block in old if block <= length // table.block_size)}))
         for now, old, length in zip(needed, _filled(table), table.lengths, strict=True)
@@ -165,6 +146,15 @@ def settle(table: "BlockTable") -> None:
 def numbers_of(table: "BlockTable") -> list[int]:
     """The blocks of `table` that are kept exact."""
     return _numbers(table, _filled(table))
+
+
+def used_bytes(allocator: "BlockAllocator") -> int:
+    """Return the bytes of the blocks that are in use, and of exact places that are."""
+    tails = allocator.tails
+    exact = 0 if tails is None else sum(pool.tail_bytes for pool in tails.pools)
+    stored = sum(pool.num_bytes for pool in allocator.pools) - exact
+    used = (allocator.num_blocks - allocator.num_free) * (stored // max(1, allocator.num_blocks))
+    return used if tails is None else used + exact * len(tails.places) // max(1, tails.capacity)
 
 
 def exact_table(table: "BlockTable", device: torch.device) -> Tensor:

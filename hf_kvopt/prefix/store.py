@@ -21,6 +21,7 @@ from hf_kvopt import compat
 from hf_kvopt.cache.stats import PrefixStats
 from hf_kvopt.config import CacheConfig
 from hf_kvopt.errors import CacheStateError
+from hf_kvopt.pool import tail
 from hf_kvopt.pool.allocator import BlockAllocator
 from hf_kvopt.pool.block_table import BlockTable
 from hf_kvopt.pool.sealed import SealedPool
@@ -234,9 +235,8 @@ class PrefixStore:
             reserved = used = 0
             for allocator in self._allocators.values():
                 allocator.reclaim()
-                size = sum(pool.num_bytes for pool in allocator.pools)
-                reserved += size
-                used += size * (allocator.num_blocks - allocator.num_free) // max(1, allocator.num_blocks)
+                reserved += sum(pool.num_bytes for pool in allocator.pools)
+                used += tail.used_bytes(allocator)
             return PrefixStats(
                 rows=self._rows,
                 hits=self._hits,

@@ -100,14 +100,15 @@ class FormatPolicy:
         return self._guarded(self.format)
 
     def seals(self, is_sliding: bool) -> bool:
-        """Whether some layer, with a window or without, may seal its blocks."""
+        """Return whether some layer, with a window or without, may seal its blocks."""
         names = set(self.layer_formats.values())
         if not (is_sliding and "sliding" in self.skip_layers):
             names.add(self.format)
         return any(get_kv_format(name).sealed is not None for name in names)
 
     def block_size(self, compileable: bool = False) -> int:
-        """Tokens a block where nobody says otherwise; rows of fixed capacity seal nothing."""
+        """Return the tokens of a block where nobody chose: more where blocks are sealed, which rows of fixed capacity
+        never do."""
         is_sealed = not compileable and (self.seals(is_sliding=False) or self.seals(is_sliding=True))
         return SEALED_BLOCK if is_sealed else PLAIN_BLOCK
 

@@ -32,7 +32,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class BlockCodec:
-    """How the keys, or the values, of one full block are stored.
+    """Codec of the keys, or of the values, of one full block.
 
     Args:
         bits: of a code: 2, 3, 4 or 8.
@@ -50,7 +50,7 @@ class BlockCodec:
     group: int | None = None
 
     def num_groups(self, dim: int) -> int:
-        """Groups of channels with s and z of their own."""
+        """Return the number of groups of channels with s and z of their own."""
         return dim // self.group if self.group is not None and dim % self.group == 0 else 1
 
     @property
@@ -59,11 +59,11 @@ class BlockCodec:
         return ((1 << self.bits) - 1) / 2
 
     def num_parameters(self, dim: int) -> int:
-        """float16 numbers that are stored for a token: s of all groups, then z where it is stored."""
+        """Return how many float16 numbers are stored for a token: s of all groups, then z where it is stored."""
         return self.num_groups(dim) * (1 if self.symmetric else 2)
 
     def parts(self, dim: int) -> tuple[Part, ...]:
-        """Where the bits of a vector's codes lie; raises ValueError for a head size that cannot be packed."""
+        """Return where the bits of a vector's codes lie; raises ValueError for a head size that cannot be packed."""
         found, shift, offset = [], 0, 0
         for bits in _PARTS[self.bits]:
             if dim * bits % 8:
@@ -76,11 +76,11 @@ class BlockCodec:
         return tuple(found)
 
     def width(self, dim: int) -> int:
-        """Bytes of one vector's codes."""
+        """Return the bytes of one vector's codes."""
         return sum(part.width for part in self.parts(dim))
 
     def bytes_per_block(self, dim: int, block_size: int) -> int:
-        """Bytes of one KV head of one block, all parameters included."""
+        """Return the bytes of one KV head of one block, all parameters included."""
         token = self.width(dim) + self.num_parameters(dim) * PARAMETER_DTYPE.itemsize
         return block_size * token + (dim * PARAMETER_DTYPE.itemsize if self.centred else 0)
 
@@ -98,6 +98,28 @@ class SealedKV:
         return self.k, self.v
 
 
+def tail_blocks(
+    before: int,  # tokens of the row before a step
+    after: int,  # and behind it
+    block_size: int,
+) -> tuple[int, ...]:
+    """Return the blocks of a row that are exact while it goes from `before` to `after` tokens.
+
+    The first one, those that its queries read exact, and those to which a draft may be cut back.
+    """
+    if after <= 0:
+        return ()
+    last, first = (after - 1) // block_size, max(0, before // block_size - 1)
+    if last - first <= _DRAFT_BLOCKS:
+        return tuple(sorted({0, *range(first, last + 1)}))
+    # The ends of what was there and of what comes; between them blocks are sealed from the states of the step.
+    ends = range(max(0, after // block_size - 2), last + 1)
+    return tuple(sorted({0, *range(first, before // block_size + 1), *ends}))
+
+
+# A step of no more blocks than this keeps all of its own blocks exact until the next one, so that drafts are cut back
+# without a loss; a longer one is a prompt.
+_DRAFT_BLOCKS = 4
 # How a code's bits are cut, low ones first, so that each piece divides a byte.
 _PARTS = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 

@@ -18,7 +18,7 @@ from hf_kvopt.kernels.cpu.sealed import SealedRows, attend_sealed_blocks, can_at
 from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.kernels.sealed_view import SealedView
 
-# Blocks of queries, in a row of which all that they read exact has a place; see `pool.tail.wanted`.
+# Blocks of queries, in a row of which all that they read exact has a place; see `quant.sealed_formats.tail_blocks`.
 _FEW_BLOCKS = 3
 
 
