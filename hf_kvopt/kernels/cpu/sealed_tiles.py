@@ -7,7 +7,9 @@ From one block of queries to the next, one block of the buffer turns into what i
 its own first token, so rows that stand at unlike places are taken one by one.
 """
 
+import logging
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -15,8 +17,11 @@ from torch import Tensor
 from hf_kvopt.kernels.calls import AttentionCall
 from hf_kvopt.kernels.cpu.dense import attend
 from hf_kvopt.kernels.cpu.sealed import SealedRows, attend_sealed_blocks, can_attend_sealed
+from hf_kvopt.kernels.devices import runs_kernel
 from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.kernels.sealed_view import SealedView
+
+logger = logging.getLogger(__name__)
 
 # Blocks of queries, in a row of which all that they read exact has a place; see `quant.sealed_formats.tail_blocks`.
 _FEW_BLOCKS = 3
@@ -35,6 +40,8 @@ def run(call: AttentionCall) -> Tensor:
     query, key, value, pattern, dropout = call
     assert isinstance(key, SealedView)
     assert isinstance(value, SealedView)
+    if runs_kernel(query):
+        _say_once()
     key.check_valid()
     if key.states is not None and value.states is not None:
         return attend(query, key.states, value.states, pattern, dropout)
@@ -114,6 +121,11 @@ def _by_block(depths: Sequence[int], past: int, first: int, block_size: int) -> 
     for i in range(first, len(depths)):
         found.setdefault((past + depths[i]) // block_size, []).append(i)
     return found
+
+
+@cache
+def _say_once() -> None:
+    logger.warning("there is no Triton kernel for sealed blocks yet: they are read by PyTorch's operations")
 
 
 class _Buffer:
