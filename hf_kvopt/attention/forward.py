@@ -16,7 +16,6 @@ from hf_kvopt.errors import KVOptError, UnsupportedModel
 from hf_kvopt.kernels.attention import attend
 from hf_kvopt.kernels.calls import AttentionCall
 from hf_kvopt.kernels.pattern import Pattern
-from hf_kvopt.kernels.sealed_view import SealedView
 from hf_kvopt.pool.handle import KVHandle, view_of
 
 
@@ -50,7 +49,7 @@ def attention_forward(
     scoring = Pattern(scale, True, None, softcap, s_aux if s_aux is not None else kwargs.get("sinks"))
     try:
         _refuse_what_is_wrong(module, handle, attention_mask, dropout, sliding_window, kwargs)
-        if isinstance(key, KVHandle) and isinstance(value, KVHandle) and isinstance(view_of(key), SealedView):
+        if isinstance(key, KVHandle) and key.table is not None and key.table.allocator.tails is not None:
             key, value = handle, _ = aligned(key, value, attention_mask)
         if kwargs.get("indices") is not None:
             attention_mask = select_keys(attention_mask, kwargs["indices"], query.shape[2], key.shape[2])

@@ -7,13 +7,17 @@ from hf_kvopt.kernels.sealed_view import SealedView
 from hf_kvopt.pool.handle import KVHandle, view_of
 
 
-def aligned(key: KVHandle, value: KVHandle, mask: Tensor | None) -> tuple[KVHandle, KVHandle]:
+def aligned(key: KVHandle, value: Tensor, mask: Tensor | None) -> tuple[KVHandle, Tensor]:
     """Return the handles once rows without a token so far begin behind their left padding.
 
     Only the mask tells what is padding. Where it was taken for text, the step of this layer is written anew, so that a
-    row's blocks begin with its own first token, whatever it is padded with.
+    row's blocks begin with its own first token, whatever it is padded with. That is done at the first layer of a table,
+    before the others write; where its blocks are not sealed, padding is stored.
     """
-    k, v, table = view_of(key), view_of(value), key.table
+    table = key.table
+    if not isinstance(value, KVHandle) or key.reads is None or not key.reads.is_first:
+        return key, value
+    k, v = view_of(key), view_of(value)
     if not isinstance(k, SealedView) or not isinstance(v, SealedView) or table is None:
         return key, value
     is_young = k.arrived is not None and any(lag >= table.step_start for lag in table.lags)

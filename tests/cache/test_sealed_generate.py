@@ -134,3 +134,18 @@ def test_old_blocks_are_really_read_sealed():
     assert error[:48].max() < 1e-3
     assert error[48:].min() > 1e-3
     assert exact.shape[2] == VOCAB
+
+
+@by_format
+def test_layers_that_are_not_sealed_keep_their_tokens_beside_those_that_are(name):
+    model, inputs = tiny_model("full"), prompt(*LENGTHS)
+    found = []
+    for attention in ("hf_kvopt", "sdpa"):
+        model.set_attn_implementation(attention)
+        cache = cache_for(model, name, skip_layers=("first",))
+        with torch.no_grad():
+            model(**inputs, **{CACHE_KEYWORD: cache})
+        # The layer is native: what it holds is what the model computed, padding or not.
+        found.append((cache.layers[0].keys + 0.0)[1, :, -LENGTHS[1] :])
+        cache.check_integrity()
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-5)
