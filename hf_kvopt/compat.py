@@ -50,6 +50,9 @@ EXPAND_KV = "expand_kv"  # of an MLA attention module: (latents, rotary keys) to
 _LONGROPES = ("longrope", "su")  # one scaling; "su" in older configs
 WITHOUT_KV = ("conv", "linear_attention", "dummy")
 """Kinds of layers without keys and values: states instead, or those of another layer."""
+_STATES_IN_MODULES = ("recurrent_gemma",)  # model types whose states lie in the modules and not in a cache
+HANDS_OUT_STATES = hasattr(Cache, "get_conv_state")
+"""Whether layers ask a cache for their states; before, whether there are any, and then read them from its layers."""
 PREFILL_CHUNKS_GO_ON = Version("5.21") <= VERSION
 """Whether a prefill in chunks begins where the cache ends; before, it began at the first token."""
 
@@ -101,6 +104,16 @@ class Call(NamedTuple):
     config: GenerationConfig  # of this call alone
     columns: int  # that the prompt has, with what the cache holds of it; -1: unknown
     num_ids: int  # columns of the tokens that were passed
+    ids: Tensor | None = None  # those
+    mask: Tensor | None = None  # the attention mask that was passed, or made
+
+    @property
+    def longest(self) -> int:
+        """Columns that a cache may hold at the end: the last token is not read. 0: unknown."""
+        limit = self.config.max_length
+        if self.columns < 0 or not self.num_ids or limit is None:
+            return 0
+        return max(self.columns, self.num_ids) + limit - self.num_ids - 1
 
 
 def running_call(cache: Cache) -> Call | None:
@@ -108,18 +121,26 @@ def running_call(cache: Cache) -> Call | None:
 
     What it was asked for is told neither to the cache nor, by most models, to the attention: its own frame is read.
     """
+    known = _generate_locals()
+    if known is None:
+        return None
+    config, kwargs = known["generation_config"], known["model_kwargs"]
+    given = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+    if isinstance(given, EncoderDecoderCache):
+        is_given = given.self_attention_cache is cache or given.cross_attention_cache is cache
+        return Call(config, -1, 0) if is_given else None
+    mask, ids = kwargs.get("attention_mask"), known["input_ids"]
+    return Call(config, prompt_columns(config, mask), ids.shape[1], ids, mask) if given is cache else None
+
+
+def _generate_locals() -> dict[str, Any] | None:
+    """Return the local names of the innermost generate() that runs in this thread."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         # Of any class: some models bring a generate() of their own.
         known = frame.f_locals if frame.f_code.co_name == "generate" else {}
         if all(name in known for name in _GENERATE_LOCALS):
-            config, kwargs = known["generation_config"], known["model_kwargs"]
-            given = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
-            if isinstance(given, EncoderDecoderCache):
-                is_given = given.self_attention_cache is cache or given.cross_attention_cache is cache
-                return Call(config, -1, 0) if is_given else None
-            columns, ids = prompt_columns(config, kwargs.get("attention_mask")), known["input_ids"]
-            return Call(config, columns, ids.shape[1]) if given is cache else None
+            return known
         frame = frame.f_back
     return None
 
@@ -242,11 +263,37 @@ def next_inputs(
 
 
 def is_synced(model: PreTrainedModel) -> bool:
-    """Whether the ranks of a sharded model must run equally many forwards."""
+    """Whether the ranks of a sharded model must run equally many forwards: as found, or as generate() was told."""
+    if (_generate_locals() or {}).get("synced_gpus"):
+        return True
     distributed = torch.distributed
     if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
         return False
     return bool(_is_zero3() or _is_fsdp(model))
+
+
+def text_group(model: PreTrainedModel) -> "torch.distributed.ProcessGroup | None":
+    """Return the group of ranks that read the same texts, each with a part of every layer; None for a whole model.
+
+    Raises:
+        UnsupportedModel: the model is sharded, and this transformers does not say over which ranks.
+    """
+    if int(getattr(model, "_tp_size", None) or 1) == 1:
+        return None
+    mesh = getattr(model, "_device_mesh", None)
+    if mesh is None:
+        missing("PreTrainedModel._device_mesh")
+    mesh = mesh["tp"] if "tp" in (mesh.mesh_dim_names or ()) and mesh.ndim > 1 else mesh
+    if mesh.ndim != 1:
+        missing("axis 'tp' of PreTrainedModel._device_mesh")
+    return mesh.get_group() if mesh.size() > 1 else None
+
+
+def is_pipelined(config: PreTrainedConfig) -> bool:
+    """Return whether `config` is of a model whose layers are divided over ranks, as `from_pretrained` notes in it."""
+    divided = getattr(config, "distributed_config", None)
+    size = divided.get("pp_size") if isinstance(divided, dict) else getattr(divided, "pp_size", None)
+    return (size or 1) > 1
 
 
 def prompt_columns(config: GenerationConfig, attention_mask: Tensor | None) -> int:
@@ -289,6 +336,17 @@ def appended_layers(config: PreTrainedConfig) -> list[int]:
 def stock_layer(kind: str, options: dict[str, Any]) -> Any:
     """Make transformers' own cache layer of a kind."""
     return cache_utils.DYNAMIC_LAYER_TYPE_MAPPING[kind](**options)
+
+
+def holds_nothing(layer: object) -> bool:
+    """Whether a cache layer stands for one that reads another's keys and values, or has no attention."""
+    kind = cache_utils.DYNAMIC_LAYER_TYPE_MAPPING.get("dummy")  # older versions leave such layers out
+    return kind is not None and isinstance(layer, kind)
+
+
+def keeps_states_in_modules(config: PreTrainedConfig) -> bool:
+    """Whether a decoder's modules keep states themselves, so that no cache says what text these are of."""
+    return config.model_type in _STATES_IN_MODULES
 
 
 def slides(config: PreTrainedConfig, layer_idx: int) -> bool:

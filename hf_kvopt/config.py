@@ -66,8 +66,8 @@ class CacheConfig:
         max_tokens: cap on the tokens held over all rows of the batch, such as 32768 or "32k", rounded up to blocks;
             None grows as needed. Stored as a number.
         compileable: fixed capacity with lengths on the device, so that `generate()` compiles the decode step; needs
-            `max_tokens`, which is then the capacity over all rows. Off by default, because transformers compiles
-            every plain `generate` whose cache allows it.
+            `max_tokens`, which is then the capacity over all rows, each row's share rounded up to blocks. Off by
+            default, because transformers compiles every plain `generate` whose cache allows it.
 
     Raises:
         ValueError: a value is invalid; the message states the valid ones.

@@ -23,12 +23,14 @@ from hf_kvopt.calibration import choose, warn_of_loss
 from hf_kvopt.errors import UnsupportedModel, nearest
 from hf_kvopt.overrides import latents
 from hf_kvopt.overrides.cache_maker import CACHES, KV_NAMES, LAYER_OPTIONS, CacheMaker, make_cache
+from hf_kvopt.overrides.divided import require_followed
 from hf_kvopt.overrides.inputs import CheckedPrefill, PreparedInputs
 from hf_kvopt.overrides.instance import InstanceOverride
 from hf_kvopt.overrides.sharing import Sharing, install
 from hf_kvopt.overrides.speculation import DraftingGenerate
 from hf_kvopt.prefix.store import PrefixStore
 from hf_kvopt.presets import PRESETS, resolve
+from hf_kvopt.ranks import require_alike
 from hf_kvopt.speculation.drafters.base import Drafter
 from hf_kvopt.speculation.speculative import SpeculativeDecoding, speculative
 
@@ -98,7 +100,9 @@ def enable(
     Raises:
         ValueError, TypeError: an unknown cache name, or options that the cache does not take. The model is as it was.
         UnsupportedModel: a model that keeps its past in a cache of its own; with attention=True, one that does not
-            take this attention; with prefix_sharing, one whose keys and values depend on more than its tokens.
+            take this attention; with prefix_sharing, one whose keys and values depend on more than its tokens; layers
+            divided over ranks (`pp_size`), or fewer heads of keys and values than ranks.
+        CacheStateError: ranks that share the model (`tp_size`) name other options, or one of them does not come.
 
     Source: what users ask of plain `generate` in transformers' issues: prompts kept between calls (#24841, #34232),
     speculation for batches (#32165).
@@ -114,6 +118,10 @@ def enable(
         raise TypeError(
             f"enable takes a transformers model: got {type(model).__name__}; unwrap it first, e.g. pipe.model"
         )
+    require_followed(model)
+    sharing_said = prefix_sharing if isinstance(prefix_sharing, bool) else type(prefix_sharing).__name__
+    said = f"cache={cache!r}, attention={attention}, prefix_sharing={sharing_said}, draft={_name_of(draft)!r}"
+    require_alike(model, "options of enable", f"{said}, max_loss={max_loss}, {cache_options}")
     if cache in PRESETS:
         chosen = resolve(cache, model)
         given = {"prefix_sharing": prefix_sharing, "draft": draft}

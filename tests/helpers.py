@@ -7,8 +7,10 @@ Weights are drawn wide, so that margins far above float32 noise decide the next 
 """
 
 import os
+import signal
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -27,6 +29,7 @@ from transformers import (
 )
 
 from hf_kvopt import ATTENTION_NAME, CACHE_KEYWORD, PagedCache
+from hf_kvopt.cli.watch import IdleGuard, work_of
 
 VOCAB, WINDOW, NEW_TOKENS = 97, 20, 12
 KINDS = ("full", "sliding", "mixed")
@@ -114,7 +117,7 @@ def assert_usable(cache: PagedCache, kind: str = "full", seed: int = 0) -> None:
 
 
 def assert_in_a_forked_child(check: Callable[[], bool]) -> None:
-    """Run `check` in a forked child, which is killed after 30 s: it may wait for threads that it lacks."""
+    """Run `check` in a forked child, which is killed where it does no work: it may wait for threads that it lacks."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -123,8 +126,20 @@ def assert_in_a_forked_child(check: Callable[[], bool]) -> None:
             code = 0 if check() else 2
         finally:
             os._exit(code)
-    stuck = threading.Timer(30, os.kill, (child, 9))
-    stuck.start()
-    _, status = os.waitpid(child, 0)
-    stuck.cancel()
+    guard = IdleGuard(60)
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            break
+        time.sleep(0.01)
+        if guard.is_idle(work_of(child)):
+            os.kill(child, signal.SIGKILL)
     assert status == 0
+
+
+def join_while_working(threads: Sequence[threading.Thread], work: Callable[[], int]) -> None:
+    """Wait for threads for as long as what `work` counts grows."""
+    guard = IdleGuard(60)
+    while any(thread.is_alive() for thread in threads):
+        time.sleep(0.01)
+        assert not guard.is_idle(work()), f"threads hang: got {work()} steps"

@@ -2,7 +2,6 @@
 
 import importlib
 import inspect
-import subprocess
 import sys
 from importlib.resources import files
 
@@ -15,6 +14,7 @@ from hf_kvopt import errors
 from hf_kvopt.attention.forward import attention_forward
 from hf_kvopt.attention.mask import lazy_mask
 from hf_kvopt.attention.register import register
+from hf_kvopt.cli.watch import run_while_busy
 
 # Drawn in the docstring of errors.py.
 ERRORS = {
@@ -127,7 +127,8 @@ for x, old in zip(watched, before):
     changed = {name for name, value in vars(x).items() if name not in old or old[name] is not value}
     assert changed <= {"_abc_impl", "__warningregistry__"}, (x, changed)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600)
+    done = run_while_busy([sys.executable, "-c", script])
+    assert done is not None
     assert done.returncode == 0, done.stderr[-2000:]
 
 

@@ -17,16 +17,15 @@ ALIASES = {"wikitext-2": "Salesforce/wikitext:wikitext-2-raw-v1"}
 
 
 def add_text_arguments(parser: argparse.ArgumentParser, part: str = "all") -> None:
-    """Add `--corpus` and `--part`, and instead of them `--text`, or `--dataset`, `--split` and `--column`."""
+    """Add `--text` and `--part`, and `--dataset`, `--split` and `--column` instead of them."""
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--corpus", choices=sorted(CORPORA), default="programs", help="which text (%(default)s)")
-    which.add_argument("--text", type=Path, help="a text file of yours, instead of a corpus")
+    which.add_argument("--text", help=f"{', '.join(CORPORA)}, or a text file of yours (programs)")
     which.add_argument("--dataset", help="wikitext-2, or NAME or NAME:CONFIG for datasets.load_dataset, instead")
     parser.add_argument(
         "--part",
         choices=PARTS,
         default=part,
-        help="settings are chosen on one part of a corpus, judged on another (%(default)s)",
+        help="settings are chosen on one part of programs and prose, judged on another (%(default)s)",
     )
     parser.add_argument("--split", default="test", help="split of --dataset (%(default)s)")
     parser.add_argument("--column", default="text", help="text column of --dataset (%(default)s)")
@@ -38,10 +37,11 @@ def load_texts(args: argparse.Namespace) -> Iterable[str]:
     Raises:
         BadArgumentError: the file, the data set, its split or its column does not exist, or the file is no text.
     """
+    corpus = corpus_of(args)
+    if corpus is not None:
+        return CORPORA[corpus](args.part)
     if args.text is not None:
-        return [_read(args.text)]
-    if args.dataset is None:
-        return CORPORA[args.corpus](args.part)
+        return [_read(Path(args.text))]
     name, _, config = ALIASES.get(args.dataset, args.dataset).partition(":")
     try:
         rows = load_dataset(name, config or None, split=args.split)
@@ -52,16 +52,21 @@ def load_texts(args: argparse.Namespace) -> Iterable[str]:
     return (row[args.column] for row in rows)
 
 
-def text_facts(args: argparse.Namespace) -> dict[str, str | None]:
-    """Name the text of a run, for its rows."""
-    other = text_name(args)
-    corpus, part = (args.corpus, args.part) if other is None else (None, None)
-    return {"dataset": other, "corpus": corpus, "part": part}
+def corpus_of(args: argparse.Namespace) -> str | None:
+    """Name the text of the evals that was chosen; None for a file or a data set."""
+    name = args.text or "programs"
+    return name if args.dataset is None and name in CORPORA else None
 
 
 def text_name(args: argparse.Namespace) -> str | None:
-    """Name the text that was chosen, None for a corpus of the evals."""
-    return str(args.text) if args.text is not None else args.dataset
+    """Name the file or data set that was chosen; None for a text of the evals."""
+    return None if corpus_of(args) is not None else args.text or args.dataset
+
+
+def text_facts(args: argparse.Namespace) -> dict[str, str | None]:
+    """Name the text of a run, for its rows."""
+    corpus = corpus_of(args)
+    return {"dataset": text_name(args), "corpus": corpus, "part": None if corpus is None else args.part}
 
 
 def _read(path: Path) -> str:

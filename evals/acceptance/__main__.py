@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import hf_kvopt
 from evals._common.cli import BadArgumentError, Parser, add_output_argument, at_least
 from evals._common.models import Subject, add_model_arguments, load_subject
-from evals._common.prompts import add_text_arguments, load_texts, pad_left
+from evals._common.prompts import add_text_arguments, corpus_of, load_texts, pad_left
 from evals._common.rows import append_rows, provenance
 from evals._common.screen import progress, show_table
 from evals.acceptance.assistant import Assistant, of_own_layers
@@ -133,7 +133,8 @@ def _prompts(args: argparse.Namespace, subject: Subject) -> list[Tensor]:
     for text in load_texts(args):
         ids = subject.tokenizer(text, add_special_tokens=False)["input_ids"]
         # One file of the user yields all prompts; of a data set each text yields one.
-        starts = range(0, len(ids), args.prompt_tokens) if args.text is not None else range(min(1, len(ids)))
+        is_one = args.dataset is None and corpus_of(args) is None
+        starts = range(0, len(ids), args.prompt_tokens) if is_one else range(min(1, len(ids)))
         for start in starts:
             if len(prompts) < args.prompts:
                 prompts.append(torch.tensor(ids[start : start + max(1, args.prompt_tokens - len(prompts) % 7)]))

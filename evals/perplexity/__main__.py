@@ -20,7 +20,7 @@ from evals._common.cli import BadArgumentError, Parser, add_output_argument, at_
 from evals._common.memory import KVBytes
 from evals._common.models import Subject, add_model_arguments, check_length, load_subject
 from evals._common.outliers import add_outliers
-from evals._common.prompts import add_text_arguments, load_texts, text_facts, text_name
+from evals._common.prompts import add_text_arguments, corpus_of, load_texts, text_facts, text_name
 from evals._common.reading import Reading, join_scores, read_segments
 from evals._common.rows import append_rows, provenance
 from evals._common.screen import progress, show_table
@@ -169,6 +169,7 @@ def _row(args: argparse.Namespace, subject: Subject, result: Result, verdicts: S
         "kv_bytes_per_token": result.held.used / result.num_cached,
         "kv_reserved_bytes_per_token": result.held.reserved / result.num_cached,
         "bf16_share": result.bf16_share,
+        "bf16_share_32k": _long_share(subject, result.side).get("bf16_share", (None,))[0],
         "bars": [{"metric": v.bar.metric, "limit": v.bar.limit, "value": v.value, "met": v.is_met} for v in own],
     }
 
@@ -196,7 +197,7 @@ def _show(args: argparse.Namespace, subject: Subject, results: Sequence[Result])
             ]
         )
     first = results[0].summary
-    where = text_name(args) or f"{args.corpus}, {args.part}"
+    where = text_name(args) or f"{corpus_of(args)}, {args.part}"
     behind = f", scored behind {args.prefill} read at once" if args.prefill else ""
     title = (
         f"{subject.name} in {args.dtype} on {where}: {first.num_segments} segments of {args.context} tokens{behind}, "

@@ -8,6 +8,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from evals._common.prompts import corpus_of
 from evals._common.sides import Side
 
 
@@ -88,10 +89,13 @@ REAL: Mapping[str, Sequence[Bar]] = {
 
 def bars_for(args: argparse.Namespace) -> Sequence[Bar]:
     """Give the bars that a run with these arguments is judged by; losses behind a prompt, or of others, have none."""
-    if args.shape is not None or args.text is not None or args.dataset is not None or args.prefill:
+    corpus = corpus_of(args)
+    if args.shape is not None or corpus is None or args.prefill:
         return MEMORY
     if args.model is not None:
         return (*(REAL.get(args.model, ()) if not args.outliers else ()), *MEMORY)
+    if corpus != "programs":  # which are all that the bundled model was trained on
+        return MEMORY
     return (*(OUTLIERS if args.outliers else BUNDLED), *MEMORY)
 
 

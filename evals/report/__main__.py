@@ -20,6 +20,7 @@ from evals.report.figures import fill
 from evals.report.jobs import JOBS, Outcome, run_jobs
 from evals.report.page import plots_of, to_html, to_markdown
 from evals.report.rows import read_results
+from evals.report.trade import plot_losses
 
 PAGE = Path(__file__).parents[2] / "docs" / "results.md"
 QUICK_SECONDS = 270
@@ -53,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     facts = provenance(torch.device("cpu"))
     made = f"made {facts['date']} at {facts['revision']}; torch {facts['torch']}, transformers {facts['transformers']}"
     args.out.mkdir(parents=True, exist_ok=True)
+    plot_losses(args.results / "perplexity-models.png", rows)
     plots = plots_of([*quick_rows, *rows], [args.results / "quick", args.results])
     (args.out / "report.html").write_text(to_html(made, claims, plots, outcomes), encoding="utf8")
     (args.out / "report.md").write_text(to_markdown(made, claims, outcomes), encoding="utf8")

@@ -232,7 +232,7 @@ def _kernels(rows: Sequence[Found]) -> list[Claim]:
 
 
 def _gpu(rows: Sequence[Found]) -> list[Claim]:
-    """Return claims of rung 3: checks and speed on a GPU."""
+    """Return claims of rung 4: checks and speed on a GPU."""
     checks = [row for row in rows if "passed" in row.fields]
     claims = []
     if checks:

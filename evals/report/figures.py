@@ -11,6 +11,7 @@ from typing import Any
 
 from evals._common.cli import BadArgumentError
 from evals.report.rows import Fields, Found, newest
+from evals.report.trade import latest_losses, share
 
 _BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _CACHES = {
@@ -108,6 +109,36 @@ def _loss(rows: Sequence[Found]) -> str:
     return _table(columns, lines)
 
 
+def _real(rows: Sequence[Found]) -> str:
+    """Losses on models that this project did not train, a table for each model and text, smallest cache last."""
+    panels = {name: found for name, found in latest_losses(rows).items() if not name.startswith("reference_model")}
+    if not panels:
+        raise KeyError("perplexity of a real model")
+    parts = []
+    for name, found in panels.items():
+        first, lines = found[0], []
+        for f in sorted(found, key=share, reverse=True):
+            loss = f"{_percent(f['delta'])} [{_percent(f['delta_low'])}, {_percent(f['delta_high'])}]"
+            bars = [f"{_NAMES[b['metric']]} {_limit(b)}, {_verdict(b['met'])}" for b in f["bars"]]
+            cache = f["side"].split("+")[0].replace("transformers_", "transformers' ")
+            size, top1 = f"{share(f):.2f}", f"{f['top1_agreement']:.1%}"
+            lines.append([cache, size, loss, f"{f['kl_mean']:.1e}", top1, "; ".join(bars)])
+        said = (
+            f"**{name}**, {first['num_segments']} segments of {first['context']:,} tokens in chunks of "
+            f"{first['chunk']}, {first['dtype']}:"
+        )
+        columns = ["cache", "bytes, of bfloat16", "loss of perplexity, 95 % interval", "KL", "top-1", "goals, at most"]
+        parts += [said, _table(columns, lines)]
+    return "\n\n".join(parts)
+
+
+_NAMES = {"delta": "loss", "kl_mean": "KL", "top1_lost": "other first choices", "bf16_share": "bytes at 32k"}
+
+
+def _limit(bar: Fields) -> str:
+    return f"{bar['limit']:.1e}" if bar["metric"] == "kl_mean" else _percent(bar["limit"]).lstrip("+")
+
+
 def _prefix(rows: Sequence[Found]) -> str:
     first = {(f["length"], f["batch"], f["hit"]): f for f in _fields(rows, "prefix", "length", "batch", "hit")}
     known, cold, batch = first[4096, 1, 0.95], first[4096, 1, 0.0], first[1024, 4, 0.95]
@@ -173,6 +204,7 @@ def _why(rows: Sequence[Found]) -> str:
 BLOCKS: dict[str, Callable[[Sequence[Found]], str]] = {
     "speed": _speed,
     "loss": _loss,
+    "real": _real,
     "prefix": _prefix,
     "speculation": _speculation,
     "why": _why,

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_kvopt.attention.guards import check_ownership, check_weights, check_window
+from hf_kvopt.attention.checks import check_ownership, check_weights, check_window
 from hf_kvopt.attention.masking import add_bias, hide_before, select_keys, take_apart
 from hf_kvopt.attention.mla import LatentKV, attend_latent, is_absorbable
 from hf_kvopt.attention.sealed import aligned
@@ -55,7 +55,7 @@ def attention_forward(
             attention_mask = select_keys(attention_mask, kwargs["indices"], query.shape[2], key.shape[2])
         pattern = take_apart(module, query, key, attention_mask, is_causal, sliding_window, scoring)
         if isinstance(handle, KVHandle) and handle.table is not None and handle.table.is_ragged:
-            pattern = hide_before(handle.starts or [], pattern, key.shape[2])
+            pattern = hide_before(handle, pattern, key.shape[2])
     except (KVOptError, ValueError):
         if isinstance(handle, KVHandle) and handle.guard is not None and handle.table is not None:
             handle.guard.undo(handle.table)

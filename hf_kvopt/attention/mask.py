@@ -15,6 +15,7 @@ from torch import Tensor
 from hf_kvopt import compat
 from hf_kvopt.attention.support import takes_boolean_masks
 from hf_kvopt.errors import CacheStateError, UnsupportedModel
+from hf_kvopt.kernels import devices
 from hf_kvopt.pool.lazy import LazyTensor
 
 
@@ -97,7 +98,7 @@ def lazy_mask(
     kv_length: int,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
-    mask_function: Callable = compat.causal_mask_function,
+    mask_function: Callable[..., Any] = compat.causal_mask_function,
     attention_mask: Tensor | None = None,
     device: torch.device | str = "cpu",
     **kwargs: Any,
@@ -133,13 +134,13 @@ def lazy_mask(
         padding = padding[:, kv_offset : kv_offset + kv_length]
         # Checked once for each forward on a CPU only: a GPU would have to synchronize, so there padding is always
         # passed on.
-        if padding.device.type == "cpu" and bool(padding.all()):
+        if devices.is_on_host(padding) and bool(padding.all()):
             padding = None
     shape = (batch_size, 1, q_length, kv_length)
     return LazyMask(shape, torch.device(device), pattern, padding, lambda: compat.sdpa_mask(**arguments))
 
 
-def describe(mask_function: Callable) -> Pattern | None:
+def describe(mask_function: Callable[..., Any]) -> Pattern | None:
     """Return the pattern that one of transformers' mask functions implements; None for any other function."""
     if mask_function is compat.causal_mask_function:
         return Pattern(is_causal=True, window=None)
@@ -153,7 +154,7 @@ def describe(mask_function: Callable) -> Pattern | None:
     return None
 
 
-def _closure(function: Callable, like: Callable) -> dict[str, Any]:
+def _closure(function: Callable[..., Any], like: Callable[..., Any]) -> dict[str, Any]:
     """Return the captured variables of `function` if it was made by the same code as `like`, else none."""
     code = getattr(function, "__code__", None)
     if code is None or code is not like.__code__:
@@ -163,14 +164,14 @@ def _closure(function: Callable, like: Callable) -> dict[str, Any]:
 
 
 @cache
-def _and_mask() -> Callable:
+def _and_mask() -> Callable[..., Any]:
     """Return a mask function that transformers combined from parts."""
-    made: Callable = compat.and_masks(compat.causal_mask_function)
+    made: Callable[..., Any] = compat.and_masks(compat.causal_mask_function)
     return made
 
 
 @cache
-def _sliding() -> Callable:
+def _sliding() -> Callable[..., Any]:
     """Return a sliding-window mask function of transformers."""
-    made: Callable = compat.sliding_window_overlay(1)
+    made: Callable[..., Any] = compat.sliding_window_overlay(1)
     return made

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from hf_kvopt.attention.mask import LazyMask
 from hf_kvopt.errors import CacheStateError
+from hf_kvopt.kernels import devices
 from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.pool.handle import KVHandle
 
@@ -35,11 +36,13 @@ def take_apart(
         if attention_mask.padding is None:
             # A copy at every layer and step would be a tenth of what attention costs beside its products.
             return scoring if causal and window is None else scoring._replace(is_causal=causal, window=window)
-        starts = key.starts if isinstance(key, KVHandle) and key.scale is None else None
+        # Where the mask's rows begin is known to the device alone: a decode step must not wait to be told.
+        may_ask = q_len > 1 or devices.is_on_host(query)
+        starts = key.starts if may_ask and isinstance(key, KVHandle) and key.scale is None else None
         if starts is not None and starts == attention_mask.starts:
             return _ordered(scoring, causal, window)  # columns that the table does not hold need no mask
         # In a prefill, padding is skipped row by row; for a few queries one mask over the keys is cheaper.
-        if q_len > 1 and causal and query.device.type == "cpu" and attention_mask.starts is not None:
+        if q_len > 1 and causal and devices.is_on_host(query) and attention_mask.starts is not None:
             return scoring._replace(is_causal=causal, window=window, starts=attention_mask.starts)
         return scoring._replace(is_causal=causal, window=window, mask=attention_mask.key_mask)
     if isinstance(key, KVHandle) and key.table is None and attention_mask.shape[-1] > kv_len:
@@ -100,13 +103,14 @@ def _ordered(scoring: Pattern, is_causal: bool, window: int | None) -> Pattern:
     return scoring._replace(is_causal=is_causal, window=window)
 
 
-def hide_before(starts: list[int], pattern: Pattern, kv_len: int) -> Pattern:
-    """Hide in `pattern` the columns before each row's first token, which hold nothing."""
-    mask = pattern.mask
+def hide_before(key: KVHandle, pattern: Pattern, kv_len: int) -> Pattern:
+    """Hide in `pattern` the columns of `key` before each row's first token, which hold nothing."""
+    mask, starts = pattern.mask, key.starts or []
+    assert key.table is not None
     if mask is None:
         given = [0] * len(starts) if pattern.starts is None else pattern.starts
         return pattern._replace(starts=[max(pair) for pair in zip(starts, given, strict=True)])
-    first = torch.tensor(starts, device=mask.device)
+    first = key.table.numbers(starts, mask.device)
     held = (torch.arange(kv_len, device=mask.device) >= first[:, None])[:, None, None]
     hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
     return pattern._replace(mask=torch.where(held, mask, hidden))

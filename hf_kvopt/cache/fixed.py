@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_kvopt.cache.layer import PagedLayer
 from hf_kvopt.errors import CacheStateError, OutOfBlocks
 from hf_kvopt.pool.block_table import BlockTable
-from hf_kvopt.pool.fixed_rows import FixedCentres, next_slots, require_room
+from hf_kvopt.pool.fixed_rows import FixedCentres, held_tokens, is_on_host, next_slots, require_room
 from hf_kvopt.pool.handle import EqualRows, KVHandle, KVSpec, KVView, Stored
 from hf_kvopt.pool.slots import writable
 from hf_kvopt.pool.storage import KVPool, Plane
@@ -48,13 +48,14 @@ class FixedLayer(PagedLayer):
         table, batch = self.table, key_states.shape[0]
         max_blocks = table.allocator.max_blocks
         assert max_blocks is not None
-        row_blocks = max_blocks // batch
-        if row_blocks == 0:
+        if batch > max_blocks * table.block_size:
             raise OutOfBlocks(
                 f"a batch of {batch} rows does not fit: got max_tokens={max_blocks * table.block_size} ({max_blocks} "
                 f"blocks of {table.block_size}); raise max_tokens to at least batch_size * (prompt tokens + "
-                "max_new_tokens), each row in whole blocks"
+                "max_new_tokens)"
             )
+        # Rounded up: batch * (prompt + new) tokens must hold the rows, whatever the block size.
+        row_blocks = -(-max_blocks // batch)
         # Exactly the batch's share, so that row r begins at block r * row_blocks.
         table.allocator.max_blocks = row_blocks * batch
         self.row_capacity = row_blocks * table.block_size
@@ -104,12 +105,12 @@ class FixedLayer(PagedLayer):
         # Only now: what breaks off before this was not written.
         self.length.add_(num_tokens)
         self.seq_lens.add_(num_tokens)
-        if self.seq_lens.device.type != "cpu":
+        if not is_on_host(self.seq_lens):
             self.seq_lens.clamp_(max=self.row_capacity)  # what lies beyond went nowhere
         # A prefill runs eagerly and knows its length; a decode step must look the same at every length.
         # The first step finds nothing before it, also where it is traced.
         seen = num_tokens if is_new else None
-        kv_len = seen or (self.row_capacity if self._is_static(num_tokens) else int(self.length))
+        kv_len = seen or (self.row_capacity if self._is_static(num_tokens) else self.held)
         # A prompt's own states are all that it reads.
         is_prompt = num_tokens > 1 and not torch.compiler.is_compiling() and kv_len == num_tokens
         is_exact = is_prompt and (self.exact_prefill or self.format.is_native)
@@ -131,8 +132,24 @@ class FixedLayer(PagedLayer):
                     new.copy_(old)
             if self.centres is not None and twin.centres is not None:
                 twin.centres.copy_from(self.centres)
-            twin.set_length(int(self.length))
+            twin.set_length(self.held)
         return twin
+
+    @property
+    def held(self) -> int:
+        """Tokens of each row; see `held_tokens` for what is raised."""
+        return held_tokens(self.length, self.row_capacity)
+
+    def require_capacity(self, batch: int, needed: int) -> None:
+        """Raise OutOfBlocks where rows that grow to `needed` tokens do not fit, before anything is written."""
+        max_blocks, size = self.table.allocator.max_blocks, self.table.block_size
+        assert max_blocks is not None
+        capacity = self.row_capacity or -(-max_blocks // batch) * size
+        if needed > capacity:
+            raise OutOfBlocks(
+                f"this call may grow its rows to {needed} tokens: got room for {capacity} in each of {batch} rows; "
+                f"raise max_tokens to at least {batch * needed}, or lower max_new_tokens"
+            )
 
     @property
     def is_empty(self) -> bool:
@@ -141,7 +158,7 @@ class FixedLayer(PagedLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         if self.pool is None:
             return query_length, 0
-        return (self.row_capacity if self._is_static(query_length) else int(self.length) + query_length), 0
+        return (self.row_capacity if self._is_static(query_length) else self.held + query_length), 0
 
     def get_seq_length(self) -> Any:
         """Tokens held: a 0-d tensor on the layer's device once there are any, as for `StaticLayer`."""
@@ -162,7 +179,7 @@ class FixedLayer(PagedLayer):
     def keep(self, num_tokens: int, path: Sequence[int]) -> None:
         """Of the last `num_tokens` tokens of every row keep those numbered in `path`, in that order."""
         assert self.pool is not None
-        first = int(self.length) - num_tokens
+        first = self.held - num_tokens
         moved = [(node, place) for place, node in enumerate(path) if node != place]
         starts = [row * self.row_capacity + first for row in range(self.table.batch_size)]
         if moved:
@@ -214,7 +231,7 @@ class FixedLayer(PagedLayer):
     def _stored(self, name: str) -> Tensor | None:
         if self.pool is None:
             return None
-        return self._handle(getattr(self.pool, name), int(self.length))
+        return self._handle(getattr(self.pool, name), self.held)
 
     def _check(self, key_states: Tensor, value_states: Tensor) -> None:
         super()._check(key_states, value_states)
@@ -224,5 +241,5 @@ class FixedLayer(PagedLayer):
                 f"the cache holds {self.table.batch_size} rows: got a batch of {batch}; free() it for a new batch"
             )
         # On a GPU only where it costs nothing: a decode step must not wait for the device. A graph asks when it runs.
-        if not torch.compiler.is_compiling() and (num_tokens > 1 or key_states.device.type == "cpu"):
-            require_room(num_tokens, int(self.length), self.row_capacity)
+        if not torch.compiler.is_compiling() and (num_tokens > 1 or is_on_host(key_states)):
+            require_room(num_tokens, self.held, self.row_capacity)

@@ -1,57 +1,78 @@
 """ForwardLog: which layers each forward reached, for caches that hold states beside keys and values.
 
     layers       0 states   1 keys   2 states
-    a forward    written    written  written        reach 2
-    the next     written    written  |              broke off behind layer 1: the states of layer 0 have moved on
+    a forward    read       written  read           reach 2
+    the next     read       written  |              broke off behind layer 1: the states of layer 0 have moved on
 
 States sum up a text: unlike keys they cannot be cut back to where a forward began. A cache of which a forward stopped
-half way must begin anew, and this log tells that it has to.
+half way must begin anew, and this log tells that it has to. A decode step changes states in place, and no cache sees
+it: whoever reads a state is taken to change it.
 """
 
 KEYS = "keys"
 """What a layer holds in blocks: all else that it holds cannot be cut back."""
+READ = "read"
+"""How the names of parts begin that are read, and may be changed in place. Every forward reads all states of a layer,
+and does not write all of them by the cache."""
 
 
 class ForwardLog:
-    """Sees every write to a cache, and tells at the next one whether the forward before it reached the last layer.
+    """Sees every read of states and every write, and tells at the next one whether the forward before was whole.
 
-    Args:
-        num_layers: of the cache, as its config names them.
-
-    Between calls: `last` is the layer that was written last, `reach` the last one that any forward wrote.
+    Between calls: `last` is the layer that came last, `reach` the last one that any forward came to; both as places in
+    the order in which a forward comes to the layers. `ever` are the parts of the layer at `reach` that a forward came
+    to.
     """
 
-    def __init__(self, num_layers: int) -> None:
-        self.num_layers = num_layers
+    def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
         """Forget all forwards."""
         self.last = self.reach = -1
         self.num_whole = 0  # forwards before this one
-        self.written: frozenset[tuple[int, str]] = frozenset()  # by this forward
+        self.written: frozenset[tuple[int, str]] = frozenset()  # by this forward, or read
+        self.ever: frozenset[str] = frozenset()
         self.is_broken = False
+        self._before: tuple[int, int, frozenset[tuple[int, str]]] = (-1, 0, frozenset())
 
-    def begins(self, layer_idx: int, part: str = KEYS) -> bool:
-        """Whether a write to `part` of a layer is the first one of a forward."""
-        return not self.written or layer_idx < self.last or (layer_idx, part) in self.written
+    @property
+    def has_only_read(self) -> bool:
+        """Whether this forward has written nothing yet."""
+        return all(part.startswith(READ) for _, part in self.written)
 
-    def follows_half(self, layer_idx: int, part: str = KEYS) -> bool:
-        """Whether a forward before the one that makes this write stopped half way."""
+    def begins(self, place: int, part: str = KEYS) -> bool:
+        """Whether `part` of the layer at `place` is the first one of a forward."""
+        return not self.written or place < self.last or (place, part) in self.written
+
+    def follows_half(self, place: int, part: str = KEYS) -> bool:
+        """Whether a forward before the one that comes to this part stopped half way."""
         if self.is_broken:
             return True
-        begins = bool(self.written) and self.begins(layer_idx, part)
-        if begins and self.last < self.reach:
+        begins = bool(self.written) and self.begins(place, part)
+        if begins and (self.last < self.reach or self._lacks_parts()):
             return True
-        # In the first forward nobody knows yet which layer is the last.
-        return layer_idx > self.reach and self.num_whole + begins > 0
+        # In the first forward nobody knows yet which layer, and which part of it, is the last.
+        is_new = place > self.reach or (place == self.reach and _is_steady(part) and part not in self.ever)
+        return is_new and self.num_whole + begins > 0
 
-    def note(self, layer_idx: int, part: str = KEYS) -> None:
-        """Take note of a write."""
-        if self.written and self.begins(layer_idx, part):
-            self.num_whole, self.written = self.num_whole + 1, frozenset()
-        self.written |= {(layer_idx, part)}
-        self.last, self.reach = layer_idx, max(self.reach, layer_idx)
+    def note(self, place: int, part: str = KEYS) -> None:
+        """Take note of a write, or of a read of states."""
+        if self.begins(place, part):
+            self._before = self.last, self.num_whole, self.written
+            self.num_whole, self.written = self.num_whole + bool(self.written), frozenset()
+        if place > self.reach:
+            self.ever = frozenset()
+        if place >= self.reach and _is_steady(part):
+            self.ever |= {part}
+        self.written |= {(place, part)}
+        self.last, self.reach = place, max(self.reach, place)
+
+    def take_back(self) -> None:
+        """Forget that this forward began: it was refused before it changed anything."""
+        self.last, self.num_whole, self.written = self._before
+        if not self.written and not self.num_whole:
+            self.clear()
 
     def note_refusal(self) -> None:
         """Take note that the write before was refused, and that the keys that this forward wrote were taken back."""
@@ -61,3 +82,11 @@ class ForwardLog:
             self.last, self.written = self.reach, frozenset()
         else:
             self.clear()
+
+    def _lacks_parts(self) -> bool:
+        return bool(self.ever - {part for place, part in self.written if place == self.reach})
+
+
+def _is_steady(part: str) -> bool:
+    """Whether every forward comes to a part: states are written by the cache in some, in place in others."""
+    return part == KEYS or part.startswith(READ)

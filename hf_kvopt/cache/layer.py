@@ -13,6 +13,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.pool.block_table import BlockTable
+from hf_kvopt.pool.fixed_rows import is_on_host
 from hf_kvopt.pool.handle import KVHandle
 from hf_kvopt.pool.plane import Plane
 from hf_kvopt.pool.sealed import SealedPool
@@ -58,7 +59,7 @@ class PagedLayer(CacheLayerMixin):
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
-        """[batch, num_kv_heads, tokens held, head_dim], by reference; None before the first update."""
+        """[batch, num_kv_heads, tokens held, head_dim], by reference; None before there is a pool."""
         return self._stored("keys")
 
     @property
@@ -78,7 +79,7 @@ class PagedLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         allocator = self.table.allocator
-        self.table.keep_contiguous = key_states.device.type == "cpu"
+        self.table.keep_contiguous = is_on_host(key_states)
         self.pool = self.make_pool(key_states, value_states)
         self.is_first = self.is_first or not allocator.pools
         self.pool.reads.is_first = self.is_first
@@ -112,9 +113,7 @@ class PagedLayer(CacheLayerMixin):
         replaces = table.window is not None and table.replaces_window(num_tokens)
         past = self._past_dense(pool, table.visible_start(start)) if replaces and isinstance(pool, KVPool) else None
         step = table.advance(batch, start, num_tokens)
-        dropped = step.start - start
-        kept = (key_states[:, :, dropped:], value_states[:, :, dropped:]) if dropped else (key_states, value_states)
-        pool.write(*kept, table, step.start, step.stop)
+        pool.write(key_states, value_states, table, step.start, step.stop)
         self.clock = step.stop  # only now: what breaks off before this was not written
         keys, values = None, None
         if replaces and isinstance(pool, KVPool):
@@ -227,9 +226,11 @@ class PagedLayer(CacheLayerMixin):
         return self.clock
 
     def _stored(self, name: str) -> Tensor | None:
-        if self.pool is None or not self.table.rows:
+        if self.pool is None:
             return None
         plane: Plane = getattr(self.pool, name)
+        if not self.table.rows:
+            return plane.no_tokens(0)  # initialized, which says that there is a tensor
         first = self.table.visible_start(self.clock)
         view = plane.view(self.table, self._num_columns() - first, first - self.table.base)
         return KVHandle(view, self.pool.reads)

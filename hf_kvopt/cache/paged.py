@@ -24,13 +24,16 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
+from hf_kvopt import compat
 from hf_kvopt.cache.forwards import ForwardLog
 from hf_kvopt.cache.hybrid import HybridLayer
 from hf_kvopt.cache.kinds import LayerMaker
 from hf_kvopt.cache.layer import PagedLayer
+from hf_kvopt.cache.loop import loop_of
 from hf_kvopt.cache.rows import FixedRows, GrowingRows, TableMaker
 from hf_kvopt.cache.stats import CacheStats, measure
 from hf_kvopt.cache.watched import WatchedCache
+from hf_kvopt.cache.whole import require_undivided_layers
 from hf_kvopt.config import CacheConfig
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.pool.block_table import BlockTable
@@ -58,6 +61,7 @@ class PagedCache(WatchedCache):
 
     Raises:
         ValueError: a value cannot work.
+        UnsupportedModel: the layers of the model are divided over ranks (`pp_size`).
 
     Source: PagedAttention, arXiv:2309.06180; transformers issues #30536 (cat doubles the peak), #31717 (give memory
     back).
@@ -94,12 +98,15 @@ class PagedCache(WatchedCache):
             # Past DynamicCache's __init__, which would build its own layers.
             Cache.__init__(self, layer_class_to_replicate=PagedLayer, **kwargs)
         else:
+            require_undivided_layers(config)
             config = config.get_text_config(decoder=True)
             maker = self._layer_maker().resolved(config)
             self.formats = maker.formats
             Cache.__init__(self, layers=maker.layers(config), **kwargs)
-            if not all(getattr(layer, "is_dummy", False) for layer in self._stock_layers()):
-                self._log = ForwardLog(len(self.layers))
+            if self._stock_layers():
+                self._log = ForwardLog()
+            self._states_elsewhere = compat.keeps_states_in_modules(config)
+            self._loop = loop_of(config, len(self.layers))
 
     @property
     def layer_class_to_replicate(self) -> Any:
@@ -256,9 +263,9 @@ class PagedCache(WatchedCache):
         return [layer for layer in self.layers if isinstance(layer, PagedLayer)]
 
     def _stock_layers(self) -> list[Any]:
-        """transformers' own layers, and the states of hybrid ones."""
+        """transformers' own layers, and the states of hybrid ones; not those that hold nothing."""
         layers = [layer.states if isinstance(layer, HybridLayer) else layer for layer in self.layers]
-        return [layer for layer in layers if not isinstance(layer, PagedLayer)]
+        return [layer for layer in layers if not isinstance(layer, PagedLayer) and not compat.holds_nothing(layer)]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "owner": None, "_call": None, "_guard": None}

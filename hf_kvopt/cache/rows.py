@@ -167,7 +167,7 @@ class FixedRows(GrowingRows):
         return super().table_for(None)
 
     def lengths(self, table: BlockTable, layers: Layers) -> list[int]:
-        lengths = [int(layer.length) for layer in self._fixed(layers)]
+        lengths = [layer.held for layer in self._fixed(layers)]
         return [max(lengths, default=0)] * table.batch_size
 
     def require_croppable(self, num_tokens: int) -> None:
@@ -175,7 +175,7 @@ class FixedRows(GrowingRows):
 
     def crop(self, num_tokens: int, layers: Layers) -> None:
         for layer in self._fixed(layers):
-            layer.set_length(max(0, int(layer.length) - num_tokens))
+            layer.set_length(max(0, layer.held - num_tokens))
 
     def crop_rows(self, lengths: Sequence[int], layers: Layers) -> None:
         raise CacheStateError(

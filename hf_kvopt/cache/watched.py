@@ -16,8 +16,10 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationConfig
 
 from hf_kvopt import compat
-from hf_kvopt.cache.forwards import KEYS, ForwardLog
+from hf_kvopt.cache.fixed import FixedLayer
+from hf_kvopt.cache.forwards import KEYS, READ, ForwardLog
 from hf_kvopt.cache.layer import PagedLayer
+from hf_kvopt.cache.loop import Loop
 from hf_kvopt.cache.rows import CacheStep, GrowingRows
 from hf_kvopt.cache.whole import columns_left, note_step, refusal, text_columns
 from hf_kvopt.errors import CacheStateError
@@ -31,6 +33,9 @@ class WatchedCache(DynamicCache):
     _guard: CacheStep | None = None
     _makes_layers: bool  # whether the config is not known, so that layers are made as they are written
     _log: ForwardLog | None = None  # where some layers hold more than keys and values of tokens
+    _loop: Loop | None = None  # where the model appends layers for further passes
+    _states_elsewhere = False  # the model keeps states that this cache never sees
+    _first_paged: int | None = None  # the first layer with blocks, once there is one
     _call: weakref.ref[GenerationConfig] | None = None  # the generate() call that was checked last
 
     def update(
@@ -46,8 +51,11 @@ class WatchedCache(DynamicCache):
         is_watched = not torch.compiler.is_compiling()
         if is_watched:
             if is_paged:
-                self._require_whole(columns_left(self.layers, layer, num_tokens))
-            self._before_write(layer_idx, KEYS if is_paged else "keys of its own", num_tokens)
+                in_turn = self._in_turn()
+                left = columns_left(in_turn, layer, num_tokens)
+                if left is not None:
+                    self._require_whole(left)
+            self._before_write(layer_idx, KEYS if is_paged else "keys of its own", num_tokens, len(key_states))
         try:
             states: tuple[Tensor, Tensor]
             if self.offloading:
@@ -55,7 +63,7 @@ class WatchedCache(DynamicCache):
             else:
                 states = layer.update(key_states, value_states, *args, **kwargs)
             if is_watched and is_paged:
-                note_step(self.layers, layer, num_tokens)
+                note_step(in_turn, layer, num_tokens)
                 guard = self._step()
                 for handle in states:
                     if isinstance(handle, KVHandle):
@@ -72,13 +80,13 @@ class WatchedCache(DynamicCache):
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
         """Store convolution states; see `update`."""
-        self._before_write(layer_idx, f"conv {args} {kwargs.get('state_idx')}", conv_states.shape[-1])
+        self._before_write(layer_idx, f"conv {_state_idx(args, kwargs)}", conv_states.shape[-1])
         states: Tensor = super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
         return states
 
     def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
         """Store recurrent states; see `update`."""
-        self._before_write(layer_idx, f"recurrent {args} {kwargs.get('state_idx')}", 1)
+        self._before_write(layer_idx, f"recurrent {_state_idx(args, kwargs)}", 1)
         states: Tensor = super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
         return states
 
@@ -87,6 +95,24 @@ class WatchedCache(DynamicCache):
         self._before_write(layer_idx, "indexer", indexer_key_states.shape[-2])
         states: Tensor = super().update_indexer(indexer_key_states, layer_idx, *args, **kwargs)
         return states
+
+    def get_conv_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor | None:
+        """Hand out convolution states, which a decode step changes in place; see `update` for errors."""
+        self._before_change(layer_idx, f"{READ} conv {_state_idx(args, kwargs)}")
+        states: Tensor | None = super().get_conv_state(layer_idx, *args, **kwargs)
+        return states
+
+    def get_recurrent_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor | None:
+        """Hand out recurrent states; see `get_conv_state`."""
+        self._before_change(layer_idx, f"{READ} recurrent {_state_idx(args, kwargs)}")
+        states: Tensor | None = super().get_recurrent_state(layer_idx, *args, **kwargs)
+        return states
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        """Whether a layer has states; before transformers 5.20 what a layer asks that then changes them in place."""
+        if layer_idx is not None and not compat.HANDS_OUT_STATES:
+            self._before_change(layer_idx, f"{READ} {state_idx}", is_once=state_idx is None)
+        return bool(super().has_previous_state(layer_idx, state_idx))
 
     @property
     def num_columns(self) -> int:
@@ -124,25 +150,53 @@ class WatchedCache(DynamicCache):
         """Undo a forward of which only some layers were written, back to column `clock`."""
         raise NotImplementedError
 
-    def _before_write(self, layer_idx: int, part: str, num_tokens: int) -> None:
+    def _before_write(self, layer_idx: int, part: str, num_tokens: int, batch: int = 0) -> None:
         """Refuse a write that would give a wrong token."""
         if torch.compiler.is_compiling():
             return
-        # A model that passes through its layers several times, and appended some for that, comes back to earlier ones.
-        log = self._log if self._log is not None and len(self.layers) == self._log.num_layers else None
-        if log is not None and log.follows_half(layer_idx, part):
+        log, place = self._log, self._place(layer_idx)
+        if log is not None and log.follows_half(place, part):
             self._require_whole(0)
-        if log is not None:
-            begins = log.begins(layer_idx, part)
-        else:
-            begins = layer_idx == next((i for i, one in enumerate(self.layers) if isinstance(one, PagedLayer)), None)
+        begins = layer_idx == self._first() if log is None else log.has_only_read or log.begins(place, part)
         # Not at each decode step of a call, which this would make longer.
         if begins and (num_tokens > 1 or self._call is None or self._call() is None):
-            self._check_call(num_tokens)
+            try:
+                self._check_call(num_tokens, batch)
+            except BaseException:
+                if log is not None and log.has_only_read:
+                    log.take_back()
+                raise
         if log is not None:
-            log.note(layer_idx, part)
+            log.note(place, part)
 
-    def _check_call(self, num_tokens: int) -> None:
+    def _before_change(self, layer_idx: int, part: str, is_once: bool = True) -> None:
+        """Refuse where states are handed out to a forward, to be changed, and the one before stopped half way.
+
+        Args:
+            is_once: whether a forward asks once for this part.
+        """
+        log, place = self._log, self._place(layer_idx)
+        if log is None or torch.compiler.is_compiling() or (not is_once and (place, part) in log.written):
+            return
+        if log.follows_half(place, part):
+            self._require_whole(0)
+        log.note(place, part)
+
+    def _place(self, layer_idx: int) -> int:
+        """How many layers a forward writes before this one."""
+        return layer_idx if self._loop is None else self._loop.place(layer_idx)
+
+    def _first(self) -> int | None:
+        """The number of the first layer with blocks."""
+        if self._first_paged is None:
+            self._first_paged = next((i for i, one in enumerate(self.layers) if isinstance(one, PagedLayer)), None)
+        return self._first_paged
+
+    def _in_turn(self) -> list[Any]:
+        """The layers, in the order in which a forward writes them."""
+        return self.layers if self._loop is None else self._loop.in_turn(self.layers)
+
+    def _check_call(self, num_tokens: int, batch: int) -> None:
         """Refuse what the running generate() call would feed on top of itself."""
         call = compat.running_call(self)
         if call is None:
@@ -157,8 +211,19 @@ class WatchedCache(DynamicCache):
         held = 0  # states alone do not say how many tokens they sum up
         if self.has_columns or not all(self.is_linear):
             held = self.num_columns if self.has_columns else int(self.get_seq_length())
+        if is_new and batch and call.longest:
+            for layer in self.layers:
+                if isinstance(layer, FixedLayer):
+                    layer.require_capacity(batch, call.longest)
+                    break
         if not is_new or not held:
             return
+        if self._states_elsewhere:
+            raise CacheStateError(
+                "this model keeps its recurrent states in its modules, where the last forward of any call left them: "
+                f"got a cache that holds {held} tokens of a call before; pass an empty cache, or none, and the whole "
+                "text"
+            )
         # Of a prompt that is held whole, transformers drops some of the first tokens, or none.
         if num_tokens == 2 * call.columns - held:
             require_shorter(held, call.columns)
@@ -190,3 +255,8 @@ def require_shorter(held: int, columns: int) -> None:
             "which transformers then feeds again; call cache.reset(), or cache.crop(-n) so that at least the last "
             "prompt token is missing"
         )
+
+
+def _state_idx(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Which of the states of a layer is meant."""
+    return args[0] if args else kwargs.get("state_idx", 0)

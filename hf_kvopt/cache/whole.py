@@ -12,9 +12,13 @@ sat out a forward) tell nothing about it.
 from collections.abc import Sequence
 from typing import Any
 
+from transformers import PreTrainedConfig
+
+from hf_kvopt import compat
 from hf_kvopt.cache.fixed import FixedLayer
 from hf_kvopt.cache.layer import PagedLayer
-from hf_kvopt.errors import CacheStateError
+from hf_kvopt.errors import CacheStateError, UnsupportedModel
+from hf_kvopt.pool.fixed_rows import is_on_host
 
 
 def columns_left(layers: Sequence[Any], layer: PagedLayer, num_tokens: int) -> int | None:
@@ -65,6 +69,19 @@ def text_columns(layers: Sequence[Any]) -> int:
     return 0 if first is None else _columns(first)
 
 
+def require_undivided_layers(config: PreTrainedConfig) -> None:
+    """Raise UnsupportedModel for a pipeline: a rank's cache would count the tokens of layers that it never sees.
+
+    Every rank refuses, before the first of them waits for another.
+    """
+    if compat.is_pipelined(config):
+        raise UnsupportedModel(
+            f"a cache counts the tokens of all layers: got {type(config).__name__} of a model whose layers are divided "
+            "over ranks (DistributedConfig(pp_size=...)); divide each layer, with tp_size, or spread the layers "
+            'over the devices of one process with device_map="auto"'
+        )
+
+
 def _in_step(layers: Any) -> PagedLayer | None:
     """The first of the layers that keeps step with the text."""
     for layer in layers:  # asked at each layer of each step: no generator
@@ -84,4 +101,4 @@ def _comes_behind(layers: Sequence[Any], layer: PagedLayer, last: PagedLayer) ->
 def _is_cheap_to_ask(layers: Sequence[Any], layer: PagedLayer, num_tokens: int) -> bool:
     """Whether the lengths of fixed capacity, which lie on the device, are read without a wait for a decode step."""
     assert isinstance(layer, FixedLayer)
-    return layer is _in_step(layers) and (num_tokens > 1 or layer.length.device.type == "cpu")
+    return layer is _in_step(layers) and (num_tokens > 1 or is_on_host(layer.length))

@@ -19,7 +19,7 @@ from hf_kvopt.kernels import devices
 from hf_kvopt.kernels.calls import AttentionCall, EqualRows, KVSpec, KVView, Reader, Stored
 from hf_kvopt.kernels.cpu import codes, dense, sealed_tiles
 from hf_kvopt.kernels.cpu import paged_attention as compiled
-from hf_kvopt.kernels.cpu.place import place_of
+from hf_kvopt.kernels.cpu.address import address_of
 from hf_kvopt.kernels.library import PATTERN, define_op
 from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.kernels.triton import attention as triton
@@ -67,7 +67,7 @@ def fixed_view(
     """Make a view of rows of fixed capacity out of what it holds, `dtype` being what a model sees."""
     fmt = format_of(codes.dtype)
     shape = (len(rows.block_table), codes.shape[2], kv_len, codes.shape[3] * fmt.codes_per_byte)
-    plane = Stored(codes, scale, rotates, place_of(codes, scale))
+    plane = Stored(codes, scale, rotates, address_of(codes, scale))
     return KVView(plane, rows, KVSpec(shape, dtype, fmt.name, rotates), centre=centre)
 
 
@@ -88,7 +88,7 @@ def _attend_fixed(
 ) -> Tensor:
     """Run the list over views made of what they hold."""
     # On a CPU it costs nothing to look; elsewhere whoever made the handle left out what is not needed.
-    if centre is not None and centre.device.type == "cpu" and not bool(centre.any()):
+    if centre is not None and devices.is_on_host(centre) and not bool(centre.any()):
         centre = None
     rows = EqualRows(block_table, seq_lens)
     k = fixed_view(key_codes, key_scale, rows, kv_len, key_dtype, rotates, centre)

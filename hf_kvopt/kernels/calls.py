@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.kernels.blocks import row_views
-from hf_kvopt.kernels.cpu.place import Place
+from hf_kvopt.kernels.cpu.address import PoolAddress
 from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.quant import Format, Quantized, dequantize, get_format, rotate, unguarded
 
@@ -28,13 +28,13 @@ class Stored(NamedTuple):
         codes: [num_blocks, block_size, num_kv_heads, width].
         scale: [num_blocks, block_size, num_kv_heads, *scale_shape]; None for native storage.
         rotates: whether vectors are rotated before they are stored.
-        place: where the tensors lie, for the compiled kernels of a CPU; None where those cannot read or write them.
+        address: where the tensors lie, for the compiled kernels of a CPU; None where those cannot read or write them.
     """
 
     codes: Tensor
     scale: Tensor | None
     rotates: bool = False
-    place: Place | None = None
+    address: PoolAddress | None = None
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -58,6 +58,10 @@ class Rows(Protocol):
         """The rows as attention reads them, without what lies behind the first `columns` columns that are held."""
         ...
 
+    def numbers(self, numbers: Sequence[int], device: torch.device) -> Tensor:
+        """[len(numbers)] int32 on a device."""
+        ...
+
     def read(self, x: Tensor, skip: int, kv_len: int) -> Tensor:
         """[batch, num_kv_heads, kv_len, ...]: columns `skip` to `skip + kv_len` of a tensor of the plane."""
         ...
@@ -77,6 +81,10 @@ class EqualRows(NamedTuple):
     def tensors_up_to(self, columns: int, device: torch.device) -> RowTensors:
         """The rows as they are: `columns` may be the whole capacity."""
         return self.block_table, self.seq_lens, None
+
+    def numbers(self, numbers: Sequence[int], device: torch.device) -> Tensor:
+        """A copy: only prompts, which run uncompiled, have numbers."""
+        return torch.tensor(numbers, dtype=torch.int32, device=device)
 
     def read(self, x: Tensor, skip: int, kv_len: int) -> Tensor:
         """A view: lengths may change under a CUDA graph."""

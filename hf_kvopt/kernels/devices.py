@@ -18,6 +18,11 @@ def runs_kernel(tensor: Tensor) -> bool:
     return tensor.is_cuda or (INTERPRET and tensor.device.type == "cpu")
 
 
+def is_on_host(tensor: Tensor) -> bool:
+    """Whether reading a value of this tensor waits for nothing; a step must not read what lies on a device."""
+    return tensor.device.type == "cpu"
+
+
 def require_format(fmt: Format, like: Tensor) -> None:
     """Raise UnsupportedDevice if kernels on this tensor's device cannot read the format; for cache construction."""
     if runs_kernel(like):

@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_kvopt.errors import KVOptError
 from hf_kvopt.kernels.calls import PlaneWrite, StoreCall, Stored, Writer
 from hf_kvopt.kernels.cpu import store as compiled
-from hf_kvopt.kernels.cpu.place import place_of
+from hf_kvopt.kernels.cpu.address import address_of
 from hf_kvopt.kernels.devices import runs_kernel
 from hf_kvopt.kernels.library import define_op
 from hf_kvopt.kernels.reference import store as reference
@@ -53,7 +53,7 @@ def store_plane(
     slot_mapping: Tensor,  # [batch * tokens] int64, -1 to skip
 ) -> None:
     """Quantize and scatter keys or values without Triton, outside of a graph."""
-    plane = Stored(pool, scale, place=place_of(pool, scale))
+    plane = Stored(pool, scale, address=address_of(pool, scale))
     call = StoreCall((PlaneWrite(plane, format_of(pool.dtype), states),), lambda: slot_mapping)
     (_COMPILED if compiled.accepts(call) else _TORCH).run(call)
 

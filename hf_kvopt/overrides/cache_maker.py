@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.generation import GenerationConfig
 
 from hf_kvopt import compat
-from hf_kvopt.attention.guards import check_weights
+from hf_kvopt.attention.checks import check_weights
 from hf_kvopt.attention.register import ATTENTION_NAME
 from hf_kvopt.cache.paged import PagedCache
 from hf_kvopt.cache.quantized import QuantizedPagedCache

@@ -10,6 +10,7 @@ cover: they withhold the cache, so that the forward makes a new one. An emptied 
 import functools
 import inspect
 import logging
+import zlib
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.generation import GenerationConfig, GenerationMixin
 
-from hf_kvopt import compat
+from hf_kvopt import compat, ranks
 from hf_kvopt.cache.paged import PagedCache
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.overrides.instance import InstanceOverride
@@ -70,9 +71,11 @@ def prefill(
     """Let the model read a prompt, and check that it went into our cache.
 
     Raises:
-        CacheStateError: the cache did not grow by the tokens that were fed, so that nothing could continue from it.
+        CacheStateError: the cache did not grow by the tokens that were fed, so that nothing could continue from it; or
+            ranks of a sharded model were given other prompts, or caches that hold another number of columns.
     """
     cache = paged_part(model_kwargs.get(compat.CACHE_KEYWORD))
+    _require_alike(model, input_ids, cache)
     before, epoch = (cache.num_columns, cache.epoch) if cache is not None else (0, 0)
     outputs = compat.original(model, compat.PREFILL)(input_ids, generation_config, model_kwargs, *args, **kwargs)
     if cache is None or not cache.has_columns:
@@ -91,6 +94,15 @@ def prefill(
             "hf_kvopt.disable(model), or hf_kvopt.enable(model, cache=None), and use the model's own cache"
         )
     return outputs
+
+
+def _require_alike(model: PreTrainedModel, input_ids: Tensor, cache: PagedCache | None) -> None:
+    """Raise CacheStateError unless all ranks of a sharded model read the same prompts into caches of one length."""
+    if compat.text_group(model) is None:
+        return
+    held = "no paged cache" if cache is None else f"{type(cache).__name__} of {cache.num_columns} columns"
+    text = zlib.crc32(str(input_ids.tolist()).encode())
+    ranks.require_alike(model, "prompts or caches", f"tokens {list(input_ids.shape)} with checksum {text:08x}, {held}")
 
 
 def paged_part(cache: object) -> PagedCache | None:

@@ -12,6 +12,7 @@ import copy
 import functools
 import logging
 import threading
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -22,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation import GenerationConfig
 
-from hf_kvopt import compat
+from hf_kvopt import compat, ranks
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.overrides.inputs import prefill
 from hf_kvopt.overrides.instance import InstanceOverride
@@ -113,12 +114,12 @@ class _Generate(SharingOverride):
                 output = generate(*args, **kwargs)  # type: ignore[operator]
             except BaseException:
                 for cache in made:
-                    _keep(cache, None, close=True)
+                    _keep(self.sharing.store_for(model), cache, None, close=True)
                 raise
         is_tensor = isinstance(output, Tensor)
         for cache in made:
             # A cache that is returned with the output stays the caller's.
-            _keep(cache, output if is_tensor else output.sequences, close=is_tensor)
+            _keep(self.sharing.store_for(model), cache, output if is_tensor else output.sequences, close=is_tensor)
         return output
 
 
@@ -146,9 +147,24 @@ class _Prefill(SharingOverride):
             and (chunk_size is None or compat.PREFILL_CHUNKS_GO_ON)
         ):
             assert isinstance(cache, PrefixSharedCache)
-            if not cache.store.begin(cache, input_ids, model_kwargs.get("attention_mask"), chunk_size=chunk_size):
+            store = self.sharing.store_for(model)
+            _require_alike(model, store, input_ids)
+            if not store.begin(cache, input_ids, model_kwargs.get("attention_mask"), chunk_size=chunk_size):
                 _say_once("rows go through adapters of their own, or something is put before the prompt")
         return prefill(model, input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+
+def _require_alike(model: PreTrainedModel, store: PrefixStore, input_ids: Tensor) -> None:
+    """Raise CacheStateError unless the ranks of a sharded model look the same prompts up in stores that know as much.
+
+    Prompts with a part in common are read before the rest; what a store knows decides how much of them.
+    """
+    if compat.text_group(model) is None:
+        return
+    stats, text = store.stats(), zlib.crc32(str(input_ids.tolist()).encode())
+    known = f"{stats.num_blocks} blocks and {stats.hits} hits for {stats.rows} prompts"
+    said = f"tokens {list(input_ids.shape)} with checksum {text:08x}, {known} before"
+    ranks.require_alike(model, "prompts or prefix stores", said)
 
 
 def install(model: PreTrainedModel, sharing: Sharing, inner: InstanceOverride | None = None) -> None:
@@ -169,12 +185,12 @@ def prefix_store(model: PreTrainedModel) -> PrefixStore:
     return override.sharing.store_for(model)
 
 
-def _keep(cache: PrefixSharedCache, sequences: Tensor | None, *, close: bool) -> None:
+def _keep(store: PrefixStore, cache: PrefixSharedCache, sequences: Tensor | None, *, close: bool) -> None:
     """Keep what a finished or interrupted call computed; if the model changed meanwhile, keep nothing."""
     if cache.texts is None or cache.is_committed:
         return
     try:
-        cache.store.keep(cache, sequences, close=close)
+        store.keep(cache, sequences, close=close)
     except CacheStateError as error:
         _say_once(str(error))
         cache.close()

@@ -17,7 +17,7 @@ import torch
 from hf_kvopt.plan.blocks import BlockCount, count_blocks, tail_places
 from hf_kvopt.plan.geometry import LayerKV
 from hf_kvopt.plan.inputs import BadInput
-from hf_kvopt.quant import NATIVE_KV, SCALE_DTYPE, FormatPolicy, KVFormat, guard_for
+from hf_kvopt.quant import CENTRE_TOKENS, NATIVE_KV, SCALE_DTYPE, FormatPolicy, KVFormat, guard_for
 from hf_kvopt.quant.sealed_formats import SEALED_BLOCK
 
 _NATIVE = FormatPolicy()
@@ -86,6 +86,11 @@ class CacheSpec:
     def max_blocks(self) -> int | None:
         """`max_tokens` in blocks, rounded up."""
         return None if self.max_tokens is None else -(-self.max_tokens // self.block_size)
+
+    def row_blocks(self, batch: int) -> int:
+        """Blocks of each row of a cache of fixed capacity."""
+        assert self.max_blocks is not None
+        return -(-self.max_blocks // batch)
 
 
 class KVBytes(NamedTuple):
@@ -165,10 +170,10 @@ def kv_bytes(
             continue
         content += batch * _held(spec, length, layer.window) * size // spec.block_size
         exact = spec.block_size * _vector_bytes(layer, NATIVE_KV, spec.dtype) if fmt.sealed is not None else 0
-        table = tables.setdefault(layer.window, _Table(0, 0, 0))
-        tables[layer.window] = _Table(
-            table.block + size, table.beside + centre_bytes(layer, fmt), table.exact_block + exact
-        )
+        window = None if spec.compileable else layer.window  # one table for all layers
+        table = tables.setdefault(window, _Table(0, 0, 0))
+        beside = fixed_centre_bytes(layer, fmt, batch, spec.dtype) if spec.compileable else centre_bytes(layer, fmt)
+        tables[window] = _Table(table.block + size, table.beside + beside, table.exact_block + exact)
     if spec.cache != "paged":
         return KVBytes(content, content, content, stock)
     used = reserved = 0
@@ -186,8 +191,7 @@ def kv_bytes(
             reserved += places.reserved * table.exact_block
             used += places.used * table.exact_block
     if spec.compileable:
-        assert spec.max_blocks is not None
-        is_within_cap = spec.max_blocks // batch * spec.block_size >= length
+        is_within_cap = spec.row_blocks(batch) * spec.block_size >= length
     return KVBytes(content, used, reserved, stock, is_within_cap)
 
 
@@ -205,9 +209,19 @@ class _Table(NamedTuple):
 
 
 def centre_bytes(layer: LayerKV, fmt: KVFormat) -> int:
-    """Return the bytes of a guarded layer beside its blocks: one float32 centre; rows with loud channels add theirs."""
-    is_centred = fmt.guard and fmt.sealed is None and guard_for(fmt.k).centres
-    return 4 * layer.key_heads * layer.key_dim if is_centred else 0
+    """Return what a guarded layer keeps beside its blocks: one float32 centre; rows with loud channels add theirs."""
+    return 4 * layer.key_heads * layer.key_dim if _is_centred(fmt) else 0
+
+
+def fixed_centre_bytes(layer: LayerKV, fmt: KVFormat, batch: int, dtype: torch.dtype) -> int:
+    """Return what a guarded layer of fixed capacity keeps beside its blocks: of each row a float32 centre, the first
+    keys as they came, and whether more are to come."""
+    vector = layer.key_heads * layer.key_dim
+    return batch * (4 * vector + CENTRE_TOKENS * vector * dtype.itemsize + 1) if _is_centred(fmt) else 0
+
+
+def _is_centred(fmt: KVFormat) -> bool:
+    return fmt.guard and fmt.sealed is None and guard_for(fmt.k).centres
 
 
 def _held(spec: CacheSpec, length: int, window: int | None) -> int:
@@ -219,8 +233,7 @@ def _held(spec: CacheSpec, length: int, window: int | None) -> int:
 
 def _blocks(spec: CacheSpec, batch: int, length: int, prompt: int | None, window: int | None) -> BlockCount:
     if spec.compileable:
-        assert spec.max_blocks is not None
-        capacity = spec.max_blocks // batch * batch
+        capacity = spec.row_blocks(batch) * batch
         return BlockCount(capacity, capacity)
     keeps_prompt = spec.formats.seals(window is not None)
     return count_blocks(batch, length, prompt, window, spec.block_size, spec.max_blocks, keeps_prompt)

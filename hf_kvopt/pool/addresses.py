@@ -3,12 +3,14 @@
 What is asked is kept until the rows or their lengths change: all layers of a step ask the same.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from hf_kvopt.kernels.blocks import gathered, strided
 from hf_kvopt.kernels.calls import RowTensors
-from hf_kvopt.pool.slots import Layout, Memo, Step, padded_rows
+from hf_kvopt.pool.slots import Memo, RowLayout, Step, padded_rows
 
 _UNKNOWN = (-1, -1)
 
@@ -31,7 +33,7 @@ class Addresses:
         self._tensors = Memo()
         self._step: tuple[tuple[int, int, int], Step] | None = None
         self._rows_on: tuple[torch.device, RowTensors] | None = None
-        self._layout: Layout | None = None
+        self._layout: RowLayout | None = None
         self._span: tuple[int, int] | None = _UNKNOWN
 
     @property
@@ -56,10 +58,10 @@ class Addresses:
         return self._span
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> RowLayout:
         """How the rows lie in memory."""
         if self._layout is None:
-            self._layout = Layout(self.rows, self.block_size)
+            self._layout = RowLayout(self.rows, self.block_size)
         return self._layout
 
     def rows_on(self, device: torch.device) -> RowTensors:
@@ -92,6 +94,10 @@ class Addresses:
         """[batch, stop - start] int64 slots of the columns `start` to `stop`; -1 where a row has no token."""
         key = ("slots", device, start, stop)
         return self._tensors.of(key, lambda: self._column_slots(start, stop), torch.int64)
+
+    def numbers(self, numbers: Sequence[int], device: torch.device) -> Tensor:
+        """[len(numbers)] int32 on a device, copied there once a step for all layers."""
+        return self._tensors.of(("numbers", device, *numbers), lambda: list(numbers), torch.int32)
 
     def gather_slots(self, skip: int, num_columns: int, device: torch.device) -> Tensor:
         """[batch, num_columns] int64 slots from column base + `skip` on; some slot of the row where it has no token."""

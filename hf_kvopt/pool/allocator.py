@@ -14,7 +14,7 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NoReturn
+from typing import Any
 
 from hf_kvopt.errors import KVOptError, OutOfBlocks
 from hf_kvopt.pool.free_runs import FreeRuns
@@ -34,6 +34,8 @@ class BlockAllocator:
         stays_put: blocks keep their numbers for life, so that holders in several threads may read while one grows.
         on_shortage: told how many blocks are missing before the pools grow; it may release some (evict) instead.
         lock: one for all allocators that change together.
+        on_conflict: asked, where no block is left to copy them to, to let go of shared blocks that are to be written;
+            returns whether it did.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class BlockAllocator:
         stays_put: bool = False,
         on_shortage: Callable[["BlockAllocator", int], None] | None = None,
         lock: AbstractContextManager[Any] | None = None,
+        on_conflict: Callable[["BlockAllocator", list[int]], bool] | None = None,
     ) -> None:
         self.max_blocks = max_blocks
         self.extent, self.block_size = extent, block_size
@@ -52,7 +55,7 @@ class BlockAllocator:
         self.pools = LivePools()
         self.tails: Tails | None = None  # where a layer seals its blocks
         self.holders: weakref.WeakSet[BlockHolder] = weakref.WeakSet()
-        self.stays_put, self.on_shortage = stays_put, on_shortage
+        self.stays_put, self.on_shortage, self.on_conflict = stays_put, on_shortage, on_conflict
         self.lock = lock if lock is not None else threading.RLock()
         self.free = FreeRuns()
         self.abandoned: deque[list[int]] = deque()  # rows of collected holders, given back at the next call
@@ -132,7 +135,7 @@ class BlockAllocator:
     def require_free(self, num_blocks: int) -> None:
         """Raise OutOfBlocks unless `num_blocks` blocks are free now."""
         if num_blocks > self.num_free:
-            self._refuse(num_blocks, self.num_free, self.num_blocks)
+            raise OutOfBlocks.asked_for(num_blocks, self.num_free, self.num_blocks, self.block_size)
 
     def ensure_free(self, num_blocks: int) -> None:
         """Grow until `num_blocks` blocks are free; raise OutOfBlocks, unchanged, where the cap forbids it."""
@@ -144,14 +147,16 @@ class BlockAllocator:
             if missing <= 0:
                 return
             if self.max_blocks is not None and self.num_blocks + missing > self.max_blocks:
-                self._refuse(num_blocks, self.max_blocks - self.num_blocks + self.num_free, self.max_blocks)
+                raise OutOfBlocks.asked_for(
+                    num_blocks, self.max_blocks - self.num_blocks + self.num_free, self.max_blocks, self.block_size
+                )
             needed = self.num_blocks + missing
             # Blocks that stay put are there to be kept over many calls: growing must be rare.
             self.relayout(needed + max(self.extent, needed if self.stays_put else needed // 4))
 
-    def _refuse(self, num_blocks: int, num_left: int, num_total: int) -> NoReturn:
-        """Raise OutOfBlocks for `num_blocks` blocks where `num_left` of `num_total` are left."""
-        raise OutOfBlocks.asked_for(num_blocks, num_left, num_total, self.block_size)
+    def let_go(self, blocks: list[int]) -> bool:
+        """Ask who keeps texts in shared `blocks` to let go of them; whether any was let go."""
+        return self.on_conflict is not None and self.on_conflict(self, blocks)
 
     def extend(self, num_blocks: int) -> None:
         """Grow to `num_blocks` blocks (at most the cap), each held block staying where it is."""

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hf_kvopt.errors import CacheStateError
+from hf_kvopt.errors import CacheStateError, OutOfBlocks
 from hf_kvopt.pool import tail
 from hf_kvopt.pool.allocator import BlockAllocator
 from hf_kvopt.pool.block_rows import BlockRows
@@ -305,7 +305,14 @@ class BlockTable(BlockRows):
         ]
         copied = [row for row, _ in self._shared_places(self.clock, self.clock + 1)]  # half full and shared
         if copied or any(wanted):
-            self.allocator.ensure_free(sum(wanted) + len(copied))
+            try:
+                self.allocator.ensure_free(sum(wanted) + len(copied))
+            except OutOfBlocks:
+                # What another holder lets go of need not be copied.
+                if not copied or not self.allocator.let_go([self.rows[i][-1] for i in copied]):
+                    raise
+                copied = [row for row, _ in self._shared_places(self.clock, self.clock + 1)]
+                self.allocator.ensure_free(sum(wanted) + len(copied))
             if self.keep_contiguous:
                 self.allocator.make_room(self.rows, wanted)
             self._append_blocks([size + (i in copied) for i, size in enumerate(wanted)], copied)

@@ -61,27 +61,34 @@ class Centres:
     def before_write(
         self, states: Tensor, table: BlockTable, start: int, stop: int
     ) -> tuple[Tensor | None, list[Anew]]:
-        """The centres of the rows for states [batch, num_kv_heads, stop - start, head_dim] at these columns.
+        """The centres of the rows for states [batch, num_kv_heads, tokens, head_dim] that end at column `stop`.
 
-        A row that begins here learns its centre from them; the others go on with that of the block before. Beside them
-        what is to be stored anew, in blocks that this write owns.
+        Of these the columns from `start` on are written: what a window drops at once is not. A row that begins here
+        learns its centre from its first states, dropped or not; the others go on with that of the block before. Beside
+        them what is to be stored anew, in blocks that this write owns.
         """
         self._drop_unused()
         numbers, anew = [], []
-        pads = num_pads(states) if stop > start == table.base else [0] * len(table.rows)
-        for i, row in enumerate(table.rows):
-            first = max(table.base, table.lags[i])  # the column of the row's first token
+        begin = stop - states.shape[2]
+        is_first = stop > start == table.base and begin <= max(table.lags, default=0)
+        pads = num_pads(states) if is_first else [0] * len(table.rows)
+        for i, (row, lag) in enumerate(zip(table.rows, table.lags, strict=True)):
+            first = max(table.base, lag)  # the column of the first token that the row holds
             past, last = start - first, stop - first
             if last <= 0:
                 numbers.append(0)
                 continue
-            number = self.ids[row[(past - 1) // table.block_size]] if past > 0 else 0
-            skipped = pads[i] if not past else 0
-            known = self._first_tokens(states[i, :, skipped:], row[0], past)
-            if known is not None and (past <= 0 or known.shape[1] == CENTRE_TOKENS):
+            seen = begin - lag  # tokens of the row, those that slid out of a window included
+            # Where a window slid beyond all that a row held, it goes on with the centre that it had.
+            slid = table.retired.rows[i] if table.retired is not None and past <= 0 < seen else []
+            held = row[(past - 1) // table.block_size :] if past > 0 else slid[-1:]
+            number = self.ids[held[0]] if held else 0
+            skipped = pads[i] if not past and seen <= 0 else 0
+            known = self._first_tokens(states[i, :, skipped:], (slid or row)[0], seen)
+            if known is not None and (seen <= 0 or known.shape[1] == CENTRE_TOKENS):
                 before, number = number, self._learn(known, number)
                 if past > 0 and number != before:
-                    anew.append(Anew(i, row[0], known[:, :past]))
+                    anew.append(Anew(i, row[0], known[:, first - lag : start - lag]))
             for block in row[max(0, past) // table.block_size : -(-last // table.block_size)]:
                 self.ids[block] = number
                 self.early.pop(block, None)

@@ -13,11 +13,33 @@ import torch
 from torch import Tensor
 
 from hf_kvopt.errors import OutOfBlocks
+from hf_kvopt.kernels import devices
 from hf_kvopt.kernels.library import define_op
 from hf_kvopt.kernels.store import store_plane
 from hf_kvopt.pool.centres import num_pads
 from hf_kvopt.pool.slots import writable
 from hf_kvopt.quant import CENTRE_TOKENS, SCALE_DTYPE, centre_of, format_of, guarded, quantize
+
+
+def is_on_host(tensor: Tensor) -> bool:
+    """Whether reading a value of this tensor waits for nothing; see `kernels.devices`."""
+    return devices.is_on_host(tensor)
+
+
+def held_tokens(length: Tensor, capacity: int) -> int:
+    """Return how many tokens each row holds; waits for the device.
+
+    Raises:
+        OutOfBlocks: more were fed than a row holds, in steps that could not wait: those went nowhere.
+    """
+    held = int(length)
+    if 0 < capacity < held:
+        raise OutOfBlocks(
+            f"{held - capacity} tokens a row were fed beyond the {capacity} that it holds: got steps on a device that "
+            "nobody waited for, and whose outputs are wrong from there on; call cache.reset(), and raise max_tokens to "
+            "at least batch_size * (prompt tokens + max_new_tokens)"
+        )
+    return held
 
 
 def require_room(num_tokens: int, held: int, capacity: int) -> None:
@@ -43,7 +65,7 @@ def next_slots(
     Raises:
         OutOfBlocks: they do not fit, where a compiled graph runs on a CPU.
     """
-    is_cpu = length.device.type == "cpu"
+    is_cpu = is_on_host(length)
     if is_cpu and torch.compiler.is_compiling():
         asked: Tensor = torch.ops.hf_kvopt.next_slots(length, first_slots, num_tokens, capacity)
         return asked
@@ -118,7 +140,7 @@ class FixedCentres:
         rotates: bool,
     ) -> Tensor | None:
         """Do the same in a compiled graph, which runs on while Python knows nothing of it."""
-        is_next = states.shape[2] == 1 and states.device.type != "cpu"
+        is_next = states.shape[2] == 1 and not is_on_host(states)
         if is_next and not self.may_learn:
             return self.in_graph()
         op = torch.ops.hf_kvopt.learn_centres_of_next if is_next else torch.ops.hf_kvopt.learn_centres
@@ -131,7 +153,7 @@ class FixedCentres:
         A CPU's graph takes zeros, and serves rows with and without a shift; whoever reads them looks whether they are
         zero. On a GPU nobody can look, and what need not be taken at every layer and step is left out once it is known.
         """
-        return self.vectors if self.vectors.device.type == "cpu" or self.may_learn else self._shift
+        return self.vectors if is_on_host(self.vectors) or self.may_learn else self._shift
 
     def select(self, indices: list[int]) -> None:
         """Let row i be what row `indices[i]` was."""

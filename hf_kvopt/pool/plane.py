@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hf_kvopt.kernels.blocks import row_views, strided
 from hf_kvopt.kernels.calls import KVSpec, KVView, PlaneWrite, Stored, restored
-from hf_kvopt.kernels.cpu.place import place_of
+from hf_kvopt.kernels.cpu.address import address_of
 from hf_kvopt.kernels.devices import require_format, runs_kernel
 from hf_kvopt.pool.block_table import BlockTable
 from hf_kvopt.pool.centres import Centres
@@ -132,13 +132,12 @@ class Plane:
             self.centres.resize(num_blocks, src, dst)
         self._hold(codes, scale)  # only now: another thread may be reading
 
-    def copy_blocks(self, src: list[int], dst: list[int]) -> None:
-        """Copy block `src[i]` to `dst[i]`, scales included."""
-        for tensor in self.tensors:
-            for a, b in zip(src, dst, strict=True):
-                tensor[b].copy_(tensor[a])
-        if self.centres is not None:
-            self.centres.copy_blocks(src, dst)
+    def copy_blocks(self, src: Tensor, dst: Tensor) -> None:
+        """Copy the blocks `src` [n] to the blocks `dst`, scales included: one copy for each tensor."""
+        for held in self.tensors:
+            # index_put knows no float8: its bytes are moved.
+            blocks = held.view(torch.uint8) if held.element_size() == 1 else held
+            blocks[dst] = blocks[src]
 
     def move_slots(self, src: Tensor, dst: Tensor) -> None:
         """Copy the tokens in slots `src` [n] to slots `dst`."""
@@ -166,7 +165,7 @@ class Plane:
         """Take these tensors for storage."""
         codes, scale = writable(codes), None if scale is None else writable(scale)
         # One value: whoever took it before keeps tensors and addresses that belong together.
-        self.stored = Stored(codes, scale, self.rotates, place_of(codes, scale))
+        self.stored = Stored(codes, scale, self.rotates, address_of(codes, scale))
 
     def _blocks(self, num_blocks: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Zeros for codes and scales."""

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,16 +54,16 @@ class Memo:
     """Tensors made from the rows of a table, for all layers of a step; by what they are and the device they are on."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple, Tensor] = {}
+        self._known: dict[tuple[Any, ...], Tensor] = {}
 
-    def get(self, key: tuple, make: Callable[[], Tensor]) -> Tensor:
+    def get(self, key: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
         """What is known as `key`, or what `make` gives."""
         tensor = self._known.get(key)
         if tensor is None:
             tensor = self._known[key] = make()
         return tensor
 
-    def of(self, key: tuple, data: Callable[[], list], dtype: torch.dtype) -> Tensor:
+    def of(self, key: tuple[Any, ...], data: Callable[[], list[Any]], dtype: torch.dtype) -> Tensor:
         """The same for numbers, on the device `key[1]`."""
         return self.get(key, lambda: torch.tensor(data(), dtype=dtype, device="cpu").to(key[1], non_blocking=True))
 
@@ -76,7 +76,7 @@ class Memo:
         self._known = {key: tensor for key, tensor in self._known.items() if key[0] == name}
 
 
-class Layout:
+class RowLayout:
     """How rows of blocks lie in memory; valid until a row changes."""
 
     def __init__(self, rows: Sequence[Sequence[int]], block_size: int) -> None:

@@ -90,8 +90,12 @@ class KVPool:
         return sum(plane.num_bytes for plane in self.planes)
 
     def write(self, key_states: Tensor, value_states: Tensor, table: BlockTable, start: int, stop: int) -> None:
-        """Store the states of the columns `start` to `stop`; rows that begin there learn the centre of their keys."""
+        """Store the states of the columns `start` to `stop`, the last ones given; rows that begin with the first one
+        given learn the centre of their keys."""
         centre = None if self.keys.centres is None else self._learn(key_states, table, start, stop)
+        dropped = key_states.shape[2] - (stop - start)
+        if dropped:
+            key_states, value_states = key_states[:, :, dropped:], value_states[:, :, dropped:]
         span = table.span()
         even = None if span is None else (span[0] + start - table.base, span[1])
         slots = partial(table.slots, start, stop, key_states.device)
@@ -161,9 +165,12 @@ class KVPool:
             plane.resize(num_blocks, src, dst)
 
     def copy_blocks(self, src: list[int], dst: list[int]) -> None:
-        """See `Plane.copy_blocks`."""
+        """Copy block `src[i]` to `dst[i]`; see `Plane.copy_blocks`."""
+        index = torch.tensor([src, dst]).to(self.keys.codes.device, non_blocking=True)
         for plane in self.planes:
-            plane.copy_blocks(src, dst)
+            plane.copy_blocks(index[0], index[1])
+            if plane.centres is not None:
+                plane.centres.copy_blocks(src, dst)
 
     def move_slots(self, src: list[int], dst: list[int]) -> None:
         """See `Plane.move_slots`."""

@@ -10,8 +10,9 @@ just the columns that are missing: whatever would drop a token of the prompt, or
 
 import copy
 from collections.abc import Hashable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from hf_kvopt import compat
@@ -20,9 +21,8 @@ from hf_kvopt.cache.paged import PagedCache
 from hf_kvopt.cache.rows import GrowingRows
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.pool import tail
-
-if TYPE_CHECKING:
-    from hf_kvopt.prefix.store import PrefixStore
+from hf_kvopt.prefix.shared_blocks import SharedBlocks
+from hf_kvopt.prefix.texts import until
 
 Row = list[int]  # of blocks
 
@@ -34,8 +34,8 @@ class PrefixSharedCache(PagedCache):
     dropped. Its own last block is copied before it is written where anybody shares it.
     """
 
-    def __init__(self, store: "PrefixStore") -> None:
-        self.store = store
+    def __init__(self, blocks: SharedBlocks) -> None:
+        self.blocks = blocks
         self.key: Hashable = None  # what the prompts are filed under, the namespace included
         self.namespace: Hashable = None
         self.texts: list[list[int]] | None = None  # the prompt of each row, without padding; None while blank
@@ -45,13 +45,15 @@ class PrefixSharedCache(PagedCache):
         self.is_to_check = False
         self.is_committed = self.is_reordered = self._is_used = False
         self._filled = self._chunk = self._seen = 0
-        super().__init__(store.config, block_size=store.block_size, max_tokens=store.max_tokens, formats=store.formats)
+        super().__init__(
+            blocks.config, block_size=blocks.block_size, max_tokens=blocks.max_tokens, formats=blocks.formats
+        )
         # An early exit (`assistant_early_exit`) leaves layers of the config out.
-        self.is_whole = len(self.layers) == store.num_layers
+        self.is_whole = len(self.layers) == blocks.num_layers
         for idx, layer in enumerate(self.layers):
             # Caches before this one know which layers a forward writes.
-            if isinstance(layer, PagedLayer) and idx in store.pools:
-                layer.pool, layer.in_step = store.pools[idx], True
+            if isinstance(layer, PagedLayer) and idx in blocks.pools:
+                layer.pool, layer.in_step = blocks.pools[idx], True
 
     @property
     def num_shared(self) -> int:
@@ -94,7 +96,7 @@ class PrefixSharedCache(PagedCache):
             table.adopt(held, lags, columns)
         for idx, layer in enumerate(self.layers):
             if isinstance(layer, PagedLayer):
-                layer.clock, layer.pool = columns, self.store.pools.get(idx)
+                layer.clock, layer.pool = columns, self.blocks.pools.get(idx)
         self._filled = self._seen = columns
 
     def update(
@@ -109,7 +111,7 @@ class PrefixSharedCache(PagedCache):
         layer = self.layers[layer_idx]
         assert isinstance(layer, PagedLayer)  # the store takes no model with other layers that hold anything
         # The store's pools may be replaced by larger ones: never between planning a write and making it.
-        with self.store.lock:
+        with self.blocks.lock:
             self._require_open()
             self._seen = min(self._seen, self._rows.clock)  # of a step that was undone nothing was seen
             if self.texts is not None and layer.clock == self._seen:
@@ -121,25 +123,25 @@ class PrefixSharedCache(PagedCache):
             finally:
                 # Also where it broke off behind the write: the tokens are kept, so others must find them.
                 if layer.pool is not None:
-                    self.store.pools.setdefault(layer_idx, layer.pool)
+                    self.blocks.pools.setdefault(layer_idx, layer.pool)
             self._is_used = True
         self._seen = max(self._seen, layer.clock)
         return states
 
     def crop(self, tokens_to_remove: int) -> None:
-        with self.store.lock:
+        with self.blocks.lock:
             self._require_open()
             super().crop(tokens_to_remove)
             self._seen = self.get_seq_length()
 
     def crop_rows(self, lengths: Sequence[int]) -> None:
-        with self.store.lock:
+        with self.blocks.lock:
             self._require_open()
             super().crop_rows(lengths)
             self._seen = self.get_seq_length()
 
     def keep_paths(self, num_tokens: int, paths: Sequence[Sequence[int]]) -> None:
-        with self.store.lock:
+        with self.blocks.lock:
             self._require_open()
             super().keep_paths(num_tokens, paths)
             self._seen = self.get_seq_length()
@@ -151,7 +153,7 @@ class PrefixSharedCache(PagedCache):
 
     def reset(self) -> None:
         """Forget all tokens and the prompt; the store keeps what it knows."""
-        with self.store.lock:
+        with self.blocks.lock:
             super().reset()
         self.texts, self.pads, self.key = None, [], None
         self.prompt_columns = self._filled = self._chunk = self._seen = 0
@@ -164,7 +166,7 @@ class PrefixSharedCache(PagedCache):
     @property
     def is_current(self) -> bool:
         """Whether what this cache wrote lies where the store's other caches would look for it."""
-        return all(layer.pool is self.store.pools.get(idx) for idx, layer in self._written())
+        return all(layer.pool is self.blocks.pools.get(idx) for idx, layer in self._written())
 
     def rows_held(self, *, is_prompt_whole: bool) -> tuple[list[list[Row]], list[int]]:
         """Return for each table the rows of blocks, and how many tokens of each row all layers have written.
@@ -185,9 +187,19 @@ class PrefixSharedCache(PagedCache):
         lengths = [max(0, columns - lag) for lag in tables[0].lags]
         return [table.rows for table in tables], lengths
 
+    def extended(self, output_ids: Tensor, ends: set[int]) -> list[list[int]] | None:
+        """The prompts with what was generated behind them, up to a token of `ends`; None where the ids do not fit."""
+        texts, columns = self.texts or [], self.prompt_columns
+        rows = output_ids.tolist()
+        held = self.get_seq_length()
+        fits = len(rows) == len(texts) and output_ids.shape[1] in (held, held + 1)
+        if not fits or any(row[pad:columns] != text for row, pad, text in zip(rows, self.pads, texts, strict=True)):
+            return None
+        return [text + until(row[columns:], ends) for text, row in zip(texts, rows, strict=True)]
+
     def close(self) -> None:
         """Give all blocks back and refuse any further use."""
-        with self.store.lock:
+        with self.blocks.lock:
             super().reset()
         self.is_committed = True
 
@@ -195,7 +207,7 @@ class PrefixSharedCache(PagedCache):
         raise TypeError("a PrefixSharedCache lives in its store: got a request to pickle one; use store.save(path)")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        with self.store.lock:
+        with self.blocks.lock:
             return super().__deepcopy__(memo)
 
     def _written(self) -> list[tuple[int, PagedLayer]]:
@@ -209,18 +221,18 @@ class PrefixSharedCache(PagedCache):
         Where the model computes in another dtype or on another device than it did, all texts are forgotten: no later
         cache can go on with them.
         """
-        pool = self.store.pools.get(layer_idx)
+        pool = self.blocks.pools.get(layer_idx)
         if pool is not None and not pool.matches(key_states, value_states):
             layer.is_first = pool.reads.is_first
-            self.store.forget_pool(layer_idx)
+            self.blocks.forget_pool(layer_idx)
             pool = None
         layer.pool = pool
 
     def _make_rows(self) -> GrowingRows:
-        return GrowingRows(self.store.table_for, self.store.lock)
+        return GrowingRows(self.blocks.table_for, self.blocks.lock)
 
     def _select(self, indices: Sequence[int]) -> None:
-        with self.store.lock:
+        with self.blocks.lock:
             super()._select(indices)
         if self.texts is not None:
             self.texts, self.pads = [self.texts[i] for i in indices], [self.pads[i] for i in indices]
@@ -228,8 +240,8 @@ class PrefixSharedCache(PagedCache):
     def append_passes(self) -> None:
         """Append the layers that the model would: it cannot copy what is filled with a known text."""
         if self.is_whole:
-            sources = compat.appended_layers(self.store.config.get_text_config(decoder=True))
-            missing = sources[len(self.layers) - self.store.num_layers :]
+            sources = compat.appended_layers(self.blocks.config.get_text_config(decoder=True))
+            missing = sources[len(self.layers) - self.blocks.num_layers :]
             self.layers += [copy.deepcopy(self.layers[idx]) for idx in missing]
 
     def _require_open(self) -> None:
@@ -238,16 +250,18 @@ class PrefixSharedCache(PagedCache):
                 "this cache was committed to its store, which shares its blocks now: got a further use of it; call "
                 "store.cache(input_ids, attention_mask) for the next turn"
             )
-        self.store.require_alive()
+        self.blocks.require_alive()
 
     def _begin_forward(self, batch: int, num_tokens: int) -> None:
         """Check what the first forwards bring, and give each beam or returned sequence a row of its own."""
         assert self.texts is not None
         if self.is_to_check and not self._is_used and self._filled:
-            self.store.require_unchanged(self)
+            self.blocks.require_unchanged(self.key, self.namespace)
         if not self._is_used and batch != len(self.texts) and batch % len(self.texts) == 0:
             repeats = batch // len(self.texts)
             self._select([row for row in range(len(self.texts)) for _ in range(repeats)])
+        if not self._is_used and self._filled:
+            self._require_own_prompt()
         missing = self.prompt_columns - self._seen
         if not self._filled or missing <= 0 or num_tokens == missing:
             return
@@ -261,3 +275,27 @@ class PrefixSharedCache(PagedCache):
                 "assistant_model"
             )
         self._chunk = num_tokens
+
+    def _require_own_prompt(self) -> None:
+        """Raise CacheStateError where the running generate() was given other prompts than this cache was filled for."""
+        call = compat.running_call(self)
+        columns = self.prompt_columns
+        if call is None or call.ids is None:
+            return
+        is_other = (
+            call.num_ids == columns
+            and len(call.ids) == len(self.texts or ())
+            and any(
+                row[pad:] != text for row, pad, text in zip(call.ids.tolist(), self.pads, self.texts or (), strict=True)
+            )
+        )
+        mask = None if call.mask is None or call.mask.dim() != 2 else call.mask[:, :columns].bool()
+        if mask is not None and len(mask) == len(self.pads):
+            pads = torch.tensor(self.pads, device=mask.device)[:, None]
+            is_other |= not torch.equal(mask, torch.arange(mask.shape[1], device=mask.device) >= pads)
+        if is_other:
+            raise CacheStateError(
+                "this cache was filled for other prompts: got other tokens, or an attention_mask that hides some of "
+                "them, by which the keys of all tokens behind would be others; pass generate() the input_ids and the "
+                "attention_mask that store.cache(...) was given, or use PagedCache"
+            )

@@ -15,7 +15,7 @@ import json
 import os
 from collections.abc import Hashable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,58 +26,55 @@ from transformers import PreTrainedModel
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.pool.plane import Plane
 from hf_kvopt.pool.sealed import SealedPlane
+from hf_kvopt.prefix.cache import PrefixSharedCache
 from hf_kvopt.prefix.identity import fingerprint
-from hf_kvopt.prefix.index import descendants
-
-if TYPE_CHECKING:
-    from hf_kvopt.prefix.index import Node
-    from hf_kvopt.prefix.store import PrefixStore
+from hf_kvopt.prefix.index import Node, descendants
+from hf_kvopt.prefix.shared_blocks import SharedBlocks
 
 VERSION = 1
-Store = TypeVar("Store", bound="PrefixStore")
 
 
-def save(store: "PrefixStore", path: Path) -> None:
-    """Write the store's tree and its blocks; the file appears whole or not at all."""
-    if store.model is None:
+def save(blocks: SharedBlocks, path: Path) -> None:
+    """Write the tree and its blocks; the file appears whole or not at all."""
+    if blocks.model is None:
         raise CacheStateError(
             "a store is saved with the identity of its model: got one made from a config; make it from the model"
         )
-    model, key = fingerprint(store.model), store.key_of(None)
+    model, key = fingerprint(blocks.model), blocks.key_of(None)
     assert key is not None  # a model without a key has no fingerprint
     nodes = [
         node
-        for root_key, root in store.index.roots.items()
+        for root_key, root in blocks.index.roots.items()
         if isinstance(root_key, tuple) and root_key[0] == key[0]
         for node in descendants(root)
     ]
     tensors = {}
-    for layer_idx, pool in store.pools.items():
-        space = next(i for i, allocator in enumerate(store.allocators) if pool in allocator.pools)
-        blocks = torch.tensor([node.blocks[space] for node in nodes], dtype=torch.long)
+    for layer_idx, pool in blocks.pools.items():
+        space = next(i for i, allocator in enumerate(blocks.allocators) if pool in allocator.pools)
+        numbers = torch.tensor([node.blocks[space] for node in nodes], dtype=torch.long)
         planes: tuple[Plane | SealedPlane, ...] = pool.planes
         for name, plane in zip(("keys", "values"), planes, strict=True):
             for part, tensor in _parts(plane):
-                picked = _as_bytes(tensor)[blocks.to(tensor.device)].contiguous().cpu()
+                picked = _as_bytes(tensor)[numbers.to(tensor.device)].contiguous().cpu()
                 tensors[f"layer {layer_idx} {name}{part}"] = picked
             if isinstance(plane, SealedPlane):
-                places = store.allocators[space].tails.places  # type: ignore[union-attr]
+                places = blocks.allocators[space].tails.places  # type: ignore[union-attr]
                 index = [places[node.blocks[space]] for node in nodes if node.is_exact]
                 tensors[f"layer {layer_idx} {name} exact"] = plane.exact[index].contiguous().cpu()
             elif plane.centres is not None:
-                tensors[f"layer {layer_idx} {name} centre"] = plane.centres.of_blocks(blocks.tolist()).cpu()
+                tensors[f"layer {layer_idx} {name} centre"] = plane.centres.of_blocks(numbers.tolist()).cpu()
     manifest = {
         "version": VERSION,
         "model": model,
-        "block_size": store.block_size,
-        "max_tokens": store.max_tokens,
+        "block_size": blocks.block_size,
+        "max_tokens": blocks.max_tokens,
         "formats": {
-            "format": store.formats.format,
-            "skip_layers": list(store.formats.skip_layers),
-            "layer_formats": list(store.formats.layer_formats.items()),
+            "format": blocks.formats.format,
+            "skip_layers": list(blocks.formats.skip_layers),
+            "layer_formats": list(blocks.formats.layer_formats.items()),
         },
-        "pools": {str(idx): [_describe(plane) for plane in pool.planes] for idx, pool in store.pools.items()},
-        "nodes": _tree(store, nodes),
+        "pools": {str(idx): [_describe(plane) for plane in pool.planes] for idx, pool in blocks.pools.items()},
+        "nodes": _tree(blocks, nodes),
         "tensors": {name: _digest(tensor) for name, tensor in tensors.items()},
     }
     text = json.dumps(manifest, sort_keys=True)
@@ -90,30 +87,41 @@ def save(store: "PrefixStore", path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def load(cls: type[Store], path: Path, model: PreTrainedModel, max_tokens: int | str | None) -> Store:
-    """A new store with what the file holds."""
+class Contents(NamedTuple):
+    """What a file holds: the options of its store, what the manifest says, and the tensors."""
+
+    options: dict[str, Any]
+    manifest: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def read(path: Path, model: PreTrainedModel) -> Contents:
+    """Return the contents of a file that was written for `model`."""
     manifest, tensors = _read(path)
     if manifest["model"] != fingerprint(model):
         raise _refused(path, "it was written for another model, or for other weights")
-    options = manifest["formats"]
-    store = cls(
-        model,
-        max_tokens=manifest["max_tokens"] if max_tokens is None else max_tokens,
-        block_size=manifest["block_size"],
-        format=options["format"],
-        skip_layers=tuple(options["skip_layers"]),
-        layer_formats=dict(options["layer_formats"]),
-    )
-    with store.lock:
-        num_blocks = len(manifest["nodes"])
-        for allocator in store.allocators:
+    formats = manifest["formats"]
+    options = {
+        "max_tokens": manifest["max_tokens"],
+        "block_size": manifest["block_size"],
+        "format": formats["format"],
+        "skip_layers": tuple(formats["skip_layers"]),
+        "layer_formats": dict(formats["layer_formats"]),
+    }
+    return Contents(options, manifest, tensors)
+
+
+def fill(blocks: SharedBlocks, contents: Contents, cache: PrefixSharedCache) -> None:
+    """Take over what a file holds; `cache`, a blank one, says how the layers are stored."""
+    with blocks.lock:
+        num_blocks = len(contents.manifest["nodes"])
+        for allocator in blocks.allocators:
             allocator.ensure_free(num_blocks)
-        rows = [allocator.allocate(num_blocks) for allocator in store.allocators]
-        _fill_pools(store, manifest, tensors, rows)
-        _plant(store, manifest["nodes"], rows)
-        for allocator, row in zip(store.allocators, rows, strict=True):
+        rows = [allocator.allocate(num_blocks) for allocator in blocks.allocators]
+        _fill_pools(blocks, contents, cache, rows)
+        _plant(blocks, contents.manifest["nodes"], rows)
+        for allocator, row in zip(blocks.allocators, rows, strict=True):
             allocator.release(row)
-    return store
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -141,19 +149,21 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return manifest, tensors
 
 
-def _fill_pools(store: Any, manifest: dict[str, Any], tensors: dict[str, Tensor], rows: list[list[int]]) -> None:
+def _fill_pools(shared: SharedBlocks, contents: Contents, cache: PrefixSharedCache, rows: list[list[int]]) -> None:
     """Make the pools that the file had, and copy the blocks to their new places."""
-    cache = store.new_cache()
+    _, manifest, tensors = contents
     cache.append_passes()
-    layers = cache.layers
-    spaces = store.allocators
+    layers: list[Any] = cache.layers
+    model = shared.model
+    assert model is not None  # `read` compared its fingerprint
+    spaces = shared.allocators
     exact = [i for i, entry in enumerate(manifest["nodes"]) if entry.get("exact")]
     for allocator, row in zip(spaces, rows, strict=True):
         if allocator.tails is not None:
             allocator.tails.give([row[i] for i in exact])
     for idx, planes in sorted(manifest["pools"].items(), key=lambda item: int(item[0])):
         layer, allocator = layers[int(idx)], layers[int(idx)].table.allocator
-        device = _device_of(store.model, int(idx))
+        device = _device_of(model, int(idx))
         states = [
             torch.empty(1, plane["num_heads"], 0, plane["dim"], dtype=getattr(torch, plane["dtype"]), device=device)
             for plane in planes
@@ -172,36 +182,39 @@ def _fill_pools(store: Any, manifest: dict[str, Any], tensors: dict[str, Tensor]
             elif plane.centres is not None:
                 plane.centres.put_blocks(blocks.tolist(), tensors[f"layer {idx} {name} centre"])
         allocator.pools.append(pool)
-        store.pools[int(idx)] = pool
+        shared.pools[int(idx)] = pool
 
 
-def _plant(store: Any, entries: list[dict[str, Any]], rows: list[list[int]]) -> None:
+def _plant(blocks: SharedBlocks, entries: list[dict[str, Any]], rows: list[list[int]]) -> None:
     """Insert every text of the tree; parents come before children."""
     paths: list[tuple[Hashable, list[int], list[int]]] = []
-    state, _ = store.key_of(None)
+    key = blocks.key_of(None)
+    assert key is not None  # a model without a key has no fingerprint
     for i, entry in enumerate(entries):
         if entry["parent"] is None:
-            owner = (state, entry["namespace"])
+            owner = (key[0], entry["namespace"])
             path = (owner, entry["tokens"], [i])
         else:
             owner, tokens, indices = paths[entry["parent"]]
             path = (owner, tokens + entry["tokens"], [*indices, i])
         paths.append(path)
         kept = [j for j, number in enumerate(path[2]) if entries[number].get("exact")]
-        store.index.insert(path[0], path[1], [[row[j] for j in path[2]] for row in rows], kept)
+        blocks.index.insert(path[0], path[1], [[row[j] for j in path[2]] for row in rows], kept)
 
 
-def _tree(store: Any, nodes: "list[Node]") -> list[dict[str, Any]]:
+def _tree(blocks: SharedBlocks, nodes: list[Node]) -> list[dict[str, Any]]:
     """Tokens and parent of each node; children of a root name their namespace."""
     numbers = {id(node): i for i, node in enumerate(nodes)}
-    keys = {id(root): key for key, root in store.index.roots.items()}
+    keys = {id(root): key for key, root in blocks.index.roots.items()}
     entries = []
     for node in nodes:
         entry: dict[str, Any] = {"tokens": list(node.tokens), "parent": numbers.get(id(node.parent))}
         if node.is_exact:
             entry["exact"] = True
         if entry["parent"] is None:
-            namespace = keys[id(node.parent)][1]
+            key = keys[id(node.parent)]
+            assert isinstance(key, tuple)
+            namespace = key[1]
             if not isinstance(namespace, str | int | None):
                 raise CacheStateError(f"only namespaces of text or numbers can be saved: got {namespace!r}")
             entry["namespace"] = namespace

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_kvopt import compat
@@ -137,12 +138,13 @@ def fingerprint(model: PreTrainedModel) -> str:
 
     Raises:
         CacheStateError: forward hooks or replaced methods, which nobody can tell from others there; weights that are
-            offloaded.
+            offloaded or divided over ranks.
     """
     meaningless = {*WITHOUT_MEANING, "_attn_implementation"}
     config = {key: value for key, value in model.config.to_dict().items() if key not in meaningless}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     tensors: dict[str, Tensor] = dict(model.state_dict())
+    _require_undivided(tensors)
     for name, module in model.named_modules():
         _require_plain_forward(name, module)
         # Tensors that are not saved with the weights change what is computed no less.
@@ -161,6 +163,16 @@ def fingerprint(model: PreTrainedModel) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(picked.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _require_undivided(tensors: dict[str, Tensor]) -> None:
+    """Raise CacheStateError where a rank holds a part of a weight, and its store the blocks of some heads alone."""
+    divided = next((name for name, tensor in tensors.items() if isinstance(tensor, DTensor)), None)
+    if divided is not None:
+        raise CacheStateError(
+            f"a file holds the blocks of all heads: got {divided} of a model that is divided over ranks; save and load "
+            "stores with the whole model in one process"
+        )
 
 
 def _require_plain_forward(name: str, module: nn.Module) -> None:

@@ -164,6 +164,14 @@ class PrefixIndex:
         self.num_evicted += count
         return count
 
+    def forget(self, space: int, blocks: Collection[int]) -> int:
+        """Let go of the ends of texts that lie in `blocks` of a block space, unless pinned; returns how many."""
+        ends = [node for node in self.nodes() if node.blocks[space] in blocks and not node.children and not node.pins]
+        for node in ends:
+            self._remove(node)
+        self.num_evicted += len(ends)
+        return len(ends)
+
     def pin(self, match: Match, count: int) -> None:
         """Add `count` (or take away -`count`) pins to the nodes of a match."""
         for node in match.nodes:

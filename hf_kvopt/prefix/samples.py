@@ -18,10 +18,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 _LINE = 16  # values of a tensor of two or more dimensions
 _VECTOR = 64  # of one with a single dimension: norms, biases, rotary frequencies
 # Where a tensor begins, how often torch saw it written to, and the number of its layout.
-Place = tuple[int, int, int]
+TensorKey = tuple[int, int, int]
 
 
-class _Layout(NamedTuple):
+class _TensorLayout(NamedTuple):
     """What tensors of one dtype, device, shape and stride have in common."""
 
     number: int
@@ -34,14 +34,14 @@ class Samples:
     """Reads samples of the tensors of one model. Holds no tensor."""
 
     def __init__(self) -> None:
-        self._layouts: dict[tuple[Any, ...], _Layout] = {}
-        self._nonzero: dict[Place, int | None] = {}  # where tensors whose line is zero hold another value
+        self._layouts: dict[tuple[Any, ...], _TensorLayout] = {}
+        self._nonzero: dict[TensorKey, int | None] = {}  # where tensors whose line is zero hold another value
 
     @torch.inference_mode()
     def read(self, tensors: Iterable[Tensor]) -> list[bytes]:
         """Return where the tensors lie and what was sampled of them; a device is waited for once a dtype."""
         places: list[int] = []
-        groups: dict[tuple[torch.device, torch.dtype], list[tuple[Place, Tensor, Tensor]]] = {}
+        groups: dict[tuple[torch.device, torch.dtype], list[tuple[TensorKey, Tensor, Tensor]]] = {}
         for tensor in _parts(tensors):
             layout = self._layout_of(tensor)
             try:
@@ -66,7 +66,7 @@ class Samples:
                     found.append(_bytes_of(_as_integers(tensor).as_strided((1,), (1,), offset).cpu()))
         return found
 
-    def _layout_of(self, tensor: Tensor) -> _Layout:
+    def _layout_of(self, tensor: Tensor) -> _TensorLayout:
         is_dense = tensor.layout is torch.strided
         key = tensor.dtype, tensor.device, tensor.shape, tensor.stride() if is_dense else None
         layout = self._layouts.get(key)
@@ -74,7 +74,7 @@ class Samples:
             is_readable = is_dense and not tensor.is_meta and not tensor.is_quantized and tensor.numel() > 0
             group = (tensor.device, tensor.dtype) if is_readable else None
             line = _line(tensor.shape, tensor.stride()) if is_readable else ((), ())
-            layout = self._layouts[key] = _Layout(len(self._layouts), group, *line)
+            layout = self._layouts[key] = _TensorLayout(len(self._layouts), group, *line)
         return layout
 
 

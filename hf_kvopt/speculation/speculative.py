@@ -19,6 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from hf_kvopt import compat
 from hf_kvopt.cache.mark import Mark
+from hf_kvopt.errors import nearest
 from hf_kvopt.speculation.drafters.assistant import AssistantDrafter
 from hf_kvopt.speculation.drafters.base import Drafter
 from hf_kvopt.speculation.drafters.lookahead import Lookahead
@@ -232,7 +233,7 @@ def _drafter_of(
         if isinstance(draft, str) and "/" not in draft and not Path(draft).expanduser().is_dir():
             raise ValueError(
                 f"unknown drafter {draft!r}: expected one of {sorted(_BY_NAME)}, the folder of a draft head, a head or "
-                "a model"
+                f"a model{nearest(draft, _BY_NAME)}"
             )
         head = DraftHead.from_pretrained(draft)
         head.follows_target = True  # the caller has no head to move

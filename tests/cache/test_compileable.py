@@ -82,9 +82,18 @@ def test_tokens_past_the_capacity_are_refused_and_the_rest_is_kept() -> None:
 
 def test_a_batch_that_does_not_fit_is_refused() -> None:
     cache = PagedCache(max_tokens=32, compileable=True)
-    with pytest.raises(OutOfBlocks, match=r"batch of 3 rows does not fit.*batch_size \* \(prompt tokens"):
-        cache.update(*states(3, 2), 0)
+    with pytest.raises(OutOfBlocks, match=r"batch of 33 rows does not fit.*batch_size \* \(prompt tokens"):
+        cache.update(*states(33, 2), 0)
     cache.update(*states(2, 2), 0)
+
+
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_rows_times_prompt_and_new_tokens_are_enough(block_size: int) -> None:
+    lengths = (38, 20, 9)
+    cache = PagedCache(tiny_config("full"), max_tokens=3 * (38 + 12), compileable=True, block_size=block_size)
+    tokens = generate(tiny_model(), prompt(*lengths), cache, disable_compile=True)
+    assert torch.equal(tokens, eager_tokens("full", *lengths))
+    cache.check_integrity()
 
 
 def test_rows_change_places_by_copy() -> None:
@@ -121,3 +130,17 @@ def test_a_deepcopy_goes_its_own_way() -> None:
     for seed, each in ((1, twin), (2, cache)):
         assert torch.equal(each.layers[0].keys.clone(), torch.cat([keys, states(1, 9, seed=seed)[0]], dim=2))
         assert each.stats().num_tokens == 29
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+def test_a_call_that_cannot_fit_is_refused_before_the_first_token(options: dict[str, Any]) -> None:
+    model, rows = tiny_model(), options.get("num_beams", 1)
+    cache = PagedCache(tiny_config("full"), max_tokens=rows * 48, compileable=True)
+    with pytest.raises(OutOfBlocks, match=r"may grow its rows to 49 tokens: got room for 48.*lower max_new_tokens"):
+        generate(model, prompt(20), cache, max_new_tokens=30, disable_compile=True, **options)
+    assert int(cache.get_seq_length()) == 0
+    want = generate(tiny_model("full", "eager"), prompt(20), max_new_tokens=29, **options)
+    assert torch.equal(generate(model, prompt(20), cache, max_new_tokens=29, disable_compile=True, **options), want)
+    text = {"input_ids": want, "attention_mask": torch.ones_like(want)}
+    with pytest.raises(OutOfBlocks, match="may grow its rows to"):
+        generate(model, text, cache, max_new_tokens=5, disable_compile=True, **options)

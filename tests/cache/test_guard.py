@@ -156,6 +156,26 @@ def test_fixed_capacity_stores_what_a_growing_cache_stores(name: str, steps: lis
 
 
 @in_guarded_formats
+@pytest.mark.parametrize("steps", [*CUTS, [5, 12, 23], [3, 9, 9, 19]], ids=lambda steps: "-".join(map(str, steps[:6])))
+@pytest.mark.parametrize("window", [8, 20])
+def test_a_window_that_slides_at_once_keeps_the_shift_of_the_first_tokens(
+    window: int, steps: list[int], name: str
+) -> None:
+    config = LlamaConfig(num_hidden_layers=1)
+    config.sliding_window, config.layer_types = window, ["sliding_attention"]
+    keys, values = sink_states(40)
+    sliding = QuantizedPagedCache(config, format=name, skip_layers=())
+    whole = QuantizedPagedCache(format=name)
+    assert sliding.layers[0].is_sliding
+    whole.update(keys, values, 0)
+    for k, v in zip(keys.split(steps, dim=2), values.split(steps, dim=2), strict=True):
+        sliding.update(k, v, 0)
+    held = sliding.layers[0].keys.clone()
+    assert torch.equal(held, whole.layers[0].keys[:, :, -held.shape[2] :])
+    assert not sliding.layers[0].pool.keys.centres.early
+
+
+@in_guarded_formats
 def test_padding_teaches_a_row_nothing(name: str) -> None:
     keys, values = sink_states(40)
     padded_keys, padded_values = (

@@ -38,7 +38,7 @@ def test_every_section_is_there_and_a_sound_installation_is_healthy(
 ) -> None:
     status, said = report(capsys)
     assert list(said) == ["is_healthy", "versions", "device", "proof", "formats", "falls back", "trial"]
-    assert [one["what"][0] for one in said["proof"]] == ["1", "2", "3"]
+    assert [one["what"][0] for one in said["proof"]] == ["1", "2", "3", "4"]
     assert {one["what"]: one["state"] for one in said["proof"]}["1 interpreter"] == "ok"
     assert (status, said["is_healthy"]) == (0, True)
 

@@ -22,7 +22,7 @@ from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.kernels.reference.attention import attention_reference, visible_pairs
 
 ROOT = Path(__file__).parents[2]
-CPU = Bench(torch.device("cpu"), 1, time.monotonic() + 600, rehearsal=True)
+CPU = Bench(torch.device("cpu"), 1, time.monotonic() + 10**6, rehearsal=True)
 LIMITS = {"copy_gb_s": 4300.0, "matmul_tflop_s": 780.0}
 
 

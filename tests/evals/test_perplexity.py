@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -29,6 +28,7 @@ from evals.perplexity.bars import BUNDLED, MEMORY, OUTLIERS, QWEN, REAL, Bar, ba
 from evals.perplexity.segments import make_segments
 from evals.perplexity.summary import summarize
 from hf_kvopt import CACHE_KEYWORD
+from hf_kvopt.cli.watch import run_while_busy
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = ["--context", "25", "--segments", "4", "--batch", "2", "--chunks", "5"]
@@ -260,6 +260,9 @@ def test_losses_are_judged_on_models_that_have_bars() -> None:
         assert bars_for(namespace(model=name)) == (*REAL[name], *MEMORY)
         # Another model, and another question.
         assert bars_for(namespace(model=name, outliers=True)) == bars_for(namespace(model=name, prefill=5)) == MEMORY
+        assert bars_for(namespace(model=name, text="prose")) == (*REAL[name], *MEMORY)
+        assert bars_for(namespace(model=name, text="my.txt")) == bars_for(namespace(model=name, dataset="x")) == MEMORY
+    assert bars_for(namespace(text="prose")) == MEMORY
 
 
 def test_a_bar_is_met_at_its_limit_and_never_by_nan() -> None:
@@ -356,10 +359,8 @@ def test_two_processes_give_the_figures_of_one(tmp_path: Path) -> None:
     options = ["--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
     launch = [sys.executable, "-m", "accelerate.commands.launch", *options, "--main_process_port=0"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launch, "-m", "evals.perplexity", *arguments, "--out", str(two)],
-        cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
+    done = run_while_busy([*launch, "-m", "evals.perplexity", *arguments, "--out", two], cwd=ROOT, env=env)
+    assert done is not None
     assert done.returncode == 0, done.stderr
     main([*arguments, "--out", str(one)])
     alone, shared = (json.loads(path.read_text()) for path in (one, two))

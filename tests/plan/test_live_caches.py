@@ -140,13 +140,15 @@ def test_quantized_bytes_equal_those_of_the_live_cache(name: str, options: dict[
     assert (got.used_bytes, got.reserved_bytes) == (live.used_bytes, live.reserved_bytes)
 
 
-@pytest.mark.parametrize(("batch", "max_tokens"), [(1, 64), (3, 200), (2, 90)])
-def test_fixed_capacity_is_used_from_the_start(batch: int, max_tokens: int) -> None:
-    model = tiny_model("mixed")
-    cache = hf_kvopt.PagedCache(model.config, max_tokens=max_tokens, compileable=True)
+@pytest.mark.parametrize("options", [{}, {"format": "int8"}, {"format": "int4", "skip_layers": ()}], ids=str)
+@pytest.mark.parametrize(("batch", "max_tokens"), [(1, 64), (3, 200), (2, 90), (3, 150)])
+def test_fixed_capacity_is_used_from_the_start(batch: int, max_tokens: int, options: dict[str, Any]) -> None:
+    model, limits = tiny_model("mixed"), {"max_tokens": max_tokens, "compileable": True}
+    kind = hf_kvopt.QuantizedPagedCache if options else hf_kvopt.PagedCache
+    cache = kind(model.config, **options, **limits)
     with torch.no_grad():
         model(**prompt(*[9] * batch), **{hf_kvopt.CACHE_KEYWORD: cache})
-    got = memory(model, context=9, batch=batch, max_tokens=max_tokens, compileable=True, dtype="float32", weights=False)
+    got = memory(model, context=9, batch=batch, dtype="float32", weights=False, **options, **limits)
     live = cache.stats()
     assert (got.used_bytes, got.reserved_bytes) == (live.used_bytes, live.reserved_bytes)
 

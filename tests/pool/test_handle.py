@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_kvopt import PagedCache
+from hf_kvopt import PagedCache, QuantizedPagedCache
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.pool.handle import KVHandle, view_of
 from tests.helpers import states
@@ -147,3 +147,16 @@ def test_one_warning_names_the_operation_that_gathered(caplog: pytest.LogCapture
 def test_a_copied_handle_holds_the_same_numbers(duplicate) -> None:
     _, handle, keys = filled()
     assert torch.equal(torch.as_tensor(duplicate(handle)).clone(), keys)
+
+
+@pytest.mark.parametrize("name", ["native", "int8", "int4"])
+def test_what_is_offloaded_behind_a_handle_is_still_read(name: str) -> None:
+    cache = PagedCache() if name == "native" else QuantizedPagedCache(format=name)
+    keys, values = states(2, 20)
+    cache.update(keys, values, 0)
+    handles = cache.update(*states(2, 1, seed=1), 0)
+    want = [handle.clone() for handle in handles]
+    # As transformers offloads a layer as soon as it has handed out its keys and values.
+    for plane in cache.layers[0].pool.planes:
+        plane.to(torch.device("meta"))
+    assert all(torch.equal(handle.clone(), copy) for handle, copy in zip(handles, want, strict=True))

@@ -8,7 +8,15 @@ import pytest
 import torch
 import transformers
 
-from hf_kvopt import CacheStateError, OutOfBlocks, PagedCache, PrefixStore, UnsupportedModel
+from hf_kvopt import (
+    CacheStateError,
+    OutOfBlocks,
+    PagedCache,
+    PrefixStore,
+    UnsupportedModel,
+    enable,
+    prefix_store,
+)
 from hf_kvopt.pool.block_table import BlockTable
 from hf_kvopt.prefix.identity import ModelIdentity
 from tests.helpers import KINDS, NEW_TOKENS, generate, tiny_config, tiny_model
@@ -412,3 +420,34 @@ def test_rows_that_share_a_beginning_are_read_in_place(kind: str, monkeypatch: p
     monkeypatch.setattr(BlockTable, "gather_slots", note)
     assert torch.equal(turn(store, model, inputs), eager(kind, inputs))
     assert not any(gathered)
+
+
+@pytest.mark.parametrize("given", ["a hole in the mask", "a row that is padded further", "other tokens"])
+def test_a_cache_takes_no_other_prompt_than_its_own(given: str) -> None:
+    model, inputs = tiny_model(), batch(text(40), text(40, seed=2))
+    store = PrefixStore(model)
+    turn(store, model, inputs)
+    other = {name: value.clone() for name, value in inputs.items()}
+    if given == "other tokens":
+        other["input_ids"][1, 3] += 1
+    else:
+        other["attention_mask"][1, {"a hole in the mask": slice(5, 6)}.get(given, slice(0, 3))] = 0
+    cache = store.cache(**inputs)
+    with pytest.raises(CacheStateError, match="filled for other prompts"):
+        generate(model, other, cache)
+    del cache
+    assert torch.equal(turn(store, model, inputs), eager("full", inputs))
+    store.check_integrity()
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("lengths", [(18,), (35, 35, 35), (50, 46)], ids=str)
+def test_a_store_of_just_one_batch_serves_it_again(lengths: tuple[int, ...], beams: int) -> None:
+    size = 16
+    blocks = beams * len(lengths) * -(-(max(lengths) + NEW_TOKENS) // size)
+    model = enable(tiny_model(), prefix_sharing=True, max_tokens=blocks * size)
+    inputs = batch(*(text(length, seed=length + i) for i, length in enumerate(lengths)))
+    want = generate(tiny_model("full", "eager"), inputs, num_beams=beams)
+    for _ in range(3):
+        assert torch.equal(generate(model, inputs, num_beams=beams), want)
+    prefix_store(model).check_integrity()

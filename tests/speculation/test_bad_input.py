@@ -19,6 +19,7 @@ from tests.speculation.test_verify import small
 
 SETTINGS = {
     "an unknown name": (("lookback",), {}, "expected one of"),
+    "a misspelt name": (("prompt_lokup",), {}, "did you mean 'prompt_lookup'"),
     "gamma of 0": (("lookahead",), {"gamma": 0}, "gamma must be an integer of at least 1"),
     "gamma as a float": (("lookahead",), {"gamma": 2.0}, "gamma must be an integer"),
     "nodes below 0": (("lookahead",), {"num_nodes": -1}, "num_nodes must be"),
@@ -46,6 +47,7 @@ def test_drafters_that_cannot_match(make: Any) -> None:
 
 CALLS = {
     "beams": ({"num_beams": 3}, ValueError, "num_beams=3"),
+    "ranks that go in step": ({"synced_gpus": True}, UnsupportedModel, "synced_gpus=True"),
     "no cache": ({"use_cache": False}, ValueError, "use_cache=False"),
     "attentions": (
         {"output_attentions": True, "return_dict_in_generate": True},

@@ -1,7 +1,6 @@
 """`python -m hf_kvopt train-draft` on tiny models: data, runs, resuming, several processes."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 import hf_kvopt
 from hf_kvopt.__main__ import COMMANDS, main
+from hf_kvopt.cli.watch import run_while_busy
 from hf_kvopt.speculation.training.data import TokenRows, count_tokens
 from tests.helpers import VOCAB, generate, tiny_model, unpadded
 
@@ -105,7 +105,8 @@ def test_two_processes_train_one_head(target, data, tmp_path):
     args += ["--layers", 0, 1, -1, "--max-steps", 6, "--eval-every", 3, "--heldout", data, "--cpu", "--accumulate", 2]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     launch += ["-m", "hf_kvopt", "train-draft"]
-    done = subprocess.run([*launch, *map(str, args)], capture_output=True, text=True, timeout=300)
+    done = run_while_busy([*launch, *args])
+    assert done is not None
     assert done.returncode == 0, done.stderr[-3000:]
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log] == [3, 6]

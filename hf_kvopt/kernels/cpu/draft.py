@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hf_kvopt.kernels.cpu.address import PoolAddress
 from hf_kvopt.kernels.cpu.jit.spec import (
     ARGUMENTS,
     CHUNK,
@@ -22,7 +23,6 @@ from hf_kvopt.kernels.cpu.jit.spec import (
     Spec,
     part_items,
 )
-from hf_kvopt.kernels.cpu.place import Place
 from hf_kvopt.kernels.cpu.program import MAX_DIM, NAMES, bits_of, can_compile, compiled, lanes, num_threads
 from hf_kvopt.kernels.pattern import LOG2E
 
@@ -72,8 +72,8 @@ class Entries(NamedTuple):
 class Held(NamedTuple):
     """The head's cache, with room for all that is read and drafted."""
 
-    k: Place
-    v: Place
+    k: PoolAddress
+    v: PoolAddress
     block_table: Tensor  # [rows, max_blocks] int32
     seq_lens: Tensor  # [rows] int32: tokens of each row behind the first entries
 
@@ -225,16 +225,16 @@ class Drafting:
             known = self._grown[name] = _floats(size)
         return known
 
-    def _attend_with(self, held: Held, seq_lens: Tensor, spec: Spec) -> array:
+    def _attend_with(self, held: Held, seq_lens: Tensor, spec: Spec) -> "array[int]":
         """The arguments of attention."""
         w, table = self._weights, held.block_table
         splits = -(-(table.shape[1] << held.k.block_shift) // CHUNK)
         num_tasks = len(table) * w.num_kv_heads * splits
         group = w.num_heads // w.num_kv_heads
         parts = self._reserve("parts", num_tasks * -(-group // spec.rows) * spec.rows * part_items(spec))
-        for plane, place in (("k", held.k), ("v", held.v)):
+        for plane, address in (("k", held.k), ("v", held.v)):
             names = (f"{plane}{axis}" for axis in ("", "_block", "_token", "_head"))
-            described = dict(zip(names, place.arguments[:4], strict=True))
+            described = dict(zip(names, address.arguments[:4], strict=True))
             self._attention |= described
             self._arguments |= described
         self._arguments["block_shift"] = held.k.block_shift

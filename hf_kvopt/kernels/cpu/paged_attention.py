@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from hf_kvopt.kernels.calls import AttentionCall, KVView
+from hf_kvopt.kernels.cpu.address import PoolAddress
 from hf_kvopt.kernels.cpu.jit.spec import BOOL_MASK, CHUNK, FLOAT_MASK, NO_MASK, NO_WINDOW, Spec, part_items
-from hf_kvopt.kernels.cpu.place import Place
 from hf_kvopt.kernels.cpu.program import bits_of, can_compile, compiled, lanes, num_threads
 from hf_kvopt.kernels.pattern import LOG2E, Pattern
 
@@ -40,9 +40,9 @@ def accepts(call: AttentionCall) -> bool:
         or v.states is not None
     ):
         return False
-    if k.plane.place is None or v.plane.place is None or (k.centre is not None and call.needs_centre):
+    if k.plane.address is None or v.plane.address is None or (k.centre is not None and call.needs_centre):
         return False
-    return can_attend(q, k.plane.place, v.plane.place)
+    return can_attend(q, k.plane.address, v.plane.address)
 
 
 def run(call: AttentionCall) -> Tensor:
@@ -51,13 +51,13 @@ def run(call: AttentionCall) -> Tensor:
     assert isinstance(k, KVView)
     assert isinstance(v, KVView)
     q = k.for_codes(q) if k.spec.rotates else q
-    return attend_blocks(q, k.plane.place, v.plane.place, *k.row_tensors(), pattern, skip=k.skip)  # type: ignore[arg-type]
+    return attend_blocks(q, k.plane.address, v.plane.address, *k.row_tensors(), pattern, skip=k.skip)  # type: ignore[arg-type]
 
 
 def can_attend(
     q: Tensor,  # [batch, num_heads, q_len, head_dim]
-    k: Place,
-    v: Place,
+    k: PoolAddress,
+    v: PoolAddress,
 ) -> bool:
     """Whether `attend_blocks` takes this call."""
     if torch.compiler.is_compiling() or not can_compile():
@@ -71,8 +71,8 @@ def can_attend(
 
 def attend_blocks(
     q: Tensor,  # [batch, num_heads, q_len, head_dim]
-    k: Place,
-    v: Place,
+    k: PoolAddress,
+    v: PoolAddress,
     block_table: Tensor,  # [batch, max_blocks] int32
     seq_lens: Tensor,  # [batch] int32
     lags: Tensor | None,  # [batch] int32

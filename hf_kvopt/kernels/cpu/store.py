@@ -15,8 +15,8 @@ from torch import Tensor
 
 from hf_kvopt.kernels.blocks import strided
 from hf_kvopt.kernels.calls import StoreCall
+from hf_kvopt.kernels.cpu.address import PoolAddress
 from hf_kvopt.kernels.cpu.jit.spec import STORE_ARGUMENTS, STORE_CHUNK, StoreSpec
-from hf_kvopt.kernels.cpu.place import Place
 from hf_kvopt.kernels.cpu.program import NAMES, can_compile, compiled, lanes, num_threads
 from hf_kvopt.kernels.reference import store as reference
 
@@ -29,7 +29,7 @@ _OUTSIDE = STORE_ARGUMENTS.index("outside")
 
 def accepts(call: StoreCall) -> bool:
     """Take calls of which at least one plane can be written; torch's operations write the other."""
-    return any(_can_write(part.plane.place, part.states) for part in call.parts)
+    return any(_can_write(part.plane.address, part.states) for part in call.parts)
 
 
 def run(call: StoreCall) -> None:
@@ -41,36 +41,36 @@ def run(call: StoreCall) -> None:
     left = []
     for part in call.parts:
         plane, _, states, centre = part
-        if plane.place is None:
+        if plane.address is None:
             left.append(part)
         else:
-            store_states(states, plane.place, call.slots(), centre, plane.rotates)
+            store_states(states, plane.address, call.slots(), centre, plane.rotates)
     if left:
         reference.run(call._replace(parts=tuple(left)))
 
 
-def _can_write(place: Place | None, states: Tensor) -> bool:
-    return place is not None and can_store(states, place)
+def _can_write(address: PoolAddress | None, states: Tensor) -> bool:
+    return address is not None and can_store(states, address)
 
 
 def can_store(
     states: Tensor,  # [batch, num_kv_heads, tokens, head_dim]
-    place: Place,
+    address: PoolAddress,
 ) -> bool:
     """Whether `store_states` takes this call."""
     return (
-        (place.code in _CODES or place.code == NAMES.get(states.dtype))
+        (address.code in _CODES or address.code == NAMES.get(states.dtype))
         and states.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and can_compile()
         and type(states) is Tensor
-        and place.scale_bits == 16
+        and address.scale_bits == 16
     )
 
 
 def store_states(
     states: Tensor,  # [batch, num_kv_heads, tokens, head_dim] float
-    place: Place,  # of a pool with as many heads, which is written
+    address: PoolAddress,  # of a pool with as many heads, which is written
     slots: Tensor,  # [batch * tokens] int64, in any shape: block * block_size + offset, -1 to skip
     centre: Tensor | None = None,  # [batch, num_kv_heads, head_dim] float32: taken from the states
     rotates: bool = False,
@@ -84,13 +84,13 @@ def store_states(
     batch, num_heads, tokens, dim = states.shape
     if states.dtype not in _SOURCES or states.stride(3) != 1:
         states = states.float().contiguous()
-    _check(states, place, slots)
+    _check(states, address, slots)
     if centre is not None:
         centre = centre.float().contiguous()
     item = states.element_size()
     row, head, token, _ = states.stride()
-    program = _program(dim, NAMES[states.dtype], place.code, rotates, centre is not None, lanes())
-    num_slots = place.num_blocks << place.block_shift
+    program = _program(dim, NAMES[states.dtype], address.code, rotates, centre is not None, lanes())
+    num_slots = address.num_blocks << address.block_shift
     chunks = -(-tokens // STORE_CHUNK)
     # In the order of spec.STORE_ARGUMENTS.
     arguments = array("q", (
@@ -98,18 +98,18 @@ def store_states(
         chunks, num_heads, tokens,
         states.data_ptr(), row * item, head * item, token * item,
         *((0, 0, 0) if centre is None else (centre.data_ptr(), 4 * centre.stride(0), 4 * centre.stride(1))),
-        slots.data_ptr(), num_slots, place.block_shift, *place.arguments,
+        slots.data_ptr(), num_slots, address.block_shift, *address.arguments,
     ))  # fmt: skip
     program.run(arguments.buffer_info()[0])
     if arguments[_OUTSIDE] >= 0:
         raise IndexError(f"slots must lie below {num_slots}: got {arguments[_OUTSIDE]}; reserve blocks before writing")
 
 
-def _check(states: Tensor, place: Place, slots: Tensor) -> None:
+def _check(states: Tensor, address: PoolAddress, slots: Tensor) -> None:
     batch, num_heads, tokens, dim = states.shape
-    if (num_heads, dim) != (place.num_heads, place.dim):
+    if (num_heads, dim) != (address.num_heads, address.dim):
         raise ValueError(
-            f"states must have the pool's {place.num_heads} heads of {place.dim}: got {num_heads} of {dim}; "
+            f"states must have the pool's {address.num_heads} heads of {address.dim}: got {num_heads} of {dim}; "
             "use one cache a model"
         )
     if slots.dtype != torch.int64 or slots.numel() != batch * tokens or not slots.is_contiguous():

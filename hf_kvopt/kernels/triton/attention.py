@@ -8,6 +8,7 @@ nothing cached before      flash_prefill     over the states as they came
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -42,7 +43,7 @@ def run(call: AttentionCall) -> Tensor:
     q, k, v, pattern, _ = call
     q = q if q.stride(-1) == 1 else q.contiguous()
     if pattern.starts is not None:
-        pattern = pattern._replace(starts=torch.as_tensor(pattern.starts, dtype=torch.int32, device=q.device))
+        pattern = pattern._replace(starts=_on_device(pattern.starts, k, q.device))
     if not isinstance(k, KVView) or not isinstance(v, KVView):
         return _over_dense(q, _dense(k), _dense(v), pattern)
     if k.states is not None and v.states is not None:
@@ -50,6 +51,13 @@ def run(call: AttentionCall) -> Tensor:
     if call.needs_centre:
         return _over_dense(q, k.dense(), v.dense(), pattern)
     return _over_blocks(q, k, v, pattern)
+
+
+def _on_device(starts: Tensor | Sequence[int], k: Tensor | KVView, device: torch.device) -> Tensor:
+    """Return starts as a kernel takes them; those of a cache's rows are copied once a step, and not at each layer."""
+    if isinstance(k, KVView) and not isinstance(starts, Tensor):
+        return k.rows.numbers(starts, device)
+    return torch.as_tensor(starts, dtype=torch.int32, device=device)
 
 
 def _over_blocks(q: Tensor, k: KVView, v: KVView, pattern: Pattern) -> Tensor:

@@ -152,6 +152,8 @@ def _biased_plane(x, PLANE: tl.constexpr, CODES: tl.constexpr):
 @triton.jit
 def key_planes(x, CODES: tl.constexpr, DTYPE: tl.constexpr, BIASED: tl.constexpr, PTX: tl.constexpr):
     """Return planes 0 to 3 of keys x (int16); the last two repeat the first two where there are two."""
+    # The integers of these instructions stand for codes and a bias, which the query's plane sums must take away.
+    tl.static_assert(BIASED or not PTX or (CODES != "int4" and CODES != "int8"), "PTX keys need BIASED")
     if PTX and CODES == "int4":
         return tl.inline_asm_elementwise(
             _INT4_KEYS, _FOUR, [x], (tl.float16, tl.float16, tl.float16, tl.float16), True, 2

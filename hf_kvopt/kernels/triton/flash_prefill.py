@@ -6,7 +6,6 @@ A program takes BLOCK_M queries of one head. Tiles of keys that none of them may
 an edge (first valid index, window, diagonal, length) are masked. Where the card has a tensor memory accelerator,
 keys and values arrive through tensor descriptors; left padding and packed sequences take the pointer path, whose
 loads can be masked to a row's own tokens.
-
 FlashAttention-2: Dao, 2023. FlashAttention-3: Shah et al., 2024.
 """
 

@@ -3,12 +3,10 @@
     part s of a row:  softmax over its tiles, written with its log-sum-exp
     merge:            out = sum_s exp(lse_s - lse) out_s          (merge_state.py, which also adds the sinks)
 
-The launch grid is (row tiles, KV heads, splits), fixed by the table's capacity and the batch. How many splits
-a row really uses is derived on the device from `seq_lens`: each working program gets about an equal share of
-the batch's tiles, so that one long row among short ones is spread over more programs, and a program without a
-share leaves after writing an lse of -inf. Nothing on the host depends on a length: a CUDA graph stays right
-when lengths change between replays.
-
+The launch grid is (row tiles, KV heads, splits), fixed by the table's capacity and the batch. How many splits a row
+really uses is derived on the device from `seq_lens`: each working program gets about an equal share of the batch's
+tiles, so that one long row among short ones is spread over more programs, and a program without a share leaves after
+writing an lse of -inf. Nothing on the host depends on a length: a CUDA graph stays right when lengths change.
 PagedAttention: Kwon et al., 2023. Flash-decoding: Dao et al., 2023.
 """
 
@@ -26,8 +24,8 @@ from hf_kvopt.kernels.triton.configs import decode_config, least_decode_tile
 from hf_kvopt.kernels.triton.launch import Config, Launch, Target, cdiv, next_power_of_two, target_of
 from hf_kvopt.kernels.triton.merge_state import plan_merge_state
 from hf_kvopt.kernels.triton.optional import tl, triton
-from hf_kvopt.kernels.triton.paged_tile import attend_tile, load_query, load_scales, store_output
-from hf_kvopt.kernels.triton.tile import add_sink, log_sum, reciprocal
+from hf_kvopt.kernels.triton.paged_tile import attend_tile, load_query, load_scales
+from hf_kvopt.kernels.triton.tile import add_sink, log_sum, reciprocal, store_output
 
 paged_decode_reference = paged_reference
 
@@ -176,7 +174,7 @@ def _paged_decode_kernel(
             )  # fmt: skip
             acc0, acc1, acc2, acc3, m_i, sums = attend_tile(
                 q0, q1, q2, q3, even_start, odd_start, row_scale, acc0, acc1, acc2, acc3, m_i, sums, k_even, k_odd,
-                v_even, v_odd,                position, tile_start, kv_lo, end, table_ptr, k_ptr, v_ptr,
+                v_even, v_odd, position, tile_start, kv_lo, end, table_ptr, k_ptr, v_ptr,
                 mask_row_ptrs, mask_m[:, None], mask_len, stride_mask_n, kv_head, cap, window,
                 NUM_KV_HEADS, K_DIM, V_DIM, K_BLOCK, V_BLOCK, K_PLANES, V_PLANES, K_CODES, V_CODES, K_BIASED, PTX,
                 BLOCK_SIZE, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_CAP, MASK_MIN, True, Q_DTYPE, P_DTYPE,

@@ -22,8 +22,8 @@ from hf_kvopt.kernels.triton.checks import check_paged
 from hf_kvopt.kernels.triton.configs import paged_prefill_config
 from hf_kvopt.kernels.triton.launch import Config, Launch, Target, cdiv, target_of
 from hf_kvopt.kernels.triton.optional import tl, triton
-from hf_kvopt.kernels.triton.paged_tile import attend_tile, load_query, load_scales, store_output
-from hf_kvopt.kernels.triton.tile import add_sink, log_sum, reciprocal
+from hf_kvopt.kernels.triton.paged_tile import attend_tile, load_query, load_scales
+from hf_kvopt.kernels.triton.tile import add_sink, log_sum, reciprocal, store_output
 
 paged_prefill_reference = paged_reference
 
@@ -160,7 +160,7 @@ def _paged_prefill_kernel(
                 )  # fmt: skip
                 acc0, acc1, acc2, acc3, m_i, l_i = attend_tile(
                     q0, q1, q2, q3, even_start, odd_start, row_scale, acc0, acc1, acc2, acc3, m_i, l_i, k_even, k_odd,
-                    v_even, v_odd,                    position, tile_start, kv_lo, kv_hi, table_ptr, k_ptr, v_ptr,
+                    v_even, v_odd, position, tile_start, kv_lo, kv_hi, table_ptr, k_ptr, v_ptr,
                     mask_row_ptrs, mask_m[:, None], mask_len, stride_mask_n, kv_head, cap, window,
                     NUM_KV_HEADS, K_DIM, V_DIM, K_BLOCK, V_BLOCK, K_PLANES, V_PLANES, K_CODES, V_CODES, K_BIASED, PTX,
                     BLOCK_SIZE, BLOCK_N, IS_CAUSAL, HAS_WINDOW, HAS_CAP, MASK_MIN, run != 1, Q_DTYPE, P_DTYPE,

@@ -99,3 +99,39 @@ def log_sum(m_i, l_i):
 def reciprocal(l_i):
     """Return 1 / l_i, and 0 for a row that has seen nothing."""
     return tl.where(l_i == 0.0, 0.0, 1.0 / l_i)
+
+
+@triton.jit
+def store_plane(
+    out_row_ptrs,  # [BLOCK_M, 1]
+    mask_m,  # [BLOCK_M, 1]
+    out,  # [BLOCK_M, BLOCK]
+    PLANE: tl.constexpr,
+    PLANES: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    """Write a plane's channels of the output."""
+    offs = tl.arange(0, out.shape[1])[None, :]
+    out_ptrs = out_row_ptrs + (PLANES * offs + PLANE)
+    tl.store(out_ptrs, out.to(out_row_ptrs.dtype.element_ty), mask=mask_m & (offs < DIM // PLANES))
+
+
+@triton.jit
+def store_output(
+    out_row_ptrs,  # [BLOCK_M, 1]
+    mask_m,  # [BLOCK_M, 1]
+    factor,  # [BLOCK_M, 1]
+    acc0,
+    acc1,
+    acc2,
+    acc3,
+    V_DIM: tl.constexpr,
+    V_PLANES: tl.constexpr,
+):
+    """Write the accumulators times a factor."""
+    store_plane(out_row_ptrs, mask_m, acc0 * factor, 0, V_PLANES, V_DIM)
+    if V_PLANES > 1:
+        store_plane(out_row_ptrs, mask_m, acc1 * factor, 1, V_PLANES, V_DIM)
+    if V_PLANES > 2:
+        store_plane(out_row_ptrs, mask_m, acc2 * factor, 2, V_PLANES, V_DIM)
+        store_plane(out_row_ptrs, mask_m, acc3 * factor, 3, V_PLANES, V_DIM)

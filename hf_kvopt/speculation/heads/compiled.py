@@ -152,7 +152,7 @@ class CompiledSteps:
         lens = lens - num_tokens
         if counts is not None:
             lens += counts
-        held = Held(layer.pool.keys.stored.place, layer.pool.values.stored.place, blocks, lens)
+        held = Held(layer.pool.keys.stored.address, layer.pool.values.stored.address, blocks, lens)
         return held, layer.table.slots(layer.clock - num_tokens, layer.clock, device)
 
     def _entries(self, read: Read, slots: Tensor, counts: Tensor) -> Entries:

@@ -43,7 +43,7 @@ class EagleConfig(PreTrainedConfig):
     num_key_value_heads: int = 0
     head_dim: int = 0
     max_position_embeddings: int = 2048
-    rope_parameters: dict | None = None
+    rope_parameters: dict | None = None  # type: ignore[type-arg]
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
     hidden_act: str = "silu"

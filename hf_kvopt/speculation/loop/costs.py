@@ -67,7 +67,7 @@ class Rates:
         return Expected(tokens, depth)
 
 
-class Paces:
+class RelativeAcceptance:
     """Acceptance of each row of a call relative to the mean: a batch is done when its slowest row is.
 
     A row that takes e_i tokens a step needs 1/e_i of the steps of plain decoding, and a step takes a + b * rows

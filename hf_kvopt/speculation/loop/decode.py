@@ -22,7 +22,7 @@ from hf_kvopt.errors import OutOfBlocks
 from hf_kvopt.speculation.drafters.base import Draft, Drafter, DraftSession, Plan, Read
 from hf_kvopt.speculation.loop.lockstep import walk
 from hf_kvopt.speculation.loop.output import Output
-from hf_kvopt.speculation.loop.policy import Policy
+from hf_kvopt.speculation.loop.policy import Policy, of_first_rank
 from hf_kvopt.speculation.loop.reader import Reader
 from hf_kvopt.speculation.loop.reads import Pending, features_of, packed
 from hf_kvopt.speculation.loop.requirements import counts_columns, reads_trees
@@ -106,7 +106,7 @@ class Speculation:
 
     def _step(self, session: DraftSession) -> None:
         batch, started = len(self.rows), time.perf_counter()
-        plan = self.policy.plan(self.rows, self.output.remaining)
+        plan = of_first_rank(self.reader.model, self.policy.plan(self.rows, self.output.remaining))
         if not self.reads_trees:
             plan = plan._replace(num_nodes=min(plan.gamma, plan.num_nodes))
         draft, shape = self._draft(session, plan)

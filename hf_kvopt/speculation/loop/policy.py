@@ -1,10 +1,10 @@
 """Policy: chooses the draft size with the most expected tokens a second, from measurements.
 
 A chain of gamma gives 1 + sum_k prod_{j<=k} alpha_j tokens for the time of its draft and its verification, a plain
-step gives one; in a batch slower rows count for more (`Paces`). No size is tried for its own sake: sizes that were
-not measured recently are read off a line through those that were, a tree is drawn if it promises a clear gain over
-chains, and measurements are kept from call to call. Where plain decoding is faster, speculation stops, warns once, and
-is tried again later.
+step gives one; in a batch slower rows count for more (`RelativeAcceptance`). No size is tried for its own sake: sizes
+that were not measured recently are read off a line through those that were, a tree is drawn if it promises a clear
+gain over chains, and measurements are kept from call to call. Where plain decoding is faster, speculation stops, warns
+once, and is tried again later.
 """
 
 import logging
@@ -13,8 +13,11 @@ from collections.abc import Collection, Hashable, Mapping, Sequence
 from functools import partial
 from statistics import median
 
+from transformers import PreTrainedModel
+
+from hf_kvopt.ranks import follow_first
 from hf_kvopt.speculation.drafters.base import Plan
-from hf_kvopt.speculation.loop.costs import Line, Paces, Rates, Times
+from hf_kvopt.speculation.loop.costs import Line, Rates, RelativeAcceptance, Times
 from hf_kvopt.speculation.loop.stats import SpeculationStats
 
 logger = logging.getLogger(__name__)
@@ -37,7 +40,7 @@ _WARM_UP = 3  # steps that are not measured, with drafts and without: the first 
 _CONFIDENCE = (0.01, 0.03, 0.05)
 
 
-class Known:
+class Measurements:
     """Measurements under one sampling setting, as a sampled draft is accepted less often than a greedy one."""
 
     def __init__(self) -> None:
@@ -74,15 +77,15 @@ class Policy:
         self.tree_is_asked = bool(num_nodes) and bool(self.trees)
         self.may_stop = may_stop
         self.stats = SpeculationStats()
-        self.paces = Paces()
+        self.paces = RelativeAcceptance()
         self.read_times = Times(_READ_GROWTH)  # by tokens of all rows
         self.num_steps = self.num_drafted = self.num_plain = 0
-        self.known = Known()
-        self._known: dict[Hashable, Known] = {None: self.known}
+        self.known = Measurements()
+        self._known: dict[Hashable, Measurements] = {None: self.known}
 
     def begin(self, sampling: Hashable, rows_leave: bool) -> None:
         """Begin a call with these sampling settings; `rows_leave`: finished rows make its steps cheaper."""
-        self.known = self._known.pop(sampling) if sampling in self._known else Known()
+        self.known = self._known.pop(sampling) if sampling in self._known else Measurements()
         self._known[sampling] = self.known  # last, as the most recently used
         if len(self._known) > _MOST_SAMPLINGS:
             del self._known[next(iter(self._known))]
@@ -203,7 +206,7 @@ class Policy:
         return loses
 
     def _counted_rate(self, rows: Sequence[int]) -> float:
-        """Return the tokens of a row a second in the last speculative steps, weighted by `Paces`."""
+        """Return the tokens of a row a second in the last speculative steps, weighted by `RelativeAcceptance`."""
         steps = self.known.recent[len(rows)]
         if not steps:
             return 0.0
@@ -227,6 +230,16 @@ class Policy:
         self.known.chosen.clear()
         for rates in self.known.rates.values():
             rates.fade(1 / 8)
+
+
+def of_first_rank(model: PreTrainedModel, plan: Plan) -> Plan:
+    """Return the plan of the first rank that shares `model`: each measures other times, and all must draft alike.
+
+    Raises:
+        CacheStateError: the ranks did not meet in time.
+    """
+    gamma, num_nodes, top_k, min_confidence = follow_first(model, plan)
+    return Plan(int(gamma), int(num_nodes), int(top_k), min_confidence)
 
 
 def _recent() -> deque[tuple[float, float]]:

@@ -65,7 +65,8 @@ def require_supported(
     if compat.is_synced(model):
         raise UnsupportedModel(
             f"ranks of a sharded model must run equally many forwards: got {type(model).__name__} under FSDP or "
-            "ZeRO-3, and speculation, which runs as many as its text takes; generate without custom_generate"
+            "ZeRO-3, or synced_gpus=True, and speculation, which runs as many as its text takes; generate without "
+            "custom_generate"
         )
     if config.use_cache is False:
         raise ValueError("speculation needs the cache: got use_cache=False; drop it")

@@ -15,7 +15,7 @@ _READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "c
 _SHUFFLE_BUFFER = 1024
 
 
-class TokenRows(torch.utils.data.IterableDataset):
+class TokenRows(torch.utils.data.IterableDataset[Any]):
     """Documents one after another, cut into rows of `row_len` tokens; the epoch determines the order.
 
     Args:

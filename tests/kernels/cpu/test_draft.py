@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_kvopt.kernels.cpu import draft as cpu_draft
+from hf_kvopt.kernels.cpu.address import address_of
 from hf_kvopt.kernels.cpu.draft import Drafting, DraftWeights, Entries, Held, can_draft
-from hf_kvopt.kernels.cpu.place import place_of
 from hf_kvopt.kernels.cpu.program import can_compile
 from tests.helpers import assert_in_a_forked_child
 
@@ -124,7 +124,7 @@ class Case:
         firsts = self.positions.gather(1, torch.tensor(self.counts)[:, None] - 1)
         positions = (firsts + torch.arange(1, max(1, steps))).T.contiguous()
         last = torch.arange(self.rows) * width + torch.tensor(self.counts) - 1
-        places = [place_of(pool, None) for pool in self.pools]
+        places = [address_of(pool, None) for pool in self.pools]
         held = Held(*places, self.table, torch.tensor(ends, dtype=torch.int32))
         first = Entries(self.features, self.tokens, self.positions, slots, last)
         made = drafting.run(held, rotations(), first, steps, positions, chain.contiguous(), min_confidence)

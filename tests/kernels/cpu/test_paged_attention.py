@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_kvopt.kernels.cpu import paged_attention as cpu_jit
+from hf_kvopt.kernels.cpu.address import address_of
 from hf_kvopt.kernels.cpu.jit.spec import CHUNK, TILE
 from hf_kvopt.kernels.cpu.paged_attention import can_attend
-from hf_kvopt.kernels.cpu.place import place_of
 from hf_kvopt.kernels.cpu.program import can_compile
 from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.kernels.reference.attention import visible_pairs
 from hf_kvopt.quant import Quantized, dequantize, get_format, quantize
-from tests.helpers import assert_in_a_forked_child
+from tests.helpers import assert_in_a_forked_child, join_while_working
 
 pytestmark = pytest.mark.skipif(not can_compile(), reason="needs llvmlite and AVX2")
 
@@ -61,7 +61,7 @@ def attend_blocks(
     q, k, v, table, lens, k_scale=None, v_scale=None, skip=0, lags=None, starts=None, **pattern
 ) -> Tensor:
     starts = None if starts is None else torch.tensor(starts, dtype=torch.int32)
-    places = place_of(k, k_scale), place_of(v, v_scale)
+    places = address_of(k, k_scale), address_of(v, v_scale)
     return cpu_jit.attend_blocks(q, *places, table, lens, lags, Pattern(**pattern, starts=starts), skip=skip)
 
 
@@ -92,7 +92,7 @@ def written_out(
 
 def check(rows: Rows, scale=0.2, **options) -> Tensor:
     """Hold the kernel to float64 as tightly as twice what float32 does in torch."""
-    assert can_attend(rows.q, place_of(rows.k, None), place_of(rows.v, None))
+    assert can_attend(rows.q, address_of(rows.k, None), address_of(rows.v, None))
     out = attend_blocks(*rows, scale=scale, **options)
     dense = rows.q, rows.dense(rows.k), rows.dense(rows.v), rows.seq_lens, scale
     want = written_out(*dense, **options)
@@ -270,18 +270,18 @@ def test_two_python_threads_may_attend_at_once(monkeypatch):
     monkeypatch.setattr(cpu_jit, "num_threads", lambda: 2)
     cases = [make_rows((CHUNK + 40 * i, 50), seed=i) for i in range(2)]
     wanted = [attend_blocks(*rows, scale=0.2) for rows in cases]
-    wrong = []
+    done = []
 
     def work(rows, want):
-        wrong.extend(i for i in range(50) if not torch.equal(attend_blocks(*rows, scale=0.2), want))
+        for _ in range(50):
+            done.append(torch.equal(attend_blocks(*rows, scale=0.2), want))
 
     threads = [threading.Thread(target=work, args=pair) for pair in zip(cases, wanted, strict=True)]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert not any(thread.is_alive() for thread in threads)
-    assert not wrong
+    join_while_working(threads, lambda: len(done))
+    assert all(done)
+    assert len(done) == 100
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -326,7 +326,7 @@ def test_every_format_is_read_as_its_reference_says(names, sizes, scale_dtype):
     for options in ({}, {"softcap": 2.0, "sinks": torch.zeros(4), "window": 70}):
         rows = make_rows((150, 16, 9), sizes=sizes, q_len=2, block_size=32)
         k, v = (stored(pool, name, scale_dtype) for pool, name in zip((rows.k, rows.v), names, strict=True))
-        assert can_attend(rows.q, place_of(*k), place_of(*v))
+        assert can_attend(rows.q, address_of(*k), address_of(*v))
         out = attend_blocks(rows.q, k.codes, v.codes, *rows[3:], scale=0.2, k_scale=k.scale, v_scale=v.scale, **options)
         as_read = [dequantize(*pool, get_format(name)) for pool, name in zip((k, v), names, strict=True)]
         dense = rows.q, *(rows.dense(pool) for pool in as_read), rows.seq_lens, 0.2
@@ -374,14 +374,14 @@ def test_avx2_agrees(dim, avx2):
 
 def test_what_cannot_be_taken_is_left_to_torch():
     rows = make_rows((40,))
-    q, k, v = rows.q, *(place_of(pool, None) for pool in (rows.k, rows.v))
+    q, k, v = rows.q, *(address_of(pool, None) for pool in (rows.k, rows.v))
     assert can_attend(q, k, v)
     assert not can_attend(q.double(), k, v)
     assert not can_attend(q.clone().requires_grad_(), k, v)
     assert not can_attend(q[:0], k, v)
     assert not can_attend(q.expand(-1, -1, 5000, -1), k, v)
     for pool in (rows.k.mT.contiguous().mT, rows.k[:, :8], rows.k.double(), rows.k.to("meta")):
-        assert place_of(pool, None) is None
+        assert address_of(pool, None) is None
     compiled = []
     torch.compile(lambda: compiled.append(can_attend(q, k, v)), backend="eager")()
     assert compiled == [False]
@@ -390,7 +390,7 @@ def test_what_cannot_be_taken_is_left_to_torch():
 def test_a_default_dtype_and_device_change_nothing():
     rows = make_rows((77, 16))
     want = attend_blocks(*rows, scale=0.2, starts=(1, 0))
-    places, pattern = (place_of(rows.k, None), place_of(rows.v, None)), Pattern(0.2, starts=[1, 0])
+    places, pattern = (address_of(rows.k, None), address_of(rows.v, None)), Pattern(0.2, starts=[1, 0])
     torch.set_default_dtype(torch.float16)  # a result of half the bytes would be written past its end
     torch.set_default_device("meta")
     try:

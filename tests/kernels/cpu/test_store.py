@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_kvopt import QuantizedPagedCache
 from hf_kvopt.kernels.cpu import store as cpu_store
-from hf_kvopt.kernels.cpu.place import place_of
+from hf_kvopt.kernels.cpu.address import address_of
 from hf_kvopt.kernels.cpu.program import can_compile
 from hf_kvopt.kernels.cpu.store import can_store, store_states
 from hf_kvopt.quant import SCALE_DTYPE, Format, Quantized, dequantize, get_format, hadamard, quantize
@@ -61,7 +61,7 @@ def check(x: Tensor, name: str, slots: Tensor, centre: Tensor | None = None, rot
     fmt = get_format(name)
     batch, heads, tokens, dim = x.shape
     pool, want = (Quantized(*make_pool(fmt, batch * tokens, heads, dim)) for _ in range(2))
-    place = place_of(*pool)
+    place = address_of(*pool)
     assert place is not None
     assert can_store(x, place)
     store_states(x, place, slots, centre, rotates)
@@ -169,7 +169,7 @@ def stored_alone(x: Tensor, name: str, rotates: bool) -> list[Tensor]:
     fmt = get_format(name)
     batch, heads, tokens, dim = x.shape
     pool = make_pool(fmt, batch * tokens, heads, dim)
-    place = place_of(*pool)
+    place = address_of(*pool)
     assert place is not None
     store_states(x, place, torch.arange(batch * tokens), None, rotates)
     return [bits(part) for part in pool]
@@ -213,7 +213,7 @@ def test_a_slot_that_the_pool_lacks_is_refused_and_nothing_is_written_there():
     x, fmt = make_states(1, 2, 3, 32), get_format("int8")
     whole = make_pool(fmt, 32, 2, 32)
     before = [bits(part) for part in whole]
-    place = place_of(*(part[:2] for part in whole))
+    place = address_of(*(part[:2] for part in whole))
     assert place is not None
     for slot in (32, 1 << 40, (1 << 63) - 1):
         with pytest.raises(IndexError, match=rf"slots must lie below 32: got {slot}; reserve"):
@@ -229,8 +229,8 @@ def test_a_slot_that_the_pool_lacks_is_refused_and_nothing_is_written_there():
 
 def test_what_cannot_be_taken_is_left_to_torch():
     x = make_states(1, 2, 3, 32)
-    place = place_of(*make_pool(get_format("int8"), 16, 2, 32))
-    native = place_of(torch.zeros(1, 16, 2, 32, dtype=torch.bfloat16), None)
+    place = address_of(*make_pool(get_format("int8"), 16, 2, 32))
+    native = address_of(torch.zeros(1, 16, 2, 32, dtype=torch.bfloat16), None)
     assert place is not None
     assert native is not None
     assert can_store(x, place)
@@ -248,7 +248,7 @@ def test_unquantized_pools_hold_the_very_bits(dtype, dim):
     x, slots = make_states(2, 3, 40, dim, dtype), make_slots(80)
     x[0, 0, :4, 0] = torch.tensor([torch.inf, -torch.inf, torch.nan, -0.0], dtype=dtype)
     pool = torch.full((3, 10, BLOCK, dim), 7.0, dtype=dtype).movedim(0, 2)
-    want, place, kept = pool.clone(), place_of(pool, None), slots >= 0
+    want, place, kept = pool.clone(), address_of(pool, None), slots >= 0
     assert place is not None
     assert can_store(x, place)
     store_states(x, place, slots)
@@ -264,7 +264,7 @@ def test_wider_states_are_rounded_to_the_nearest_and_ties_to_even(dtype):
     x[:, :, 1::4] = (x[:, :, 1::4].view(torch.int32) & -0x2000 | 0x1000).view(torch.float32)
     x[0, 0, 0, :6] = torch.tensor([torch.inf, -torch.inf, torch.nan, -0.0, 3.4e38, -3.4e38])
     pool = torch.zeros(2, 4, BLOCK, 64, dtype=dtype).movedim(0, 2)
-    store_states(x, place_of(pool, None), torch.arange(40))
+    store_states(x, address_of(pool, None), torch.arange(40))
     got = pool.flatten(0, 1)[:40].transpose(0, 1)
     assert torch.equal(got.nan_to_num(7.0), x[0].to(dtype).nan_to_num(7.0))
     assert torch.equal(got.isnan(), x[0].isnan())

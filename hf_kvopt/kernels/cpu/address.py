@@ -13,11 +13,11 @@ from hf_kvopt.quant import format_of
 _MIN_BLOCK = 16  # a unit of keys lies in one block
 
 
-class Place(NamedTuple):
+class PoolAddress(NamedTuple):
     """Where a pool lies, as the kernel takes it; holds as long as the pool's tensors stay."""
 
     arguments: tuple[int, ...]  # address and strides in bytes: of blocks, tokens and heads, of scales' blocks and heads
-    code: str  # how it is stored, a name in codec.CODECS
+    code: str  # how it is stored, a name in decoder.CODECS
     dim: int
     scale_bits: int
     num_heads: int
@@ -25,10 +25,10 @@ class Place(NamedTuple):
     block_shift: int
 
 
-def place_of(
+def address_of(
     codes: Tensor,  # [num_blocks, block_size, num_kv_heads, width]
     scale: Tensor | None,  # [num_blocks, block_size, num_kv_heads, *scale_shape]
-) -> Place | None:
+) -> PoolAddress | None:
     """Where this pool lies; None where the kernel cannot read it."""
     num_blocks, block_size, num_heads, width = codes.shape
     is_power = block_size >= _MIN_BLOCK and not block_size & (block_size - 1)
@@ -43,7 +43,7 @@ def place_of(
         bits = 8 * scale.element_size()
         scales = scale.data_ptr(), scale.stride(0) * bits // 8, scale.stride(2) * bits // 8
     shift = block_size.bit_length() - 1
-    return Place((*arguments, *scales), NAMES[codes.dtype], dim, bits, num_heads, num_blocks, shift)
+    return PoolAddress((*arguments, *scales), NAMES[codes.dtype], dim, bits, num_heads, num_blocks, shift)
 
 
 def _is_readable(codes: Tensor, scale: Tensor | None) -> bool:
