@@ -9,6 +9,12 @@ Importing registers the attention and its mask under "hf_kvopt", once, and touch
 
 from hf_kvopt import plan
 from hf_kvopt.attention.register import ATTENTION_NAME, register
+from hf_kvopt.batching.batcher import Batcher
+from hf_kvopt.batching.many import generate_many
+from hf_kvopt.batching.request import Request, RequestStats
+from hf_kvopt.batching.rules import TokenLogprob
+from hf_kvopt.batching.settings import BatchConfig
+from hf_kvopt.batching.stats import BatchStats
 from hf_kvopt.cache.paged import PagedCache
 from hf_kvopt.cache.quantized import QuantizedPagedCache
 from hf_kvopt.cache.stats import CacheStats, PrefixStats
@@ -17,6 +23,9 @@ from hf_kvopt.compat import CACHE_KEYWORD
 from hf_kvopt.config import CacheConfig
 from hf_kvopt.enable import Enabled, disable, enable, enabled
 from hf_kvopt.errors import CacheStateError, KVOptError, OutOfBlocks, UnsupportedDevice, UnsupportedModel
+from hf_kvopt.eviction.policy import EvictionPolicy
+from hf_kvopt.eviction.recent import SinkRecent, SinkRecentPeriodic
+from hf_kvopt.eviction.scores import TOVA, Knorm, PromptPolicy, SnapKV
 from hf_kvopt.overrides.sharing import prefix_store
 from hf_kvopt.packaged import model_source, packaged_texts
 from hf_kvopt.prefix.cache import PrefixSharedCache
@@ -31,27 +40,41 @@ __all__ = [
     "ATTENTION_NAME",
     "CACHE_KEYWORD",
     "KV_FORMATS",
+    "TOVA",
+    "BatchConfig",
+    "BatchStats",
+    "Batcher",
     "CacheConfig",
     "CacheStateError",
     "CacheStats",
     "Calibration",
     "DraftHead",
     "Enabled",
+    "EvictionPolicy",
     "FormatLoss",
     "KVOptError",
+    "Knorm",
     "OutOfBlocks",
     "PagedCache",
     "PrefixSharedCache",
     "PrefixStats",
     "PrefixStore",
+    "PromptPolicy",
     "QuantizedPagedCache",
+    "Request",
+    "RequestStats",
+    "SinkRecent",
+    "SinkRecentPeriodic",
+    "SnapKV",
     "SpeculationStats",
+    "TokenLogprob",
     "UnsupportedDevice",
     "UnsupportedModel",
     "calibrate",
     "disable",
     "enable",
     "enabled",
+    "generate_many",
     "model_source",
     "packaged_texts",
     "plan",

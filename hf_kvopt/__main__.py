@@ -9,6 +9,7 @@ COMMANDS = {
     "plan": ("hf_kvopt.cli.plan", "what to choose for a deployment, and why"),
     "calibrate": ("hf_kvopt.cli.calibrate", "what each cache format loses on a model"),
     "doctor": ("hf_kvopt.cli.doctor", "versions, what is proven and what runs here, and one tiny generation"),
+    "serve": ("hf_kvopt.cli.serve", "serve a model by an OpenAI-compatible API, with continuous batching"),
     "eval": ("hf_kvopt.cli.evals", "an eval: speed, loss, equality, needle, acceptance, ..."),
     "train-draft": ("hf_kvopt.cli.train_draft", "train an EAGLE or Medusa head for a model"),
 }

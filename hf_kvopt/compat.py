@@ -8,6 +8,7 @@ Public classes that never moved (PreTrainedModel, GenerationConfig, DynamicCache
 """
 
 import functools
+import importlib
 import inspect
 import logging
 import sys
@@ -24,6 +25,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, cache_utils, masking
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationConfig, GenerationMixin
 from transformers.generation import utils as generation_utils
+from transformers.generation.continuous_batching import requests as batching_requests
 
 from hf_kvopt.errors import UnsupportedModel
 
@@ -48,6 +50,10 @@ _NEXT_KWARGS = "_update_model_kwargs_for_generation"  # (outputs, model_kwargs):
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")  # inputs of which generate() makes up those of new tokens
 EXPAND_KV = "expand_kv"  # of an MLA attention module: (latents, rotary keys) to keys and values
 _LONGROPES = ("longrope", "su")  # one scaling; "su" in older configs
+MAKE_MANAGER = "init_continuous_batching"  # (generation_config, continuous_batching_config, workload_hints)
+KEPT_MANAGER = "_cached_continuous_batching_manager"  # on a model: a manager that outlives a call
+LOAD_MODEL = "_load_model"  # of the server's ModelManager
+READ_SETTINGS = "_build_generation_config"  # of the server's handlers: (body, model_generation_config, use_cb)
 WITHOUT_KV = ("conv", "linear_attention", "dummy")
 """Kinds of layers without keys and values: states instead, or those of another layer."""
 _STATES_IN_MODULES = ("recurrent_gemma",)  # model types whose states lie in the modules and not in a cache
@@ -88,6 +94,17 @@ prepare_padding_mask = _find(masking_utils, "prepare_padding_mask")
 _layer_types_and_kwargs = _find(cache_utils, "get_layer_types_and_kwargs")
 _is_zero3 = _find(generation_utils, "is_deepspeed_zero3_enabled")
 _is_fsdp = _find(generation_utils, "is_fsdp_managed_module")
+_batch_output = _find(batching_requests, "GenerationOutput")
+_batch_status = _find(batching_requests, "RequestStatus")
+_SERVER_NAMES = {
+    "serve": ("Serve.start_server",),
+    "serving.model_manager": (f"ModelManager.{LOAD_MODEL}",),
+    "serving.utils": (
+        "GenerationState.get_manager", "CBGenerateManager.init_cb", "CBGenerateManager.generate_streaming",
+        "CBGenerateManager.generate_non_streaming", f"BaseHandler.{READ_SETTINGS}",
+    ),
+    "serving.server": ("build_server",),
+}  # fmt: skip
 _GENERATE_LOCALS = ("input_ids", "generation_config", "model_kwargs")
 _GENERATION = {
     _NEXT_KWARGS: ("outputs", "model_kwargs"),
@@ -252,6 +269,38 @@ def is_default_cache(cache: object) -> bool:
     return type(cache) is DynamicCache and not is_user_defined(cache)
 
 
+def batch_output(
+    request_id: str, prompt: list[int], tokens: list[int], logprobs: list[float], error: str | None, status: str
+) -> Any:
+    """Make what a manager of transformers' continuous batching gives of a request; `status` by its name."""
+    return _batch_output(
+        request_id=request_id,
+        prompt_ids=prompt,
+        generated_tokens=tokens,
+        logprobs=logprobs,
+        error=error,
+        status=_batch_status[status],
+    )
+
+
+def server_modules() -> tuple[Any, Any, Any, Any]:
+    """Import transformers' server: its modules `serve`, `model_manager`, `utils` and `server`.
+
+    Raises:
+        ImportError: packages that it needs are not installed.
+        UnsupportedModel: a name that is built on is missing.
+    """
+    modules = [importlib.import_module(f"transformers.cli.{name}") for name in _SERVER_NAMES]
+    for module, names in zip(modules, _SERVER_NAMES.values(), strict=True):
+        for name in names:
+            owner, _, attribute = name.partition(".")
+            found = getattr(module, owner, None)
+            if found is None or (attribute and not hasattr(found, attribute)):
+                missing(f"{module.__name__}.{name}")
+    serve, model_manager, utils, server = modules
+    return serve, model_manager, utils, server
+
+
 def next_inputs(
     model: PreTrainedModel, input_ids: Tensor, outputs: Any, model_kwargs: dict[str, Any]
 ) -> dict[str, Any]:
@@ -270,30 +319,6 @@ def is_synced(model: PreTrainedModel) -> bool:
     if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
         return False
     return bool(_is_zero3() or _is_fsdp(model))
-
-
-def text_group(model: PreTrainedModel) -> "torch.distributed.ProcessGroup | None":
-    """Return the group of ranks that read the same texts, each with a part of every layer; None for a whole model.
-
-    Raises:
-        UnsupportedModel: the model is sharded, and this transformers does not say over which ranks.
-    """
-    if int(getattr(model, "_tp_size", None) or 1) == 1:
-        return None
-    mesh = getattr(model, "_device_mesh", None)
-    if mesh is None:
-        missing("PreTrainedModel._device_mesh")
-    mesh = mesh["tp"] if "tp" in (mesh.mesh_dim_names or ()) and mesh.ndim > 1 else mesh
-    if mesh.ndim != 1:
-        missing("axis 'tp' of PreTrainedModel._device_mesh")
-    return mesh.get_group() if mesh.size() > 1 else None
-
-
-def is_pipelined(config: PreTrainedConfig) -> bool:
-    """Return whether `config` is of a model whose layers are divided over ranks, as `from_pretrained` notes in it."""
-    divided = getattr(config, "distributed_config", None)
-    size = divided.get("pp_size") if isinstance(divided, dict) else getattr(divided, "pp_size", None)
-    return (size or 1) > 1
 
 
 def prompt_columns(config: GenerationConfig, attention_mask: Tensor | None) -> int:
@@ -355,6 +380,15 @@ def slides(config: PreTrainedConfig, layer_idx: int) -> bool:
         return False  # without reading the types of all layers, which takes longer than a short attention
     kinds, _ = layer_types(config)
     return layer_idx < len(kinds) and kinds[layer_idx] == "sliding_attention"
+
+
+def is_chunked(module: torch.nn.Module) -> bool:
+    """Whether an attention module attends within chunks of the text: its config names its layer so."""
+    config, layer_idx = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    if config is None or layer_idx is None or getattr(config, "attention_chunk_size", None) is None:
+        return False
+    kinds, _ = layer_types(config)
+    return layer_idx < len(kinds) and kinds[layer_idx] == "chunked_attention"
 
 
 def length_dependent_rope(config: PreTrainedConfig) -> dict[str, int]:

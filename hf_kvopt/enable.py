@@ -17,11 +17,15 @@ from transformers import PreTrainedModel
 from hf_kvopt import compat
 from hf_kvopt.attention.register import ATTENTION_NAME
 from hf_kvopt.attention.support import attention_obstacle
+from hf_kvopt.batching.requirements import require_packable
+from hf_kvopt.batching.settings import BatchConfig
+from hf_kvopt.cache.bounded import require_alone
 from hf_kvopt.cache.paged import PagedCache
 from hf_kvopt.cache.quantized import QuantizedPagedCache, option_names
 from hf_kvopt.calibration import choose, warn_of_loss
 from hf_kvopt.errors import UnsupportedModel, nearest
 from hf_kvopt.overrides import latents
+from hf_kvopt.overrides.batching import ManagerMaker, drop_manager
 from hf_kvopt.overrides.cache_maker import CACHES, KV_NAMES, LAYER_OPTIONS, CacheMaker, make_cache
 from hf_kvopt.overrides.divided import require_followed
 from hf_kvopt.overrides.inputs import CheckedPrefill, PreparedInputs
@@ -71,6 +75,7 @@ def enable(
     attention: bool | None = None,
     prefix_sharing: bool | PrefixStore = False,
     draft: "str | Path | Drafter | PreTrainedModel | SpeculativeDecoding | None" = None,
+    batching: bool | BatchConfig = False,
     max_loss: float | None = None,
     **cache_options: Any,
 ) -> PreTrainedModel:
@@ -91,8 +96,12 @@ def enable(
             between calls; what changes unseen (see `PrefixStore`) needs `prefix_store(model).clear()`.
         draft: speculate in every `generate` call: a draft head, its folder, an assistant model, "prompt_lookup",
             "lookahead", or what `speculative(...)` made, with its settings and `stats`.
+        batching: let `model.generate_batch(...)`, and whatever else asks the model for a manager of continuous batching
+            (TRL, transformers' server), use a `Batcher` with this cache, and the options `max_tokens`, `block_size`,
+            `skip_layers` and `layer_formats`; or with the settings of a `BatchConfig`.
         max_loss: with cache="auto", per cent that perplexity may grow (0.5).
-        cache_options: handed to the cache at each `generate` call, e.g. `block_size=32`, `max_tokens="32k"`.
+        cache_options: handed to the cache at each `generate` call, e.g. `block_size=32`, `max_tokens="32k"`,
+            `policy=SinkRecent(sinks=4, recent=1024)`.
 
     Returns:
         The model, for chaining.
@@ -151,12 +160,15 @@ def enable(
             "ignore; use the model as it is"
         )
     attention = _takes_attention(model, attention, is_all=cache is None and draft is None)
+    beside = {"prefix_sharing": prefix_sharing is not False, "draft": draft is not None}
+    require_alone(cache_options.get("policy"), type(model).__name__, attention, beside)
     if cache is not None:
         make_cache(model, CACHES[cache], cache_options)  # refuse bad options now, not in the first generate
         if cache != "paged" and not set(LAYER_OPTIONS) & set(cache_options):
             warn_of_loss(model, cache)
     sharing = _sharing(model, cache, prefix_sharing, cache_options)
     drafting = _drafting(model, draft)
+    batch_config = _batching(model, cache, batching, cache_options, drafting)
     disable(model)
     _require_unreplaced(model, "generate" if sharing is not None or drafting is not None else None)
     previous = model.config._attn_implementation
@@ -176,6 +188,8 @@ def enable(
         install(model, sharing, generates)
     elif generates is not None:
         model.__dict__["generate"] = generates
+    if batch_config is not None:
+        model.__dict__[compat.MAKE_MANAGER] = ManagerMaker(model, batch_config)
     state = Enabled(cache, attention, sharing is not None, _name_of(draft), cache_options, previous)
     setattr(model, _STATE, state)
     return model
@@ -191,9 +205,10 @@ def disable(model: PreTrainedModel) -> PreTrainedModel:
     if hasattr(model, _STATE):
         previous = getattr(model, _STATE).previous_attention
         delattr(model, _STATE)
-        for name in (compat.MAKE_CACHE, compat.PREPARE_INPUTS, compat.PREFILL, "generate"):
+        for name in (compat.MAKE_CACHE, compat.PREPARE_INPUTS, compat.PREFILL, compat.MAKE_MANAGER, "generate"):
             if isinstance(model.__dict__.get(name), InstanceOverride):
                 del model.__dict__[name]
+        drop_manager(model)
         latents.uninstall(model)
         if model.config._attn_implementation != previous:
             model.set_attn_implementation(previous)
@@ -240,6 +255,28 @@ def _sharing(
     options = {**options, "format": KV_NAMES[cache]}
     PrefixStore(model, **options)  # refuse now what cannot be shared
     return Sharing(None, options)
+
+
+def _batching(
+    model: PreTrainedModel, cache: str | None, batching: bool | BatchConfig, options: dict[str, Any], draft: Any
+) -> BatchConfig | None:
+    """How `model` is batched, checked; None where it is not."""
+    if batching is False:
+        return None
+    if cache is None:
+        raise ValueError("batching needs a cache of this library: got cache=None; pass cache='paged'")
+    require_packable(model)
+    if isinstance(batching, BatchConfig):
+        if batching.cache != cache or options:
+            raise ValueError(
+                f"a BatchConfig names the cache and its options itself: got cache={cache!r} and options "
+                f"{sorted(options)} beside one with cache={batching.cache!r}; name them once"
+            )
+        return batching
+    wrong = sorted(set(options) - {"max_tokens", "block_size", *LAYER_OPTIONS})
+    if wrong:
+        raise TypeError(f"batching takes max_tokens, block_size and the formats of layers: got {wrong} too")
+    return BatchConfig(cache=cache, draft=draft, **options)
 
 
 def _check_options(cache: str | None, options: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch import distributed as dist
 from transformers import PreTrainedModel
 
-from hf_kvopt import compat
+from hf_kvopt.compat_ranks import text_group
 from hf_kvopt.errors import CacheStateError
 
 _TIMEOUT = "HF_KVOPT_RANK_TIMEOUT_S"
@@ -37,7 +37,7 @@ def follow_first(model: PreTrainedModel, values: Sequence[float]) -> list[float]
     Raises:
         CacheStateError: the ranks did not meet in time.
     """
-    group = compat.text_group(model)
+    group = text_group(model)
     if group is None:
         return list(values)
     told = torch.tensor(values, dtype=torch.float64, device=_device(model))
@@ -57,7 +57,7 @@ def require_alike(model: PreTrainedModel, what: str, said: str) -> None:
     Raises:
         CacheStateError: ranks differ, or did not meet in time.
     """
-    group = compat.text_group(model)
+    group = text_group(model)
     if group is None:
         return
     own = _encoded(said, _device(model))

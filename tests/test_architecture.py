@@ -1,7 +1,7 @@
 """The arrows of the import graph, parsed: what may know of what.
 
 prefix       -> cache                            cache     -> pool, quant, config
-attention    -> pool's handles, kernels           pool      -> kernels, quant
+attention    -> pool.handle, pool.lazy, kernels  pool      -> kernels, quant, eviction.policy
 speculation  -> attention, cache, prefix         plan      -> quant, config, what caches refuse
 overrides, enable, cli: the front doors, which see everything
 """
@@ -20,16 +20,30 @@ PACKAGE = "hf_kvopt"
 # What each room may import of the others; errors are everybody's.
 ALLOWED = {
     "prefix": ("prefix", "cache", "pool", "quant", "config", "compat"),
-    "cache": ("cache", "pool", "quant", "config", "compat"),
-    "attention": ("attention", "pool.handle", "pool.lazy", "kernels", "compat"),
-    "pool": ("pool", "kernels", "quant"),
+    "cache": ("cache", "pool", "eviction.policy", "quant", "config", "compat", "compat_ranks"),
+    "attention": ("attention", "pool.handle", "pool.lazy", "pool.packed", "kernels", "compat"),
+    "batching": (
+        "batching",
+        "speculation",
+        "attention",
+        "prefix",
+        "cache",
+        "pool",
+        "quant",
+        "config",
+        "overrides.latents",
+        "compat",
+    ),
+    "pool": ("pool", "eviction.policy", "kernels", "quant"),
+    "eviction": ("eviction", "config"),
     "kernels": ("kernels", "quant"),
     "quant": ("quant",),
     "speculation": ("speculation", "attention", "cache", "prefix", "kernels.cpu.draft", "ranks", "config", "compat"),
     "plan": ("plan", "quant", "config", "compat", "prefix.identity"),
     "presets": ("plan",),
     "compat": (),
-    "ranks": ("compat",),
+    "ranks": ("compat_ranks",),
+    "compat_ranks": ("compat",),
     "config": (),
     "errors": (),
     "packaged": (),
@@ -46,8 +60,8 @@ ALLOWED = {
 }
 # Only these speak to transformers; the rest is torch alone.
 WITH_TRANSFORMERS = (
-    "cache", "prefix", "attention", "speculation", "enable", "overrides", "plan", "presets", "cli", "compat",
-    "packaged", "calibration", "ranks", "__main__",
+    "cache", "prefix", "attention", "batching", "speculation", "enable", "overrides", "plan", "presets", "cli",
+    "compat", "packaged", "calibration", "ranks", "compat_ranks", "__main__",
 )  # fmt: skip
 # Rungs 2 and 4 of the proof compile and time the kernels, which are no public names.
 KERNEL_PROOFS = ("evals/gpu/", "evals/kernels.py")

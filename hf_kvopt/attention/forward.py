@@ -9,14 +9,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_kvopt.attention.checks import check_ownership, check_weights, check_window
+from hf_kvopt.attention.eviction import check_eviction, choose_prompt
 from hf_kvopt.attention.masking import add_bias, hide_before, select_keys, take_apart
 from hf_kvopt.attention.mla import LatentKV, attend_latent, is_absorbable
+from hf_kvopt.attention.packed import attend_packed
 from hf_kvopt.attention.sealed import aligned
 from hf_kvopt.errors import KVOptError, UnsupportedModel
 from hf_kvopt.kernels.attention import attend
 from hf_kvopt.kernels.calls import AttentionCall
 from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.pool.handle import KVHandle, view_of
+from hf_kvopt.pool.packed import PackedKV
 
 
 def attention_forward(
@@ -44,6 +47,10 @@ def attention_forward(
         ValueError: weights were asked for, dropout outside of training, or a mask of an invalid shape.
         CacheStateError: the cache belongs to another model, or already holds this prompt.
     """
+    if isinstance(key, PackedKV) and isinstance(value, PackedKV):
+        kwargs |= {"is_causal": is_causal, "sliding_window": sliding_window, "position_bias": position_bias}
+        kwargs |= {"dropout": dropout, "scaling": scaling, "softcap": softcap, "s_aux": s_aux}
+        return attend_packed(attention_forward, module, query, key, value, attention_mask, **kwargs)
     handle = key.latent if isinstance(key, LatentKV) else key
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     scoring = Pattern(scale, True, None, softcap, s_aux if s_aux is not None else kwargs.get("sinks"))
@@ -51,6 +58,8 @@ def attention_forward(
         _refuse_what_is_wrong(module, handle, attention_mask, dropout, sliding_window, kwargs)
         if isinstance(key, KVHandle) and key.table is not None and key.table.allocator.tails is not None:
             key, value = handle, _ = aligned(key, value, attention_mask)
+        if isinstance(handle, KVHandle):
+            check_eviction(module, handle, attention_mask, position_bias, kwargs)
         if kwargs.get("indices") is not None:
             attention_mask = select_keys(attention_mask, kwargs["indices"], query.shape[2], key.shape[2])
         pattern = take_apart(module, query, key, attention_mask, is_causal, sliding_window, scoring)
@@ -60,6 +69,7 @@ def attention_forward(
         if isinstance(handle, KVHandle) and handle.guard is not None and handle.table is not None:
             handle.guard.undo(handle.table)
         raise
+    choose_prompt(query, key, value, scale)
     if position_bias is not None:
         bias = position_bias[..., -key.shape[2] :]
         pattern = pattern._replace(mask=add_bias(bias, pattern.mask))

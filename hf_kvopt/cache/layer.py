@@ -182,7 +182,7 @@ class PagedLayer(CacheLayerMixin):
                 "than the prompt, of which transformers then leaves nothing; call cache.reset(), or cache.crop(-n) so "
                 "that at least the last prompt token is missing"
             )
-        start = self.table.visible_start(self.clock)
+        start = self.table.next_start(self.clock)
         return self._num_columns() + query_length - start, start
 
     def get_seq_length(self) -> int:

@@ -25,6 +25,7 @@ from transformers.cache_utils import (
 )
 
 from hf_kvopt import compat
+from hf_kvopt.cache.bounded import checked_policy, forbid, require_decoder
 from hf_kvopt.cache.forwards import ForwardLog
 from hf_kvopt.cache.hybrid import HybridLayer
 from hf_kvopt.cache.kinds import LayerMaker
@@ -36,6 +37,7 @@ from hf_kvopt.cache.watched import WatchedCache
 from hf_kvopt.cache.whole import require_undivided_layers
 from hf_kvopt.config import CacheConfig
 from hf_kvopt.errors import CacheStateError
+from hf_kvopt.eviction.policy import EvictionPolicy
 from hf_kvopt.pool.block_table import BlockTable
 from hf_kvopt.quant import FormatPolicy
 
@@ -57,11 +59,11 @@ class PagedCache(WatchedCache):
         compileable: fixed capacity of `max_tokens`; see `CacheConfig`.
         offloading: keep all layers but the one that computes in CPU memory (CUDA only), as `DynamicCache` does.
         offload_only_non_sliding: leave sliding layers on the device.
+        policy: what full attention drops, e.g. `SinkRecent(sinks=4, recent=1024)`; needs hf_kvopt's attention.
         formats: how the layers are stored, native by default; see `QuantizedPagedCache`.
 
     Raises:
-        ValueError: a value cannot work.
-        UnsupportedModel: the layers of the model are divided over ranks (`pp_size`).
+        ValueError, TypeError, UnsupportedModel: a value cannot work, or not with this model.
 
     Source: PagedAttention, arXiv:2309.06180; transformers issues #30536 (cat doubles the peak), #31717 (give memory
     back).
@@ -80,6 +82,7 @@ class PagedCache(WatchedCache):
         compileable: bool = False,
         offloading: bool = False,
         offload_only_non_sliding: bool = False,
+        policy: EvictionPolicy | None = None,
         formats: FormatPolicy = _NATIVE,
     ) -> None:
         if config is not None and not isinstance(config, PreTrainedConfig):
@@ -87,13 +90,16 @@ class PagedCache(WatchedCache):
         block_size = formats.block_size(compileable) if block_size is None else block_size
         self.cache_config = CacheConfig(block_size=block_size, max_tokens=max_tokens, compileable=compileable)
         self.formats = formats
+        self.policy = checked_policy(policy, self.cache_config)
+        if policy is not None and any(formats.seals(is_sliding) for is_sliding in (False, True)):
+            raise ValueError(
+                f"a policy that evicts takes a format that stores each token by itself: got {formats.format!r}, which "
+                "seals blocks by their place in the text; use int8"
+            )
         self._rows = self._make_rows()
         self.owner: weakref.ref[object] | None = None  # the enabled model that it was handed to
         self.epoch = 0  # counts how often it was emptied
-        kwargs: dict[str, Any] = {
-            "offloading": offloading,
-            "offload_only_non_sliding": offload_only_non_sliding,
-        }
+        kwargs: dict[str, Any] = {"offloading": offloading, "offload_only_non_sliding": offload_only_non_sliding}
         if config is None:
             # Past DynamicCache's __init__, which would build its own layers.
             Cache.__init__(self, layer_class_to_replicate=PagedLayer, **kwargs)
@@ -102,7 +108,7 @@ class PagedCache(WatchedCache):
             config = config.get_text_config(decoder=True)
             maker = self._layer_maker().resolved(config)
             self.formats = maker.formats
-            Cache.__init__(self, layers=maker.layers(config), **kwargs)
+            Cache.__init__(self, layers=require_decoder(policy, config, maker.layers(config)), **kwargs)
             if self._stock_layers():
                 self._log = ForwardLog()
             self._states_elsewhere = compat.keeps_states_in_modules(config)
@@ -180,7 +186,8 @@ class PagedCache(WatchedCache):
             self._select(torch.arange(self.num_rows, device="cpu")[indices.cpu()].tolist())
 
     def activate_past_recording(self) -> None:
-        """Keep what lies behind sliding windows until the next `crop`, so that it can be undone."""
+        """Keep what lies behind sliding windows until the next `crop`; a policy makes it raise CacheStateError."""
+        forbid(self.policy, "drafts are read several tokens at a time and taken back")
         for layer in self._stock_layers():
             if hasattr(layer, "activate_past_recording"):
                 layer.activate_past_recording()
@@ -252,7 +259,7 @@ class PagedCache(WatchedCache):
 
     def _make_rows(self) -> GrowingRows:
         kind = FixedRows if self.cache_config.compileable else GrowingRows
-        return kind(TableMaker(self.cache_config, self.formats))
+        return kind(TableMaker(self.cache_config, self.policy, self.formats))
 
     @property
     def _tables(self) -> dict[int | None, BlockTable]:
@@ -271,6 +278,7 @@ class PagedCache(WatchedCache):
         return {**self.__dict__, "owner": None, "_call": None, "_guard": None}
 
     def _require_no_states(self, name: str) -> None:
+        forbid(self.policy, f"{name} cuts rows of drafts")
         if self._stock_layers():
             raise CacheStateError(
                 f"{name} needs a growing cache of attention layers alone: got one of fixed capacity, or with states "

@@ -15,8 +15,11 @@ from hf_kvopt.cache.fixed import FixedLayer
 from hf_kvopt.cache.layer import PagedLayer
 from hf_kvopt.config import CacheConfig
 from hf_kvopt.errors import CacheStateError
+from hf_kvopt.eviction.policy import EvictionPolicy
 from hf_kvopt.pool.allocator import BlockAllocator
 from hf_kvopt.pool.block_table import BlockTable
+from hf_kvopt.pool.evicting import EvictingTable
+from hf_kvopt.pool.scored import ScoredTable
 from hf_kvopt.pool.tail import Tails
 from hf_kvopt.quant import FormatPolicy
 
@@ -27,11 +30,15 @@ class TableMaker(NamedTuple):
     """Makes tables over block spaces of their own."""
 
     config: CacheConfig
+    policy: EvictionPolicy | None = None  # of tables without a window
     formats: FormatPolicy = FormatPolicy()
 
     def __call__(self, window: int | None) -> BlockTable:
         """Make the table of all layers with this window, or none."""
         allocator = BlockAllocator(self.config.max_blocks, block_size=self.config.block_size)
+        if self.policy is not None and window is None:
+            kind = ScoredTable if self.policy.scores_prompts else EvictingTable
+            return kind(allocator, self.config.block_size, self.policy)
         if self.formats.seals(window is not None) and not self.config.compileable:
             allocator.tails = Tails()
         return BlockTable(allocator, self.config.block_size, window)

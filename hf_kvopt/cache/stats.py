@@ -16,7 +16,8 @@ class CacheStats(NamedTuple):
     `used_blocks` counts a shared block once, `shared_blocks` those that more than one row (or fork) holds.
     `waste_tokens` is the tail slack: slots of used blocks that hold no token. `used_bytes` are those of used blocks,
     `reserved_bytes` all that the allocator was asked for. `num_tokens` are the tokens of the rows, shared ones
-    counted for each row. `dense_fallbacks` counts the times that some operation needed a gathered copy.
+    counted for each row. `dense_fallbacks` counts the times that some operation needed a gathered copy. `evicted` are
+    the tokens that an eviction policy dropped since the last reset, over all rows.
     """
 
     num_blocks: int
@@ -28,6 +29,7 @@ class CacheStats(NamedTuple):
     used_bytes: int
     reserved_bytes: int
     dense_fallbacks: int
+    evicted: int
 
 
 class PrefixStats(NamedTuple):
@@ -72,6 +74,7 @@ def measure(rows: GrowingRows, layers: Sequence[PagedLayer]) -> CacheStats:
         used_bytes=used_bytes,
         reserved_bytes=sum(pool.num_bytes for pool in pools),
         dense_fallbacks=sum(pool.reads.num_fallbacks for pool in pools),
+        evicted=sum(table.evicted for table in rows.tables.values()),
     )
 
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from hf_kvopt import compat
 from hf_kvopt.cache.fixed import FixedLayer
 from hf_kvopt.cache.layer import PagedLayer
+from hf_kvopt.compat_ranks import is_pipelined
 from hf_kvopt.errors import CacheStateError, UnsupportedModel
 from hf_kvopt.pool.fixed_rows import is_on_host
 
@@ -74,7 +74,7 @@ def require_undivided_layers(config: PreTrainedConfig) -> None:
 
     Every rank refuses, before the first of them waits for another.
     """
-    if compat.is_pipelined(config):
+    if is_pipelined(config):
         raise UnsupportedModel(
             f"a cache counts the tokens of all layers: got {type(config).__name__} of a model whose layers are divided "
             "over ranks (DistributedConfig(pp_size=...)); divide each layer, with tp_size, or spread the layers "

@@ -13,6 +13,7 @@ from transformers.generation import GenerationConfig
 from hf_kvopt import compat
 from hf_kvopt.attention.checks import check_weights
 from hf_kvopt.attention.register import ATTENTION_NAME
+from hf_kvopt.cache.bounded import require_decoder
 from hf_kvopt.cache.paged import PagedCache
 from hf_kvopt.cache.quantized import QuantizedPagedCache
 from hf_kvopt.cache.watched import require_shorter
@@ -31,6 +32,8 @@ LAYER_OPTIONS = ("skip_layers", "layer_formats")
 
 def make_cache(model: PreTrainedModel, factory: CacheFactory, options: dict[str, Any]) -> Cache:
     """Make a cache with `factory` for `model`; for an encoder-decoder, one for each of its two attentions."""
+    if model.config.is_encoder_decoder:
+        require_decoder(options.get("policy"), model.config, [])
     cache = factory(config=model.config.get_text_config(decoder=True), **options)
     if not model.config.is_encoder_decoder:
         return cache

@@ -7,15 +7,15 @@ pipeline           each rank has some layers, and its cache would count tokens o
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from hf_kvopt import compat
 from hf_kvopt.cache.whole import require_undivided_layers
+from hf_kvopt.compat_ranks import text_group
 from hf_kvopt.errors import UnsupportedModel
 
 
 def require_followed(model: PreTrainedModel) -> None:
     """Raise UnsupportedModel, on every rank, for a model divided in a way that no cache of this library follows."""
     require_undivided_layers(model.config)
-    group = compat.text_group(model)
+    group = text_group(model)
     if group is None:
         return
     for name, module in model.named_modules():

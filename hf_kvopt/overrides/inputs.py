@@ -20,6 +20,7 @@ from transformers.generation import GenerationConfig, GenerationMixin
 
 from hf_kvopt import compat, ranks
 from hf_kvopt.cache.paged import PagedCache
+from hf_kvopt.compat_ranks import text_group
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.overrides.instance import InstanceOverride
 from hf_kvopt.prefix.cache import PrefixSharedCache
@@ -98,7 +99,7 @@ def prefill(
 
 def _require_alike(model: PreTrainedModel, input_ids: Tensor, cache: PagedCache | None) -> None:
     """Raise CacheStateError unless all ranks of a sharded model read the same prompts into caches of one length."""
-    if compat.text_group(model) is None:
+    if text_group(model) is None:
         return
     held = "no paged cache" if cache is None else f"{type(cache).__name__} of {cache.num_columns} columns"
     text = zlib.crc32(str(input_ids.tolist()).encode())

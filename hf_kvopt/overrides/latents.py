@@ -7,6 +7,7 @@ from hf_kvopt import compat
 from hf_kvopt.attention.mla import Heads, LatentKV, expand
 from hf_kvopt.overrides.instance import InstanceOverride
 from hf_kvopt.pool.handle import KVHandle
+from hf_kvopt.pool.packed import PackedKV
 
 
 def install(model: nn.Module) -> None:
@@ -30,6 +31,8 @@ class LatentExpansion(InstanceOverride):
 
     def __call__(self, kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
         module = self.module
+        if isinstance(kv_nope, PackedKV) and isinstance(k_rot, PackedKV):
+            return kv_nope.map(self, k_rot)
         if not isinstance(kv_nope, KVHandle) or not isinstance(k_rot, KVHandle):
             return expand(module, kv_nope, k_rot)
         weight = module.kv_b_proj.weight

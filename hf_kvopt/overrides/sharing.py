@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.generation import GenerationConfig
 
 from hf_kvopt import compat, ranks
+from hf_kvopt.compat_ranks import text_group
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.overrides.inputs import prefill
 from hf_kvopt.overrides.instance import InstanceOverride
@@ -159,7 +160,7 @@ def _require_alike(model: PreTrainedModel, store: PrefixStore, input_ids: Tensor
 
     Prompts with a part in common are read before the rest; what a store knows decides how much of them.
     """
-    if compat.text_group(model) is None:
+    if text_group(model) is None:
         return
     stats, text = store.stats(), zlib.crc32(str(input_ids.tolist()).encode())
     known = f"{stats.num_blocks} blocks and {stats.hits} hits for {stats.rows} prompts"

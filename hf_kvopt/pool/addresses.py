@@ -51,6 +51,14 @@ class Addresses:
         """Whether some row begins later than the first column."""
         return any(self.lags)
 
+    def starts(self, skip: int, num_columns: int) -> list[int] | None:
+        """First of `num_columns` columns, from base + `skip` on, that holds a token of each row; None where all begin
+        with the first column."""
+        if not self.is_ragged:
+            return None
+        first = self.base + skip
+        return [min(num_columns, max(0, lag - first)) for lag in self.lags]
+
     def span(self) -> tuple[int, int] | None:
         """(first slot of row 0, slots from row to row) where rows are even and begin together, else None."""
         if self._span == _UNKNOWN:

@@ -43,6 +43,10 @@ class BlockRows(Addresses):
                 self.rows[i][j] = block
             self._rows_changed()
 
+    def num_shared(self, start: int, stop: int) -> int:
+        """Count the blocks that a write to the columns `start` to `stop` copies first, as others hold them too."""
+        return len(self._shared_places(start, stop))
+
     def _shared_places(self, start: int, stop: int) -> list[tuple[int, int]]:
         """(row, index in the row) of shared blocks behind these columns; the last holder may keep one."""
         left: dict[int, int] = {}

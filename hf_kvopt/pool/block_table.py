@@ -20,10 +20,12 @@ from hf_kvopt.errors import CacheStateError, OutOfBlocks
 from hf_kvopt.pool import tail
 from hf_kvopt.pool.allocator import BlockAllocator
 from hf_kvopt.pool.block_rows import BlockRows
+from hf_kvopt.pool.holes import Holes
 from hf_kvopt.pool.slots import Step
+from hf_kvopt.pool.unevicted import Unevicted
 
 
-class BlockTable(BlockRows):
+class BlockTable(BlockRows, Unevicted):
     """Owns one reference to each block in its rows and gives them back when it is released or collected.
 
     Args:
@@ -38,6 +40,7 @@ class BlockTable(BlockRows):
         self.record_past = False
         self.keeps_all = False  # a window hides what is behind it, but frees nothing: others may share it
         self.keep_contiguous = True
+        self.holes = Holes(allocator)
         # What was held before a step that replaced all of it: layers still read it, a failed forward goes back to it.
         self.retired: BlockTable | None = None
         self.step_start = 0  # the clock before the last `reserve`
@@ -186,6 +189,19 @@ class BlockTable(BlockRows):
         other.clear()
         self._rows_changed()
 
+    def join(self, other: "BlockTable") -> None:
+        """Take the rows of `other`, a table over the same blocks, behind these and empty it; all end together."""
+        assert self.allocator is other.allocator
+        assert self.base == other.base == 0
+        self._drop_retired()
+        clock = max(self.clock, other.clock)
+        self.lags = [lag + clock - table.clock for table in (self, other) for lag in table.lags]
+        self.rows += [list(row) for row in other.rows]
+        other.rows.clear()
+        other.clear()
+        self.clock = self.step_start = clock
+        self._rows_changed()
+
     def keep(self, num_tokens: int, paths: Sequence[Sequence[int]]) -> None:
         """Of the last `num_tokens` tokens of row i keep those numbered in `paths[i]`, moved together, in that order.
 
@@ -254,7 +270,7 @@ class BlockTable(BlockRows):
     def fork(self) -> "BlockTable":
         """A second table over the same blocks; whoever writes first copies the block that is written."""
         self._drop_retired()
-        child = BlockTable(self.allocator, self.block_size, self.window)
+        child = self._empty_twin()
         for name in ("clock", "base", "record_past", "keeps_all", "keep_contiguous"):
             setattr(child, name, getattr(self, name))
         child.rows[:] = [list(row) for row in self.rows]
@@ -263,6 +279,9 @@ class BlockTable(BlockRows):
         for row in child.rows:
             self.allocator.retain(row)
         return child
+
+    def _empty_twin(self) -> "BlockTable":
+        return BlockTable(self.allocator, self.block_size, self.window)
 
     def clear(self) -> None:
         """Give all blocks back and forget the batch."""
@@ -317,6 +336,13 @@ class BlockTable(BlockRows):
                 self.allocator.make_room(self.rows, wanted)
             self._append_blocks([size + (i in copied) for i, size in enumerate(wanted)], copied)
             self._rows_changed()
+
+    def release_behind(self) -> None:
+        """Give back, row by row, the blocks that lie wholly behind the window of the row's next query; see `Holes`."""
+        if self.window is not None and not self.record_past:
+            counts = [max(0, length - self.base - self.window + 1) // self.block_size for length in self.lengths]
+            if self.holes.release(self.rows, counts):
+                self._rows_changed()
 
     def _drop_front(self, first: int) -> None:
         """Free the blocks that lie wholly before position `first`."""

@@ -73,12 +73,13 @@ class Centres:
         is_first = stop > start == table.base and begin <= max(table.lags, default=0)
         pads = num_pads(states) if is_first else [0] * len(table.rows)
         for i, (row, lag) in enumerate(zip(table.rows, table.lags, strict=True)):
-            first = max(table.base, lag)  # the column of the first token that the row holds
+            first = table.base + lag  # the column of the row's first slot
             past, last = start - first, stop - first
             if last <= 0:
                 numbers.append(0)
                 continue
-            seen = begin - lag  # tokens of the row, those that slid out of a window included
+            # Tokens of the row, those that slid out of a window included; a policy leaves some of any that it had.
+            seen = begin - lag if table.policy is None else past
             # Where a window slid beyond all that a row held, it goes on with the centre that it had.
             slid = table.retired.rows[i] if table.retired is not None and past <= 0 < seen else []
             held = row[(past - 1) // table.block_size :] if past > 0 else slid[-1:]

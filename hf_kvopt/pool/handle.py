@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hf_kvopt.errors import CacheStateError
+from hf_kvopt.errors import CacheStateError, UnsupportedModel
 from hf_kvopt.kernels.calls import EqualRows, KVSpec, KVView, Stored
 from hf_kvopt.pool.lazy import LazyTensor
 from hf_kvopt.pool.reads import LayerReads, StepGuard
@@ -73,15 +73,19 @@ class KVHandle(LazyTensor):
     @property
     def starts(self) -> list[int] | None:
         """First column of each row, among those handed out, that holds a token; None where it is the first one."""
-        if self.table is None or not self.table.is_ragged:
-            return None
-        first = self.table.base + self._view.skip
-        return [min(self.spec.shape[2], max(0, lag - first)) for lag in self.table.lags]
+        return None if self.table is None else self.table.starts(self._view.skip, self.spec.shape[2])
 
     def dense(self) -> Tensor:
         return self._view.dense().contiguous()
 
     def before_fallback(self, op: str) -> None:
+        if self.is_fresh and self.table is not None and self.table.policy is not None:
+            if self.guard is not None:
+                self.guard.undo(self.table)
+            raise UnsupportedModel(
+                f"keys and values of a cache with {self.table.policy} have gaps that only hf_kvopt's attention knows: "
+                f"got {op} on them; load the model with attn_implementation='hf_kvopt', or use a cache without a policy"
+            )
         if self.reads is not None:
             self.reads.num_fallbacks += 1
         _say_once(op)

@@ -147,6 +147,14 @@ class Plane:
                 flat = (held.view(torch.uint8) if held.element_size() == 1 else held).flatten(0, 1)
                 flat[dst] = flat[src]
 
+    def move_heads(self, src: Tensor, dst: Tensor) -> None:
+        """Copy for each KV head the tokens in its slots `src` [num_kv_heads, n] to the slots `dst` [n]."""
+        heads = torch.arange(len(src), device=src.device)
+        for held in (self.codes, self.scale):
+            if held is not None:
+                flat = (held.view(torch.uint8) if held.element_size() == 1 else held).flatten(0, 1)
+                flat[dst] = flat[src.T, heads]
+
     def select_rows(self, indices: list[int]) -> None:
         """Let row i, an equal share of the blocks, be what row `indices[i]` was."""
         for tensor in self.tensors:

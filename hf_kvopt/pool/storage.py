@@ -180,6 +180,12 @@ class KVPool:
             if plane.centres is not None:
                 plane.centres.move_slots(src, dst, plane.block_size)
 
+    def move_heads(self, src: Tensor, dst: Tensor) -> None:
+        """See `Plane.move_heads`."""
+        device = self.keys.codes.device
+        for plane in self.planes:
+            plane.move_heads(src.to(device), dst.to(device))
+
     def to(self, device: torch.device) -> None:
         """See `Plane.to`."""
         for plane in self.planes:

@@ -172,6 +172,26 @@ class PrefixIndex:
         self.num_evicted += len(ends)
         return len(ends)
 
+    def num_evictable(self, enough: int) -> int:
+        """How many blocks `evict` could let go of now; counting ends at `enough`."""
+        # A parent can go where all below it can: children come before their parents here.
+        nodes = list(self.nodes())
+        stays: set[int] = set()
+        count = 0
+        for node in reversed(nodes):
+            if id(node) in stays or node.pins or self.is_held(node):
+                stays.add(id(node.parent))
+                continue
+            count += 1
+            if count >= enough:
+                break
+        return count
+
+    def is_held(self, node: Node) -> bool:
+        """Whether somebody beside this index holds the block of a node."""
+        held = zip(self.allocators, node.blocks, strict=True)
+        return any(allocator.refcounts[block] > 1 for allocator, block in held)
+
     def pin(self, match: Match, count: int) -> None:
         """Add `count` (or take away -`count`) pins to the nodes of a match."""
         for node in match.nodes:
@@ -216,10 +236,7 @@ class PrefixIndex:
 
     def _is_free(self, node: Node) -> bool:
         """A leaf that nobody but this index holds or wants to keep."""
-        if node.parent is None or node.children or node.pins:
-            return False
-        held = zip(self.allocators, node.blocks, strict=True)
-        return all(allocator.refcounts[block] == 1 for allocator, block in held)
+        return not (node.parent is None or node.children or node.pins or self.is_held(node))
 
     def _touch(self, path: Sequence[Node]) -> None:
         self._stamp += 1

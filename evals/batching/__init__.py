@@ -1,0 +1,1 @@
+"""Continuous batching under load; see `__main__`."""

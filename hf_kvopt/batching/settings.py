@@ -1,0 +1,138 @@
+"""Settings of a batcher, and the engine that is made of them."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from hf_kvopt.attention.register import ATTENTION_NAME
+from hf_kvopt.batching.engine import Engine
+from hf_kvopt.batching.probe import require_equal
+from hf_kvopt.batching.requirements import as_prompt, num_positions, require_packable
+from hf_kvopt.config import CacheConfig
+from hf_kvopt.errors import nearest
+from hf_kvopt.overrides import latents
+from hf_kvopt.prefix.store import PrefixStore
+from hf_kvopt.quant import KV_FORMATS
+from hf_kvopt.quant.policy import LayerName
+from hf_kvopt.speculation.drafters.base import Drafter
+from hf_kvopt.speculation.speculative import SpeculativeDecoding, speculative
+
+_FORMATS = {"paged": None, **{name: name for name, fmt in KV_FORMATS.items() if not fmt.is_native}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """Settings of a batcher: how it keeps and shares keys and values, how much it computes a step; see `Batcher`."""
+
+    cache: str = "paged"
+    max_tokens: int | str | None = None
+    max_rows: int = 64
+    prefill_chunk: int = 512
+    block_size: int = 16
+    prefix_sharing: bool = True
+    skip_layers: Collection[LayerName] = ("sliding",)
+    layer_formats: Mapping[LayerName, str] = field(default_factory=lambda: MappingProxyType({}))
+    draft: Any = None
+
+    def __post_init__(self) -> None:
+        if self.cache not in _FORMATS:
+            raise ValueError(
+                f"unknown cache {self.cache!r}: expected one of {sorted(_FORMATS)}{nearest(self.cache, _FORMATS)}"
+            )
+        CacheConfig(block_size=self.block_size, max_tokens=self.max_tokens)  # refuses what cannot work
+        for name in ("max_rows", "prefill_chunk"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1: got {value!r}")
+
+
+def _drafter(model: PreTrainedModel, draft: Any) -> Drafter | None:
+    """Return what drafts for `model`, checked; None where nothing does."""
+    if draft is None:
+        return None
+    made = draft if isinstance(draft, SpeculativeDecoding) else speculative(draft)
+    made.drafter.check(model)
+    return made.drafter
+
+
+class Runtime:
+    """A model made ready for packed forwards, and its engine; `close` puts the model back.
+
+    Args:
+        model: the model.
+        config: the settings.
+
+    Raises:
+        UnsupportedModel, ValueError, TypeError: see `require_packable`, `BatchConfig` and `PrefixStore`.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: BatchConfig) -> None:
+        require_packable(model)
+        if model.training:
+            raise ValueError("a batcher takes a model in evaluation mode: got one in training mode; call model.eval()")
+        self.model, self.config = model, config
+        store = PrefixStore(
+            model,
+            max_tokens=config.max_tokens,
+            block_size=config.block_size,
+            format=_FORMATS[config.cache],
+            skip_layers=config.skip_layers,
+            layer_formats=config.layer_formats,
+        )
+        drafter = _drafter(model, config.draft)
+        self.max_positions = num_positions(model)
+        self._attention_before: Any = model.config._attn_implementation
+        if self._attention_before != ATTENTION_NAME:
+            model.set_attn_implementation(ATTENTION_NAME)
+            latents.install(model)
+        self.engine = Engine(model, store, config.max_rows, config.prefill_chunk, config.prefix_sharing, drafter)
+        try:
+            require_equal(model)
+        except BaseException:
+            self.close("error")
+            raise
+
+    def prompt(self, input_ids: Any) -> list[int]:
+        """The tokens of a prompt.
+
+        Raises:
+            TypeError, ValueError: see `as_prompt`; or there are more than the model has positions for.
+        """
+        prompt = as_prompt(self.model, input_ids)
+        if self.max_positions is not None and len(prompt) >= self.max_positions:
+            raise ValueError(
+                f"{type(self.model).__name__} has a table of {self.max_positions:,} positions: got a prompt of "
+                f"{len(prompt):,} tokens; shorten it"
+            )
+        return prompt
+
+    def require_room(self, prompt_len: int, max_new_tokens: int) -> int:
+        """Return how many new tokens a prompt may get at most.
+
+        Raises:
+            ValueError: the prompt and its new tokens are more than the batcher may ever hold.
+        """
+        if self.max_positions is not None:
+            max_new_tokens = min(max_new_tokens, self.max_positions - prompt_len)
+        limit, size = self.engine.store.max_tokens, self.config.block_size
+        if limit is None:
+            return max_new_tokens
+        # The last token is never fed; a last block that a known text shares is copied before it is written.
+        blocks, most = -(-(prompt_len + max_new_tokens - 1) // size) + 1, -(-int(limit) // size)
+        if blocks > most:
+            raise ValueError(
+                f"a prompt of {prompt_len:,} tokens with up to {max_new_tokens:,} new ones takes {blocks:,} blocks of "
+                f"{size} tokens, one of them to copy a shared block: got max_tokens={limit:,}, which is {most:,} "
+                f"blocks; raise max_tokens to {blocks * size:,} or more, or lower max_new_tokens"
+            )
+        return max_new_tokens
+
+    def close(self, reason: str, error: BaseException | None = None) -> None:
+        """End all jobs, give memory back, and let the model be as it was."""
+        self.engine.close(reason, error)
+        if self._attention_before != ATTENTION_NAME and self.model.config._attn_implementation == ATTENTION_NAME:
+            latents.uninstall(self.model)
+            self.model.set_attn_implementation(self._attention_before)

@@ -1,0 +1,36 @@
+"""Unevicted: the answers of a block table without an eviction policy to what attention and statistics ask of any."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from hf_kvopt.eviction.policy import EvictionPolicy
+
+
+class Unevicted:
+    """Base of tables that keep every token; `EvictingTable` and `ScoredTable` answer otherwise."""
+
+    policy: EvictionPolicy | None = None
+    evicted = 0  # tokens that the policy dropped, over all rows
+
+    def visible_start(self, clock: int) -> int:
+        """Return the first column that queries from column `clock` on are given."""
+        raise NotImplementedError
+
+    def next_start(self, clock: int) -> int:
+        """Return `visible_start` for the forward that begins at `clock`, before any layer of it was written."""
+        return self.visible_start(clock)
+
+    def note_padding(self, hidden: Sequence[int]) -> None:
+        """Learn how many of the columns that are handed out now each row begins with are padding."""
+
+    def padding(self) -> list[int]:
+        """Return how many slots of noted padding each row begins with."""
+        raise NotImplementedError
+
+    def has_chosen(self, reads: object) -> bool:
+        """Tell whether the layer of `reads` need not choose any more what it keeps of a prompt."""
+        return True
+
+    def choose(self, reads: object, rows: Sequence[Tensor]) -> None:
+        """Take note of what the layer of `reads` keeps of a prompt: one [num_kv_heads, count] of tokens a row."""

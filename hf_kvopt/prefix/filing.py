@@ -1,0 +1,31 @@
+"""Filing of rows that are still held: texts of a running batch are found by others before their row is done."""
+
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING
+
+from hf_kvopt.prefix.cache import PrefixSharedCache
+
+if TYPE_CHECKING:
+    from hf_kvopt.prefix.store import PrefixStore
+
+
+def file_row(
+    store: "PrefixStore",
+    key: tuple[Hashable, Hashable] | None,  # of `PrefixStore.key_of`, when the row began; None files nothing
+    current_key: tuple[Hashable, Hashable] | None,  # since the last forward
+    text: Sequence[int],
+    cache: PrefixSharedCache,
+    row: int,
+) -> int:
+    """Keep `text`, the first tokens that row `row` of an open cache holds; returns the number of new blocks.
+
+    Nothing is kept of a model that changed since `key` was made, nor where the row gave back blocks behind its window
+    that are not known already.
+    """
+    with store.lock:
+        if key is None or not cache.is_current or key != current_key:
+            return 0
+        released = max(table.holes.count(table.rows[row]) for table in cache.tables)
+        if released and store.index.match(key, text).length < released * store.block_size:
+            return 0
+        return store.index.insert(key, text, [table.rows[row] for table in cache.tables])
