@@ -16,7 +16,7 @@ from hf_kvopt.pool.block_table import BlockTable
 from hf_kvopt.pool.fixed_rows import is_on_host
 from hf_kvopt.pool.handle import KVHandle
 from hf_kvopt.pool.plane import Plane
-from hf_kvopt.pool.sealed import SealedPool
+from hf_kvopt.pool.sealed_pool import SealedPool
 from hf_kvopt.pool.storage import KVPool
 from hf_kvopt.quant import NATIVE_KV, KVFormat
 

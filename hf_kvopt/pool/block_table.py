@@ -13,19 +13,16 @@ before lags[i] (left padding, or what a row accepted less of than others) are ne
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
 from hf_kvopt.errors import CacheStateError, OutOfBlocks
 from hf_kvopt.pool import tail
 from hf_kvopt.pool.allocator import BlockAllocator
-from hf_kvopt.pool.block_rows import BlockRows
+from hf_kvopt.pool.exact_rows import ExactRows
 from hf_kvopt.pool.holes import Holes
 from hf_kvopt.pool.slots import Step
 from hf_kvopt.pool.unevicted import Unevicted
 
 
-class BlockTable(BlockRows, Unevicted):
+class BlockTable(ExactRows, Unevicted):
     """Owns one reference to each block in its rows and gives them back when it is released or collected.
 
     Args:
@@ -44,9 +41,6 @@ class BlockTable(BlockRows, Unevicted):
         # What was held before a step that replaced all of it: layers still read it, a failed forward goes back to it.
         self.retired: BlockTable | None = None
         self.step_start = 0  # the clock before the last `reserve`
-        self.exact: list[tuple[int, ...]] = []  # blocks of each row that are kept exact where others are sealed
-        self.pins: list[tuple[int, ...]] = []  # of these, those that stay so
-        self.is_approximate = False  # exact blocks were made of sealed ones, after a cut
 
     def adopt(self, rows: Sequence[Sequence[int]], lags: Sequence[int], clock: int) -> None:
         """Begin a batch with rows filled up to `clock`, whose blocks were retained for this table."""
@@ -291,14 +285,6 @@ class BlockTable(BlockRows, Unevicted):
         self.lags, self.exact, self.pins, self.clock, self.base = [], [], [], 0, 0
         self.is_approximate = False
         self._rows_changed()
-
-    def exact_blocks(self) -> list[int]:
-        """Blocks of the rows that are kept exact where others are sealed."""
-        return tail.numbers_of(self)
-
-    def exact_table(self, device: torch.device) -> Tensor:
-        """[batch, max_blocks] int32: where the exact ones of each row's blocks lie; see `tail.exact_table`."""
-        return tail.exact_table(self, device)
 
     def _start_rows(self, lags: list[int], clock: int) -> None:
         """Fresh rows up to column `clock`, less what a window drops at once; what was held is retired."""

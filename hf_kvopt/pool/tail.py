@@ -23,6 +23,7 @@ from hf_kvopt.quant.sealed_formats import tail_blocks
 if TYPE_CHECKING:
     from hf_kvopt.pool.allocator import BlockAllocator
     from hf_kvopt.pool.block_table import BlockTable
+    from hf_kvopt.pool.exact_rows import ExactRows
 
 
 class Tails:
@@ -80,7 +81,7 @@ class Tails:
         return [(self.places[a], self.places[b]) for a, b in pairs]
 
 
-def completed(table: "BlockTable", start: int, stop: int) -> list[tuple[int, int]]:
+def completed(table: "BlockTable | ExactRows", start: int, stop: int) -> list[tuple[int, int]]:
     """(row, block of the row) that become full by the columns `start` to `stop`, but for first blocks."""
     size, found = table.block_size, []
     for row, lag in enumerate(table.lags):
@@ -90,7 +91,7 @@ def completed(table: "BlockTable", start: int, stop: int) -> list[tuple[int, int
     return found
 
 
-def plan(table: "BlockTable", start: int, stop: int) -> None:
+def plan(table: "BlockTable | ExactRows", start: int, stop: int) -> None:
     """Give the blocks that a step over the columns `start` to `stop` needs exact a place."""
     tails = table.allocator.tails
     assert tails is not None
@@ -108,7 +109,7 @@ def plan(table: "BlockTable", start: int, stop: int) -> None:
         table.exact_changed()
 
 
-def pin(table: "BlockTable", rows: Sequence[Iterable[int]]) -> None:
+def pin(table: "BlockTable | ExactRows", rows: Sequence[Iterable[int]]) -> None:
     """Keep blocks of each row exact for as long as it has them; of what is there already, those that still are."""
     tails, size = table.allocator.tails, table.block_size
     if tails is None:
@@ -121,7 +122,7 @@ def pin(table: "BlockTable", rows: Sequence[Iterable[int]]) -> None:
     ]
 
 
-def settle(table: "BlockTable") -> None:
+def settle(table: "BlockTable | ExactRows") -> None:
     """After a cut: keep what the next token of each row reads exact, and take it from the sealed form where it is gone.
 
     What was sealed is read as it is stored from then on, for queries to whom it would be exact: a loss that a text fed
@@ -143,7 +144,7 @@ def settle(table: "BlockTable") -> None:
     table.exact_changed()
 
 
-def numbers_of(table: "BlockTable") -> list[int]:
+def numbers_of(table: "BlockTable | ExactRows") -> list[int]:
     """The blocks of `table` that are kept exact."""
     return _numbers(table, _filled(table))
 
@@ -157,28 +158,28 @@ def used_bytes(allocator: "BlockAllocator") -> int:
     return used if tails is None else used + exact * len(tails.places) // max(1, tails.capacity)
 
 
-def exact_table(table: "BlockTable", device: torch.device) -> Tensor:
+def exact_table(table: "BlockTable | ExactRows", device: torch.device) -> Tensor:
     """[batch, max_blocks] int32: place of each block of `table.rows_on` in the exact storage; 0 where it has none."""
     return table.memo.of(("table", device, "exact"), lambda: _padded_places(table), torch.int32)
 
 
-def exact_slots(table: "BlockTable", start: int, stop: int, device: torch.device) -> Tensor:
+def exact_slots(table: "BlockTable | ExactRows", start: int, stop: int, device: torch.device) -> Tensor:
     """[batch, stop - start] int64 slots of the exact storage for these columns; -1 where they are not kept there."""
     return table.memo.of(("slots", device, start, stop, "exact"), lambda: _slots(table, start, stop), torch.int64)
 
 
-def _filled(table: "BlockTable") -> list[tuple[int, ...]]:
+def _filled(table: "BlockTable | ExactRows") -> list[tuple[int, ...]]:
     """The exact blocks of each row, none where they were never planned."""
     return table.exact if len(table.exact) == len(table.rows) else [()] * len(table.rows)
 
 
-def _pins(table: "BlockTable") -> list[tuple[int, ...]]:
+def _pins(table: "BlockTable | ExactRows") -> list[tuple[int, ...]]:
     """The pinned blocks of each row; rows that were repeated have those of the row that they repeat."""
     repeats, rest = divmod(len(table.rows), len(table.pins))
     return [pins for pins in table.pins for _ in range(repeats)] if not rest else [()] * len(table.rows)
 
 
-def _numbers(table: "BlockTable", rows: Sequence[Sequence[int]]) -> list[int]:
+def _numbers(table: "BlockTable | ExactRows", rows: Sequence[Sequence[int]]) -> list[int]:
     base = table.base // table.block_size
     return [
         row[block - base]
@@ -188,13 +189,13 @@ def _numbers(table: "BlockTable", rows: Sequence[Sequence[int]]) -> list[int]:
     ]
 
 
-def _padded_places(table: "BlockTable") -> list[list[int]]:
+def _padded_places(table: "BlockTable | ExactRows") -> list[list[int]]:
     places: Any = table.allocator.tails.places  # type: ignore[union-attr]
     width = max([1, *map(len, table.rows)])
     return [[places.get(block, 0) for block in row] + [0] * (width - len(row)) for row in table.rows]
 
 
-def _slots(table: "BlockTable", start: int, stop: int) -> list[list[int]]:
+def _slots(table: "BlockTable | ExactRows", start: int, stop: int) -> list[list[int]]:
     places: Any = table.allocator.tails.places  # type: ignore[union-attr]
     size, base, slots = table.block_size, table.base, []
     for row, lag, exact in zip(table.rows, table.lags, _filled(table), strict=True):

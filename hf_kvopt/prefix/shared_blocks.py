@@ -23,7 +23,7 @@ from hf_kvopt.errors import CacheStateError
 from hf_kvopt.pool import tail
 from hf_kvopt.pool.allocator import BlockAllocator
 from hf_kvopt.pool.block_table import BlockTable
-from hf_kvopt.pool.sealed import SealedPool
+from hf_kvopt.pool.sealed_pool import SealedPool
 from hf_kvopt.pool.storage import KVPool
 from hf_kvopt.pool.tail import Tails
 from hf_kvopt.prefix.identity import ModelIdentity, require_shareable

@@ -10,18 +10,16 @@ one is visited twice, for the queries that read it sealed and for the others.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 from llvmlite import ir
 
 from hf_kvopt.kernels.cpu.jit.attention import emit_finish, emit_run
-from hf_kvopt.kernels.cpu.jit.block_reader import BlockReader
-from hf_kvopt.kernels.cpu.jit.codec import Codec
 from hf_kvopt.kernels.cpu.jit.emitter import F32, I32, I64, PTR
 from hf_kvopt.kernels.cpu.jit.kernel import VOID
 from hf_kvopt.kernels.cpu.jit.spec import TILE, SealedSpec
-from hf_kvopt.kernels.cpu.jit.stored import Stored, load_codes, rotated
+from hf_kvopt.kernels.cpu.jit.stored import Stored, by_group, load_codes, rotated
+from hf_kvopt.kernels.cpu.jit.tiles import Tiles, exact_reader
 from hf_kvopt.kernels.cpu.jit.worker import Worker
 
 Bounds = list[tuple[ir.Value, ir.Value]]
@@ -71,7 +69,7 @@ class SealedWorker(Worker):
         self.sealed_k = Stored(self, "k", self.spec.k, self.spec.k_dim, kv_head)
         self.sealed_v = Stored(self, "v", self.spec.v, self.spec.v_dim, kv_head)
         self.k, self.v = (
-            _exact(self, name, codec, row, kv_head) for name, codec in zip("kv", self.exact_codecs, strict=True)
+            exact_reader(self, name, codec, row, kv_head) for name, codec in zip("kv", self.exact_codecs, strict=True)
         )
         self._bounds(row, split)
         self._prepare()
@@ -110,9 +108,9 @@ class SealedWorker(Worker):
             depth.set(self.b.sext(stored, I64))
         return depth.get()
 
-    def _tiles(self, begin: ir.Value, end: ir.Value) -> _Tiles:
+    def _tiles(self, begin: ir.Value, end: ir.Value) -> Tiles:
         """A loop over tiles between two tokens; sets what `Worker` reads of a tile."""
-        return _Tiles(self, begin, end)
+        return Tiles(self, begin, end)
 
     def _groups_of_queries(self) -> AbstractContextManager[ir.Value]:
         """A loop over the queries that are computed together."""
@@ -273,23 +271,13 @@ class SealedWorker(Worker):
     def _weight(self, array: ir.Value, q: int, token: ir.Value) -> ir.Value:
         return self.item(array, F32, self.b.add(self.b.sub(token, self.tile), self.integer(q * TILE)))
 
-    def _by_group(self, values: Sequence[ir.Value], i: int) -> ir.Value:
-        """Vector i of the channels, each with the value of its group."""
-        size = self.spec.v_dim // len(values)
-        groups = [min(channel // size, len(values) - 1) for channel in range(i * self.lanes, (i + 1) * self.lanes)]
-        vector = self.splat(values[groups[0]])
-        for group in range(groups[0] + 1, groups[-1] + 1):
-            lanes = [lane + self.lanes * (groups[lane] >= group) for lane in range(self.lanes)]
-            vector = self.shuffle(vector, self.splat(values[group]), lanes)
-        return vector
-
     def _add_sealed(self, query: ir.Value, alphas: list[ir.Value], added: list[list[ir.Value]], vectors: range) -> None:
         """acc = acc * alpha + sum(p * z) + weights @ codes, for some of the channels."""
         rows = [self.part_row(self.part_of_task, self.b.add(query, self.integer(q))) for q in self._rows]
         slots = [[self.item(row, F32, self.integer(i * self.lanes)) for i in vectors] for row in rows]
         acc = [
             [
-                self.var(self.fma(self.load(slot), alpha, self._by_group(sums, i)))
+                self.var(self.fma(self.load(slot), alpha, by_group(self, sums, self.spec.v_dim, i)))
                 for slot, i in zip(of_row, vectors, strict=True)
             ]
             for of_row, alpha, sums in zip(slots, alphas, added, strict=True)
@@ -304,31 +292,7 @@ class SealedWorker(Worker):
                 count = min(self.lanes, self.spec.v_dim - first)
                 code = load_codes(self, address, self.spec.v, self.spec.v_dim, first, count)
                 for q in self._rows:
-                    acc[q][j].set(self.fma(self._by_group(weights[q], i), code, acc[q][j].get()))
+                    acc[q][j].set(self.fma(by_group(self, weights[q], self.spec.v_dim, i), code, acc[q][j].get()))
         for of_row, sums in zip(slots, acc, strict=True):
             for slot, value in zip(of_row, sums, strict=True):
                 self.store(value.get(), slot)
-
-
-class _Tiles:
-    """A loop over the tiles of some tokens, which lie within a block each."""
-
-    def __init__(self, e: SealedWorker, begin: ir.Value, end: ir.Value) -> None:
-        self.e, self.begin, self.end = e, begin, end
-
-    def __enter__(self) -> ir.Value:
-        e, size = self.e, self.e.tile_size
-        self.loop = e.loop(e.round_down(self.begin, size), self.end, size)
-        e.tile = tile = self.loop.__enter__()
-        e.first, e.stop = e.greatest(self.begin, tile), e.least(self.end, e.b.add(tile, e.integer(size)))
-        return tile
-
-    def __exit__(self, *error: object) -> None:
-        self.loop.__exit__(*error)  # type: ignore[arg-type]
-
-
-def _exact(e: SealedWorker, name: str, codec: Codec, row: ir.Value, head: ir.Value) -> BlockReader:
-    """The exact keys or values of a task, found by the places of the row's blocks."""
-    plane = BlockReader(e, name, codec, row, head)
-    plane.table = e.item(e.pointer("exact_table"), I32, e.b.mul(row, e.number("exact_table_row")))
-    return plane

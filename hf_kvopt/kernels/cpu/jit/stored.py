@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from llvmlite import ir
 
 from hf_kvopt.kernels.cpu.jit.body import Body
@@ -44,6 +46,17 @@ def rotated(e: Emitter, channels: list[ir.Value], dim: int) -> list[ir.Value]:
             channels = [e.b.fsub(a, b) if i & step else e.b.fadd(a, b) for i, (a, b) in enumerate(pairs)]
         half *= 2
     return [e.b.fmul(x, e.splat(size**-0.5)) for x in channels]
+
+
+def by_group(e: Emitter, values: Sequence[ir.Value], dim: int, i: int) -> ir.Value:
+    """Vector i of the channels, each with the value of its group."""
+    size = dim // len(values)
+    groups = [min(channel // size, len(values) - 1) for channel in range(i * e.lanes, (i + 1) * e.lanes)]
+    vector = e.splat(values[groups[0]])
+    for group in range(groups[0] + 1, groups[-1] + 1):
+        lanes = [lane + e.lanes * (groups[lane] >= group) for lane in range(e.lanes)]
+        vector = e.shuffle(vector, e.splat(values[group]), lanes)
+    return vector
 
 
 def _within(e: Emitter, x: ir.Value, half: int) -> ir.Value:
