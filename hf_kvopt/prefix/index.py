@@ -64,8 +64,7 @@ class PrefixIndex:
             allocator.add_holder(holder)
 
     def match(self, key: Hashable, tokens: Sequence[int]) -> Match:
-        """The longest prefix of `tokens` that is known under `key`, and can be gone on from where blocks are sealed (see
-        `prefix.exact`); what it returns is not held yet."""
+        """The longest known prefix of `tokens` that can be gone on from (see `prefix.exact`); it is not held yet."""
         node, nodes, length = self.roots.get(key), [], 0
         while node is not None:
             rest = tuple(tokens[length : length + self.block_size])
