@@ -13,6 +13,7 @@ from hf_kvopt.attention.eviction import check_eviction, choose_prompt
 from hf_kvopt.attention.masking import add_bias, hide_before, select_keys, take_apart
 from hf_kvopt.attention.mla import LatentKV, attend_latent, is_absorbable
 from hf_kvopt.attention.packed import attend_packed
+from hf_kvopt.attention.sealed import aligned
 from hf_kvopt.errors import KVOptError, UnsupportedModel
 from hf_kvopt.kernels.attention import attend
 from hf_kvopt.kernels.calls import AttentionCall
@@ -55,6 +56,8 @@ def attention_forward(
     scoring = Pattern(scale, True, None, softcap, s_aux if s_aux is not None else kwargs.get("sinks"))
     try:
         _refuse_what_is_wrong(module, handle, attention_mask, dropout, sliding_window, kwargs)
+        if isinstance(key, KVHandle) and key.table is not None and key.table.allocator.tails is not None:
+            key, value = handle, _ = aligned(key, value, attention_mask)
         if isinstance(handle, KVHandle):
             check_eviction(module, handle, attention_mask, position_bias, kwargs)
         if kwargs.get("indices") is not None:

@@ -17,7 +17,7 @@ from hf_kvopt.pool.block_table import BlockTable
 from hf_kvopt.pool.fixed_rows import FixedCentres, held_tokens, is_on_host, next_slots, require_room
 from hf_kvopt.pool.handle import EqualRows, KVHandle, KVSpec, KVView, Stored
 from hf_kvopt.pool.slots import writable
-from hf_kvopt.pool.storage import Plane
+from hf_kvopt.pool.storage import KVPool, Plane
 from hf_kvopt.quant import NATIVE_KV, KVFormat
 
 
@@ -25,6 +25,7 @@ class FixedLayer(PagedLayer):
     """A layer of `row_capacity` tokens a row. Sliding layers keep everything: their mask hides what is behind."""
 
     is_compileable = True
+    pool: KVPool | None  # never sealed: a graph stores token by token
 
     def __init__(self, table: BlockTable, format: KVFormat = NATIVE_KV, exact_prefill: bool = False) -> None:
         super().__init__(table, format, exact_prefill)

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedConfig
@@ -27,6 +28,9 @@ class LayerMaker(NamedTuple):
 
     def attention(self, window: int | None, format: KVFormat) -> PagedLayer:
         """A layer that holds keys and values only."""
+        if self.rows.is_fixed:
+            # A row of fixed capacity holds tokens, which a graph can store one by one.
+            format = replace(format, sealed=None)
         return self.rows.layer_class(self.rows.table_for(window), format, self.formats.exact_prefill)
 
     def layer(self, kind: str, options: dict[str, Any], layer_idx: int, is_latent: bool) -> Any:

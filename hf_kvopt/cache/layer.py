@@ -16,6 +16,7 @@ from hf_kvopt.pool.block_table import BlockTable
 from hf_kvopt.pool.fixed_rows import is_on_host
 from hf_kvopt.pool.handle import KVHandle
 from hf_kvopt.pool.plane import Plane
+from hf_kvopt.pool.sealed_pool import SealedPool
 from hf_kvopt.pool.storage import KVPool
 from hf_kvopt.quant import NATIVE_KV, KVFormat
 
@@ -38,7 +39,7 @@ class PagedLayer(CacheLayerMixin):
     # No super().__init__(): it would assign the `keys` and `values` that are computed here.
     def __init__(self, table: BlockTable, format: KVFormat = NATIVE_KV, exact_prefill: bool = False) -> None:
         self.table, self.format, self.exact_prefill = table, format, exact_prefill
-        self.pool: KVPool | None = None
+        self.pool: KVPool | SealedPool | None = None
         self.clock = self.num_new = 0
         self.in_step = False
         self.is_first = False  # of its table to make a pool: a whole forward is checked at it
@@ -79,10 +80,17 @@ class PagedLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         allocator = self.table.allocator
         self.table.keep_contiguous = is_on_host(key_states)
-        self.pool = KVPool(key_states, value_states, self.table.block_size, allocator.num_blocks, self.format)
+        self.pool = self.make_pool(key_states, value_states)
         self.is_first = self.is_first or not allocator.pools
         self.pool.reads.is_first = self.is_first
         allocator.pools.append(self.pool)
+
+    def make_pool(self, key_states: Tensor, value_states: Tensor) -> KVPool | SealedPool:
+        """Storage for states [batch, num_kv_heads, any, head_dim] of this layer's format, over its table's blocks."""
+        allocator = self.table.allocator
+        if self.format.sealed is not None:
+            return SealedPool(key_states, value_states, allocator, self.format.sealed)
+        return KVPool(key_states, value_states, self.table.block_size, allocator.num_blocks, self.format)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write [batch, num_kv_heads, q_len, head_dim] behind what is held, and hand back all that a query may see.
@@ -103,18 +111,18 @@ class PagedLayer(CacheLayerMixin):
         assert pool is not None
         batch, _, num_tokens, _ = key_states.shape
         replaces = table.window is not None and table.replaces_window(num_tokens)
-        past = self._past_dense(pool, table.visible_start(start)) if replaces else None
+        past = self._past_dense(pool, table.visible_start(start)) if replaces and isinstance(pool, KVPool) else None
         step = table.advance(batch, start, num_tokens)
         pool.write(key_states, value_states, table, step.start, step.stop)
         self.clock = step.stop  # only now: what breaks off before this was not written
         keys, values = None, None
-        if replaces:
+        if replaces and isinstance(pool, KVPool):
             # Only a window is kept, but this step's first queries look further back: they get the states as they came.
             new = self._as_read(pool, key_states, value_states)
             keys, values = _behind(past, 0, new[0]), _behind(past, 1, new[1])
         elif start == 0 and (self.exact_prefill or self.format.is_native):
             keys, values = key_states, value_states
-        k, v = pool.views(table, step.kv_len, step.skip, (keys, values))
+        k, v = pool.views(table, step.kv_len, step.skip, (keys, values), (key_states, value_states))
         return KVHandle(k, pool.reads, True), KVHandle(v, pool.reads, True)
 
     def claim(self, batch_size: int, num_tokens: int) -> None:

@@ -52,7 +52,8 @@ class PagedCache(WatchedCache):
         config: the model's config. Needed for models with linear-attention layers, and for sliding layers to free
             what lies behind their window; without it every layer keeps all tokens, which is right for any model
             whose layers are all attention.
-        block_size: tokens a block, a power of two from 16 to 256.
+        block_size: tokens a block, a power of two from 16 to 256; None takes 64 where layers seal their blocks, which
+            then share parameters, and else 16.
         max_tokens: hard cap on the tokens over all rows, such as 32768 or "32k" (`OutOfBlocks` beyond it); None grows
             as needed.
         compileable: fixed capacity of `max_tokens`; see `CacheConfig`.
@@ -76,7 +77,7 @@ class PagedCache(WatchedCache):
         self,
         config: PreTrainedConfig | None = None,
         *,
-        block_size: int = 16,
+        block_size: int | None = None,
         max_tokens: int | str | None = None,
         compileable: bool = False,
         offloading: bool = False,
@@ -86,13 +87,19 @@ class PagedCache(WatchedCache):
     ) -> None:
         if config is not None and not isinstance(config, PreTrainedConfig):
             raise TypeError(f"config must be a model's config, e.g. model.config: got {type(config).__name__}")
+        block_size = formats.block_size(compileable) if block_size is None else block_size
         self.cache_config = CacheConfig(block_size=block_size, max_tokens=max_tokens, compileable=compileable)
+        self.formats = formats
         self.policy = checked_policy(policy, self.cache_config)
+        if policy is not None and any(formats.seals(is_sliding) for is_sliding in (False, True)):
+            raise ValueError(
+                f"a policy that evicts takes a format that stores each token by itself: got {formats.format!r}, which "
+                "seals blocks by their place in the text; use int8"
+            )
         self._rows = self._make_rows()
         self.owner: weakref.ref[object] | None = None  # the enabled model that it was handed to
         self.epoch = 0  # counts how often it was emptied
         kwargs: dict[str, Any] = {"offloading": offloading, "offload_only_non_sliding": offload_only_non_sliding}
-        self.formats = formats
         if config is None:
             # Past DynamicCache's __init__, which would build its own layers.
             Cache.__init__(self, layer_class_to_replicate=PagedLayer, **kwargs)
@@ -252,7 +259,7 @@ class PagedCache(WatchedCache):
 
     def _make_rows(self) -> GrowingRows:
         kind = FixedRows if self.cache_config.compileable else GrowingRows
-        return kind(TableMaker(self.cache_config, self.policy))
+        return kind(TableMaker(self.cache_config, self.policy, self.formats))
 
     @property
     def _tables(self) -> dict[int | None, BlockTable]:

@@ -20,6 +20,8 @@ from hf_kvopt.pool.allocator import BlockAllocator
 from hf_kvopt.pool.block_table import BlockTable
 from hf_kvopt.pool.evicting import EvictingTable
 from hf_kvopt.pool.scored import ScoredTable
+from hf_kvopt.pool.tail import Tails
+from hf_kvopt.quant import FormatPolicy
 
 Layers = Sequence[PagedLayer]
 
@@ -29,6 +31,7 @@ class TableMaker(NamedTuple):
 
     config: CacheConfig
     policy: EvictionPolicy | None = None  # of tables without a window
+    formats: FormatPolicy = FormatPolicy()
 
     def __call__(self, window: int | None) -> BlockTable:
         """Make the table of all layers with this window, or none."""
@@ -36,6 +39,8 @@ class TableMaker(NamedTuple):
         if self.policy is not None and window is None:
             kind = ScoredTable if self.policy.scores_prompts else EvictingTable
             return kind(allocator, self.config.block_size, self.policy)
+        if self.formats.seals(window is not None) and not self.config.compileable:
+            allocator.tails = Tails()
         return BlockTable(allocator, self.config.block_size, window)
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from hf_kvopt.cache.layer import PagedLayer
 from hf_kvopt.cache.rows import GrowingRows
+from hf_kvopt.pool import tail
 from hf_kvopt.pool.block_table import BlockTable
 
 
@@ -62,8 +63,7 @@ def measure(rows: GrowingRows, layers: Sequence[PagedLayer]) -> CacheStats:
         lengths = rows.lengths(table, layers)
         tokens += sum(length - table.base for length in lengths)
         waste += _tail_slack(table, lengths)
-        block_bytes = sum(pool.num_bytes for pool in alloc.pools) // max(1, alloc.num_blocks)
-        used_bytes += (alloc.num_blocks - alloc.num_free) * block_bytes
+        used_bytes += tail.used_bytes(alloc)
     return CacheStats(
         num_blocks=num_blocks,
         used_blocks=used,

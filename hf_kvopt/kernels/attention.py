@@ -1,5 +1,6 @@
 """Reading: the ordered list of backends that compute an attention; the first one that accepts a call runs it.
 
+sealed      layers whose full blocks are sealed: this CPU's machine code, or PyTorch's operations block by block
 triton      CUDA devices, and Triton's interpreter
 graph       one opaque op in a compiled graph, over rows of fixed capacity: it runs this list when the graph runs
 compiled    this CPU's machine code, through the block table
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from hf_kvopt.kernels import devices
 from hf_kvopt.kernels.calls import AttentionCall, EqualRows, KVSpec, KVView, Reader, Stored
-from hf_kvopt.kernels.cpu import codes, dense
+from hf_kvopt.kernels.cpu import codes, dense, sealed_tiles
 from hf_kvopt.kernels.cpu import paged_attention as compiled
 from hf_kvopt.kernels.cpu.address import address_of
 from hf_kvopt.kernels.library import PATTERN, define_op
@@ -28,7 +29,7 @@ from hf_kvopt.quant import format_of
 def attend(call: AttentionCall) -> Tensor:
     """Compute an attention, [batch, q_len, num_heads, v_head_dim] contiguous."""
     # A CPU need not be asked for Triton at each layer of each step.
-    for reader in READERS if call.q.is_cuda or devices.INTERPRET else READERS[1:]:
+    for reader in READERS if call.q.is_cuda or devices.INTERPRET else CPU_READERS:
         if reader.accepts(call):
             return reader.run(call)
     raise AssertionError("the last backend of the list takes every call")
@@ -104,12 +105,15 @@ def _attend_fixed_fake(
 
 
 READERS = (
+    Reader("sealed", sealed_tiles.accepts, sealed_tiles.run),
     Reader("triton", triton.accepts, triton.run),
     Reader("graph", _graph_accepts, _run_in_graph),
     Reader("compiled", compiled.accepts, compiled.run),
     Reader("codes", codes.accepts, codes.run),
     Reader("torch", dense.accepts, dense.run),
 )
+# Without Triton, and sealed blocks, which few layers have, behind what most are read by.
+CPU_READERS = tuple(READERS[i] for i in (2, 3, 0, 4, 5))
 
 define_op(
     "attend_fixed",

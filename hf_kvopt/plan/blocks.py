@@ -8,6 +8,8 @@ Source: pool/block_table.py and pool/allocator.py; the tests compare both sides.
 
 from typing import NamedTuple
 
+from hf_kvopt.quant.sealed_formats import tail_blocks
+
 _EXTENT = 16  # the least number of blocks that an allocator grows by
 
 
@@ -23,13 +25,14 @@ def row_blocks(
     prompt: int | None,  # tokens of the first forward; None: the most blocks on any way to `length`
     window: int | None,
     block_size: int,
+    keeps_prompt: bool = False,  # until the next step, as whole blocks are sealed from it
 ) -> int:
     """Return the blocks of a row after `length - prompt` single tokens behind a prompt fed in one forward."""
     if window is None:
         return -(-length // block_size)
     if prompt is None:
-        return -(-min(length, window + block_size - 1) // block_size)
-    base = max(0, prompt - window + 1)
+        return -(-(length if keeps_prompt else min(length, window + block_size - 1)) // block_size)
+    base = 0 if keeps_prompt else max(0, prompt - window + 1)
     if length > prompt:
         base += max(0, length - window - base) // block_size * block_size
     return -(-(length - base) // block_size)
@@ -42,13 +45,14 @@ def count_blocks(
     window: int | None,
     block_size: int,
     max_blocks: int | None = None,
+    keeps_prompt: bool = False,
 ) -> BlockCount:
     """Return the blocks that `batch` rows of `length` tokens use and reserve; see `row_blocks`."""
-    used = batch * row_blocks(length, prompt, window, block_size)
+    used = batch * row_blocks(length, prompt, window, block_size, keeps_prompt)
     if prompt is None or prompt >= length:
         return BlockCount(used, _grown(used, max_blocks))
-    space = _Space(batch, row_blocks(prompt, prompt, window, block_size), max_blocks)
-    base = 0 if window is None else max(0, prompt - window + 1)
+    space = _Space(batch, row_blocks(prompt, prompt, window, block_size, keeps_prompt), max_blocks)
+    base = 0 if window is None or keeps_prompt else max(0, prompt - window + 1)
     for now in range(prompt, length):
         dropped = 0 if window is None else max(0, now - window + 1 - base) // block_size
         base += dropped * block_size
@@ -56,6 +60,19 @@ def count_blocks(
         if -(-(now + 1 - base) // block_size) > space.row:
             space.extend()
     return BlockCount(used, space.size)
+
+
+def tail_places(batch: int, length: int, prompt: int | None, window: int | None, block_size: int) -> BlockCount:
+    """Return the exact places that `batch` rows of `length` tokens use and reserve, where blocks are sealed."""
+    first = length if prompt is None else min(prompt, length)
+    steps = [(0, first), *((n, n + 1) for n in range(first, length) if n == first or n % block_size == 0)]
+    used = reserved = 0
+    for before, after in steps:
+        dropped = 0 if window is None else max(0, before - window + 1) // block_size
+        used = batch * sum(block >= dropped for block in tail_blocks(before, after, block_size))
+        if used > reserved:
+            reserved += max(used - reserved, reserved // 8)
+    return BlockCount(used, reserved)
 
 
 def _grown(needed: int, max_blocks: int | None) -> int:

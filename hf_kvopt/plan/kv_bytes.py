@@ -9,15 +9,16 @@ Source: PagedAttention, arXiv:2309.06180; scales and packing follow quant/format
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
-from hf_kvopt.plan.blocks import BlockCount, count_blocks
+from hf_kvopt.plan.blocks import BlockCount, count_blocks, tail_places
 from hf_kvopt.plan.geometry import LayerKV
 from hf_kvopt.plan.inputs import BadInput
 from hf_kvopt.quant import CENTRE_TOKENS, NATIVE_KV, SCALE_DTYPE, FormatPolicy, KVFormat, guard_for
+from hf_kvopt.quant.sealed_formats import SEALED_BLOCK
 
 _NATIVE = FormatPolicy()
 CACHES = ("paged", "dynamic", "static")
@@ -76,6 +77,8 @@ class CacheSpec:
         if self.cache != "paged" or not layer.is_paged:
             return NATIVE_KV
         chosen = policy.at(idx, is_sliding=layer.window is not None)
+        if self.compileable:
+            chosen = replace(chosen, sealed=None)  # rows of fixed capacity store each token by itself
         # Latents: the rotary part of the keys is stored in place of the values.
         return KVFormat(chosen.k, chosen.k, guard=False) if layer.attention == "MLA" else chosen
 
@@ -100,22 +103,46 @@ class KVBytes(NamedTuple):
     is_within_cap: bool = True  # `max_tokens` suffices
 
 
-def token_bytes(layer: LayerKV, fmt: KVFormat, dtype: torch.dtype) -> int:
+def token_bytes(layer: LayerKV, fmt: KVFormat, dtype: torch.dtype, block_size: int = SEALED_BLOCK) -> int:
     """Return the bytes of one token of one row in a layer, scales included.
+
+    Args:
+        layer: the layer.
+        fmt: its format.
+        dtype: what the model computes in.
+        block_size: tokens that share what a sealed block stores once; their part of it is rounded up.
 
     Raises:
         BadInput: the format cannot pack the layer's channels.
     """
+    return -(-block_bytes(layer, fmt, dtype, block_size) // block_size)
+
+
+def block_bytes(layer: LayerKV, fmt: KVFormat, dtype: torch.dtype, block_size: int) -> int:
+    """Return the bytes of one block of a layer, scales included; raises like `token_bytes`."""
     try:
-        return layer.key_heads * fmt.k.bytes_per_vector(layer.key_dim, dtype, SCALE_DTYPE) + (
-            layer.value_heads * fmt.v.bytes_per_vector(layer.value_dim, dtype, SCALE_DTYPE)
-        )
+        if fmt.sealed is not None:
+            return layer.key_heads * fmt.sealed.k.bytes_per_block(layer.key_dim, block_size) + (
+                layer.value_heads * fmt.sealed.v.bytes_per_block(layer.value_dim, block_size)
+            )
+        return block_size * _vector_bytes(layer, fmt, dtype)
     except ValueError as error:
         raise BadInput(str(error)) from error
 
 
+def _vector_bytes(layer: LayerKV, fmt: KVFormat, dtype: torch.dtype) -> int:
+    """Return the bytes of one token that is stored by itself."""
+    return layer.key_heads * fmt.k.bytes_per_vector(layer.key_dim, dtype, SCALE_DTYPE) + (
+        layer.value_heads * fmt.v.bytes_per_vector(layer.value_dim, dtype, SCALE_DTYPE)
+    )
+
+
 def scale_bytes(layer: LayerKV, fmt: KVFormat) -> int:
-    """Return the bytes of scales that `token_bytes` includes."""
+    """Return the bytes of scales, and of what sealed blocks share, that `token_bytes` includes."""
+    if fmt.sealed is not None:
+        k, v = fmt.sealed.planes
+        codes = layer.key_heads * k.width(layer.key_dim) + layer.value_heads * v.width(layer.value_dim)
+        return token_bytes(layer, fmt, torch.float32) - codes
     keys, values = (math.prod(plane.scale_shape) * plane.has_scale for plane in (fmt.k, fmt.v))
     return SCALE_DTYPE.itemsize * (layer.key_heads * keys + layer.value_heads * values)
 
@@ -137,15 +164,16 @@ def kv_bytes(
     for layer, fmt in zip(layers, formats, strict=True):
         if not layer.has_kv:
             continue
-        size = token_bytes(layer, fmt, spec.dtype)
+        size = block_bytes(layer, fmt, spec.dtype, spec.block_size)
         if not layer.is_paged:
-            stock += batch * length * size
+            stock += batch * length * size // spec.block_size
             continue
-        content += batch * _held(spec, length, layer.window) * size
+        content += batch * _held(spec, length, layer.window) * size // spec.block_size
+        exact = spec.block_size * _vector_bytes(layer, NATIVE_KV, spec.dtype) if fmt.sealed is not None else 0
         window = None if spec.compileable else layer.window  # one table for all layers
-        table = tables.setdefault(window, _Table(0, 0))
+        table = tables.setdefault(window, _Table(0, 0, 0))
         beside = fixed_centre_bytes(layer, fmt, batch, spec.dtype) if spec.compileable else centre_bytes(layer, fmt)
-        tables[window] = _Table(table.slot + size, table.beside + beside)
+        tables[window] = _Table(table.block + size, table.beside + beside, table.exact_block + exact)
     if spec.cache != "paged":
         return KVBytes(content, content, content, stock)
     used = reserved = 0
@@ -154,10 +182,14 @@ def kv_bytes(
         blocks = _blocks(spec, batch, length, prompt, window)
         # Each table has its own block space, and the cap applies to each.
         is_within_cap &= blocks.used <= blocks.reserved
-        held = blocks.reserved * spec.block_size * table.slot + table.beside
+        held = blocks.reserved * table.block + table.beside
         reserved += held
         # A block is charged its share of the bytes that its table keeps once.
         used += blocks.used * (held // max(1, blocks.reserved))
+        if table.exact_block:
+            places = tail_places(batch, length, prompt, window, spec.block_size)
+            reserved += places.reserved * table.exact_block
+            used += places.used * table.exact_block
     if spec.compileable:
         is_within_cap = spec.row_blocks(batch) * spec.block_size >= length
     return KVBytes(content, used, reserved, stock, is_within_cap)
@@ -171,8 +203,9 @@ def row_tokens(spec: CacheSpec, length: int) -> int:
 class _Table(NamedTuple):
     """Bytes of all layers that share a window."""
 
-    slot: int  # for each token
+    block: int  # for each block
     beside: int  # for any number of blocks
+    exact_block: int  # for each block that is kept exact beside, where layers seal theirs
 
 
 def centre_bytes(layer: LayerKV, fmt: KVFormat) -> int:
@@ -188,7 +221,7 @@ def fixed_centre_bytes(layer: LayerKV, fmt: KVFormat, batch: int, dtype: torch.d
 
 
 def _is_centred(fmt: KVFormat) -> bool:
-    return fmt.guard and guard_for(fmt.k).centres
+    return fmt.guard and fmt.sealed is None and guard_for(fmt.k).centres
 
 
 def _held(spec: CacheSpec, length: int, window: int | None) -> int:
@@ -202,4 +235,5 @@ def _blocks(spec: CacheSpec, batch: int, length: int, prompt: int | None, window
     if spec.compileable:
         capacity = spec.row_blocks(batch) * batch
         return BlockCount(capacity, capacity)
-    return count_blocks(batch, length, prompt, window, spec.block_size, spec.max_blocks)
+    keeps_prompt = spec.formats.seals(window is not None)
+    return count_blocks(batch, length, prompt, window, spec.block_size, spec.max_blocks, keeps_prompt)

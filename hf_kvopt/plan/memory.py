@@ -90,7 +90,7 @@ def memory(
     format: str = "native",
     skip_layers: Collection[int | str] = ("sliding",),
     layer_formats: Mapping[int | str, str] | None = None,
-    block_size: int = 16,
+    block_size: int | None = None,
     max_tokens: int | str | None = None,
     compileable: bool = False,
     dtype: torch.dtype | str | None = None,
@@ -111,7 +111,7 @@ def memory(
             and values such as "fp8_e4m3/int4".
         skip_layers: layers that stay native, by default sliding ones; see `QuantizedPagedCache`.
         layer_formats: formats of single layers; see `QuantizedPagedCache`.
-        block_size: tokens of a block.
+        block_size: tokens of a block; None as `PagedCache` chooses.
         max_tokens: cap of the paged cache over all rows; without it pools grow ahead by a quarter.
         compileable: fixed capacity of `max_tokens`.
         dtype: dtype of weights and native storage; defaults to the config's, else bfloat16.
@@ -142,9 +142,11 @@ def memory(
     first = None if prompt is None else min(tokens, parse_tokens(prompt, "prompt"))
     encoder = encoder_tokens(config, tokens, encoder_context)
     rows = require_positive(batch, "batch", 8)
+    formats = _policy(format, skip_layers, layer_formats)
+    block_size = formats.block_size(compileable) if block_size is None else block_size
     spec = CacheSpec(
         cache=cache,
-        formats=_policy(format, skip_layers, layer_formats),
+        formats=formats,
         block_size=block_size,
         max_tokens=None if max_tokens is None else parse_tokens(max_tokens, "max_tokens"),
         compileable=compileable,

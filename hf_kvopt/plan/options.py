@@ -49,8 +49,9 @@ class Times(NamedTuple):
 
 def holding_of(setup: Setup, option: Option, batch: int, batches: int = 1) -> Holding:
     """Return the memory of `option` for `batch` rows; with prefix sharing, of a store for `batches` times as many."""
-    size = setup.block_size(option.shares_prefix)
-    spec = CacheSpec(formats=FormatPolicy(format=option.format), block_size=size, dtype=setup.dtype)
+    policy = FormatPolicy(format=option.format)
+    size = max(setup.block_size(option.shares_prefix), policy.block_size(option.is_compiled))
+    spec = CacheSpec(formats=policy, block_size=size, dtype=setup.dtype)
     row = row_tokens(spec, max(setup.context, setup.encoder or 0))
     if option.shares_prefix:
         # A row that continues a shared prefix copies the block in which the prefix ends.

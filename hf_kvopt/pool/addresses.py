@@ -130,6 +130,15 @@ class Addresses:
         blocks = block_table.long().gather(1, tokens // self.block_size)
         return blocks * self.block_size + tokens % self.block_size
 
+    @property
+    def memo(self) -> Memo:
+        """Tensors made from the rows, until these or their lengths change."""
+        return self._tensors
+
+    def exact_changed(self) -> None:
+        """Forget where exact blocks lie."""
+        self._tensors.forget("exact")
+
     def _rows_changed(self) -> None:
         self.version += 1
         self._tensors = Memo()

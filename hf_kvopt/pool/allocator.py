@@ -21,6 +21,7 @@ from hf_kvopt.pool.free_runs import FreeRuns
 from hf_kvopt.pool.holders import BlockHolder
 from hf_kvopt.pool.live import LivePools
 from hf_kvopt.pool.slots import is_one_run
+from hf_kvopt.pool.tail import Tails
 
 
 class BlockAllocator:
@@ -52,6 +53,7 @@ class BlockAllocator:
         self.extent, self.block_size = extent, block_size
         self.refcounts: list[int] = []
         self.pools = LivePools()
+        self.tails: Tails | None = None  # where a layer seals its blocks
         self.holders: weakref.WeakSet[BlockHolder] = weakref.WeakSet()
         self.stays_put, self.on_shortage, self.on_conflict = stays_put, on_shortage, on_conflict
         self.lock = lock if lock is not None else threading.RLock()
@@ -227,6 +229,8 @@ class BlockAllocator:
                 holder.renumber(new_ids)
             for row in abandoned:
                 row[:] = [new_ids[block] for block in row]
+            if self.tails is not None:
+                self.tails.renumber(new_ids)
             self.refcounts = refcounts
             self._rebuild_runs()
 
@@ -291,6 +295,8 @@ class BlockAllocator:
     def _take(self, start: int, end: int) -> list[int]:
         """Hold the free blocks [start, end)."""
         self.refcounts[start:end] = [1] * (end - start)
+        if self.tails is not None:
+            self.tails.forget(range(start, end))
         return self.free.take(start, end)
 
     def _rebuild_runs(self) -> None:

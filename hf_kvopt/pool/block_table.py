@@ -14,14 +14,15 @@ before lags[i] (left padding, or what a row accepted less of than others) are ne
 from collections.abc import Sequence
 
 from hf_kvopt.errors import CacheStateError, OutOfBlocks
+from hf_kvopt.pool import tail
 from hf_kvopt.pool.allocator import BlockAllocator
-from hf_kvopt.pool.block_rows import BlockRows
+from hf_kvopt.pool.exact_rows import ExactRows
 from hf_kvopt.pool.holes import Holes
 from hf_kvopt.pool.slots import Step
 from hf_kvopt.pool.unevicted import Unevicted
 
 
-class BlockTable(BlockRows, Unevicted):
+class BlockTable(ExactRows, Unevicted):
     """Owns one reference to each block in its rows and gives them back when it is released or collected.
 
     Args:
@@ -47,6 +48,7 @@ class BlockTable(BlockRows, Unevicted):
         self.rows[:] = [list(row) for row in rows]
         self.lags, self.clock, self.step_start = list(lags), clock, clock
         self._rows_changed()
+        tail.settle(self)
 
     def advance(self, batch_size: int, clock: int, num_tokens: int) -> Step:
         """`reserve` for a layer that has written `clock` columns and adds `num_tokens`: where these go.
@@ -62,6 +64,8 @@ class BlockTable(BlockRows, Unevicted):
         is_late = clock != self.step_start or stop != self.clock
         if is_late:
             self.unshare(clock, stop)
+        if self.allocator.tails is not None:
+            tail.plan(self, clock, stop)
         step = Step(max(clock, self.base), stop, stop - first, first - self.base)
         self._step = None if is_late else (asked, step)  # what is written late may be shared again by then
         return step
@@ -96,9 +100,14 @@ class BlockTable(BlockRows, Unevicted):
     def _drops_past(self) -> bool:
         return not (self.record_past or self.keeps_all)
 
+    @property
+    def _starts_in_window(self) -> bool:
+        """Whether a step begins with what it leaves behind; not where blocks are sealed, from whole ones of a row."""
+        return self._drops_past and self.window is not None and self.allocator.tails is None
+
     def replaces_window(self, num_tokens: int) -> bool:
         """Whether a step of `num_tokens` leaves nothing of what is held now, so that it starts on new blocks."""
-        return self._drops_past and self.window is not None and num_tokens >= self.window
+        return self._starts_in_window and self.window is not None and num_tokens >= self.window
 
     def visible_start(self, clock: int) -> int:
         """First column that queries from column `clock` on are given: the mask's kv offset.
@@ -106,6 +115,13 @@ class BlockTable(BlockRows, Unevicted):
         Not a token more than the window has, as some models slide by what their cache hands out alone.
         """
         return 0 if self.window is None else max(0, clock - self.window + 1)
+
+    def begin_later(self, lags: Sequence[int]) -> None:
+        """Let rows that hold nothing of before the last step begin at the columns `lags`; their tokens are lost."""
+        self._cut(lags, self.clock)
+        self.lags = list(lags)
+        self._rows_changed()
+        tail.plan(self, self.step_start, self.clock)
 
     def rollback(self, clock: int) -> None:
         """Undo the last `reserve`, back to `clock`, or go back to 0, after a forward that failed half way."""
@@ -155,12 +171,14 @@ class BlockTable(BlockRows, Unevicted):
         self._cut(lags, clock)
         self.lags, self.clock = list(lags), clock
         self._rows_changed()
+        tail.settle(self)
 
     def take_over(self, other: "BlockTable") -> None:
         """Become what `other` is, a fork of this table made earlier, and leave it empty."""
         self.clear()
         self.rows[:] = [list(row) for row in other.rows]
         self.lags, self.clock, self.base = list(other.lags), other.clock, other.base
+        self.exact = list(other.exact)
         other.rows.clear()
         other.clear()
         self._rows_changed()
@@ -220,6 +238,7 @@ class BlockTable(BlockRows, Unevicted):
         if self.window is not None and not self.keeps_all:
             self._drop_front(clock - max(lags) - self.window + 1)
         self._rows_changed()
+        tail.settle(self)
 
     def _require_held(self, lags: Sequence[int], clock: int) -> None:
         if clock < 0 or self.base > (0 if self.window is None else max(0, clock - max(lags) - self.window + 1)):
@@ -236,6 +255,9 @@ class BlockTable(BlockRows, Unevicted):
             self.allocator.retain(row)
         self._release_rows(self.rows)
         self.rows[:] = rows
+        self.exact, self.pins = (
+            [kept[i] for i in indices] if len(kept) == len(self.lags) else [] for kept in (self.exact, self.pins)
+        )
         self.lags = [self.lags[i] for i in indices]
         self._rows_changed()
 
@@ -246,7 +268,8 @@ class BlockTable(BlockRows, Unevicted):
         for name in ("clock", "base", "record_past", "keeps_all", "keep_contiguous"):
             setattr(child, name, getattr(self, name))
         child.rows[:] = [list(row) for row in self.rows]
-        child.lags = list(self.lags)
+        child.lags, child.exact, child.pins = list(self.lags), list(self.exact), list(self.pins)
+        child.is_approximate = self.is_approximate
         for row in child.rows:
             self.allocator.retain(row)
         return child
@@ -259,14 +282,16 @@ class BlockTable(BlockRows, Unevicted):
         self._drop_retired()
         self._release_rows(self.rows)
         self.rows.clear()
-        self.lags, self.clock, self.base = [], 0, 0
+        self.lags, self.exact, self.pins, self.clock, self.base = [], [], [], 0, 0
+        self.is_approximate = False
         self._rows_changed()
 
     def _start_rows(self, lags: list[int], clock: int) -> None:
         """Fresh rows up to column `clock`, less what a window drops at once; what was held is retired."""
         # Not rounded down to a block: where a step replaces what was held, the slots before it would never be written,
         # and a crop could bring them into sight.
-        base = max(0, clock - max(lags) - self.window + 1) if self._drops_past and self.window is not None else 0
+        base = 0 if self.window is None or not self._starts_in_window else clock - max(lags) - self.window + 1
+        base = max(0, base)
         sizes = [self._blocks_for(clock - lag - base) for lag in lags]
         self.allocator.ensure_free(sum(sizes))
         if self.rows:

@@ -67,6 +67,10 @@ class Memo:
         """The same for numbers, on the device `key[1]`."""
         return self.get(key, lambda: torch.tensor(data(), dtype=dtype, device="cpu").to(key[1], non_blocking=True))
 
+    def forget(self, name: str) -> None:
+        """Drop what has `name` in its key."""
+        self._known = {key: tensor for key, tensor in self._known.items() if name not in key}
+
     def forget_all_but(self, name: str) -> None:
         """Drop what does not have `name` first in its key."""
         self._known = {key: tensor for key, tensor in self._known.items() if key[0] == name}

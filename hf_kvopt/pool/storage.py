@@ -117,7 +117,12 @@ class KVPool:
         (self.writer if is_usual else writer_for(call)).run(call)
 
     def views(
-        self, table: BlockTable, kv_len: int, skip: int, states: tuple[Tensor | None, Tensor | None]
+        self,
+        table: BlockTable,
+        kv_len: int,
+        skip: int,
+        states: tuple[Tensor | None, Tensor | None],
+        arrived: tuple[Tensor | None, Tensor | None] = (None, None),  # the step's, for storage that may need them
     ) -> tuple[KVView, KVView]:
         """Return keys and values of every row by reference; see `Plane.view`. One call, as every step makes it."""
         k, v = self.keys, self.values

@@ -9,7 +9,7 @@ just the columns that are missing: whatever would drop a token of the prompt, or
 """
 
 import copy
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, Self
 
 import torch
@@ -20,6 +20,7 @@ from hf_kvopt.cache.layer import PagedLayer
 from hf_kvopt.cache.paged import PagedCache
 from hf_kvopt.cache.rows import GrowingRows
 from hf_kvopt.errors import CacheStateError
+from hf_kvopt.pool import tail
 from hf_kvopt.pool.block_table import BlockTable
 from hf_kvopt.prefix.shared_blocks import SharedBlocks
 from hf_kvopt.prefix.texts import until
@@ -79,6 +80,18 @@ class PrefixSharedCache(PagedCache):
         """Make this cache one for the prompts `texts`, of which nothing is held yet."""
         self.key, self.namespace, self.texts, self.pads = key, namespace, texts, pads
         self.prompt_columns = pads[0] + len(texts[0])
+
+    def pin(self, blocks: Sequence[Iterable[int]]) -> None:
+        """Keep blocks of each row as they are computed, where others are sealed: texts will go on from there."""
+        for table in self._tables.values():
+            tail.pin(table, blocks)
+
+    @property
+    def exact_blocks(self) -> list[set[int]]:
+        """The blocks of each row that all tables which seal have as they were computed."""
+        tables = [table for table in self._tables.values() if table.allocator.tails is not None]
+        rows = [[set(blocks) for blocks in table.exact] for table in tables if table.exact]
+        return [set.intersection(*some) for some in zip(*rows, strict=True)] if rows else []
 
     def fill(self, rows: Sequence[Sequence[Row]], lags: Sequence[int], columns: int) -> None:
         """Take over `rows` (for each table, one row of retained blocks a text), which reach up to `columns`."""
@@ -219,8 +232,9 @@ class PrefixSharedCache(PagedCache):
                 layers that were not written.
         """
         tables = list(self._tables.values())
-        # A forward that broke off may never have come to the layers of some table.
-        if not tables or not all(table.rows for table in tables):
+        # A forward that broke off may never have come to the layers of some table. What was computed behind a cut into
+        # sealed blocks is not what the text alone gives.
+        if not tables or not all(table.rows for table in tables) or any(table.is_approximate for table in tables):
             return [[] for _ in tables], []
         clocks = [layer.clock for _, layer in self._written()]
         if not is_prompt_whole:

@@ -3,6 +3,8 @@
     "layer 0 keys"  [num_blocks, block_size, num_kv_heads, width]     the tree's blocks in the manifest's order
     "layer 0 keys scale"  [num_blocks, block_size, num_kv_heads]      where the format has scales
     "layer 0 keys centre"  [num_blocks, num_kv_heads, head_dim]       what was taken from coarse keys before
+    "layer 0 keys token", "... mean"                                  parameters of sealed blocks
+    "layer 0 keys exact"   [num_exact, block_size, num_kv_heads, dim] blocks that are kept as they were computed, too
 
 The manifest holds the tree (tokens and parent of each block), the model's fingerprint, format and versions, and a
 SHA-256 of itself and of every tensor: a truncated or changed file is refused before anything is allocated.
@@ -23,7 +25,7 @@ from transformers import PreTrainedModel
 
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.pool.plane import Plane
-from hf_kvopt.pool.storage import KVPool
+from hf_kvopt.pool.sealed import SealedPlane
 from hf_kvopt.prefix.cache import PrefixSharedCache
 from hf_kvopt.prefix.identity import fingerprint
 from hf_kvopt.prefix.index import Node, descendants
@@ -50,11 +52,16 @@ def save(blocks: SharedBlocks, path: Path) -> None:
     for layer_idx, pool in blocks.pools.items():
         space = next(i for i, allocator in enumerate(blocks.allocators) if pool in allocator.pools)
         numbers = torch.tensor([node.blocks[space] for node in nodes], dtype=torch.long)
-        for name, plane in zip(("keys", "values"), pool.planes, strict=True):
+        planes: tuple[Plane | SealedPlane, ...] = pool.planes
+        for name, plane in zip(("keys", "values"), planes, strict=True):
             for part, tensor in _parts(plane):
                 picked = _as_bytes(tensor)[numbers.to(tensor.device)].contiguous().cpu()
                 tensors[f"layer {layer_idx} {name}{part}"] = picked
-            if plane.centres is not None:
+            if isinstance(plane, SealedPlane):
+                places = blocks.allocators[space].tails.places  # type: ignore[union-attr]
+                index = [places[node.blocks[space]] for node in nodes if node.is_exact]
+                tensors[f"layer {layer_idx} {name} exact"] = plane.exact[index].contiguous().cpu()
+            elif plane.centres is not None:
                 tensors[f"layer {layer_idx} {name} centre"] = plane.centres.of_blocks(numbers.tolist()).cpu()
     manifest = {
         "version": VERSION,
@@ -150,6 +157,10 @@ def _fill_pools(shared: SharedBlocks, contents: Contents, cache: PrefixSharedCac
     model = shared.model
     assert model is not None  # `read` compared its fingerprint
     spaces = shared.allocators
+    exact = [i for i, entry in enumerate(manifest["nodes"]) if entry.get("exact")]
+    for allocator, row in zip(spaces, rows, strict=True):
+        if allocator.tails is not None:
+            allocator.tails.give([row[i] for i in exact])
     for idx, planes in sorted(manifest["pools"].items(), key=lambda item: int(item[0])):
         layer, allocator = layers[int(idx)], layers[int(idx)].table.allocator
         device = _device_of(model, int(idx))
@@ -157,13 +168,18 @@ def _fill_pools(shared: SharedBlocks, contents: Contents, cache: PrefixSharedCac
             torch.empty(1, plane["num_heads"], 0, plane["dim"], dtype=getattr(torch, plane["dtype"]), device=device)
             for plane in planes
         ]
-        pool = KVPool(states[0], states[1], shared.block_size, allocator.num_blocks, layer.format)
+        pool = layer.make_pool(*states)
         pool.reads.is_first = not allocator.pools
         blocks = torch.tensor(rows[spaces.index(allocator)], dtype=torch.long, device=device)
         for name, plane in zip(("keys", "values"), pool.planes, strict=True):
             for part, tensor in _parts(plane):
                 _as_bytes(tensor)[blocks] = tensors[f"layer {idx} {name}{part}"].to(device)
-            if plane.centres is not None:
+            if isinstance(plane, SealedPlane):
+                numbers = [rows[spaces.index(allocator)][i] for i in exact]
+                plane.exact[[allocator.tails.places[block] for block in numbers]] = tensors[
+                    f"layer {idx} {name} exact"
+                ].to(device)
+            elif plane.centres is not None:
                 plane.centres.put_blocks(blocks.tolist(), tensors[f"layer {idx} {name} centre"])
         allocator.pools.append(pool)
         shared.pools[int(idx)] = pool
@@ -182,7 +198,8 @@ def _plant(blocks: SharedBlocks, entries: list[dict[str, Any]], rows: list[list[
             owner, tokens, indices = paths[entry["parent"]]
             path = (owner, tokens + entry["tokens"], [*indices, i])
         paths.append(path)
-        blocks.index.insert(path[0], path[1], [[row[j] for j in path[2]] for row in rows])
+        kept = [j for j, number in enumerate(path[2]) if entries[number].get("exact")]
+        blocks.index.insert(path[0], path[1], [[row[j] for j in path[2]] for row in rows], kept)
 
 
 def _tree(blocks: SharedBlocks, nodes: list[Node]) -> list[dict[str, Any]]:
@@ -192,6 +209,8 @@ def _tree(blocks: SharedBlocks, nodes: list[Node]) -> list[dict[str, Any]]:
     entries = []
     for node in nodes:
         entry: dict[str, Any] = {"tokens": list(node.tokens), "parent": numbers.get(id(node.parent))}
+        if node.is_exact:
+            entry["exact"] = True
         if entry["parent"] is None:
             key = keys[id(node.parent)]
             assert isinstance(key, tuple)
@@ -203,8 +222,10 @@ def _tree(blocks: SharedBlocks, nodes: list[Node]) -> list[dict[str, Any]]:
     return entries
 
 
-def _parts(plane: Plane) -> list[tuple[str, Tensor]]:
-    """The tensors of a plane, by the ending of their names."""
+def _parts(plane: Plane | SealedPlane) -> list[tuple[str, Tensor]]:
+    """The tensors of a plane's blocks, by the ending of their names."""
+    if isinstance(plane, SealedPlane):
+        return list(zip(("", " token", " mean"), plane.stored, strict=False))
     return list(zip(("", " scale"), plane.tensors, strict=False))
 
 
@@ -214,7 +235,7 @@ def _as_bytes(tensor: Tensor) -> Tensor:
     return tensor.view(torch.uint8) if is_float8 else tensor
 
 
-def _describe(plane: Plane) -> dict[str, Any]:
+def _describe(plane: Plane | SealedPlane) -> dict[str, Any]:
     return {"num_heads": plane.num_heads, "dim": plane.dim, "dtype": str(plane.dtype).removeprefix("torch.")}
 
 

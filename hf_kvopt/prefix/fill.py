@@ -18,6 +18,7 @@ import torch
 from hf_kvopt import compat
 from hf_kvopt.errors import OutOfBlocks
 from hf_kvopt.prefix.cache import PrefixSharedCache
+from hf_kvopt.prefix.exact import columns_in_common, lengths_to_go_on_from, read_behind
 from hf_kvopt.prefix.index import Match
 from hf_kvopt.prefix.shared_blocks import SharedBlocks
 
@@ -57,9 +58,17 @@ def fill_from(
 def _level(blocks: SharedBlocks, cache: PrefixSharedCache, matches: Sequence[Match]) -> None:
     """Fill all rows up to the column that the least known one reaches."""
     columns = min(pad + match.length for pad, match in zip(cache.pads, matches, strict=True))
+    size = blocks.block_size
+    if blocks.index.is_sealed:
+        columns = columns_in_common(
+            cache.pads, [lengths_to_go_on_from(match.nodes, match.length, size) for match in matches]
+        )
     columns = columns if columns > 1 else 0
     rows = _taken(blocks, matches, [max(0, columns - pad) for pad in cache.pads])
     cache.fill(rows, cache.pads, columns)
+    # The same prompt may come again; its last token is generate()'s.
+    texts = cache.texts or []
+    cache.pin([{*match.wanted, *read_behind(len(text) - 1, size)} for match, text in zip(matches, texts, strict=True)])
 
 
 def _is_worthwhile(blocks: SharedBlocks, texts: Sequence[list[int]], pads: Sequence[int], known: Sequence[int]) -> bool:
@@ -92,7 +101,7 @@ def _compute_round(
                 _plan(planned, text, blocks.block_size)
         for group in _groups([len(texts[i]) - matches[i].length for i in chosen]):
             rows = [chosen[g] for g in group]
-            parts.append(_begin(blocks, [texts[i] for i in rows], [matches[i] for i in rows]))
+            parts.append(_begin(blocks, [texts[i] for i in rows], [matches[i] for i in rows], texts))
     for part in parts:
         _compute(blocks, key, part, device, chunk_size)
     return [part.cache for part in parts]
@@ -104,29 +113,48 @@ class Part(NamedTuple):
     texts: list[list[int]]
     cache: PrefixSharedCache
     held: list[int]
+    pins: list[set[int]]  # blocks of each row that other texts will read exact
 
 
-def _begin(blocks: SharedBlocks, texts: list[list[int]], matches: Sequence[Match]) -> Part:
-    """Make a cache with what is known of `texts`; each row ends where its match does."""
+def _begin(
+    blocks: SharedBlocks, texts: list[list[int]], matches: Sequence[Match], all_texts: Sequence[list[int]]
+) -> Part:
+    """Make a cache with what is known of `texts`, each row up to where its match ends; `all_texts` begin like these."""
     cache = PrefixSharedCache(blocks)
     held = [match.length for match in matches]
     columns = max(held)
     cache.fill(_taken(blocks, matches, held), [columns - n for n in held], columns)
-    return Part(texts, cache, held)
+    size = blocks.block_size
+    pins = [{*match.wanted, *_parting(text, all_texts, size)} for text, match in zip(texts, matches, strict=True)]
+    return Part(texts, cache, held, pins)
 
 
 def _compute(blocks: SharedBlocks, key: Hashable, part: Part, device: torch.device, chunk_size: int) -> None:
     """Bring the index to know the texts of `part`, in forwards over all of them."""
-    texts, cache, held = part
+    texts, cache, held, pins = part
+    size = blocks.block_size
     while any(n < len(text) for n, text in zip(held, texts, strict=True)):
         new = [text[n : n + chunk_size] for n, text in zip(held, texts, strict=True)]
+        ends = [n + len(tokens) for n, tokens in zip(held, new, strict=True)]
+        cache.pin([{*kept, *read_behind(n, size), n // size} for kept, n in zip(pins, ends, strict=True)])
         _forward(blocks, cache, new, held, device)
-        held = [n + len(tokens) for n, tokens in zip(held, new, strict=True)]
+        held = ends
         cache.crop_rows(held)
     with blocks.lock:
         tables, _ = cache.rows_held(is_prompt_whole=True)
         for i, text in enumerate(texts if cache.is_current else ()):
-            blocks.index.insert(key, text, [table_rows[i] for table_rows in tables])
+            exact = cache.exact_blocks[i] if cache.exact_blocks else ()
+            blocks.index.insert(key, text, [table_rows[i] for table_rows in tables], exact)
+
+
+def _parting(text: list[int], others: Sequence[list[int]], block_size: int) -> set[int]:
+    """The blocks of a text that other texts of the batch, which go on elsewhere, read exact there."""
+    found: set[int] = set()
+    for other in others:
+        shared = next((n for n, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), None)
+        if shared is not None:
+            found.update(read_behind(shared, block_size))
+    return found
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from collections.abc import Collection, Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 from hf_kvopt.pool.allocator import BlockAllocator
+from hf_kvopt.prefix.exact import keep_marks, lengths_to_go_on_from, read_behind
 
 Tokens = tuple[int, ...]
 
@@ -21,13 +22,21 @@ Tokens = tuple[int, ...]
 class Node:
     """One block of a text: `tokens` fill it, or its first slots where the text ends in it."""
 
-    __slots__ = ("blocks", "children", "parent", "pins", "stamp", "tokens")
+    __slots__ = ("blocks", "children", "is_exact", "is_wanted", "parent", "pins", "stamp", "tokens")
 
     def __init__(self, tokens: Tokens, blocks: list[int], parent: "Node | None") -> None:
         self.tokens, self.blocks, self.parent = tokens, blocks, parent
         # By first token, then by all: a match inside a block looks at few siblings.
         self.children: dict[int, dict[Tokens, Node]] = {}
         self.stamp = self.pins = 0
+        # Where blocks are sealed: whether this one is kept as it was computed, and whether a text that parts from this
+        # one would need it so.
+        self.is_exact = self.is_wanted = False
+
+    @property
+    def num_children(self) -> int:
+        """Nodes that go on from here."""
+        return sum(map(len, self.children.values()))
 
 
 class Match(NamedTuple):
@@ -35,6 +44,7 @@ class Match(NamedTuple):
 
     nodes: list[Node]
     length: int
+    wanted: tuple[int, ...] = ()  # nodes of the text that should be exact, for others to go on from
 
 
 class PrefixIndex:
@@ -54,7 +64,7 @@ class PrefixIndex:
             allocator.add_holder(holder)
 
     def match(self, key: Hashable, tokens: Sequence[int]) -> Match:
-        """The longest prefix of `tokens` that is known under `key`; what it returns is not held yet."""
+        """The longest known prefix of `tokens` that can be gone on from (see `prefix.exact`); it is not held yet."""
         node, nodes, length = self.roots.get(key), [], 0
         while node is not None:
             rest = tuple(tokens[length : length + self.block_size])
@@ -66,7 +76,20 @@ class PrefixIndex:
             length += count
             if count < self.block_size:
                 break
-        return Match(nodes, length)
+        return self._to_go_on_from(nodes, length) if self.is_sealed else Match(nodes, length)
+
+    @property
+    def is_sealed(self) -> bool:
+        """Whether layers of some block space seal their blocks."""
+        return any(allocator.tails is not None for allocator in self.allocators)
+
+    def _to_go_on_from(self, nodes: list[Node], length: int) -> Match:
+        whole = max(lengths_to_go_on_from(nodes, length, self.block_size))
+        if whole < length:
+            for block in read_behind(length, self.block_size):
+                nodes[block].is_wanted = True
+        wanted = tuple(i for i, node in enumerate(nodes) if node.is_wanted)
+        return Match(nodes[: -(-whole // self.block_size)], whole, wanted)
 
     def take(self, match: Match) -> list[list[int]]:
         """One row of blocks for each block space, a reference to each block being the caller's from now on."""
@@ -76,8 +99,12 @@ class PrefixIndex:
             allocator.retain(row)
         return rows
 
-    def insert(self, key: Hashable, tokens: Sequence[int], rows: Sequence[Sequence[int]]) -> int:
+    def insert(
+        self, key: Hashable, tokens: Sequence[int], rows: Sequence[Sequence[int]], exact: Collection[int] = ()
+    ) -> int:
         """Keep a text that lies in `rows` (one row for each block space); texts that are known keep their blocks.
+
+        Where blocks are sealed, those numbered in `exact` are kept as they were computed, too.
 
         Returns:
             The number of blocks that were not known.
@@ -90,10 +117,30 @@ class PrefixIndex:
             if child is None:
                 child = self._add(node, chunk, [row[idx] for row in rows])
                 num_new += 1
+            elif self.is_sealed and not child.is_exact and child.tokens == chunk:
+                self._replace(child, [row[idx] for row in rows])
             path.append(child)
             node = child
         self._touch(path)
+        if self.is_sealed:
+            for one in path:
+                one.is_exact = self._has_places(one.blocks)
+            keep_marks(path, exact)
         return num_new
+
+    def _has_places(self, blocks: Sequence[int]) -> bool:
+        """Whether these blocks are exact in each space that seals."""
+        spaces = zip(self.allocators, blocks, strict=True)
+        return all(space.tails is None or block in space.tails.places for space, block in spaces)
+
+    def _replace(self, node: Node, blocks: list[int]) -> None:
+        """Let a node have equal blocks that are exact."""
+        if blocks == node.blocks or not self._has_places(blocks):
+            return
+        for allocator, old, new in zip(self.allocators, node.blocks, blocks, strict=True):
+            allocator.retain([new])
+            allocator.release([old])
+        node.blocks = list(blocks)
 
     def evict(self, num_blocks: int) -> int:
         """Let go of up to `num_blocks` blocks that nobody else holds and nobody pinned; returns how many."""
@@ -204,6 +251,10 @@ class _Holder:
         """See `BlockHolder`."""
         return [[node.blocks[self.idx]] for node in self.index.nodes()]
 
+    def exact_blocks(self) -> list[int]:
+        """Blocks that are kept as they were computed."""
+        return [node.blocks[self.idx] for node in self.index.nodes() if node.is_exact]
+
     def renumber(self, new_ids: dict[int, int]) -> None:
         """See `BlockHolder`."""
         for node in self.index.nodes():
@@ -228,7 +279,7 @@ def _longest_common(node: Node, rest: Tokens) -> tuple[Node, int] | None:
     shared = [(_num_common(child.tokens, rest), child) for child in siblings.values()]
     if not shared:
         return None
-    count, child = max(shared, key=lambda pair: pair[0])
+    count, child = max(shared, key=lambda pair: (pair[0], pair[1].is_exact))
     return child, count
 
 

@@ -20,9 +20,12 @@ from hf_kvopt.cache.kinds import LayerMaker
 from hf_kvopt.cache.rows import GrowingRows
 from hf_kvopt.config import CacheConfig
 from hf_kvopt.errors import CacheStateError
+from hf_kvopt.pool import tail
 from hf_kvopt.pool.allocator import BlockAllocator
 from hf_kvopt.pool.block_table import BlockTable
+from hf_kvopt.pool.sealed_pool import SealedPool
 from hf_kvopt.pool.storage import KVPool
+from hf_kvopt.pool.tail import Tails
 from hf_kvopt.prefix.identity import ModelIdentity, require_shareable
 from hf_kvopt.prefix.index import PrefixIndex
 from hf_kvopt.quant import FormatPolicy
@@ -61,7 +64,7 @@ class SharedBlocks:
         self._max_blocks = limits.max_blocks
         self.lock = threading.RLock()
         self.is_freed = False
-        self.pools: dict[int, KVPool] = {}
+        self.pools: dict[int, KVPool | SealedPool] = {}
         self._allocators: dict[int | None, BlockAllocator] = {}
         # Makes the block space of every kind of layer, in the order of a cache's tables.
         decoder = self.config.get_text_config(decoder=True)
@@ -83,7 +86,7 @@ class SharedBlocks:
         """The block space of all layers with one window (or none)."""
         self.require_alive()
         if window not in self._allocators:
-            self._allocators[window] = BlockAllocator(
+            self._allocators[window] = allocator = BlockAllocator(
                 self._max_blocks,
                 block_size=self.block_size,
                 stays_put=True,
@@ -91,6 +94,8 @@ class SharedBlocks:
                 lock=self.lock,
                 on_conflict=self._let_go,
             )
+            if self.formats.seals(window is not None):
+                allocator.tails = Tails()
         return self._allocators[window]
 
     def table_for(self, window: int | None) -> BlockTable:
@@ -154,9 +159,8 @@ class SharedBlocks:
         with self.lock:
             for allocator in self._allocators.values():
                 allocator.reclaim()
-                size = sum(pool.num_bytes for pool in allocator.pools)
-                reserved += size
-                used += size * (allocator.num_blocks - allocator.num_free) // max(1, allocator.num_blocks)
+                reserved += sum(pool.num_bytes for pool in allocator.pools)
+                used += tail.used_bytes(allocator)
         return used, reserved
 
     def _let_go(self, allocator: BlockAllocator, blocks: list[int]) -> bool:

@@ -38,7 +38,7 @@ class PrefixStore:
             ends, and the caller sees to it that the weights never change.
         max_tokens: hard cap on the tokens held, such as 65536 or "64k"; by default the store keeps some 65,000 and
             grows beyond that only for what is being generated.
-        block_size: tokens a block.
+        block_size: tokens a block; see `PagedCache`.
         format: storage format, see `QuantizedPagedCache`; None stores what the model computes.
         skip_layers: layers that are not quantized; see `QuantizedPagedCache`.
         layer_formats: formats of single layers; see `QuantizedPagedCache`.
@@ -70,7 +70,7 @@ class PrefixStore:
         model_or_config: PreTrainedModel | PreTrainedConfig,
         *,
         max_tokens: int | str | None = None,
-        block_size: int = 16,
+        block_size: int | None = None,
         format: str | None = None,
         skip_layers: Collection[LayerName] = ("sliding",),
         layer_formats: Mapping[LayerName, str] | None = None,
@@ -78,6 +78,7 @@ class PrefixStore:
         if not isinstance(model_or_config, PreTrainedModel | PreTrainedConfig):
             raise TypeError(f"a store takes a transformers model or config: got {type(model_or_config).__name__}")
         formats = FormatPolicy(format=format or "native", skip_layers=skip_layers, layer_formats=layer_formats or {})
+        block_size = formats.block_size() if block_size is None else block_size
         limits = CacheConfig(block_size=block_size, max_tokens=max_tokens)
         self.blocks = SharedBlocks(model_or_config, limits, formats)
         self._rows = self._hits = self._prompt_tokens = self._hit_tokens = 0
@@ -220,7 +221,8 @@ class PrefixStore:
                 )
             num_new = 0
             for i, (text, length) in enumerate(zip(texts, lengths, strict=False)):
-                num_new += self.index.insert(cache.key, text[:length], [table_rows[i] for table_rows in rows])
+                exact = cache.exact_blocks[i] if cache.exact_blocks else ()
+                num_new += self.index.insert(cache.key, text[:length], [table_rows[i] for table_rows in rows], exact)
             if close:
                 cache.close()
         return num_new

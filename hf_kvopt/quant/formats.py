@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 
 from hf_kvopt.errors import nearest
+from hf_kvopt.quant.sealed_formats import SEALED, SealedKV
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,17 +95,22 @@ SCALE_DTYPE = torch.float16
 
 @dataclass(frozen=True)
 class KVFormat:
-    """Formats of the keys and the values of a layer, which may differ."""
+    """Formats of the keys and the values of a layer, which may differ.
+
+    Where `sealed` is given, full blocks are stored as it says, and `k` and `v` are those of single tokens, in layers
+    and caches that have no blocks to seal: latents, and rows of fixed capacity.
+    """
 
     k: Format
     v: Format
     guard: bool = True  # coarse keys are guarded against loud channels; see `quant.guard`
+    sealed: SealedKV | None = None
 
     @property
     def name(self) -> str:
         """Name as a user writes it: one name, or key/value."""
         for name, known in KV_FORMATS.items():
-            if (known.k, known.v) == (self.k, self.v):
+            if (known.k, known.v, known.sealed) == (self.k, self.v, self.sealed):
                 return name
         return f"{self.k.name}/{self.v.name}"
 
@@ -117,6 +123,8 @@ class KVFormat:
 KV_FORMATS: dict[str, KVFormat] = {name: KVFormat(fmt, fmt) for name, fmt in FORMATS.items()}
 # Keys need the bits: an error in a score is exponentiated, one in a value is averaged.
 KV_FORMATS["k8v4"] = KVFormat(INT8, INT4)
+for _name in ("k4v2", "int3"):
+    KV_FORMATS[_name] = KVFormat(INT4, INT4, sealed=SEALED[_name])
 """Formats of a layer by name, as caches, commands and evals take them."""
 NATIVE_KV = KV_FORMATS["native"]
 

@@ -10,9 +10,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 from hf_kvopt.quant.formats import NATIVE_KV, KVFormat, get_kv_format
+from hf_kvopt.quant.sealed_formats import SEALED_BLOCK
 
 GUARDS = ("auto", "off")
 PLACES = ("first", "last", "sliding")
+PLAIN_BLOCK = 16  # tokens a block of layers that store each token by itself
 LayerName = int | str
 
 
@@ -96,6 +98,19 @@ class FormatPolicy:
         if any(name in self.skip_layers for name in names):
             return NATIVE_KV
         return self._guarded(self.format)
+
+    def seals(self, is_sliding: bool) -> bool:
+        """Return whether some layer, with a window or without, may seal its blocks."""
+        names = set(self.layer_formats.values())
+        if not (is_sliding and "sliding" in self.skip_layers):
+            names.add(self.format)
+        return any(get_kv_format(name).sealed is not None for name in names)
+
+    def block_size(self, compileable: bool = False) -> int:
+        """Return the tokens of a block where nobody chose: more where blocks are sealed, which rows of fixed capacity
+        never do."""
+        is_sealed = not compileable and (self.seals(is_sliding=False) or self.seals(is_sliding=True))
+        return SEALED_BLOCK if is_sealed else PLAIN_BLOCK
 
     def _guarded(self, format: str) -> KVFormat:
         return replace(get_kv_format(format), guard=self.guard == "auto")

@@ -23,7 +23,7 @@ def test_an_unknown_format_suggests_what_was_meant(name: str, meant: str | None)
     assert str(caught.value).endswith(f"got {name!r}" + (f"; did you mean {meant!r}?" if meant else ""))
 
 
-@pytest.mark.parametrize("name", ["int3", "int8/", "int8/int3", "int8/int4/int4", "", None, 8], ids=str)
+@pytest.mark.parametrize("name", ["int2", "int8/", "int8/int3", "int8/int4/int4", "", None, 8], ids=str)
 def test_an_unknown_format_lists_the_known(name: object) -> None:
     with pytest.raises(ValueError, match=r"native, int8, fp8_e4m3, fp8_e5m2, int4, k8v4") as caught:
         get_kv_format(name)  # type: ignore[arg-type]

@@ -20,13 +20,13 @@ from hf_kvopt.kernels.pattern import LOG2E, Pattern
 
 # Scaled queries of a KV head's group, which each thread keeps on its stack: chunks of 512 tokens with 4 heads of 64. A
 # chunk of 512 queries against 640 tokens takes 0.48x of SDPA's time (2 cores, AVX-512).
-_MAX_QUERY_BYTES = 1 << 19
-_QUERY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_QUERY_BYTES = 1 << 19
+QUERY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NO_MASK, _NO_SINKS = (NO_MASK, 0, 0, 0, 0), (0, 0, 0, 0)
 _KEPT_SCRATCH = 1 << 16  # float32 values: what decoding takes
 _THREAD = threading.local()
 # Products (queries x tokens x channels) below which one thread is done before a second has begun.
-_SERIAL_WORK = 1 << 18
+SERIAL_WORK = 1 << 18
 
 
 def accepts(call: AttentionCall) -> bool:
@@ -66,7 +66,7 @@ def can_attend(
         return False
     batch, num_heads, q_len, head_dim = q.shape
     group_bytes = 4 * num_heads // k.num_heads * q_len * head_dim
-    return q.dtype in _QUERY_DTYPES and batch > 0 and 0 < group_bytes <= _MAX_QUERY_BYTES
+    return q.dtype in QUERY_DTYPES and batch > 0 and 0 < group_bytes <= MAX_QUERY_BYTES
 
 
 def attend_blocks(
@@ -88,7 +88,6 @@ def attend_blocks(
     Returns:
         [batch, q_len, num_heads, v_head_dim] contiguous, in q's dtype; 0 for a query that may see no token.
     """
-    scale, is_causal, window, softcap, sinks, starts, mask = pattern
     batch, num_heads, q_len, head_dim = q.shape
     group = num_heads // k.num_heads
     rows = group * q_len
@@ -100,28 +99,40 @@ def attend_blocks(
     splits = -(-capacity // CHUNK)
     num_tasks = batch * k.num_heads * splits
     out = states.new_empty((batch, q_len, num_heads, v.dim))
-    parts = _scratch(num_tasks * -(-rows // together) * together * part_size)
+    parts = scratch(num_tasks * -(-rows // together) * together * part_size)
     work = batch * num_heads * q_len * capacity * (head_dim + v.dim)
+    first, behind, held = pattern_arguments(pattern)
+    # In the order of spec.ARGUMENTS.
+    arguments = array("q", (
+        0, num_tasks, num_threads() if work > SERIAL_WORK else 1, splits, k.num_heads, group, q_len,
+        states.data_ptr(), *states.stride()[:3],
+        *k.arguments, *v.arguments,
+        block_table.data_ptr(), block_table.stride(0), k.block_shift, seq_lens.data_ptr(),
+        first, 0 if lags is None else lags.data_ptr(), skip,
+        *behind,
+        out.data_ptr(), parts.data_ptr(),
+    ))  # fmt: skip
+    program.run(arguments.buffer_info()[0])
+    del held
+    return out if q.dtype == torch.float32 else out.to(q.dtype)
+
+
+def pattern_arguments(pattern: Pattern) -> tuple[int, tuple[int, ...], tuple[Tensor | None, ...]]:
+    """Return what a kernel is told of a pattern: the address of `starts` or 0, the arguments from "is_causal" to the
+    sinks, and the tensors that lie at these addresses, to be held until the kernel has run."""
+    scale, is_causal, window, softcap, sinks, starts, mask = pattern
     if mask is not None:
         mask = _as_read(mask)
     if sinks is not None:
         sinks = (sinks[None, :, None, None] if sinks.dim() == 1 else sinks).float()
     first = None if starts is None else torch.as_tensor(starts, dtype=torch.int32, device="cpu")
-    # In the order of spec.ARGUMENTS.
-    arguments = array("q", (
-        0, num_tasks, num_threads() if work > _SERIAL_WORK else 1, splits, k.num_heads, group, q_len,
-        states.data_ptr(), *states.stride()[:3],
-        *k.arguments, *v.arguments,
-        block_table.data_ptr(), block_table.stride(0), k.block_shift, seq_lens.data_ptr(),
-        0 if first is None else first.data_ptr(), 0 if lags is None else lags.data_ptr(), skip,
-        is_causal, NO_WINDOW if window is None else window,
+    behind = (
+        int(is_causal), NO_WINDOW if window is None else window,
         bits_of(scale * LOG2E if softcap is None else scale / softcap), bits_of((softcap or 0.0) * LOG2E),
         *(_NO_MASK if mask is None else _mask_arguments(mask)),
         *(_NO_SINKS if sinks is None else (sinks.data_ptr(), *_broadcast_strides(sinks, 1))),
-        out.data_ptr(), parts.data_ptr(),
-    ))  # fmt: skip
-    program.run(arguments.buffer_info()[0])
-    return out if q.dtype == torch.float32 else out.to(q.dtype)
+    )  # fmt: skip
+    return 0 if first is None else first.data_ptr(), behind, (mask, sinks, first)
 
 
 def _as_read(mask: Tensor) -> Tensor:
@@ -141,7 +152,7 @@ def _broadcast_strides(x: Tensor, item: int) -> tuple[int, ...]:
     return tuple(0 if size == 1 else stride * item for size, stride in zip(x.shape[:3], x.stride(), strict=False))
 
 
-def _scratch(size: int) -> Tensor:
+def scratch(size: int) -> Tensor:
     """At least `size` float32 values that this thread's next kernel may write; a few are kept from call to call."""
     if size > _KEPT_SCRATCH:
         return torch.empty(size, dtype=torch.float32, device="cpu")

@@ -256,7 +256,7 @@ def test_a_row_does_not_depend_on_its_neighbours():
 
 
 def test_the_number_of_threads_changes_no_bit(monkeypatch):
-    monkeypatch.setattr(cpu_jit, "_SERIAL_WORK", 0)
+    monkeypatch.setattr(cpu_jit, "SERIAL_WORK", 0)
     rows = make_rows((3 * CHUNK, 33, CHUNK + 9), q_len=2)
     results = []
     for threads in (1, 2, 3):
@@ -266,7 +266,7 @@ def test_the_number_of_threads_changes_no_bit(monkeypatch):
 
 
 def test_two_python_threads_may_attend_at_once(monkeypatch):
-    monkeypatch.setattr(cpu_jit, "_SERIAL_WORK", 0)
+    monkeypatch.setattr(cpu_jit, "SERIAL_WORK", 0)
     monkeypatch.setattr(cpu_jit, "num_threads", lambda: 2)
     cases = [make_rows((CHUNK + 40 * i, 50), seed=i) for i in range(2)]
     wanted = [attend_blocks(*rows, scale=0.2) for rows in cases]
@@ -286,7 +286,7 @@ def test_two_python_threads_may_attend_at_once(monkeypatch):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_attends_without_waiting_for_threads_that_it_lacks(monkeypatch):
-    monkeypatch.setattr(cpu_jit, "_SERIAL_WORK", 0)
+    monkeypatch.setattr(cpu_jit, "SERIAL_WORK", 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     rows = make_rows((CHUNK + 40,))
     want = attend_blocks(*rows, scale=0.2)

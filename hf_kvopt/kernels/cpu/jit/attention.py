@@ -19,7 +19,7 @@ from llvmlite import ir
 from hf_kvopt.kernels.cpu.jit.body import Body
 from hf_kvopt.kernels.cpu.jit.emitter import F32, I64, NEG_INF, PTR
 from hf_kvopt.kernels.cpu.jit.kernel import VOID
-from hf_kvopt.kernels.cpu.jit.spec import Spec
+from hf_kvopt.kernels.cpu.jit.spec import SealedSpec, Spec
 from hf_kvopt.kernels.cpu.jit.worker import Worker
 from hf_kvopt.kernels.pattern import LOG2E
 
@@ -28,7 +28,7 @@ def emit(spec: Spec) -> ir.Module:
     """A module with one function `run(arguments)`."""
     module = ir.Module("hf_kvopt")
     work, finish = define(module, spec)
-    _emit_run(ir.Function(module, ir.FunctionType(VOID, [PTR]), "run"), work, finish, spec)
+    emit_run(ir.Function(module, ir.FunctionType(VOID, [PTR]), "run"), work, finish, spec)
     return module
 
 
@@ -39,12 +39,12 @@ def define(module: ir.Module, spec: Spec) -> tuple[ir.Function, ir.Function]:
         for name, more in (("finish", [I64]), ("work", []))
     )
     finish.linkage = work.linkage = "internal"
-    _emit_finish(finish, spec)
+    emit_finish(finish, spec)
     Worker(work, spec, finish).emit()
     return work, finish
 
 
-def _emit_run(function: ir.Function, work: ir.Function, finish: ir.Function, spec: Spec) -> None:
+def emit_run(function: ir.Function, work: ir.Function, finish: ir.Function, spec: Spec | SealedSpec) -> None:
     """Work, then merge."""
     e = Body(function, spec)
     e.share_out(work)
@@ -55,7 +55,7 @@ def _emit_run(function: ir.Function, work: ir.Function, finish: ir.Function, spe
     e.b.ret_void()
 
 
-def _emit_finish(function: ir.Function, spec: Spec) -> None:
+def emit_finish(function: ir.Function, spec: Spec | SealedSpec) -> None:
     """Merge the parts of one row and KV head, let the sinks join the denominator, divide, and write the output."""
     e = Body(function, spec)
     pair, splits, num_kv_heads = function.args[1], e.number("splits"), e.number("num_kv_heads")

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from hf_kvopt.quant.sealed_formats import BlockCodec
+
 
 class Spec(NamedTuple):
     """One compiled kernel.
@@ -24,6 +26,43 @@ class Spec(NamedTuple):
     scale_bits: int
     lanes: int
 
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Names of what the kernel is given."""
+        return ARGUMENTS
+
+
+class SealedSpec(NamedTuple):
+    """One compiled kernel over blocks of which the old ones are sealed.
+
+    Args:
+        rows: see `Spec`, as are the other fields that it has.
+        k_dim: see `Spec`.
+        v_dim: see `Spec`.
+        k_code: how exact keys are stored.
+        v_code: how exact values are stored.
+        k: the codec of sealed keys.
+        v: the codec of sealed values.
+        block_size: tokens a block.
+        lanes: see `Spec`.
+    """
+
+    rows: int
+    k_dim: int
+    v_dim: int
+    k_code: str
+    v_code: str
+    k: BlockCodec
+    v: BlockCodec
+    block_size: int
+    lanes: int
+    scale_bits: int = 16
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Names of what the kernel is given."""
+        return ARGUMENTS + SEALED_ARGUMENTS
+
 
 # Tokens that are scored, weighed and added up together: their keys and values stay in the first-level cache.
 TILE = 64
@@ -42,12 +81,23 @@ ARGUMENTS = (
     "sinks", "sinks_batch", "sinks_head", "sinks_token",
     "out", "parts",
 )  # fmt: skip
+# What a kernel over sealed blocks is given besides; strides are in bytes.
+SEALED_ARGUMENTS = (
+    "exact_table", "exact_table_row", "first_block", "depths",
+    *(
+        f"{plane}_{part}{stride}"
+        for plane in "kv"
+        for part, strides in (("codes", ("", "_block", "_token", "_head")), ("params", ("", "_block", "_head")),
+                              ("mean", ("", "_block", "_head")))
+        for stride in strides
+    ),
+)  # fmt: skip
 NO_WINDOW = 1 << 40
 # Kinds of masks.
 NO_MASK, BOOL_MASK, FLOAT_MASK = 0, 1, 2
 
 
-def part_items(spec: Spec) -> int:
+def part_items(spec: Spec | SealedSpec) -> int:
     """float32 values that a task keeps of one row: the weighted sum of values, the greatest score, the denominator."""
     return -(-spec.v_dim // spec.lanes) * spec.lanes + spec.lanes  # so that rows are aligned alike
 

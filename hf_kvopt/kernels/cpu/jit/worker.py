@@ -10,7 +10,7 @@ from hf_kvopt.kernels.cpu.jit.block_reader import BlockReader
 from hf_kvopt.kernels.cpu.jit.body import Body
 from hf_kvopt.kernels.cpu.jit.codec import CODECS
 from hf_kvopt.kernels.cpu.jit.emitter import F32, I8, I32, I64, NEG_INF
-from hf_kvopt.kernels.cpu.jit.spec import BOOL_MASK, CHUNK, FLOAT_MASK, TILE, Spec
+from hf_kvopt.kernels.cpu.jit.spec import BOOL_MASK, CHUNK, FLOAT_MASK, TILE, SealedSpec, Spec
 from hf_kvopt.kernels.pattern import LOG2E
 
 # Sums that are kept in registers at once, by lanes; the other registers hold what is multiplied.
@@ -21,7 +21,7 @@ _LEAST_FLOAT = -3.4028234663852886e38
 class Worker(Body):
     """Takes tasks until none is left."""
 
-    def __init__(self, function: ir.Function, spec: Spec, finish: ir.Function) -> None:
+    def __init__(self, function: ir.Function, spec: Spec | SealedSpec, finish: ir.Function) -> None:
         super().__init__(function, spec)
         self.finish = finish
         self.k_codec, self.v_codec = CODECS[spec.k_code], CODECS[spec.v_code]
@@ -130,15 +130,19 @@ class Worker(Body):
         if self.k_codec.num_scales == 1:
             with self._vectors() as token:
                 self._rescale(token)
+        self._cap_and_mask(query)
+        alphas = self._softmax(query, bounds)
+        for first in range(0, self.v_vectors, self.width):
+            self._add_values(query, alphas, range(first, min(first + self.width, self.v_vectors)))
+
+    def _cap_and_mask(self, query: ir.Value) -> None:
+        """Do to the scores of a tile what the pattern says."""
         is_capped = self.b.icmp_signed("!=", self.number("softcap"), self.integer(0))
         with self.b.if_then(is_capped), self._vectors() as token:
             self._cap(token)
         for kind, item in ((BOOL_MASK, 1), (FLOAT_MASK, 4)):
             with self.b.if_then(self.b.icmp_signed("==", self.number("mask_kind"), self.integer(kind))):
                 self._mask(query, kind, item)
-        alphas = self._softmax(query, bounds)
-        for first in range(0, self.v_vectors, self.width):
-            self._add_values(query, alphas, range(first, min(first + self.width, self.v_vectors)))
 
     def _products(self, query: ir.Value, token: ir.Value) -> None:
         """Scores of `rows` queries and `unit` tokens."""

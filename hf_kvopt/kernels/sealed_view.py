@@ -1,0 +1,107 @@
+"""SealedView: the `KVView` of a layer whose full blocks are sealed.
+
+A query reads old blocks sealed and new ones exact, and which are old depends on where it stands. No one tensor says
+that for several queries: whoever needs one gets what the last token of each row reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hf_kvopt.errors import CacheStateError
+from hf_kvopt.kernels.calls import KVSpec, KVView, Rows, Stored
+from hf_kvopt.kernels.cpu.sealed_place import SealedPlace
+from hf_kvopt.quant import Quantized
+
+
+class SealedRows(Rows, Protocol):
+    """Rows whose blocks are sealed when they are full; see `pool.tail`."""
+
+    rows: list[list[int]]
+    lags: list[int]
+    base: int
+    clock: int
+    block_size: int
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether some row begins later than the first column."""
+        ...
+
+    def exact_table(self, device: torch.device) -> Tensor:
+        """[batch, max_blocks] int32: where the exact ones of each row's blocks lie."""
+        ...
+
+
+class SealedStorage(Protocol):
+    """Keys or values in both forms; see `pool.sealed`."""
+
+    exact: Tensor
+    block_size: int
+
+    @property
+    def sealed_place(self) -> SealedPlace | None:
+        """Where the tensors lie, for the compiled kernel of a CPU."""
+        ...
+
+    def unsealed(self, blocks: Tensor) -> Tensor:
+        """What stored blocks [n] stand for, [n, num_kv_heads, block_size, head_dim] float32."""
+        ...
+
+    def write(self, states: Tensor, table: Any, start: int, stop: int) -> None:
+        """Store states of the columns `start` to `stop`, and seal what becomes full."""
+        ...
+
+    def read(self, table: Any, kv_len: int, skip: int = 0) -> Tensor:
+        """What a query at the last token of each row reads, [batch, num_kv_heads, kv_len, head_dim]."""
+        ...
+
+    def read_blocks(self, table: Any, rows: Sequence[int], first: int, stop: int, tile: int) -> Tensor:
+        """Blocks of some rows as queries of block `tile` read them."""
+        ...
+
+
+class SealedView(KVView):
+    """Keys or values of one layer by reference, in two forms.
+
+    `storage` has both. `arrived` are the states [batch, num_kv_heads, tokens, head_dim] of the last columns, where they
+    are at hand: a long step leaves most of them nowhere else.
+    """
+
+    storage: SealedStorage
+    arrived: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        storage: SealedStorage,
+        rows: SealedRows,
+        spec: KVSpec,
+        skip: int,
+        states: Tensor | None,
+        arrived: Tensor | None,
+    ) -> SealedView:
+        """Make a view of the rows as they are now."""
+        view = cls(Stored(storage.exact, None), rows, spec, skip, rows.version, None, states)
+        view.storage, view.arrived = storage, arrived
+        return view
+
+    @property
+    def table(self) -> SealedRows:
+        """The rows."""
+        return self.rows  # type: ignore[return-value]
+
+    def codes(self) -> Quantized:
+        """Raise CacheStateError: the two forms are no one tensor."""
+        raise CacheStateError("sealed and exact blocks are not one tensor of codes: got codes(); use dense()")
+
+    def dense(self) -> Tensor:
+        """[batch, num_kv_heads, kv_len, head_dim] as a query at the last token of each row reads it."""
+        self.check_valid()
+        if self.states is not None:
+            return self.states
+        return self.storage.read(self.rows, self.spec.shape[2], self.skip)
