@@ -3,7 +3,6 @@
 import copy
 import gc
 import pickle
-import sys
 import weakref
 from typing import Any
 
@@ -22,6 +21,7 @@ from transformers import (
 
 import hf_kvopt
 from hf_kvopt import PagedCache, UnsupportedModel, compat, disable, enable
+from hf_kvopt.overrides import attention
 from tests.helpers import KINDS, NEW_TOKENS, eager_continuation, eager_tokens, generate, prompt, tiny_model, unpadded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -295,7 +295,7 @@ def selecting() -> Any:
 @pytest.mark.smoke
 @pytest.mark.parametrize("make", [written_in, selecting])
 def test_a_model_that_takes_no_other_attention_keeps_its_own_which_is_said_once(make: Any, caplog: Any) -> None:
-    sys.modules["hf_kvopt.enable"]._say_once.cache_clear()  # by its name, which the function took
+    attention._say_once.cache_clear()
     model = make()
     want = generate(model, prompt(20))
     for _ in range(2):
