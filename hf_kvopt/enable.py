@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from hf_kvopt import compat
 from hf_kvopt.attention.register import ATTENTION_NAME
-from hf_kvopt.batching.requirements import require_packable
 from hf_kvopt.batching.settings import BatchConfig
 from hf_kvopt.cache.bounded import require_alone
 from hf_kvopt.cache.paged import PagedCache
@@ -24,7 +23,7 @@ from hf_kvopt.calibration import choose, warn_of_loss
 from hf_kvopt.errors import UnsupportedModel, nearest
 from hf_kvopt.overrides import latents
 from hf_kvopt.overrides.attention import takes_attention
-from hf_kvopt.overrides.batching import ManagerMaker, drop_manager
+from hf_kvopt.overrides.batching import ManagerMaker, batch_config_of, drop_manager
 from hf_kvopt.overrides.cache_maker import CACHES, KV_NAMES, LAYER_OPTIONS, CacheMaker, make_cache
 from hf_kvopt.overrides.divided import require_followed
 from hf_kvopt.overrides.inputs import CheckedPrefill, PreparedInputs
@@ -167,7 +166,7 @@ def enable(
             warn_of_loss(model, cache)
     sharing = _sharing(model, cache, prefix_sharing, cache_options)
     drafting = _drafting(model, draft)
-    batch_config = _batching(model, cache, batching, cache_options, drafting)
+    batch_config = batch_config_of(model, cache, batching, cache_options, drafting)
     disable(model)
     _require_unreplaced(model, "generate" if sharing is not None or drafting is not None else None)
     previous = model.config._attn_implementation
@@ -254,28 +253,6 @@ def _sharing(
     options = {**options, "format": KV_NAMES[cache]}
     PrefixStore(model, **options)  # refuse now what cannot be shared
     return Sharing(None, options)
-
-
-def _batching(
-    model: PreTrainedModel, cache: str | None, batching: bool | BatchConfig, options: dict[str, Any], draft: Any
-) -> BatchConfig | None:
-    """How `model` is batched, checked; None where it is not."""
-    if batching is False:
-        return None
-    if cache is None:
-        raise ValueError("batching needs a cache of this library: got cache=None; pass cache='paged'")
-    require_packable(model)
-    if isinstance(batching, BatchConfig):
-        if batching.cache != cache or options:
-            raise ValueError(
-                f"a BatchConfig names the cache and its options itself: got cache={cache!r} and options "
-                f"{sorted(options)} beside one with cache={batching.cache!r}; name them once"
-            )
-        return batching
-    wrong = sorted(set(options) - {"max_tokens", "block_size", *LAYER_OPTIONS})
-    if wrong:
-        raise TypeError(f"batching takes max_tokens, block_size and the formats of layers: got {wrong} too")
-    return BatchConfig(cache=cache, draft=draft, **options)
 
 
 def _check_options(cache: str | None, options: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_kvopt.batching.request import Request
 from hf_kvopt.batching.rules import Rules
-from hf_kvopt.prefix.cache import PrefixSharedCache
+from hf_kvopt.prefix.batch import BatchCache
 
 
 class Job:
@@ -28,7 +28,7 @@ class Job:
         self.request, self.rules, self.rank, self.namespace = request, rules, rank, namespace
         self.text = list(request.prompt)
         self.key: tuple[Hashable, Hashable] | None = None  # what its text is filed under, since it was admitted
-        self.cache: PrefixSharedCache | None = None  # while filling
+        self.cache: BatchCache | None = None  # while filling
         self.read_from = 0  # first token that is read since it was admitted
         self.features: list[Tensor] = []  # [1, tokens, width] of what was read since then, for a drafter
         self.reason: str | None = None

@@ -17,6 +17,7 @@ from hf_kvopt import compat
 from hf_kvopt.batching.reader import Fed, PackedReader
 from hf_kvopt.batching.requirements import vocab_size
 from hf_kvopt.errors import KVOptError, UnsupportedModel
+from hf_kvopt.prefix.batch import BatchCache
 from hf_kvopt.prefix.store import PrefixStore
 
 _LENGTHS = (4, 6)
@@ -57,7 +58,7 @@ def require_equal(model: PreTrainedModel) -> None:
 def _packed(model: PreTrainedModel, store: PrefixStore, texts: list[list[int]]) -> Tensor:
     """Logits [2 * texts, vocab] behind the last token but one, and the last one, of each text."""
     reader = PackedReader(model)
-    caches = [store.new_cache() for _ in texts]
+    caches = [BatchCache(store.blocks) for _ in texts]
     try:
         fed = [Fed(cache, [text[:-1]], [0]) for cache, text in zip(caches, texts, strict=True)]
         lengths = [len(text) - 1 for text in texts]
@@ -76,7 +77,7 @@ def _alone(model: PreTrainedModel, store: PrefixStore, texts: list[list[int]]) -
     """Return the logits of `_packed`, each text having a forward of its own."""
     rows = []
     for text in texts:
-        cache = store.new_cache()
+        cache = BatchCache(store.blocks)
         inputs: dict[str, Any] = {compat.cache_keyword(model): cache, "use_cache": True, "return_dict": True}
         ids = torch.tensor([text], device=model.device)
         try:

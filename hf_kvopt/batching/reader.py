@@ -11,13 +11,13 @@ from transformers import PreTrainedModel
 from hf_kvopt import compat
 from hf_kvopt.batching.packed import PackedCache, Segment, pack
 from hf_kvopt.errors import UnsupportedModel
-from hf_kvopt.prefix.cache import PrefixSharedCache
+from hf_kvopt.prefix.batch import BatchCache
 
 
 class Fed(NamedTuple):
     """New tokens of the rows of one cache."""
 
-    cache: PrefixSharedCache
+    cache: BatchCache
     rows: list[list[int]]  # tokens of each row
     starts: list[int]  # position of the first of them
 

@@ -10,7 +10,7 @@ everything is counted, over all caches of the forward, and taken only where it f
 from collections.abc import Iterable, Sequence
 
 from hf_kvopt.pool.block_table import BlockTable
-from hf_kvopt.prefix.cache import PrefixSharedCache
+from hf_kvopt.prefix.batch import BatchCache
 from hf_kvopt.prefix.store import PrefixStore
 
 Blocks = list[int]
@@ -27,7 +27,7 @@ class Room:
     def __init__(self, store: PrefixStore) -> None:
         self.store = store
 
-    def needed(self, cache: PrefixSharedCache, num_tokens: int) -> Blocks:
+    def needed(self, cache: BatchCache, num_tokens: int) -> Blocks:
         """Blocks that `num_tokens` more tokens of each row of a cache take."""
         return [blocks_needed(table, num_tokens) for table in cache.tables]
 

@@ -8,7 +8,7 @@ job b      p q r s t u v w x y        alone had go when it leaves
 from collections.abc import Sequence
 
 from hf_kvopt.batching.job import Job
-from hf_kvopt.prefix.cache import PrefixSharedCache
+from hf_kvopt.prefix.batch import BatchCache
 from hf_kvopt.prefix.store import PrefixStore
 
 
@@ -21,7 +21,7 @@ class Rows:
 
     def __init__(self, store: PrefixStore) -> None:
         self.store = store
-        self.cache: PrefixSharedCache = store.new_cache()
+        self.cache: BatchCache = BatchCache(store.blocks)
         self.jobs: list[Job] = []
 
     @property

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from hf_kvopt.batching.job import Job
 from hf_kvopt.batching.room import Blocks, Room, total
 from hf_kvopt.batching.rows import Rows
-from hf_kvopt.prefix.filing import file_row
+from hf_kvopt.prefix.filing import file_row, open_row
 from hf_kvopt.prefix.index import Match
 from hf_kvopt.prefix.store import PrefixStore
 
@@ -157,7 +157,7 @@ class Scheduler:
             if not self.room.has(total([*promised, new], len(new))):
                 return
             job.key = key
-            job.cache = self.store.open(job.text, key)
+            job.cache = open_row(self.store, job.text, key)
             job.read_from = job.num_held
             job.request.cached_tokens = max(job.request.cached_tokens, job.num_held)
             promised.append(self._rest(job))

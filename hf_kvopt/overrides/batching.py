@@ -2,11 +2,14 @@
 
 from typing import Any
 
+from transformers import PreTrainedModel
 from transformers.generation import GenerationConfig
 
 from hf_kvopt import compat
 from hf_kvopt.batching.manager import BatchManager
+from hf_kvopt.batching.requirements import require_packable
 from hf_kvopt.batching.settings import BatchConfig
+from hf_kvopt.overrides.cache_maker import LAYER_OPTIONS
 from hf_kvopt.overrides.instance import InstanceOverride
 
 
@@ -42,3 +45,25 @@ def drop_manager(model: Any) -> None:
     if isinstance(kept, BatchManager):
         kept.destroy()
         delattr(model, compat.KEPT_MANAGER)
+
+
+def batch_config_of(
+    model: PreTrainedModel, cache: str | None, batching: bool | BatchConfig, options: dict[str, Any], draft: Any
+) -> BatchConfig | None:
+    """How `model` is batched, checked; None where it is not."""
+    if batching is False:
+        return None
+    if cache is None:
+        raise ValueError("batching needs a cache of this library: got cache=None; pass cache='paged'")
+    require_packable(model)
+    if isinstance(batching, BatchConfig):
+        if batching.cache != cache or options:
+            raise ValueError(
+                f"a BatchConfig names the cache and its options itself: got cache={cache!r} and options "
+                f"{sorted(options)} beside one with cache={batching.cache!r}; name them once"
+            )
+        return batching
+    wrong = sorted(set(options) - {"max_tokens", "block_size", *LAYER_OPTIONS})
+    if wrong:
+        raise TypeError(f"batching takes max_tokens, block_size and the formats of layers: got {wrong} too")
+    return BatchConfig(cache=cache, draft=draft, **options)

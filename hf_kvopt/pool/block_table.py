@@ -183,19 +183,6 @@ class BlockTable(ExactRows, Unevicted):
         other.clear()
         self._rows_changed()
 
-    def join(self, other: "BlockTable") -> None:
-        """Take the rows of `other`, a table over the same blocks, behind these and empty it; all end together."""
-        assert self.allocator is other.allocator
-        assert self.base == other.base == 0
-        self._drop_retired()
-        clock = max(self.clock, other.clock)
-        self.lags = [lag + clock - table.clock for table in (self, other) for lag in table.lags]
-        self.rows += [list(row) for row in other.rows]
-        other.rows.clear()
-        other.clear()
-        self.clock = self.step_start = clock
-        self._rows_changed()
-
     def keep(self, num_tokens: int, paths: Sequence[Sequence[int]]) -> None:
         """Of the last `num_tokens` tokens of row i keep those numbered in `paths[i]`, moved together, in that order.
 
@@ -322,13 +309,6 @@ class BlockTable(ExactRows, Unevicted):
                 self.allocator.make_room(self.rows, wanted)
             self._append_blocks([size + (i in copied) for i, size in enumerate(wanted)], copied)
             self._rows_changed()
-
-    def release_behind(self) -> None:
-        """Give back, row by row, the blocks that lie wholly behind the window of the row's next query; see `Holes`."""
-        if self.window is not None and not self.record_past:
-            counts = [max(0, length - self.base - self.window + 1) // self.block_size for length in self.lengths]
-            if self.holes.release(self.rows, counts):
-                self._rows_changed()
 
     def _drop_front(self, first: int) -> None:
         """Free the blocks that lie wholly before position `first`."""

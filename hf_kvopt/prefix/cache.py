@@ -21,7 +21,6 @@ from hf_kvopt.cache.paged import PagedCache
 from hf_kvopt.cache.rows import GrowingRows
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.pool import tail
-from hf_kvopt.pool.block_table import BlockTable
 from hf_kvopt.prefix.shared_blocks import SharedBlocks
 from hf_kvopt.prefix.texts import until
 
@@ -60,11 +59,6 @@ class PrefixSharedCache(PagedCache):
     def num_shared(self) -> int:
         """Columns that were filled before `generate` began."""
         return self._filled
-
-    @property
-    def tables(self) -> list[BlockTable]:
-        """The tables, in the order of the store's allocators."""
-        return list(self._tables.values())
 
     @property
     def is_blank(self) -> bool:
@@ -151,56 +145,6 @@ class PrefixSharedCache(PagedCache):
             self._require_open()
             super().keep_paths(num_tokens, paths)
             self._seen = self.get_seq_length()
-
-    def join(self, other: "PrefixSharedCache") -> None:
-        """Take the rows of `other`, a cache of the same store, behind those that are held, and close it.
-
-        Both belong to no prompt (see `PrefixStore.open`), and a forward has written all rows of `other` to the end.
-
-        Raises:
-            CacheStateError: the model computes in another dtype, or on another device, than for the rows held.
-        """
-        with self.blocks.lock:
-            pairs = list(zip(self._paged_layers(), other._paged_layers(), strict=True))
-            if self.num_rows and any(mine.pool is not theirs.pool for mine, theirs in pairs):
-                raise CacheStateError(
-                    "rows of one batch are computed alike: got rows in another dtype or on another device than those "
-                    "that are held; let the batch end before the model changes"
-                )
-            for mine, theirs in pairs:
-                mine.follow(theirs)
-            for table, joined in zip(self._tables.values(), other._tables.values(), strict=True):
-                table.join(joined)
-            self._end_together()
-            other.close()
-
-    def keep_rows(self, rows: Sequence[int]) -> None:
-        """Let row i be what row `rows[i]` was; the blocks of the others, and columns that no row has, go."""
-        with self.blocks.lock:
-            if rows:
-                self._select(rows)
-                self.close_up()
-            else:
-                super().reset()
-                self._seen = 0
-
-    def release_behind(self) -> None:
-        """Give back what no row looks at any more, as it lies behind its window."""
-        with self.blocks.lock:
-            for table in self.tables:
-                table.release_behind()
-
-    def close_up(self) -> None:
-        """Let columns go that no row has a token in."""
-        if self.num_rows and all(min(table.lags) for table in self.tables):
-            self.keep_paths(0, [[]] * self.num_rows)
-
-    def _end_together(self) -> None:
-        """Let all layers that were ever written stand where their tables end."""
-        for layer in self._paged_layers():
-            if layer.pool is not None and layer.in_step:
-                layer.clock = layer.table.clock
-        self._seen = self.get_seq_length()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         # What beams hold is no longer in the order of the texts that generate() returns.

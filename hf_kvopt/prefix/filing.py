@@ -3,7 +3,8 @@
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING
 
-from hf_kvopt.prefix.cache import PrefixSharedCache
+from hf_kvopt.prefix.batch import BatchCache
+from hf_kvopt.prefix.index import Match
 
 if TYPE_CHECKING:
     from hf_kvopt.prefix.store import PrefixStore
@@ -14,7 +15,7 @@ def file_row(
     key: tuple[Hashable, Hashable] | None,  # of `PrefixStore.key_of`, when the row began; None files nothing
     current_key: tuple[Hashable, Hashable] | None,  # since the last forward
     text: Sequence[int],
-    cache: PrefixSharedCache,
+    cache: BatchCache,
     row: int,
 ) -> int:
     """Keep `text`, the first tokens that row `row` of an open cache holds; returns the number of new blocks.
@@ -29,3 +30,16 @@ def file_row(
         if released and store.index.match(key, text).length < released * store.block_size:
             return 0
         return store.index.insert(key, text, [table.rows[row] for table in cache.tables])
+
+
+def open_row(store: "PrefixStore", text: Sequence[int], key: Hashable) -> BatchCache:
+    """Make a cache of one row with what is known of `text`, less its last token, under a key of `key_of`."""
+    cache = BatchCache(store.blocks)
+    with store.lock:
+        match = store.index.match(key, text[:-1]) if key is not None else Match([], 0)
+        cache.fill([[row] for row in store.index.take(match)], [0], match.length)
+        store._rows += 1
+        store._hits += match.length > 0
+        store._prompt_tokens += len(text)
+        store._hit_tokens += match.length
+    return cache

@@ -22,7 +22,7 @@ from hf_kvopt.pool.allocator import BlockAllocator
 from hf_kvopt.prefix import file as prefix_file
 from hf_kvopt.prefix.cache import PrefixSharedCache
 from hf_kvopt.prefix.fill import fill_from
-from hf_kvopt.prefix.index import Match, PrefixIndex
+from hf_kvopt.prefix.index import PrefixIndex
 from hf_kvopt.prefix.shared_blocks import SharedBlocks
 from hf_kvopt.prefix.texts import as_text, end_tokens, require_mask, texts_of
 from hf_kvopt.quant import FormatPolicy
@@ -167,19 +167,6 @@ class PrefixStore:
         self._prompt_tokens += sum(map(len, texts))
         self._hit_tokens += sum(known)
         return True
-
-    def open(self, text: Sequence[int], key: Hashable) -> PrefixSharedCache:
-        """A cache of one row with what is known of `text`, less its last token, under a key of `key_of`; the rest may
-        come in any portions."""
-        cache = self.new_cache()
-        with self.lock:
-            match = self.index.match(key, text[:-1]) if key is not None else Match([], 0)
-            cache.fill([[row] for row in self.index.take(match)], [0], match.length)
-            self._rows += 1
-            self._hits += match.length > 0
-            self._prompt_tokens += len(text)
-            self._hit_tokens += match.length
-        return cache
 
     def commit(self, cache: PrefixSharedCache, output_ids: Tensor) -> int:
         """Keep what `generate` computed with `cache`, and close it.

@@ -16,6 +16,7 @@ from hf_kvopt.batching.room import Room, blocks_needed
 from hf_kvopt.batching.rows import Rows
 from hf_kvopt.batching.rules import Rules
 from hf_kvopt.batching.scheduler import Scheduler, StepPlan
+from hf_kvopt.prefix.batch import BatchCache
 from tests.helpers import tiny_config
 
 BLOCK = 16
@@ -153,7 +154,7 @@ def test_no_forward_runs_out_of_blocks_and_everybody_ends(workload) -> None:
 
 def test_counted_blocks_are_those_that_reserve_takes() -> None:
     store = PrefixStore(tiny_config("full"))
-    cache = store.new_cache()
+    cache = BatchCache(store.blocks)
     states = torch.zeros(1, 2, 20, 8)
     for idx in range(2):
         cache.update(states, states, idx)
@@ -169,7 +170,7 @@ def test_counted_blocks_are_those_that_reserve_takes() -> None:
 
 def test_room_counts_known_texts_that_nobody_holds() -> None:
     store = PrefixStore(tiny_config("full"), max_tokens=8 * BLOCK)
-    room, cache = Room(store), store.new_cache()
+    room, cache = Room(store), BatchCache(store.blocks)
     states = torch.zeros(1, 2, 6 * BLOCK, 8)
     for idx in range(2):
         cache.update(states, states, idx)

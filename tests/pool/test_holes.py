@@ -4,6 +4,7 @@ import pytest
 
 from hf_kvopt.pool.allocator import BlockAllocator
 from hf_kvopt.pool.block_table import BlockTable
+from hf_kvopt.pool.ragged import join, release_behind
 
 BLOCK, WINDOW = 16, 32
 
@@ -18,7 +19,7 @@ def ragged(*lengths: int, max_blocks: int | None = None) -> BlockTable:
         table.reserve(1, length)
         tables.append(table)
     for other in tables[1:]:
-        tables[0].join(other)
+        join(tables[0], other)
     return tables[0]
 
 
@@ -29,7 +30,7 @@ def own_blocks(table: BlockTable) -> list[int]:
 def test_a_long_row_beside_a_short_one_keeps_three_blocks() -> None:
     table = ragged(200, 20)
     assert own_blocks(table) == [13, 2]
-    table.release_behind()
+    release_behind(table)
     assert own_blocks(table) == [3, 2]
     assert table.allocator.num_blocks - table.allocator.num_free == 3 + 2 + 1
     table.allocator.check_integrity()
@@ -39,7 +40,7 @@ def test_a_long_row_beside_a_short_one_keeps_three_blocks() -> None:
 def test_every_token_that_the_next_query_sees_stays(length: int) -> None:
     table = ragged(length, 3)
     held = list(table.rows[0])
-    table.release_behind()
+    release_behind(table)
     first = length - WINDOW + 1  # of those that a query at position `length` sees
     assert table.rows[0][first // BLOCK :] == held[first // BLOCK :]
     assert table.holes.count(table.rows[0]) == first // BLOCK
@@ -49,7 +50,7 @@ def test_rows_grow_leave_and_join_over_holes_without_losing_a_block() -> None:
     table = ragged(100, 20, 60)
     for clock in range(100, 150):
         table.reserve(3, clock)
-        table.release_behind()
+        release_behind(table)
         table.allocator.check_integrity()
     table.select([1, 2])
     table.keep(0, [[], []])
@@ -57,8 +58,8 @@ def test_rows_grow_leave_and_join_over_holes_without_losing_a_block() -> None:
     joined = BlockTable(table.allocator, BLOCK, WINDOW)
     joined.keeps_all = True
     joined.reserve(1, 90)
-    table.join(joined)
-    table.release_behind()
+    join(table, joined)
+    release_behind(table)
     table.allocator.check_integrity()
     table.clear()
     assert table.allocator.num_free == table.allocator.num_blocks
@@ -68,10 +69,10 @@ def test_nothing_is_won_where_others_hold_the_blocks_and_none_is_free() -> None:
     table = ragged(96, max_blocks=6)
     table.allocator.retain(table.rows[0])
     before = list(table.rows[0])
-    table.release_behind()
+    release_behind(table)
     assert table.rows[0] == before
     table.allocator.release(before)
-    table.release_behind()
+    release_behind(table)
     assert own_blocks(table) == [2]
     table.allocator.check_integrity()
 
@@ -79,5 +80,5 @@ def test_nothing_is_won_where_others_hold_the_blocks_and_none_is_free() -> None:
 def test_a_full_table_keeps_everything() -> None:
     table = BlockTable(BlockAllocator(), BLOCK)
     table.reserve(1, 200)
-    table.release_behind()
+    release_behind(table)
     assert len(set(table.rows[0])) == 13
