@@ -53,23 +53,25 @@ def attention_forward(
         return attend_packed(attention_forward, module, query, key, value, attention_mask, **kwargs)
     handle = key.latent if isinstance(key, LatentKV) else key
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    table = handle.table if isinstance(handle, KVHandle) else None
     scoring = Pattern(scale, True, None, softcap, s_aux if s_aux is not None else kwargs.get("sinks"))
     try:
         _refuse_what_is_wrong(module, handle, attention_mask, dropout, sliding_window, kwargs)
         if isinstance(key, KVHandle) and key.table is not None and key.table.allocator.tails is not None:
             key, value = handle, _ = aligned(key, value, attention_mask)
-        if isinstance(handle, KVHandle):
-            check_eviction(module, handle, attention_mask, position_bias, kwargs)
+        if table is not None and table.policy is not None:
+            check_eviction(module, handle, attention_mask, position_bias, kwargs)  # type: ignore[arg-type]
         if kwargs.get("indices") is not None:
             attention_mask = select_keys(attention_mask, kwargs["indices"], query.shape[2], key.shape[2])
         pattern = take_apart(module, query, key, attention_mask, is_causal, sliding_window, scoring)
-        if isinstance(handle, KVHandle) and handle.table is not None and handle.table.is_ragged:
-            pattern = hide_before(handle, pattern, key.shape[2])
+        if table is not None and table.is_ragged:
+            pattern = hide_before(handle, pattern, key.shape[2])  # type: ignore[arg-type]
     except (KVOptError, ValueError):
-        if isinstance(handle, KVHandle) and handle.guard is not None and handle.table is not None:
-            handle.guard.undo(handle.table)
+        if isinstance(handle, KVHandle) and handle.guard is not None and table is not None:
+            handle.guard.undo(table)
         raise
-    choose_prompt(query, key, value, scale)
+    if table is not None and table.policy is not None:
+        choose_prompt(query, key, value, scale)
     if position_bias is not None:
         bias = position_bias[..., -key.shape[2] :]
         pattern = pattern._replace(mask=add_bias(bias, pattern.mask))

@@ -12,7 +12,6 @@ one when they write into it. Instead of `DynamicCache`, which concatenates every
 import copy
 import weakref
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -65,8 +64,7 @@ class PagedCache(WatchedCache):
     Raises:
         ValueError, TypeError, UnsupportedModel: a value cannot work, or not with this model.
 
-    Source: PagedAttention, arXiv:2309.06180; transformers issues #30536 (cat doubles the peak), #31717 (give memory
-    back).
+    Source: PagedAttention, arXiv:2309.06180; transformers issues #30536 (cat doubles the peak), #31717.
 
     Examples:
         >>> with PagedCache(config=model.config) as cache:
@@ -101,8 +99,7 @@ class PagedCache(WatchedCache):
         self.epoch = 0  # counts how often it was emptied
         kwargs: dict[str, Any] = {"offloading": offloading, "offload_only_non_sliding": offload_only_non_sliding}
         if config is None:
-            # Past DynamicCache's __init__, which would build its own layers.
-            Cache.__init__(self, layer_class_to_replicate=PagedLayer, **kwargs)
+            Cache.__init__(self, layer_class_to_replicate=PagedLayer, **kwargs)  # DynamicCache's builds its own layers
         else:
             require_undivided_layers(config)
             config = config.get_text_config(decoder=True)
@@ -236,15 +233,13 @@ class PagedCache(WatchedCache):
 
     @property
     def num_rows(self) -> int:
-        """Rows of the batch; 0 while nothing is held."""
+        """Rows of the batch, 0 while nothing is held."""
         return self._rows.num_rows
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.free()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -263,7 +258,6 @@ class PagedCache(WatchedCache):
 
     @property
     def _tables(self) -> dict[int | None, BlockTable]:
-        """Block tables, by the window of their layers."""
         return self._rows.tables
 
     def _paged_layers(self) -> list[PagedLayer]:

@@ -1,4 +1,4 @@
-"""What a running generate() was asked for, and what it would do next."""
+"""Arguments of a running generate(), and the inputs of its next step."""
 
 import sys
 from types import FrameType
@@ -76,7 +76,7 @@ def next_inputs(
 
 
 def is_synced(model: PreTrainedModel) -> bool:
-    """Whether the ranks of a sharded model must run equally many forwards: as found, or as generate() was told."""
+    """Return whether the ranks of a sharded model must run equally many forwards, as found or as told."""
     if (_generate_locals() or {}).get("synced_gpus"):
         return True
     distributed = torch.distributed

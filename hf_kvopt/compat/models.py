@@ -15,8 +15,8 @@ _layer_types_and_kwargs = find(cache_utils, "get_layer_types_and_kwargs")
 
 
 def uses_standard_cache(kind: type[PreTrainedModel], config: PreTrainedConfig) -> bool:
-    """Whether generate() makes a standard cache for models of class `kind`, their forward takes it, and some layer
-    fills it with keys and values."""
+    """Return whether generate() makes a standard cache for models of class `kind`, their forward takes it, and some
+    layer fills it with keys and values."""
     supports: Any = getattr(kind, "_supports_default_dynamic_cache")  # noqa: B009
     return _cache_keyword(kind.forward) is not None and bool(supports()) and _keeps_keys_and_values(config)
 
@@ -59,18 +59,18 @@ def stock_layer(kind: str, options: dict[str, Any]) -> Any:
 
 
 def holds_nothing(layer: object) -> bool:
-    """Whether a cache layer stands for one that reads another's keys and values, or has no attention."""
+    """Return whether a cache layer stands for one that reads another's keys and values, or has no attention."""
     kind = cache_utils.DYNAMIC_LAYER_TYPE_MAPPING.get("dummy")  # older versions leave such layers out
     return kind is not None and isinstance(layer, kind)
 
 
 def keeps_states_in_modules(config: PreTrainedConfig) -> bool:
-    """Whether a decoder's modules keep states themselves, so that no cache says what text these are of."""
+    """Return whether a decoder's modules keep states themselves, so that no cache says what text these are of."""
     return config.model_type in _STATES_IN_MODULES
 
 
 def slides(config: PreTrainedConfig, layer_idx: int) -> bool:
-    """Whether transformers' cache would slide at this layer."""
+    """Return whether transformers' cache would slide at this layer."""
     if not getattr(config, "is_heterogeneous", True) and getattr(config, "sliding_window", None) is None:
         return False  # without reading the types of all layers, which takes longer than a short attention
     kinds, _ = layer_types(config)
@@ -78,7 +78,7 @@ def slides(config: PreTrainedConfig, layer_idx: int) -> bool:
 
 
 def is_chunked(module: torch.nn.Module) -> bool:
-    """Whether an attention module attends within chunks of the text: its config names its layer so."""
+    """Return whether an attention module attends within chunks of the text: its config names its layer so."""
     config, layer_idx = getattr(module, "config", None), getattr(module, "layer_idx", None)
     if config is None or layer_idx is None or getattr(config, "attention_chunk_size", None) is None:
         return False

@@ -75,7 +75,7 @@ prepare_padding_mask = find(masking_utils, "prepare_padding_mask")
 
 
 def is_untested() -> bool:
-    """Whether this transformers is of a newer minor version than the newest tested one."""
+    """Return whether this transformers is of a newer minor version than the newest tested one."""
     return (VERSION.major, VERSION.minor) > (NEWEST_TESTED.major, NEWEST_TESTED.minor)
 
 
@@ -111,15 +111,15 @@ def _cache_keyword(forward: Callable[..., Any]) -> str | None:
 
 
 def can_choose_attention(kind: type[PreTrainedModel]) -> bool:
-    """Whether models of this class call transformers' attention interface."""
+    """Return whether models of this class call transformers' attention interface."""
     return bool(kind._can_set_attn_implementation())
 
 
 def is_user_defined(cache: Cache) -> bool:
-    """Whether the caller of generate() handed `cache` over."""
+    """Return whether the caller of generate() handed `cache` over."""
     return bool(getattr(cache, "_is_user_defined", False))
 
 
 def is_default_cache(cache: object) -> bool:
-    """Whether generate() made `cache` itself, because none was asked for."""
+    """Return whether generate() made `cache` itself, because none was asked for."""
     return type(cache) is DynamicCache and not is_user_defined(cache)

@@ -50,7 +50,7 @@ def drop_manager(model: Any) -> None:
 def batch_config_of(
     model: PreTrainedModel, cache: str | None, batching: bool | BatchConfig, options: dict[str, Any], draft: Any
 ) -> BatchConfig | None:
-    """How `model` is batched, checked; None where it is not."""
+    """Return how `model` is batched, checked; None where it is not."""
     if batching is False:
         return None
     if cache is None:

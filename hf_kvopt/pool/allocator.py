@@ -177,8 +177,8 @@ class BlockAllocator:
         Only rows that nobody shares are worth it, and only where the cap leaves enough to pay for the copy.
         """
         with self.lock:
-            if self.stays_put or not any(n and row and not self.can_extend(row[-1], n) and self._is_movable(row)
-                       for row, n in zip(rows, wanted, strict=True)):  # fmt: skip
+            stuck = [row for row, n in zip(rows, wanted, strict=True) if n and row and not self.can_extend(row[-1], n)]
+            if self.stays_put or not any(is_one_run(row) and all(self.refcounts[b] == 1 for b in row) for row in stuck):
                 return
             held = self.num_blocks - self.num_free
             num_rows = sum(len(holder.held_rows()) for holder in self.holders)
@@ -186,9 +186,6 @@ class BlockAllocator:
             size = max(self.num_blocks, least + max(self.extent, held // 4))
             if self.max_blocks is None or self.max_blocks >= least:
                 self.relayout(size)
-
-    def _is_movable(self, row: list[int]) -> bool:
-        return is_one_run(row) and all(self.refcounts[block] == 1 for block in row)
 
     def relayout(self, num_blocks: int) -> None:
         """Move every held block into pools of `num_blocks` blocks (at most the cap), rows contiguous and spread.
@@ -276,21 +273,13 @@ class BlockAllocator:
         """Raise KVOptError unless refcounts, free runs and the holders' rows agree exactly."""
         with self.lock:
             self.reclaim()
-            held = self._held()
-            wrong = [b for b, count in enumerate(self.refcounts) if count != held.get(b, 0)]
-            free = {b for start, end in self.free.ends.items() for b in range(start, end)}
-            zero = {b for b, count in enumerate(self.refcounts) if count == 0}
-            if wrong or free != zero or len(free) != self.num_free:
-                raise KVOptError(
-                    f"block accounting is broken: {wrong = }, free runs hold {len(free)} blocks, {len(zero)} have no "
-                    f"holder, num_free is {self.num_free}"
-                )
+            self.free.check(self.refcounts, self._held())
 
     def _held(self) -> Counter[int]:
         """How often each block is held."""
         # Holders first: one that is collected meanwhile has left its rows with `abandoned` before.
-        rows = [row for holder in list(self.holders) for row in holder.held_rows()]
-        return Counter(block for row in [*rows, *self.abandoned] for block in row)
+        rows = [*(row for holder in list(self.holders) for row in holder.held_rows()), *self.abandoned]
+        return Counter(block for row in rows for block in row)
 
     def _take(self, start: int, end: int) -> list[int]:
         """Hold the free blocks [start, end)."""
@@ -303,9 +292,7 @@ class BlockAllocator:
         self.free = FreeRuns(block for block, count in enumerate(self.refcounts) if count == 0)
 
     def __getstate__(self) -> dict[str, object]:
-        state = self.__dict__.copy()
-        state["lock"], state["holders"] = None, list(self.holders)
-        return state
+        return {**self.__dict__, "lock": None, "holders": list(self.holders)}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)

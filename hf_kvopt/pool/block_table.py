@@ -16,13 +16,15 @@ from collections.abc import Sequence
 from hf_kvopt.errors import CacheStateError, OutOfBlocks
 from hf_kvopt.pool import tail
 from hf_kvopt.pool.allocator import BlockAllocator
+from hf_kvopt.pool.cuts import after_cut, require_held
 from hf_kvopt.pool.exact_rows import ExactRows
 from hf_kvopt.pool.holes import Holes
 from hf_kvopt.pool.slots import Step
 from hf_kvopt.pool.unevicted import Unevicted
+from hf_kvopt.pool.windowed import Windowed
 
 
-class BlockTable(ExactRows, Unevicted):
+class BlockTable(ExactRows, Windowed, Unevicted):
     """Owns one reference to each block in its rows and gives them back when it is released or collected.
 
     Args:
@@ -96,26 +98,6 @@ class BlockTable(ExactRows, Unevicted):
         self.clock = clock
         self._lengths_changed()
 
-    @property
-    def _drops_past(self) -> bool:
-        return not (self.record_past or self.keeps_all)
-
-    @property
-    def _starts_in_window(self) -> bool:
-        """Whether a step begins with what it leaves behind; not where blocks are sealed, from whole ones of a row."""
-        return self._drops_past and self.window is not None and self.allocator.tails is None
-
-    def replaces_window(self, num_tokens: int) -> bool:
-        """Whether a step of `num_tokens` leaves nothing of what is held now, so that it starts on new blocks."""
-        return self._starts_in_window and self.window is not None and num_tokens >= self.window
-
-    def visible_start(self, clock: int) -> int:
-        """First column that queries from column `clock` on are given: the mask's kv offset.
-
-        Not a token more than the window has, as some models slide by what their cache hands out alone.
-        """
-        return 0 if self.window is None else max(0, clock - self.window + 1)
-
     def begin_later(self, lags: Sequence[int]) -> None:
         """Let rows that hold nothing of before the last step begin at the columns `lags`; their tokens are lost."""
         self._cut(lags, self.clock)
@@ -149,7 +131,7 @@ class BlockTable(ExactRows, Unevicted):
 
     def crop_rows(self, lengths: Sequence[int]) -> None:
         """Cut row i down to `lengths[i]` tokens; the clock goes back by the least number cut."""
-        self._crop_to(*self._after_cut(lengths))
+        self._crop_to(*after_cut(self, lengths))
 
     def restore(self, lags: Sequence[int], clock: int) -> None:
         """Go back to rows that reached up to column `clock`, those repeated since then once more alone.
@@ -203,17 +185,7 @@ class BlockTable(ExactRows, Unevicted):
 
     def require_rows_croppable(self, lengths: Sequence[int]) -> None:
         """Raise CacheStateError unless `crop_rows(lengths)` can be done."""
-        self._require_held(*self._after_cut(lengths))
-
-    def _after_cut(self, lengths: Sequence[int]) -> tuple[list[int], int]:
-        """Lags and clock once row i of `table` has `lengths[i]` tokens; raises CacheStateError where it has fewer."""
-        removed = [old - new for old, new in zip(self.lengths, lengths, strict=True)]
-        if min(removed, default=0) < 0:
-            raise CacheStateError(f"rows can only be cut: got {list(lengths)} tokens for rows that hold {self.lengths}")
-        if min(lengths, default=0) < 0:
-            raise CacheStateError(f"cannot crop to {min(lengths)} tokens: got a cache that holds {self.lengths}")
-        clock = self.clock - min(removed, default=0)
-        return [clock - length for length in lengths], clock
+        self._require_held(*after_cut(self, lengths))
 
     def _crop_to(self, lags: Sequence[int], clock: int) -> None:
         if not self.rows:
@@ -228,11 +200,7 @@ class BlockTable(ExactRows, Unevicted):
         tail.settle(self)
 
     def _require_held(self, lags: Sequence[int], clock: int) -> None:
-        if clock < 0 or self.base > (0 if self.window is None else max(0, clock - max(lags) - self.window + 1)):
-            raise CacheStateError(
-                f"cannot crop to {clock} tokens: got a cache that holds tokens {self.base} to {self.clock}; "
-                "call cache.activate_past_recording() before the forward that is to be undone, and crop only its tokens"
-            )
+        require_held(self, lags, clock, self.window)
 
     def select(self, indices: Sequence[int]) -> None:
         """Let row i be what row `indices[i]` was (beams, repeats, batch selection); blocks are shared, not copied."""

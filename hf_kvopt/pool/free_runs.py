@@ -1,6 +1,8 @@
 """FreeRuns: the free blocks of a block space, kept as maximal runs of neighbours."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+
+from hf_kvopt.errors import KVOptError
 
 
 class FreeRuns:
@@ -45,3 +47,14 @@ class FreeRuns:
             end = self.ends.pop(end)
         self.ends[start], self._starts[end] = end, start
         self.num_free += 1
+
+    def check(self, refcounts: Sequence[int], held: Mapping[int, int]) -> None:
+        """Raise KVOptError unless `refcounts` say how often each block is `held`, and the others are here."""
+        wrong = [block for block, count in enumerate(refcounts) if count != held.get(block, 0)]
+        free = {block for start, end in self.ends.items() for block in range(start, end)}
+        zero = {block for block, count in enumerate(refcounts) if count == 0}
+        if wrong or free != zero or len(free) != self.num_free:
+            raise KVOptError(
+                f"block accounting is broken: {wrong = }, free runs hold {len(free)} blocks, {len(zero)} have no "
+                f"holder, num_free is {self.num_free}"
+            )

@@ -41,8 +41,7 @@ class PrefixSharedCache(PagedCache):
         self.texts: list[list[int]] | None = None  # the prompt of each row, without padding; None while blank
         self.pads: list[int] = []
         self.prompt_columns = 0
-        # Handed to a caller, who may change the model before it is used.
-        self.is_to_check = False
+        self.is_to_check = False  # handed to a caller, who may change the model before it is used
         self.is_committed = self.is_reordered = self._is_used = False
         self._filled = self._chunk = self._seen = 0
         super().__init__(

@@ -4,8 +4,7 @@
     store.commit(cache, output_ids) ──► the tree keeps the new blocks ──► least recently used ones go when room is short
 
 A prompt is computed once: across calls, and inside a batch whose rows begin alike. Sharing is by block table, so that
-it goes with every storage format (RadixAttention, arXiv:2312.07104; asked for in transformers #24841, #34232).
-"""
+it goes with every storage format (RadixAttention, arXiv:2312.07104; transformers #24841, #34232)."""
 
 import threading
 from collections.abc import Collection, Hashable, Mapping, Sequence
@@ -60,7 +59,7 @@ class PrefixStore:
         >>> store = PrefixStore(model)
         >>> cache = store.cache(inputs.input_ids, inputs.attention_mask)
         >>> output_ids = model.generate(**inputs, cache=cache)
-        >>> num_new_blocks = store.commit(cache, output_ids)
+        >>> _ = store.commit(cache, output_ids)
         >>> store.match_length(output_ids) == output_ids.shape[1] - 1
         True
     """
