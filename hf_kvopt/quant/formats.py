@@ -123,7 +123,7 @@ class KVFormat:
 KV_FORMATS: dict[str, KVFormat] = {name: KVFormat(fmt, fmt) for name, fmt in FORMATS.items()}
 # Keys need the bits: an error in a score is exponentiated, one in a value is averaged.
 KV_FORMATS["k8v4"] = KVFormat(INT8, INT4)
-for _name in ("k4v2", "int3"):
+for _name in ("k4v4", "k4v2", "int3"):
     KV_FORMATS[_name] = KVFormat(INT4, INT4, sealed=SEALED[_name])
 """Formats of a layer by name, as caches, commands and evals take them."""
 NATIVE_KV = KV_FORMATS["native"]

@@ -124,8 +124,7 @@ _DRAFT_BLOCKS = 4
 _PARTS = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 
 SEALED: dict[str, SealedKV] = {
-    "k8v4": SealedKV(k=BlockCodec(bits=8, centred=True, symmetric=True), v=BlockCodec(bits=4)),
-    "int4": SealedKV(k=BlockCodec(bits=4, centred=True, symmetric=True), v=BlockCodec(bits=4)),
+    "k4v4": SealedKV(k=BlockCodec(bits=4, centred=True, symmetric=True), v=BlockCodec(bits=4)),
     "k4v2": SealedKV(k=BlockCodec(bits=4, centred=True, symmetric=True), v=BlockCodec(bits=2, group=32)),
     "int3": SealedKV(k=BlockCodec(bits=3, centred=True, symmetric=True), v=BlockCodec(bits=3, symmetric=True)),
 }

@@ -14,7 +14,7 @@ from hf_kvopt.kernels.reference.sealed import sealed_reference
 from hf_kvopt.quant import get_kv_format
 
 BLOCK, HEADS, DIM = 16, 2, 32
-FORMATS = [name for name in ("int4", "k8v4", "k4v2", "int3") if get_kv_format(name).sealed is not None]
+FORMATS = [name for name in ("k4v4", "k4v2", "int3") if get_kv_format(name).sealed is not None]
 MODULE = nn.Module().eval()
 
 

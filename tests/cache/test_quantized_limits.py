@@ -178,7 +178,9 @@ def test_what_no_scale_can_resolve_reads_as_nothing(name: str, size: float) -> N
 def test_an_unknown_format_lists_the_known() -> None:
     with pytest.raises(ValueError, match=r"native, int8, fp8_e4m3, fp8_e5m2, int4, k8v4.*got 'int2'"):
         QuantizedPagedCache(format="int2")
-    with pytest.raises(ValueError, match="'fp8_e4m3', 'fp8_e5m2', 'int3', 'int4', 'int8', 'k4v2', 'k8v4', 'paged'"):
+    with pytest.raises(
+        ValueError, match="'fp8_e4m3', 'fp8_e5m2', 'int3', 'int4', 'int8', 'k4v2', 'k4v4', 'k8v4', 'paged'"
+    ):
         hf_kvopt.enable(tiny_model(), cache="int2")
 
 

@@ -14,6 +14,7 @@ from tests.cache.sealed import Text, expected, feed, feed_in, left_padding, make
 pytestmark = pytest.mark.skipif(not can_compile(), reason="needs llvmlite and AVX2")
 CODECS = {
     **SEALED,
+    "k8v4": SealedKV(k=BlockCodec(bits=8, centred=True, symmetric=True), v=BlockCodec(bits=4)),
     "plain": SealedKV(k=BlockCodec(bits=4, rotates=False), v=BlockCodec(bits=2, rotates=False, symmetric=True)),
     "uncentred": SealedKV(k=BlockCodec(bits=8), v=BlockCodec(bits=8, group=16)),
 }
@@ -47,7 +48,7 @@ def close(out, exact):
 
 @pytest.mark.parametrize(
     ("name", "dims"),
-    [*((codec, (64, 64)) for codec in CODECS), ("int3", (80, 80)), ("k4v2", (96, 64)), ("int4", (72, 128))],
+    [*((codec, (64, 64)) for codec in CODECS), ("int3", (80, 80)), ("k4v2", (96, 64)), ("k4v4", (72, 128))],
     ids=str,
     indirect=["name"],
 )
