@@ -23,7 +23,7 @@ def batcher():
 @pytest.mark.parametrize(
     ("settings", "error", "words"),
     [
-        ({"cache": "int3"}, ValueError, "unknown cache 'int3'.*did you mean 'int"),
+        ({"cache": "int5"}, ValueError, "unknown cache 'int5'.*did you mean 'int"),
         ({"max_rows": 0}, ValueError, "max_rows must be an integer of at least 1: got 0"),
         ({"prefill_chunk": 2.5}, ValueError, "prefill_chunk must be an integer"),
         ({"max_tokens": "many"}, ValueError, "max_tokens"),

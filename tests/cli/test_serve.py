@@ -221,7 +221,7 @@ def test_a_signal_lets_requests_end_and_cancels_what_takes_too_long(model: Path,
             long.result(1)
 
 
-@pytest.mark.parametrize("options", [["--max-tokens", "many"], ["--max-rows", "0"], ["--cache", "int3"], []])
+@pytest.mark.parametrize("options", [["--max-tokens", "many"], ["--max-rows", "0"], ["--cache", "int5"], []])
 def test_bad_options_end_with_status_2(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["serve", *(["model"] if options else []), *options])

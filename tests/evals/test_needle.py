@@ -101,7 +101,7 @@ def test_a_model_from_the_hub_is_asked_for_a_passkey(tmp_path: Path, model_path:
         (["--shape", "tiny", "--contexts", "9"], "room for a needle of 16 tokens: got 9"),
         (["--depths", "1"], "at least 2, got 1"),
         (["--task", "haystack"], "'haystack'"),
-        (["--sides", "int3+sdpa"], "unknown cache 'int3'"),
+        (["--sides", "int5+sdpa"], "unknown cache 'int5'"),
     ],
 )
 def test_a_bad_argument_is_one_line_and_status_2(

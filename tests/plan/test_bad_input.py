@@ -72,7 +72,7 @@ def test_a_config_that_lacks_a_field_is_refused_by_its_name(change: dict[str, An
         ({"context": "long"}, "context must be a positive number of tokens"),
         ({"batch": 0}, "batch must be a whole number of at least 1"),
         ({"batch": "8"}, "batch must be a whole number"),
-        ({"format": "int3"}, "format must be one of native, int8"),
+        ({"format": "int5"}, "format must be one of native, int8"),
         ({"cache": "paper"}, "cache must be one of paged, dynamic, static"),
         ({"cache": "dynamic", "format": "int8"}, "format belongs to our caches"),
         ({"block_size": 24}, "block_size must be a power of two"),
@@ -84,7 +84,7 @@ def test_a_config_that_lacks_a_field_is_refused_by_its_name(change: dict[str, An
             {"max_tokens": 100},
             "max_tokens must hold 1 x 4,096 tokens, each row in whole blocks: got 100; raise it to 4096",
         ),
-        ({"context": 90, "batch": 3, "max_tokens": 270, "compileable": True}, "whole blocks: got 270; raise it to 288"),
+        ({"context": 90, "batch": 3, "max_tokens": 240, "compileable": True}, "whole blocks: got 240; raise it to 2"),
         ({"encoder_context": 4}, "encoder_context is for encoder-decoder models"),
     ],
 )

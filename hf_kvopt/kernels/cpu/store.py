@@ -34,7 +34,7 @@ def accepts(call: StoreCall) -> bool:
 
 def run(call: StoreCall) -> None:
     """Write each plane; a native pool whose rows lie evenly takes one copy of torch's."""
-    if call.even is not None and all(part.plane.scale is None for part in call.parts):
+    if call.even is not None and not [part for part in call.parts if part.plane.scale is not None]:
         for plane, _, states, _ in call.parts:
             strided(plane.codes, *call.even, states.shape[0], states.shape[2]).copy_(states)
         return
