@@ -186,7 +186,8 @@ def test_transformers_is_imported_by_the_rooms_that_border_on_it_alone():
 TRANSFORMERS_NAMES = (
     "_prepare_cache_for_generation", "_prefill", "expand_kv", "_mask_length", "_pad_token_tensor", "_is_user_defined",
     "_supports_default_dynamic_cache", "_can_set_attn_implementation", "past_key_values", "cache_params",
-    "get_layer_types_and_kwargs", "DYNAMIC_LAYER_TYPE_MAPPING", "masking_utils",
+    "get_layer_types_and_kwargs", "DYNAMIC_LAYER_TYPE_MAPPING", "masking_utils", "ALL_ATTENTION_FUNCTIONS",
+    "ALL_MASK_ATTENTION_FUNCTIONS", "modeling_utils",
 )  # fmt: skip
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from packaging.version import Version
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, cache_utils
+from transformers import PreTrainedConfig, PreTrainedModel, cache_utils, masking_utils, modeling_utils
 from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationConfig, GenerationMixin
 
 from hf_kvopt import CACHE_KEYWORD, PagedCache, PrefixStore, UnsupportedModel, compat, enable, speculative
-from hf_kvopt.compat import models, names
+from hf_kvopt.compat import attention, models, names
 from tests.helpers import eager_tokens, prompt, tiny_model
 
 pytestmark = pytest.mark.smoke
@@ -58,6 +58,24 @@ def test_a_missing_function_is_refused_where_it_is_used(monkeypatch):
     with pytest.raises(UnsupportedModel, match=r"cache_utils\.get_layer_types_and_kwargs"):
         PagedCache(tiny_model().config)
     with pytest.raises(UnsupportedModel, match=r"cache_utils\.get_layer_types_and_kwargs"):
+        compat.check()
+
+
+@pytest.mark.parametrize(
+    ("held", "name"), [("ATTENTIONS", "ALL_ATTENTION_FUNCTIONS"), ("MASKS", "ALL_MASK_ATTENTION_FUNCTIONS")]
+)
+def test_a_missing_registry_is_refused_at_registration_and_at_the_first_use(monkeypatch, held, name):
+    module = modeling_utils if held == "ATTENTIONS" else masking_utils
+    monkeypatch.delattr(module, name)
+    monkeypatch.setattr(attention, held, names.find(module, name))
+    for use in (lambda: attention.register_attention("another", None, None), compat.check):
+        with pytest.raises(UnsupportedModel, match=rf"transformers {compat.VERSION} has no .*{name}"):
+            use()
+
+
+def test_a_registry_that_chooses_otherwise_is_refused(monkeypatch):
+    monkeypatch.setattr(attention, "ATTENTIONS", {})
+    with pytest.raises(UnsupportedModel, match=r"AttentionInterface\.get_interface"):
         compat.check()
 
 

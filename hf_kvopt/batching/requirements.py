@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin
 
 from hf_kvopt import compat
-from hf_kvopt.attention.support import attention_obstacle, model_traits
+from hf_kvopt.attention.support import attention_obstacle
+from hf_kvopt.compat import model_traits
 from hf_kvopt.errors import UnsupportedModel
 
 _PACKED_KINDS = ("full_attention", "sliding_attention", "chunked_attention", "dummy")

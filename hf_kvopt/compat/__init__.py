@@ -1,5 +1,10 @@
 """Every private or version-dependent name of transformers: found by feature, checked once, failing closed."""
 
+from hf_kvopt.compat.attention import (
+    READING_HOOKS,
+    attention_functions,
+    register_attention,
+)
 from hf_kvopt.compat.check import (
     check,
 )
@@ -58,6 +63,10 @@ from hf_kvopt.compat.serving import (
     batch_output,
     server_modules,
 )
+from hf_kvopt.compat.sources import (
+    ModelTraits,
+    model_traits,
+)
 
 __all__ = [
     "CACHE_KEYWORD",
@@ -74,12 +83,15 @@ __all__ = [
     "PREFILL",
     "PREFILL_CHUNKS_GO_ON",
     "PREPARE_INPUTS",
+    "READING_HOOKS",
     "READ_SETTINGS",
     "TOKEN_TYPES",
     "VERSION",
     "WITHOUT_KV",
+    "ModelTraits",
     "and_masks",
     "appended_layers",
+    "attention_functions",
     "batch_output",
     "bidirectional_mask_function",
     "cache_keyword",
@@ -96,11 +108,13 @@ __all__ = [
     "keeps_states_in_modules",
     "layer_types",
     "length_dependent_rope",
+    "model_traits",
     "next_inputs",
     "original",
     "pad_token",
     "prepare_padding_mask",
     "prompt_columns",
+    "register_attention",
     "running_call",
     "sdpa_mask",
     "server_modules",

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, cache_utils
 from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationConfig, GenerationMixin
 
-from hf_kvopt.compat import generation, models, names
+from hf_kvopt.compat import attention, generation, models, names
 from hf_kvopt.compat.names import (
     CACHE_KEYWORD,
     MAKE_CACHE,
@@ -59,10 +59,19 @@ def check() -> None:
             missing(f"{name} in GenerationMixin.generate")
     if not hasattr(cache_utils, "DYNAMIC_LAYER_TYPE_MAPPING"):
         missing("cache_utils.DYNAMIC_LAYER_TYPE_MAPPING")
-    found_by_name = (models._layer_types_and_kwargs, generation._is_zero3, generation._is_fsdp)
+    found_by_name = (
+        models._layer_types_and_kwargs,
+        generation._is_zero3,
+        generation._is_fsdp,
+        attention.ATTENTIONS,
+        attention.MASKS,
+    )
     for found in (*found_by_name, sdpa_mask, eager_mask, causal_mask_function, prepare_padding_mask):
         if getattr(found, "is_missing", False):
             found()
+    # By the call of this method a modelling file is told to choose its attention.
+    if not hasattr(attention.ATTENTIONS, "get_interface"):
+        missing("AttentionInterface.get_interface")
     # A cache that a user hands over must be told from one that generate() made: by asking transformers to mark one.
     probe = DynamicCache()
     getattr(GenerationMixin, MAKE_CACHE)(None, GenerationConfig(), {CACHE_KEYWORD: probe}, None, 1, 1)

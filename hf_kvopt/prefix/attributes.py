@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hf_kvopt import compat
 from hf_kvopt.prefix.spelling import CONTAINERS, SCALARS, Found, Numbers, Reference, kind_of, reference, spell
 
 # Attentions that compute the same but for rounding: a store that was loaded under one serves the others.
@@ -32,8 +31,6 @@ _UNREAD = {
     "_output_capturing_hooks_installed", "gradient_checkpointing", "_gradient_checkpointing_func",
     "_require_grads_hook", "_require_grads_hooks",
 }  # fmt: skip
-# Hooks of these modules of transformers hand on what they are given.
-_READING_HOOKS = ("transformers.utils.output_capturing", "transformers.modeling_utils")
 # Keywords of the hooks by which PEFT sends the rows of a batch through adapters of their own.
 _ROWWISE = ("adapter_names", "alora_offsets")
 _INTERNAL = frozenset(nn.Module().__dict__) - {"training"}
@@ -193,8 +190,8 @@ class Attributes:
         """The functions behind the name of the config's attention: a name may be registered anew."""
         if config._attn_implementation in _EXACT_ATTENTIONS:
             return
-        for registry in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
-            yield f"attention {self.numbers.of(registry.get(str(config._attn_implementation)))}"
+        for function in compat.attention_functions(str(config._attn_implementation)):
+            yield f"attention {self.numbers.of(function)}"
 
 
 def settings_of(module: nn.Module) -> tuple[str, list[Tensor]]:
@@ -216,7 +213,7 @@ def hooks_of(module: nn.Module | None) -> Iterator[tuple[int, Any]]:
     names = _HOOKS if module is not None else _HOOKS_EVERYWHERE
     for name in names:
         for key, hook in getattr(nn.modules.module if module is None else module, name).items():
-            if getattr(hook, "__module__", None) not in _READING_HOOKS:
+            if getattr(hook, "__module__", None) not in compat.READING_HOOKS:
                 yield key, hook
 
 

@@ -9,9 +9,9 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationConfig
 
 from hf_kvopt import compat
-from hf_kvopt.attention.support import ModelTraits, model_traits
 from hf_kvopt.cache.paged import PagedCache
 from hf_kvopt.cache.quantized import QuantizedPagedCache
+from hf_kvopt.compat import ModelTraits, model_traits
 from hf_kvopt.errors import CacheStateError, UnsupportedModel
 from hf_kvopt.speculation.loop.prefill import prompt_columns
 
