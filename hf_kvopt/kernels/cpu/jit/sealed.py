@@ -59,20 +59,15 @@ class SealedWorker(Worker):
         self.sums_of_queries = self.allocate(self.b.mul(self.num_padded(), self.integer(4)))
         super().emit()
 
-    def _task(self, task: ir.Value) -> None:
-        splits, num_kv_heads = self.number("splits"), self.number("num_kv_heads")
-        split, pair = self.b.urem(task, splits), self.b.udiv(task, splits)
-        row, kv_head = self.b.udiv(pair, num_kv_heads), self.b.urem(pair, num_kv_heads)
-        self.where = row, kv_head
-        self.part_of_task = self.part(pair, split)
+    def _open(self, row: ir.Value, kv_head: ir.Value) -> None:
         self.table = self.item(self.pointer("table"), I32, self.b.mul(row, self.number("table_row")))
         self.sealed_k = Stored(self, "k", self.spec.k, self.spec.k_dim, kv_head)
         self.sealed_v = Stored(self, "v", self.spec.v, self.spec.v_dim, kv_head)
         self.k, self.v = (
             exact_reader(self, name, codec, row, kv_head) for name, codec in zip("kv", self.exact_codecs, strict=True)
         )
-        self._bounds(row, split)
-        self._prepare()
+
+    def _read(self) -> None:
         size = self.spec.block_size
         # The row's first block is exact; it is the table's first one unless that is behind a window already.
         self.opening = self.b.select(
@@ -91,8 +86,6 @@ class SealedWorker(Worker):
             self._exact_tile(is_opening=True)
         with self._tiles(self.greatest(self.greatest(self.begin, lowest), self.opening), self.end):
             self._exact_tile(is_opening=False)
-        with self.b.if_then(self.b.icmp_signed("==", splits, self.integer(1))):
-            self.b.call(self.finish, [self.arguments, pair])
 
     def _border(self, token: ir.Value) -> ir.Value:
         """The first of the row's newest tokens, which a query `token` positions behind the step's first reads exact."""

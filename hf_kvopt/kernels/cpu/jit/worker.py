@@ -45,10 +45,20 @@ class Worker(Body):
         row, kv_head = self.b.udiv(pair, num_kv_heads), self.b.urem(pair, num_kv_heads)
         self.where = row, kv_head
         self.part_of_task = self.part(pair, split)
-        self.k = BlockReader(self, "k", self.k_codec, row, kv_head)
-        self.v = BlockReader(self, "v", self.v_codec, row, kv_head)
+        self._open(row, kv_head)
         self._bounds(row, split)
         self._prepare()
+        self._read()
+        with self.b.if_then(self.b.icmp_signed("==", splits, self.integer(1))):
+            self.b.call(self.finish, [self.arguments, pair])
+
+    def _open(self, row: ir.Value, kv_head: ir.Value) -> None:
+        """Make the readers of the keys and values of a task."""
+        self.k = BlockReader(self, "k", self.k_codec, row, kv_head)
+        self.v = BlockReader(self, "v", self.v_codec, row, kv_head)
+
+    def _read(self) -> None:
+        """Read all tiles of a task."""
         with self.loop(self.round_down(self.begin, TILE), self.end, TILE) as tile:
             self.tile = tile
             self.first = self.greatest(self.begin, tile)
@@ -58,8 +68,6 @@ class Worker(Body):
                 bounds = [self._seen(self.b.add(query, self.integer(q))) for q in self._rows]
                 with self.b.if_then(self._is_seen(bounds)):
                     self._tile(query, bounds)
-        with self.b.if_then(self.b.icmp_signed("==", splits, self.integer(1))):
-            self.b.call(self.finish, [self.arguments, pair])
 
     def _bounds(self, row: ir.Value, split: ir.Value) -> None:
         """The tokens of this task: those that some query sees."""
