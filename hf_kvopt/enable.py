@@ -14,15 +14,13 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_kvopt import compat
-from hf_kvopt.attention.register import ATTENTION_NAME
 from hf_kvopt.batching.settings import BatchConfig
 from hf_kvopt.cache.bounded import require_alone
 from hf_kvopt.cache.paged import PagedCache
 from hf_kvopt.cache.quantized import QuantizedPagedCache, option_names
 from hf_kvopt.calibration import choose, warn_of_loss
 from hf_kvopt.errors import UnsupportedModel, nearest
-from hf_kvopt.overrides import latents
-from hf_kvopt.overrides.attention import takes_attention
+from hf_kvopt.overrides.attention import reset_attention, set_attention, takes_attention
 from hf_kvopt.overrides.batching import ManagerMaker, batch_config_of, drop_manager
 from hf_kvopt.overrides.cache_maker import CACHES, KV_NAMES, LAYER_OPTIONS, CacheMaker, make_cache
 from hf_kvopt.overrides.divided import require_followed
@@ -171,8 +169,7 @@ def enable(
     _require_unreplaced(model, "generate" if sharing is not None or drafting is not None else None)
     previous = model.config._attn_implementation
     if attention:
-        model.set_attn_implementation(ATTENTION_NAME)
-        latents.install(model)
+        set_attention(model)
     # In the instance's own dict: `generate` calls the methods through self (nn.Module would file them elsewhere).
     if compat.PREPARE_INPUTS not in model.__dict__:  # another library's, such as PEFT's soft prompts, stays
         model.__dict__[compat.PREPARE_INPUTS] = PreparedInputs(model)
@@ -207,9 +204,7 @@ def disable(model: PreTrainedModel) -> PreTrainedModel:
             if isinstance(model.__dict__.get(name), InstanceOverride):
                 del model.__dict__[name]
         drop_manager(model)
-        latents.uninstall(model)
-        if model.config._attn_implementation != previous:
-            model.set_attn_implementation(previous)
+        reset_attention(model, previous)
     return model
 
 

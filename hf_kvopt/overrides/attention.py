@@ -22,12 +22,23 @@ def our_attention(model: PreTrainedModel) -> Iterator[None]:
     if previous == ATTENTION_NAME or attention_obstacle(model) is not None:
         yield
         return
-    model.set_attn_implementation(ATTENTION_NAME)
-    latents.install(model)
+    set_attention(model)
     try:
         yield
     finally:
-        latents.uninstall(model)
+        reset_attention(model, previous)
+
+
+def set_attention(model: PreTrainedModel) -> None:
+    """Set our attention on `model`, and let its latent layers hand on what is cached."""
+    model.set_attn_implementation(ATTENTION_NAME)
+    latents.install(model)
+
+
+def reset_attention(model: PreTrainedModel, previous: str) -> None:
+    """Undo `set_attention`: put back the attention called `previous`; a no-op where it is still set."""
+    latents.uninstall(model)
+    if model.config._attn_implementation != previous:
         model.set_attn_implementation(previous)
 
 
