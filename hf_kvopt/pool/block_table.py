@@ -21,10 +21,9 @@ from hf_kvopt.pool.exact_rows import ExactRows
 from hf_kvopt.pool.holes import Holes
 from hf_kvopt.pool.slots import Step
 from hf_kvopt.pool.unevicted import Unevicted
-from hf_kvopt.pool.windowed import Windowed
 
 
-class BlockTable(ExactRows, Windowed, Unevicted):
+class BlockTable(ExactRows, Unevicted):
     """Owns one reference to each block in its rows and gives them back when it is released or collected.
 
     Args:

@@ -5,17 +5,14 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from hf_kvopt.eviction.policy import EvictionPolicy
+from hf_kvopt.pool.windowed import Windowed
 
 
-class Unevicted:
+class Unevicted(Windowed):
     """Base of tables that keep every token; `EvictingTable` and `ScoredTable` answer otherwise."""
 
     policy: EvictionPolicy | None = None
     evicted = 0  # tokens that the policy dropped, over all rows
-
-    def visible_start(self, clock: int) -> int:
-        """Return the first column that queries from column `clock` on are given."""
-        raise NotImplementedError
 
     def next_start(self, clock: int) -> int:
         """Return `visible_start` for the forward that begins at `clock`, before any layer of it was written."""
