@@ -176,13 +176,6 @@ class AttentionCall(NamedTuple):
     pattern: Pattern  # sinks may be [batch, num_heads, q_len, 1] too: one for each query
     dropout: float = 0.0
 
-    def stored(self) -> tuple[KVView, KVView] | None:
-        """Return keys and values where both lie in blocks alone and nothing is dropped out; None for other calls."""
-        k, v = self.k, self.v
-        if not isinstance(k, KVView) or not isinstance(v, KVView) or self.dropout:
-            return None
-        return (k, v) if k.states is None and v.states is None else None
-
     @property
     def needs_centre(self) -> bool:
         """Whether it matters that all scores of a row are shifted alike: beside a sink, or under a cap."""

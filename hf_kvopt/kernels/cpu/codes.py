@@ -21,11 +21,15 @@ _TILE_CHANNELS = 1 << 21
 
 def accepts(call: AttentionCall) -> bool:
     """Take one query a row over quantized storage, of rows that begin together."""
-    stored = call.stored()
-    if stored is None:
+    q, k, v, pattern, dropout = call
+    if (
+        not isinstance(k, KVView)
+        or not isinstance(v, KVView)
+        or dropout
+        or k.states is not None
+        or v.states is not None
+    ):
         return False
-    k, v = stored
-    q, pattern = call.q, call.pattern
     is_quantized = k.plane.scale is not None or v.plane.scale is not None
     is_plain = pattern.starts is None and (pattern.sinks is None or pattern.sinks.dim() == 1)
     return is_quantized and is_plain and q.shape[2] == 1 and not torch.is_grad_enabled() and not call.needs_centre

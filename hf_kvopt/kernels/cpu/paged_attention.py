@@ -31,13 +31,18 @@ SERIAL_WORK = 1 << 18
 
 def accepts(call: AttentionCall) -> bool:
     """Take calls over blocks alone, of queries that a thread can keep."""
-    stored = call.stored()
-    if stored is None:
+    q, k, v, _, dropout = call
+    if (
+        not isinstance(k, KVView)
+        or not isinstance(v, KVView)
+        or dropout
+        or k.states is not None
+        or v.states is not None
+    ):
         return False
-    k, v = stored
     if k.plane.address is None or v.plane.address is None or (k.centre is not None and call.needs_centre):
         return False
-    return can_attend(call.q, k.plane.address, v.plane.address)
+    return can_attend(q, k.plane.address, v.plane.address)
 
 
 def run(call: AttentionCall) -> Tensor:
