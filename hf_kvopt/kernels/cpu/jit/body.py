@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from hf_kvopt.kernels.cpu.jit.emitter import F32, NEG_INF
+from hf_kvopt.kernels.cpu.jit.emitter import F32, I32, I64, NEG_INF
 from hf_kvopt.kernels.cpu.jit.kernel import Kernel
 from hf_kvopt.kernels.cpu.jit.spec import SealedSpec, Spec, part_items
 
@@ -27,6 +27,15 @@ class Body(Kernel):
         return self.b.mul(
             self.b.udiv(self.b.add(self.num_rows(), self.integer(rows - 1)), self.integer(rows)), self.integer(rows)
         )
+
+    def per_row(self, name: str, row: ir.Value, default: int | None = None) -> ir.Value:
+        """An item of an int32 array; `default` where the address may be 0."""
+        if default is None:
+            return self.b.sext(self.b.load(self.item(self.pointer(name), I32, row), typ=I32), I64)
+        value = self.var(self.integer(default))
+        with self.b.if_then(self.b.icmp_signed("!=", self.number(name), self.integer(0))):
+            value.set(self.per_row(name, row))
+        return value.get()
 
     def part(self, pair: ir.Value, split: ir.Value) -> ir.Value:
         """(acc, m, l) of the rows of a task."""

@@ -9,7 +9,7 @@ from llvmlite import ir
 from hf_kvopt.kernels.cpu.jit.block_reader import BlockReader
 from hf_kvopt.kernels.cpu.jit.body import Body
 from hf_kvopt.kernels.cpu.jit.codec import CODECS
-from hf_kvopt.kernels.cpu.jit.emitter import F32, I8, I32, I64, NEG_INF
+from hf_kvopt.kernels.cpu.jit.emitter import F32, I8, I32, NEG_INF
 from hf_kvopt.kernels.cpu.jit.spec import BOOL_MASK, CHUNK, FLOAT_MASK, TILE, SealedSpec, Spec
 from hf_kvopt.kernels.pattern import LOG2E
 
@@ -71,25 +71,16 @@ class Worker(Body):
 
     def _bounds(self, row: ir.Value, split: ir.Value) -> None:
         """The tokens of this task: those that some query sees."""
-        self.seq_len = self._per_row("seq_lens", row)
+        self.seq_len = self.per_row("seq_lens", row)
         self.past = self.b.sub(self.seq_len, self.number("q_len"))
-        column0 = self.b.sub(self.number("skip"), self._per_row("lags", row, 0))
+        column0 = self.b.sub(self.number("skip"), self.per_row("lags", row, 0))
         self.column0 = column0  # the token that stands in the first column
-        start = self.b.add(column0, self._per_row("starts", row, 0))
+        start = self.b.add(column0, self.per_row("starts", row, 0))
         window_start = self.b.add(self.b.sub(self.past, self.number("window")), self.integer(1))
         lowest = self.greatest(self.greatest(start, window_start), self.integer(0))
         chunk = self.b.mul(split, self.integer(CHUNK))
         self.begin = self.greatest(lowest, chunk)
         self.end = self.least(self.seq_len, self.b.add(chunk, self.integer(CHUNK)))
-
-    def _per_row(self, name: str, row: ir.Value, default: int | None = None) -> ir.Value:
-        """An item of an int32 array; `default` where the address may be 0."""
-        if default is None:
-            return self.b.sext(self.b.load(self.item(self.pointer(name), I32, row), typ=I32), I64)
-        value = self.var(self.integer(default))
-        with self.b.if_then(self.b.icmp_signed("!=", self.number(name), self.integer(0))):
-            value.set(self._per_row(name, row))
-        return value.get()
 
     def _prepare(self) -> None:
         """Scale the queries, and start with nothing seen; the last query fills up the rows computed together."""
