@@ -1,7 +1,8 @@
 """The picture of the trade on every model: what a cache loses against the bytes that it takes.
 
-A point is one cache; those of this library are joined from large to small. Bytes are counted at 32k tokens by the
-arithmetic of `hf_kvopt.plan.memory`, and for caches of transformers as they were at the end of the segments.
+A point is one cache. The line joins those of this library that no other of its caches beats in both. Bytes are counted
+at 32k tokens by the arithmetic of `hf_kvopt.plan.memory`, and for caches of transformers as they were at the end of the
+segments.
 """
 
 from collections.abc import Iterable, Sequence
@@ -37,6 +38,15 @@ def share(fields: Fields) -> float:
     return float(fields.get("bf16_share_32k") or fields["bf16_share"])
 
 
+def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the points (bytes, loss) that no other beats in both, from the smallest cache on."""
+    best: list[tuple[float, float]] = []
+    for point in sorted(points):
+        if not best or point[1] < best[-1][1]:
+            best.append(point)
+    return best
+
+
 def plot_losses(path: Path, rows: Iterable[Found]) -> None:
     """Draw KL divergence over bytes, a panel for each model and text, and write it to `path`; nothing without rows."""
     panels = latest_losses(rows)
@@ -47,16 +57,20 @@ def plot_losses(path: Path, rows: Iterable[Found]) -> None:
     figure = Figure(figsize=(5.2 * columns, 4.0 * lines), layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
     for axes, (name, found) in zip(grid.flat, panels.items(), strict=False):
-        for is_ours, style in ((True, "o-"), (False, "x")):
-            mine = sorted((f for f in found if f["side"].endswith("+hf_kvopt") is is_ours), key=share)
+        for is_ours, marker in ((True, "o"), (False, "x")):
+            mine = [f for f in found if f["side"].endswith("+hf_kvopt") is is_ours]
             points = [(share(f), max(f["kl_mean"], _LEAST_KL)) for f in mine]
             if points:
-                axes.plot(*zip(*points, strict=True), style, label="hf_kvopt" if is_ours else "transformers")
+                colour, label = ("C0", "hf_kvopt") if is_ours else ("C1", "transformers")
+                axes.plot(*zip(*points, strict=True), marker, color=colour, label=label)
+            if points and is_ours:
+                axes.plot(*zip(*front(points), strict=True), color="C0", linewidth=1, alpha=0.6)
             for (x, y), f in zip(points, mine, strict=True):
                 text = f["side"].split("+")[0].removeprefix("transformers_")
                 axes.annotate(text, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8)
         chunk = found[0]["chunk"]
-        axes.set(title=f"{name}, chunks of {chunk}", yscale="log")
+        axes.set(title=f"{name},\nchunks of {chunk}", yscale="log")
+        axes.margins(x=0.12, y=0.1)  # for the names beside the points
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     for axes in grid.flat[len(panels) :]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from evals.report.figures import fill
 from evals.report.rows import Found
-from evals.report.trade import latest_losses, plot_losses
+from evals.report.trade import front, latest_losses, plot_losses
 
 
 def row(side: str, date: str = "2026-01-01", **given: object) -> Found:
@@ -31,6 +31,12 @@ def test_panels_hold_the_newest_row_of_each_side_at_one_chunk_size() -> None:
     found = {f["side"]: f for f in panels["smollm2, prose"]}
     assert set(found) == {"int4+hf_kvopt", "transformers_fp8+sdpa"}
     assert found["int4+hf_kvopt"]["kl_mean"] == 2e-3
+
+
+def test_the_line_joins_what_nothing_beats_in_both() -> None:
+    points = [(0.28, 4e-2), (0.29, 2e-3), (0.24, 7e-3), (0.52, 6e-4), (0.40, 1e-2), (0.52, 2e-3)]
+    assert front(points) == [(0.24, 7e-3), (0.29, 2e-3), (0.52, 6e-4)]
+    assert front([]) == []
 
 
 def test_the_table_has_bytes_losses_and_goals(tmp_path: Path) -> None:
