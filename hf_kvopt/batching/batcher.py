@@ -14,6 +14,7 @@ from typing import Any, Self
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_kvopt import compat
 from hf_kvopt.batching.job import Job
 from hf_kvopt.batching.request import Request
 from hf_kvopt.batching.rules import Rules, rules_for
@@ -64,7 +65,7 @@ class Batcher:
 
     def __init__(self, model: PreTrainedModel, cache: str = "paged", *, draft: Any = None, **settings: Any) -> None:
         self.config = BatchConfig(cache=cache, draft=draft, **settings)
-        _require_whole(model)
+        _require_whole(compat.unwrapped(model))
         self._worker = _Worker(Runtime(model, self.config))
         # Requests keep their batcher: one that nobody holds has none left.
         self._finalizer = weakref.finalize(self, self._worker.stop, cancel=True)

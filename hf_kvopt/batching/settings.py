@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from hf_kvopt import compat
 from hf_kvopt.attention.register import ATTENTION_NAME
 from hf_kvopt.batching.engine import Engine
 from hf_kvopt.batching.probe import require_equal
@@ -71,6 +72,7 @@ class Runtime:
     """
 
     def __init__(self, model: PreTrainedModel, config: BatchConfig) -> None:
+        model = compat.unwrapped(model)
         require_packable(model)
         require_followed(model)
         if model.training:

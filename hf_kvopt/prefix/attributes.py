@@ -183,7 +183,7 @@ class Attributes:
         for key, hook in hooks_of(module):
             # Each registration has a key of its own, also one of a hook that was on before.
             texts.append(f"hook {key} {self.numbers.of(hook)}")
-            is_rowwise |= any(name in _ROWWISE for name in getattr(hook, "keywords", ()))
+            is_rowwise |= _is_rowwise(hook)
         return is_rowwise
 
     def _functions(self, config: PreTrainedConfig) -> Iterator[str]:
@@ -192,6 +192,15 @@ class Attributes:
             return
         for function in compat.attention_functions(str(config._attn_implementation)):
             yield f"attention {self.numbers.of(function)}"
+
+
+def is_rowwise(model: nn.Module) -> bool:
+    """Return whether a hook sends the rows of a batch through adapters of their own."""
+    return any(_is_rowwise(hook) for module in (None, *model.modules()) for _, hook in hooks_of(module))
+
+
+def _is_rowwise(hook: Any) -> bool:
+    return any(name in _ROWWISE for name in getattr(hook, "keywords", ()))
 
 
 def settings_of(module: nn.Module) -> tuple[str, list[Tensor]]:
