@@ -3,7 +3,7 @@
 pip install 'hf-kvopt[neighbours]'; python examples/lm_eval_harness.py [MODEL]
 
 One task chooses how three lines of Python go on, the other writes it, which counts where it is word for word as
-expected. Put tasks of the harness, such as ["arc_easy", "gsm8k"], in the place of `tasks()` where the hub can be reached.
+expected. Put tasks of the harness, such as ["arc_easy"], in the place of `tasks()` where the hub can be reached.
 """
 
 import json

@@ -119,7 +119,7 @@ def enable(
         Enabled(cache='int8', attention=True, prefix_sharing=True, draft=None)
         >>> model = disable(model)
     """
-    given, model = model, compat.unwrapped(model)
+    wrapped, model = model, compat.unwrapped(model)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"enable takes a transformers model: got {type(model).__name__}; unwrap it first, e.g. pipe.model"
@@ -133,14 +133,14 @@ def enable(
         given = {"prefix_sharing": prefix_sharing, "draft": draft}
         settings = chosen.options | {name: value for name, value in given.items() if value} | cache_options
         print(chosen.said)
-        return enable(given, chosen.cache, attention=attention, **settings)
+        return enable(wrapped, chosen.cache, attention=attention, **settings)
     if max_loss is not None and cache != AUTO:
         raise TypeError(f"max_loss is for cache={AUTO!r}, which chooses by it: got cache={cache!r}; drop one")
     if cache == AUTO:
         found = choose(model, max_loss)
         print(found.said)
         settings = {"prefix_sharing": prefix_sharing, "draft": draft, **found.options, **cache_options}
-        return enable(given, found.cache, attention=attention, **settings)
+        return enable(wrapped, found.cache, attention=attention, **settings)
     if cache is not None and cache not in CACHES:
         known = [*CACHES, *PRESETS, AUTO]
         raise ValueError(
@@ -188,7 +188,7 @@ def enable(
         model.__dict__[compat.MAKE_MANAGER] = ManagerMaker(model, batch_config)
     state = Enabled(cache, attention, sharing is not None, _name_of(draft), cache_options, previous)
     setattr(model, _STATE, state)
-    return given
+    return wrapped
 
 
 def enabled(model: PreTrainedModel) -> Enabled | None:
@@ -198,7 +198,7 @@ def enabled(model: PreTrainedModel) -> Enabled | None:
 
 def disable(model: PreTrainedModel) -> PreTrainedModel:
     """Put back what `enable` changed; a no-op on a model that is not enabled."""
-    given, model = model, compat.unwrapped(model)
+    wrapped, model = model, compat.unwrapped(model)
     if hasattr(model, _STATE):
         previous = getattr(model, _STATE).previous_attention
         delattr(model, _STATE)
@@ -207,7 +207,7 @@ def disable(model: PreTrainedModel) -> PreTrainedModel:
                 del model.__dict__[name]
         drop_manager(model)
         reset_attention(model, previous)
-    return given
+    return wrapped
 
 
 def _require_unreplaced(model: PreTrainedModel, extra: str | None) -> None:

@@ -43,6 +43,7 @@ _OF_LOADING = {
 _OF_PLACING = {"hf_device_map", "_hf_hook", "_old_forward", *vars(nn.Module)}
 # Modules of torch whose forward gathers weights that lie on many devices.
 _SHARDED = ("FSDPModule", "FullyShardedDataParallel")
+_PACKAGE = f"{__name__.partition('.')[0]}."
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _HOOKS_EVERYWHERE = ("_global_forward_pre_hooks", "_global_forward_hooks")
 _PLACES = ("_parameters", "_buffers", "_modules")
@@ -242,6 +243,6 @@ def _attributes(owner: Any) -> Iterator[tuple[str, Any]]:
         hidden = {*hidden, *_OF_LOADING}
     for name, value in owner.__dict__.items():
         # This library's own overrides choose caches, not what is computed.
-        is_ours = name.startswith("_hf_kvopt") or type(value).__module__.startswith("hf_kvopt.")
+        is_ours = name.startswith("_hf_kvopt") or type(value).__module__.startswith(_PACKAGE)
         if name not in hidden and not is_ours:
             yield name, value

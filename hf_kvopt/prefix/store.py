@@ -14,7 +14,6 @@ from typing import Self
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_kvopt import compat
 from hf_kvopt.cache.stats import PrefixStats
 from hf_kvopt.config import CacheConfig
 from hf_kvopt.errors import CacheStateError
@@ -75,7 +74,6 @@ class PrefixStore:
         skip_layers: Collection[LayerName] = ("sliding",),
         layer_formats: Mapping[LayerName, str] | None = None,
     ) -> None:
-        model_or_config = compat.unwrapped(model_or_config)
         if not isinstance(model_or_config, PreTrainedModel | PreTrainedConfig):
             raise TypeError(f"a store takes a transformers model or config: got {type(model_or_config).__name__}")
         formats = FormatPolicy(format=format or "native", skip_layers=skip_layers, layer_formats=layer_formats or {})
