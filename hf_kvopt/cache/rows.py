@@ -39,7 +39,7 @@ class TableMaker(NamedTuple):
         if self.policy is not None and window is None:
             kind = ScoredTable if self.policy.scores_prompts else EvictingTable
             return kind(allocator, self.config.block_size, self.policy)
-        if self.formats.seals(window is not None) and not self.config.compileable:
+        if self.formats.seals(window is not None):
             allocator.tails = Tails()
         return BlockTable(allocator, self.config.block_size, window)
 

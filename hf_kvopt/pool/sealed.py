@@ -1,7 +1,7 @@
 """Storage of one layer whose full blocks are sealed; see `quant.sealed_formats` for what a block then holds.
 
     codes  [num_blocks, block_size, num_kv_heads, width] uint8            one for every block of the allocator
-    token  [num_blocks, block_size, num_kv_heads, parameters] float16     s, and z where it is stored
+    token  [num_blocks, block_size, num_kv_heads, groups] float16         s
     mean   [num_blocks, num_kv_heads, head_dim] float16                   keys alone
     exact  [places, block_size, num_kv_heads, head_dim] model's dtype     a few blocks of each row, see `pool.tail`
 
@@ -229,7 +229,7 @@ class SealedPlane:
     def _blocks(self, num_blocks: int, device: torch.device) -> list[Tensor]:
         """Zeros for codes, token and mean."""
         made = [self._zeros(num_blocks, self.codec.width(self.dim), torch.uint8, device)]
-        made.append(self._zeros(num_blocks, self.codec.num_parameters(self.dim), PARAMETER_DTYPE, device))
+        made.append(self._zeros(num_blocks, self.codec.num_groups(self.dim), PARAMETER_DTYPE, device))
         if self.codec.centred:
             with torch.inference_mode(False):
                 made.append(torch.zeros(num_blocks, self.num_heads, self.dim, dtype=PARAMETER_DTYPE, device=device))

@@ -90,20 +90,13 @@ class Stored:
         """Address of the codes of the block's token `offset`."""
         return self.e.at(self.at["codes"], self.e.b.mul(offset, self.stride))
 
-    def parameters(self, offset: ir.Value) -> list[tuple[ir.Value, ir.Value]]:
-        """s and z of each group, of as many tokens of the block as there are lanes."""
-        e, count = self.e, self.codec.num_parameters(self.dim)
-        address = e.item(self.at["params"], F16, e.b.mul(offset, e.integer(count)))
-        halves = e.load(address, F16, count * e.lanes)
-        found = [
-            e.b.fpext(e.shuffle(halves, halves, range(i, count * e.lanes, count)), e.vec) if count > 1
-            else e.b.fpext(halves, e.vec)
-            for i in range(count)
-        ]  # fmt: skip
-        scales = found[: self.num_groups]
-        if self.codec.symmetric:
-            return [(s, e.b.fmul(s, e.splat(-self.codec.middle))) for s in scales]
-        return list(zip(scales, found[self.num_groups :], strict=True))
+    def scales(self, offset: ir.Value) -> list[ir.Value]:
+        """s of each group, of as many tokens of the block as there are lanes."""
+        e, count = self.e, self.num_groups
+        halves = e.load(e.item(self.at["params"], F16, e.b.mul(offset, e.integer(count))), F16, count * e.lanes)
+        if count == 1:
+            return [e.b.fpext(halves, e.vec)]
+        return [e.b.fpext(e.shuffle(halves, halves, range(i, count * e.lanes, count)), e.vec) for i in range(count)]
 
     def mean(self, first: int, count: int) -> ir.Value:
         """Means of the channels `first` to `first + count`, filled up with zeros."""
