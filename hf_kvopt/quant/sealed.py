@@ -1,8 +1,7 @@
 """Seal and unseal blocks in torch: what the CPU storage uses and what the kernels are held to.
 
-See `sealed_formats` for what is stored. Codes refer to the parameters as they are stored, in float16. Sums are made in
-float64, of which float32 keeps nothing of the order of summation: a block gives the same bytes whatever is sealed
-beside it.
+See `sealed_formats` for what is stored. Keys refer to their mean as it is stored, in float16. Sums are made in float64,
+of which float32 keeps nothing of the order of summation: a block gives the same bytes whatever is sealed beside it.
 
 NaN and Inf: a token that holds a non-finite value, or one of more than 60,000 once it is rotated, gets s = NaN and
 reads back as NaN in all its channels. It has no part in what the block's other tokens share.
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor
 
 from hf_kvopt.quant.guard import hadamard
-from hf_kvopt.quant.reference import FLOAT16_NUDGE
 from hf_kvopt.quant.sealed_formats import PARAMETER_DTYPE, BlockCodec
 
 # Shares of a token's range that its codes may span, by bits: cutting the ends off can bring the rest nearer, the more
@@ -97,20 +95,22 @@ def unpack(
 
 
 def _token_axis(x: Tensor, codec: BlockCodec) -> tuple[Tensor, Tensor]:
-    """Codes [..., dim] and s [..., num_groups] of vectors [..., dim], by the nearest of a few ranges."""
+    """Codes [..., dim] and s [..., num_groups] of vectors [..., dim], see `sealed_formats`."""
     x = x.unflatten(-1, (codec.num_groups(x.shape[-1]), -1))
-    reach = x.abs().amax(dim=-1, keepdim=True) / codec.middle
+    wide, reach = x.double(), x.abs().amax(dim=-1, keepdim=True) / codec.middle
     best: tuple[Tensor, ...] | None = None
     for share in RANGES[codec.bits]:
-        # Rounded up, so that no code leaves the range by more than the rounding of a normal scale.
-        s = (reach * share + FLOAT16_NUDGE).to(PARAMETER_DTYPE)
-        # Where all channels are 0 s may be 0 as well: any code will do.
-        codes = (x / s.float() + codec.middle).round_().clamp_(0.0, 2 * codec.middle).nan_to_num_(0.0)
-        error = ((codes - codec.middle) * s.float() - x).double().square_().sum(dim=-1, keepdim=True)
+        # Where all channels are 0 any code will do.
+        codes = (x / (reach * share) + codec.middle).round_().clamp_(0.0, 2 * codec.middle).nan_to_num_(0.0)
+        levels = (codes - codec.middle).double()
+        along = (levels * wide).sum(dim=-1, keepdim=True)
+        nearness = along.square() / levels.square().sum(dim=-1, keepdim=True)
         if best is None:
-            best = codes, s, error
+            best = codes, along, nearness
         else:
-            is_nearer = error < best[2]
-            best = tuple(torch.where(is_nearer, a, b) for a, b in zip((codes, s, error), best, strict=True))
+            is_nearer = nearness > best[2]
+            best = tuple(torch.where(is_nearer, a, b) for a, b in zip((codes, along, nearness), best, strict=True))
     assert best is not None
-    return best[0].flatten(-2), best[1].squeeze(-1)
+    codes, along, _ = best
+    s = torch.where(along > 0, wide.square().sum(dim=-1, keepdim=True) / along, 0.0)
+    return codes.flatten(-2), s.squeeze(-1).float().to(PARAMETER_DTYPE)

@@ -1,8 +1,9 @@
 """Emits the sealing of full blocks, each head of each block from its own tokens alone.
 
     x = states H,  m = mean(x) in float16                              once a block, where keys are centred
-    s = reach * share of the range in float16, of several the nearest  a token and group of channels
-    code = cut(round((x - m) / s + middle)),  packed
+    y = x - m,  unit = reach(y) * share                                a token and group of channels; of several shares
+    code = cut(round(y / unit + middle)),  packed                      the one of the nearest direction
+    s = <y, y> / <y, code - middle> in float16
 
 What quant/sealed.py computes: sums are made in float64, of which float32 does not keep the order.
 """
@@ -16,7 +17,6 @@ from hf_kvopt.kernels.cpu.jit.emitter import F16, F32, I8, I32, I64, PTR
 from hf_kvopt.kernels.cpu.jit.kernel import VOID, Kernel
 from hf_kvopt.kernels.cpu.jit.spec import SEAL_ARGUMENTS, SealSpec
 from hf_kvopt.kernels.cpu.jit.stored import rotated
-from hf_kvopt.quant.reference import FLOAT16_NUDGE
 from hf_kvopt.quant.sealed import LIMIT, RANGES
 from hf_kvopt.quant.sealed_formats import Part
 
@@ -136,58 +136,61 @@ class Seal(Kernel):
         size = self.num_vectors // groups
         for group in range(groups):
             own = range(group * size, (group + 1) * size)
-            scale, half = self._nearest([channels[i] for i in own], own)
-            kept = self.b.select(is_sound, self.lane0(half), ir.Constant(F16, float("nan")))
+            unit, half = self._nearest([channels[i] for i in own], own)
+            kept = self.b.select(is_sound, half, ir.Constant(F16, float("nan")))
             self.b.store(kept, self.item(scales, F16, self.integer(group)))
             for i in own:
-                whole = self.b.fptoui(self._steps(channels[i], scale), ir.VectorType(I32, self.lanes))
+                whole = self.b.fptoui(self._steps(channels[i], unit), ir.VectorType(I32, self.lanes))
                 place = self.at(self.codes, self.integer(i * self.lanes))
                 self.store(self.b.trunc(whole, ir.VectorType(I8, self.lanes)), place)
         for part in self.codec.parts(self.spec.dim):
             self._pack(part, codes)
 
     def _nearest(self, channels: list[ir.Value], vectors: range) -> tuple[ir.Value, ir.Value]:
-        """The scale of the least sum of squared errors, the first where they tie: as it is read, and as stored."""
-        largest = self.splat(0.0)
+        """The unit of the codes that point most nearly in the channels' direction, and their scale as it is stored."""
+        largest, squares = self.splat(0.0), ir.Constant(self.doubles, None)
         for x in channels:
-            largest = self.larger(self._magnitude(x), largest)
+            largest, wide = self.larger(self._magnitude(x), largest), self.b.fpext(x, self.doubles)
+            squares = self.b.fadd(squares, self.b.fmul(wide, wide))
         reach = self.b.fdiv(self.splat(self.fold(largest, "max")), self.splat(self.codec.middle))
         best: tuple[ir.Value, ...] | None = None
         for share in RANGES[self.codec.bits]:
-            raw = self.b.fadd(self.b.fmul(reach, self.splat(share)), self.splat(FLOAT16_NUDGE))
-            half = self.b.fptrunc(raw, self.halves)
-            scale = self.b.fpext(half, self.vec)
-            if len(RANGES[self.codec.bits]) == 1:
-                return scale, half
-            error = self._error(channels, vectors, scale)
+            unit = self.b.fmul(reach, self.splat(share))
+            along, length = self._products(channels, vectors, unit)
+            nearness = self.b.fdiv(self.b.fmul(along, along), length)
             if best is None:
-                best = scale, half, error
+                best = unit, along, nearness
                 continue
-            is_nearer = self.b.fcmp_ordered("<", error, best[2])
-            best = tuple(self.b.select(is_nearer, a, b) for a, b in zip((scale, half, error), best, strict=True))
+            is_nearer = self.b.fcmp_ordered(">", nearness, best[2])
+            best = tuple(self.b.select(is_nearer, a, b) for a, b in zip((unit, along, nearness), best, strict=True))
         assert best is not None
-        return best[0], best[1]
+        unit, along, _ = best
+        nothing = ir.Constant(ir.DoubleType(), 0.0)
+        norm = self.lane0(self.folded(squares, self.b.fadd))
+        scale = self.b.select(self.b.fcmp_ordered(">", along, nothing), self.b.fdiv(norm, along), nothing)
+        halves = self.b.fptrunc(self.splat(self.b.fptrunc(scale, F32)), self.halves)
+        return unit, self.lane0(halves)
 
-    def _steps(self, x: ir.Value, scale: ir.Value) -> ir.Value:
+    def _steps(self, x: ir.Value, unit: ir.Value) -> ir.Value:
         """Codes as float32, cut to their range; 0 instead of NaN."""
-        steps = self.rounded(self.b.fadd(self.b.fdiv(x, scale), self.splat(self.codec.middle)))
+        steps = self.rounded(self.b.fadd(self.b.fdiv(x, unit), self.splat(self.codec.middle)))
         most = self.splat(2 * self.codec.middle)
         steps = self.b.select(self.b.fcmp_ordered(">", steps, most), most, steps)
         return self.b.select(self.b.fcmp_ordered(">", steps, self.splat(0.0)), steps, self.splat(0.0))
 
-    def _error(self, channels: list[ir.Value], vectors: range, scale: ir.Value) -> ir.Value:
-        """The sum of squared errors, a double."""
-        total, counts = ir.Constant(self.doubles, None), self._counts()
+    def _products(self, channels: list[ir.Value], vectors: range, unit: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """The products of the codes, less their middle, with the channels and with themselves, as doubles."""
+        along, length, counts = ir.Constant(self.doubles, None), ir.Constant(self.doubles, None), self._counts()
         for i, x in zip(vectors, channels, strict=True):
-            value = self.b.fmul(self.b.fsub(self._steps(x, scale), self.splat(self.codec.middle)), scale)
-            error = self.b.fpext(self.b.fsub(value, x), self.doubles)
-            square = self.b.fmul(error, error)
+            levels = self.b.fsub(self._steps(x, unit), self.splat(self.codec.middle))
             if counts[i] < self.lanes:  # channels that there are none of
                 kept = [lane < counts[i] for lane in range(self.lanes)]
                 mask = ir.Constant(ir.VectorType(ir.IntType(1), self.lanes), kept)
-                square = self.b.select(mask, square, ir.Constant(self.doubles, None))
-            total = self.b.fadd(total, square)
-        return self.lane0(self.folded(total, self.b.fadd))
+                levels = self.b.select(mask, levels, self.splat(0.0))
+            levels = self.b.fpext(levels, self.doubles)
+            along = self.b.fadd(along, self.b.fmul(levels, self.b.fpext(x, self.doubles)))
+            length = self.b.fadd(length, self.b.fmul(levels, levels))
+        return self.lane0(self.folded(along, self.b.fadd)), self.lane0(self.folded(length, self.b.fadd))
 
     def _pack(self, part: Part, codes: ir.Value) -> None:
         """Store some bits of all codes of a token; see `quant.sealed_formats.Part`."""
