@@ -14,9 +14,9 @@ stands upright on the token x itself:
 
     s = <x, x> / <x, code - middle>
 
-The s of least squared error would shorten every vector (by 11 % in 2 bits), which attention's sum over many tokens does
-not average away as it does the rest; see DRIVE, arXiv:2105.08339, for such scales. On the bundled model it lost 3.4 times
-as much in 2-bit values, and a quarter more in 4 bits.
+The s of least squared error would shorten every vector (by 11 % in 2 bits), which attention's sum over many tokens
+does not average away as it does the rest; see DRIVE, arXiv:2105.08339, for such scales. On the bundled model it lost
+3.4 times as much in 2-bit values, and a quarter more in 4 bits.
 
 A row's first block is never read sealed. It holds the attention sink, whose key lies opposite to the mean of the
 others, and whose error half of the attention mass would see (StreamingLLM, arXiv:2309.17453, for the sink).
