@@ -36,7 +36,7 @@ class Batcher:
             requests that came last wait, or give way and go on later. None grows as needed.
         max_rows: requests that are computed at a time.
         prefill_chunk: prompt tokens that one step reads at most, beside one token of each request that decodes.
-        block_size: tokens a block, a power of two from 16 to 256.
+        block_size: tokens a block, a power of two from 16 to 256; 16 by default, 64 where the format seals blocks.
         prefix_sharing: find the beginnings of prompts again that were read before.
         skip_layers: layers that are not quantized; see `QuantizedPagedCache`.
         layer_formats: formats of single layers; see `QuantizedPagedCache`.

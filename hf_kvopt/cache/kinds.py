@@ -2,7 +2,6 @@
 
 import functools
 import logging
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedConfig
@@ -12,7 +11,7 @@ from hf_kvopt import compat
 from hf_kvopt.cache.hybrid import HybridLayer, StateLayer
 from hf_kvopt.cache.layer import PagedLayer
 from hf_kvopt.cache.rows import GrowingRows
-from hf_kvopt.quant import FormatPolicy, KVFormat
+from hf_kvopt.quant import LATENTS, FormatPolicy, KVFormat, require_unsealed
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +27,6 @@ class LayerMaker(NamedTuple):
 
     def attention(self, window: int | None, format: KVFormat) -> PagedLayer:
         """A layer that holds keys and values only."""
-        if self.rows.is_fixed:
-            # A row of fixed capacity holds tokens, which a graph can store one by one.
-            format = replace(format, sealed=None)
         return self.rows.layer_class(self.rows.table_for(window), format, self.formats.exact_prefill)
 
     def layer(self, kind: str, options: dict[str, Any], layer_idx: int, is_latent: bool) -> Any:
@@ -38,6 +34,7 @@ class LayerMaker(NamedTuple):
         window = options.get("sliding_window")
         format = self.formats.at(layer_idx, is_sliding=window is not None)
         if is_latent:
+            require_unsealed(format, LATENTS)
             # What stands in the place of the values is the rotary part of the keys. A guard would be in the way of
             # absorbing the up-projections.
             format = KVFormat(format.k, format.k, guard=False)
