@@ -144,6 +144,14 @@ def settle(table: "BlockTable | ExactRows") -> None:
     table.exact_changed()
 
 
+def join(table: "BlockTable | ExactRows", other: "BlockTable | ExactRows") -> None:
+    """Let the exact and the pinned blocks of `table` be followed by those of `other`, whose rows it takes next."""
+    table.exact = [*_filled(table), *_filled(other)]
+    if table.pins or other.pins:
+        table.pins = [pins for one in (table, other) for pins in (_pins(one) if one.pins else [()] * len(one.rows))]
+    table.is_approximate = table.is_approximate or other.is_approximate
+
+
 def numbers_of(table: "BlockTable | ExactRows") -> list[int]:
     """The blocks of `table` that are kept exact."""
     return _numbers(table, _filled(table))
