@@ -107,7 +107,7 @@ class Engine:
         scheduler, counts, prefixes = self.scheduler, self.counts, self.store.stats()
         with self.store.lock:
             spaces = [(a.num_blocks, a.num_blocks - a.num_free) for a in self.store.allocators]
-            known = self.store.index.num_evictable(sum(size for size, _ in spaces)) * len(spaces)
+            known = self.store.index.num_evictable * len(spaces)
         used = sum(number for _, number in spaces)
         return BatchStats(
             waiting=len(scheduler.waiting),

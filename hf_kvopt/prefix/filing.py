@@ -21,8 +21,8 @@ def file_row(
     """Keep `text`, the first tokens that row `row` of an open cache holds; returns the number of new blocks.
 
     Nothing is kept of a model that changed since `key` was made, nor where the row gave back blocks behind its window
-    that are not known already. Where blocks are sealed, those that the next token of the row reads as they were computed
-    are kept so.
+    that are not known already. Where blocks are sealed, those that the row's next token reads as they were computed are
+    kept so.
     """
     with store.lock:
         is_approximate = any(table.is_approximate for table in cache.tables)
