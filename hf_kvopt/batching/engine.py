@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_kvopt.batching.drafts import Drafts
+from hf_kvopt.batching.graph import GraphStep
 from hf_kvopt.batching.job import Job
 from hf_kvopt.batching.reader import Fed, Outputs, PackedReader
 from hf_kvopt.batching.request import Request
@@ -59,6 +60,7 @@ class Engine:
         self.counts = Counts()
         self._numbers = itertools.count()
         self.drafts = None if drafter is None else Drafts(drafter, model)
+        self.graph: GraphStep | None = None
         self.reader = PackedReader(model, self.drafts is not None and self.drafts.needs_features)
         self._learns = store.formats.format != "native" or bool(store.formats.layer_formats)
 
@@ -173,7 +175,8 @@ class Engine:
     def _forward(self, plan: StepPlan) -> Outputs:
         """Logits of each decoding row and its draft, then of each prompt that is read to its end."""
         fed, places, num_fed = [], [], 0  # type: list[Fed], list[int], int
-        if self.rows.jobs:
+        decoded = None if self.graph is None or any(plan.drafts) else self._decode()
+        if self.rows.jobs and decoded is None:
             tokens = [[job.text[-1], *draft] for job, draft in zip(self.rows.jobs, plan.drafts, strict=True)]
             fed.append(Fed(self.rows.cache, tokens, self.rows.lengths))
             num_fed = sum(map(len, tokens))
@@ -187,10 +190,21 @@ class Engine:
             if number == job.num_missing:
                 places.append(num_fed - 1)
         started = time.monotonic()
-        outputs = self.reader.read(fed, places)
+        outputs = self.reader.read(fed, places) if fed else Outputs(torch.empty(0), None)
+        if decoded is not None:
+            outputs = Outputs(torch.cat([decoded, outputs.logits]) if len(outputs.logits) else decoded, None)
         if self.drafts is not None:
             self.drafts.note_step(num_fed, time.monotonic() - started)
         return outputs
+
+    def _decode(self) -> Tensor | None:
+        """Logits of the decoding rows by the compiled step; None where they are to be read eagerly."""
+        graph, rows = self.graph, self.rows
+        needs_features = self.drafts is not None and self.drafts.needs_features
+        bucket = None if graph is None or not rows.jobs or needs_features else graph.bucket_for(rows.cache)
+        if graph is None or bucket is None:
+            return None
+        return graph.read(bucket, rows.cache, [job.text[-1] for job in rows.jobs], rows.lengths)
 
     def _take_all(self, plan: StepPlan, outputs: Outputs) -> list[Job]:
         """Take the next tokens of all rows, and of prompts that were read to their ends, which join.
