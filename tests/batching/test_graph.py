@@ -15,9 +15,11 @@ from hf_kvopt.batching.settings import BatchConfig, Runtime
 from hf_kvopt.kernels import attention
 from hf_kvopt.pool.centres import Centres
 from tests.batching.test_equality import TIGHT
+from tests.batching.test_models import CASES
 from tests.batching.texts import PROMPTS, alone, expected, model_of, submit_all, text
 from tests.kernels.triton.pretended import pretended
 from tests.kernels.triton.test_pretended import llama
+from tests.models.tiny import build
 
 # The quickest to compile: it calls the operations that run without it.
 EAGER = CompileConfig(backend="eager", mode=None)
@@ -48,6 +50,18 @@ def test_tokens_are_those_of_each_prompt_alone(kind: str, format: str, pressure:
         assert batcher.stats.row_blocks == 0
     assert 0 < counters["stats"]["unique_graphs"] == len(buckets) <= 8
     assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "qwen3_moe", "deepseek_v3"])
+def test_models_are_compiled_with_equal_tokens(name: str) -> None:
+    """Soft caps beside windows, sinks, experts; latent attention stays eager."""
+    model = build(CASES[name], "eager")
+    prompts = [[token % 97 for token in prompt] for prompt in PROMPTS[:3]]
+    want = [alone(model, prompt) for prompt in prompts]
+    with Batcher(model, compile=EAGER) as batcher:
+        requests = [batcher.submit(prompt, max_new_tokens=12, do_sample=False) for prompt in prompts]
+        assert [request.result(300) for request in requests] == want
+        assert bool(batcher._worker.runtime.engine.graph.buckets) == (name != "deepseek_v3")
 
 
 def test_tokens_are_equal_by_torchs_operations_too(monkeypatch: pytest.MonkeyPatch) -> None:
