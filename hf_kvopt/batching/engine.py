@@ -24,6 +24,7 @@ from hf_kvopt.batching.reader import Fed, Outputs, PackedReader
 from hf_kvopt.batching.request import Request
 from hf_kvopt.batching.rows import Rows
 from hf_kvopt.batching.rules import Rules
+from hf_kvopt.batching.sampling import draw_alike
 from hf_kvopt.batching.scheduler import Scheduler, StepPlan
 from hf_kvopt.batching.stats import BatchStats, Counts
 from hf_kvopt.errors import CacheStateError
@@ -215,10 +216,10 @@ class Engine:
         best: list[int] = outputs.logits.argmax(-1).tolist() if len(outputs.logits) else []
         features = None if self.drafts is None else features_of(outputs, self.drafts.drafter.feature_layers)
         first = 0
-        for job, draft in zip(self.rows.jobs, plan.drafts, strict=True):
+        for job, draft, drawn in zip(self.rows.jobs, plan.drafts, self._draws(plan, outputs), strict=True):
             here = slice(first, first + 1 + len(draft))
             fed = [job.text[-1], *draft]
-            num_taken = self._take(job, draft, outputs.logits[here], best[here])
+            num_taken = self._take(job, draft, outputs.logits[here], best[here], drawn)
             if self.drafts is not None and num_taken:
                 own = None if features is None else features[:, here]
                 self.counts.accepted_tokens += self.drafts.note(job, fed, num_taken, own, best[here])
@@ -250,15 +251,25 @@ class Engine:
         self.rows.join(job)
         return []
 
-    def _take(self, job: Job, draft: list[int], logits: Tensor, best: list[int]) -> int:
+    def _draws(self, plan: StepPlan, outputs: Outputs) -> list[int | None]:
+        """First token of each decoding row that is drawn together with others; None where it is chosen by itself."""
+        rules = [job.rules for job in self.rows.jobs]
+        if sum(one.do_sample for one in rules) < 2:
+            return [None] * len(rules)
+        firsts = list(itertools.accumulate((1 + len(draft) for draft in plan.drafts[:-1]), initial=0))
+        return draw_alike(rules, outputs.logits[firsts])
+
+    def _take(self, job: Job, draft: list[int], logits: Tensor, best: list[int], drawn: int | None = None) -> int:
         """Take tokens, of logits [1 + len(draft), vocab] whose largest are `best`, until one is not as drafted.
+
+        The first one may have been `drawn` before.
 
         Returns:
             How many were taken.
         """
         for place in range(1 + len(draft)):
             try:
-                token = job.take(logits[place], best[place])
+                token = job.take(logits[place], best[place], None if place else drawn)
             except Exception as error:  # of the request's own processors and criteria: nobody else's business
                 job.end("error", error)
                 return place
