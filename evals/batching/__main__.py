@@ -6,6 +6,7 @@ or that leaves blocks behind, is not written, and the exit status is then 1.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -128,6 +129,7 @@ def _row(
         "rate_per_s": None if load is None else load * args.requests / _typical(turns[OURS, None]).seconds,
         "requests": args.requests,
         "rounds": len(turns[side, load]),
+        "load_average": round(os.getloadavg()[0], 1),  # above 1 to 2, others used the machine as well
         "scale": args.scale,
         "pool_tokens": None if side.startswith("static") else args.short_pool if side == SHORT else args.pool,
         "tokens_per_s": outcome.tokens_per_s,
