@@ -43,6 +43,8 @@ class Batcher:
         draft: speculate: a draft head, its folder, an assistant model, "prompt_lookup", "lookahead", or what
             `speculative(...)` made. Each request drafts as deep as it gains by, up to a bound of tokens a step over all
             of them. Tokens stay what they are without, sampled ones of a seed as well.
+        compile: compile the step of decoding rows (`torch.compile`, one graph); a `CompileConfig` of transformers says
+            how. Rows are rounded up to a few sizes. Prompts, drafts, and rows in sealed or latent storage stay eager.
 
     Greedy tokens are those of `model.generate` on the prompt alone, with that cache. A request's tokens do not depend
     on what else is computed; in other dtypes than float32 that holds up to rounding, as for any batch.

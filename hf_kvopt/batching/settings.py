@@ -6,10 +6,12 @@ from types import MappingProxyType
 from typing import Any
 
 from transformers import PreTrainedModel
+from transformers.generation import CompileConfig
 
 from hf_kvopt import compat
 from hf_kvopt.attention.register import ATTENTION_NAME
 from hf_kvopt.batching.engine import Engine
+from hf_kvopt.batching.graph import GraphStep
 from hf_kvopt.batching.probe import require_equal
 from hf_kvopt.batching.requirements import as_prompt, num_positions, require_packable
 from hf_kvopt.cache.divided import require_followed
@@ -38,6 +40,7 @@ class BatchConfig:
     skip_layers: Collection[LayerName] = ("sliding",)
     layer_formats: Mapping[LayerName, str] = field(default_factory=lambda: MappingProxyType({}))
     draft: Any = None
+    compile: bool | CompileConfig = False
 
     def __post_init__(self) -> None:
         if self.cache not in _CACHES and not is_pair(self.cache):
@@ -50,6 +53,8 @@ class BatchConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1: got {value!r}")
+        if not isinstance(self.compile, (bool, CompileConfig)):
+            raise TypeError(f"compile must be True, False or a CompileConfig of transformers: got {self.compile!r}")
 
 
 def _drafter(model: PreTrainedModel, draft: Any) -> Drafter | None:
@@ -94,6 +99,9 @@ class Runtime:
             model.set_attn_implementation(ATTENTION_NAME)
             latents.install(model)
         self.engine = Engine(model, store, config.max_rows, config.prefill_chunk, config.prefix_sharing, drafter)
+        if config.compile is not False:
+            chosen = config.compile if isinstance(config.compile, CompileConfig) else CompileConfig()
+            self.engine.graph = GraphStep(model, chosen)
         try:
             require_equal(model)
         except BaseException:

@@ -9,6 +9,7 @@ def join(table: BlockTable, other: BlockTable) -> None:
     assert table.allocator is other.allocator
     assert table.base == other.base == 0
     table._drop_retired()
+    tail.join(table, other)
     clock = max(table.clock, other.clock)
     tail.join(table, other)
     table.lags = [lag + clock - each.clock for each in (table, other) for lag in each.lags]

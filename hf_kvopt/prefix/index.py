@@ -59,6 +59,7 @@ class PrefixIndex:
         self.allocators, self.block_size = allocators, block_size
         self.roots: dict[Hashable, Node] = {}
         self.num_nodes = self.num_evicted = self._stamp = 0
+        self._evictable: tuple[list[int], int] = ([], 0)  # the count, and what it was counted at
         self._holders = [_Holder(self, idx) for idx in range(len(allocators))]
         for allocator, holder in zip(allocators, self._holders, strict=True):
             allocator.add_holder(holder)
@@ -169,20 +170,19 @@ class PrefixIndex:
         self.num_evicted += len(ends)
         return len(ends)
 
-    def num_evictable(self, enough: int) -> int:
-        """How many blocks `evict` could let go of now; counting ends at `enough`."""
-        # A parent can go where all below it can: children come before their parents here.
-        nodes = list(self.nodes())
-        stays: set[int] = set()
-        count = 0
-        for node in reversed(nodes):
-            if id(node) in stays or node.pins or self.is_held(node):
-                stays.add(id(node.parent))
-                continue
-            count += 1
-            if count >= enough:
-                break
-        return count
+    @property
+    def num_evictable(self) -> int:
+        """How many blocks `evict` could let go of now; counted anew only where holders of blocks have changed."""
+        state = [allocator.num_changes for allocator in self.allocators]
+        if self._evictable[0] != state:
+            # A parent can go where all below it can: children come before their parents here.
+            stays: set[int] = set()
+            nodes = list(self.nodes())
+            for node in reversed(nodes):
+                if id(node) in stays or node.pins or self.is_held(node):
+                    stays |= {id(node), id(node.parent)}
+            self._evictable = state, sum(id(node) not in stays for node in nodes)
+        return self._evictable[1]
 
     def is_held(self, node: Node) -> bool:
         """Whether somebody beside this index holds the block of a node."""
@@ -191,6 +191,7 @@ class PrefixIndex:
 
     def pin(self, match: Match, count: int) -> None:
         """Add `count` (or take away -`count`) pins to the nodes of a match."""
+        self._evictable = [], 0
         for node in match.nodes:
             node.pins = max(0, node.pins + count)
 
