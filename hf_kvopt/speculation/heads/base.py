@@ -81,7 +81,7 @@ class HeadBase(PreTrainedModel, Drafter):
         return self.__dict__["_shared"]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_shared"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_shared", "_lm_rows")}
 
     @property
     def target_hidden_size(self) -> int:
