@@ -186,7 +186,7 @@ def speculative(
         draft: a draft head, its folder or repository, an assistant model of the same tokenizer, "prompt_lookup" or
             "lookahead".
         gamma: depth of a draft in tokens; None chooses it from measurements.
-        num_nodes: tokens of a draft tree (batch 1, heads that support trees); None chooses, 0 never drafts one.
+        num_nodes: tokens of a draft tree (batch 1, heads that support trees); None or 0 drafts chains.
         top_k: children of a node that a tree considers.
         acceptance: "lossless", or "typical" for Medusa's rule (arXiv:2401.10774), which is not lossless.
         fallback: decode plainly where speculation is measured to be slower.
@@ -219,7 +219,7 @@ def speculative(
     limit = drafter.max_gamma or _MAX_GAMMA
     if gamma is not None and drafter.max_gamma is not None and gamma > drafter.max_gamma:
         raise ValueError(f"this drafter is at most {drafter.max_gamma} tokens deep: got gamma={gamma}")
-    policy = Policy(gamma, num_nodes, top_k, limit, drafter.can_tree, fallback)
+    policy = Policy(gamma, num_nodes, top_k, limit, drafter.can_tree, fallback, drafter.max_confidence)
     return SpeculativeDecoding(drafter, policy, acceptance == "typical", streamer, tokenizer, stop_strings)
 
 
