@@ -24,6 +24,7 @@ from hf_kvopt.speculation.drafters.assistant import AssistantDrafter
 from hf_kvopt.speculation.drafters.base import Drafter
 from hf_kvopt.speculation.drafters.lookahead import Lookahead
 from hf_kvopt.speculation.drafters.prompt_lookup import PromptLookup
+from hf_kvopt.speculation.drafters.suffix import SuffixLookup
 from hf_kvopt.speculation.heads.auto import DraftHead
 from hf_kvopt.speculation.loop.decode import Speculation
 from hf_kvopt.speculation.loop.output import Output
@@ -35,7 +36,7 @@ from hf_kvopt.speculation.loop.stats import SpeculationStats
 
 logger = logging.getLogger(__name__)
 
-_BY_NAME = {"prompt_lookup": PromptLookup, "lookahead": Lookahead}
+_BY_NAME = {"suffix": SuffixLookup, "prompt_lookup": PromptLookup, "lookahead": Lookahead}
 _ACCEPTANCE = ("lossless", "typical")
 _MAX_GAMMA = 8
 _EMPTIED = (
@@ -183,8 +184,8 @@ def speculative(
     The output is the target's own: greedy tokens are equal, samples have its distribution (arXiv:2211.17192).
 
     Args:
-        draft: a draft head, its folder or repository, an assistant model of the same tokenizer, "prompt_lookup" or
-            "lookahead".
+        draft: a draft head, its folder or repository, an assistant model of the same tokenizer, "suffix",
+            "prompt_lookup" or "lookahead".
         gamma: depth of a draft in tokens; None chooses it from measurements.
         num_nodes: tokens of a draft tree (batch 1, heads that support trees); None or 0 drafts chains.
         top_k: children of a node that a tree considers.
