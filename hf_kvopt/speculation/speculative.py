@@ -30,6 +30,7 @@ from hf_kvopt.speculation.loop.decode import Speculation
 from hf_kvopt.speculation.loop.output import Output
 from hf_kvopt.speculation.loop.policy import Policy
 from hf_kvopt.speculation.loop.prefill import prefill
+from hf_kvopt.speculation.loop.remembered import Remembered
 from hf_kvopt.speculation.loop.requirements import cache_for, require_steady_rope, require_supported
 from hf_kvopt.speculation.loop.scores import NodeScores
 from hf_kvopt.speculation.loop.stats import SpeculationStats
@@ -58,6 +59,7 @@ class SpeculativeDecoding:
         stop_strings: str | list[str] | None,
     ) -> None:
         self.drafter, self.policy, self.is_typical = drafter, policy, is_typical
+        self.remembered = Remembered(policy, drafter)
         self.streamer, self.tokenizer, self.stop_strings = streamer, tokenizer, stop_strings
 
     def bound(
@@ -70,9 +72,11 @@ class SpeculativeDecoding:
         tokenizer, stop_strings = tokenizer or self.tokenizer, stop_strings or self.stop_strings
         if stop_strings is not None and tokenizer is None:
             raise ValueError("stop_strings need the tokenizer: got none; pass tokenizer=")
-        return SpeculativeDecoding(
+        twin = SpeculativeDecoding(
             self.drafter, self.policy, self.is_typical, streamer or self.streamer, tokenizer, stop_strings
         )
+        twin.remembered = self.remembered
+        return twin
 
     @property
     def stats(self) -> SpeculationStats:
@@ -99,6 +103,7 @@ class SpeculativeDecoding:
         compat.check()
         require_supported(model, input_ids, generation_config, model_kwargs)
         self._check(model, input_ids, generation_config)
+        self.remembered.meet(model)
         cache, is_own = cache_for(model, model_kwargs)
         mark = None if is_own else Mark(cache)
         try:
@@ -112,6 +117,7 @@ class SpeculativeDecoding:
             require_steady_rope(model, input_ids, generation_config, kwargs, held, longest)
             output.begin()
             self._run(model, input_ids, output, logits_processor, generation_config, kwargs, is_own)
+            self.remembered.note()
             return output.result(cache)
         except BaseException as error:
             if mark is None:

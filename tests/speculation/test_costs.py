@@ -68,3 +68,13 @@ def test_the_first_measurement_of_a_size_is_dropped_and_old_ones_expire() -> Non
     for _ in range(200):
         times.note(1, 0.002)
     assert 3 not in times.medians()
+
+
+def test_what_was_learned_earlier_does_not_spare_the_first_measurement_from_being_dropped() -> None:
+    times = Times(growth=0.1)
+    times.learn(3, 0.01)
+    assert times.at(3) == 0.01
+    times.note(3, 5.0)
+    assert times.at(3) == 0.01
+    times.note(3, 0.02)
+    assert times.at(3) == pytest.approx(0.015)

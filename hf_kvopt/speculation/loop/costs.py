@@ -164,6 +164,7 @@ class Times:
         self._growth = growth
         self._seconds: dict[int, deque[float]] = defaultdict(_window)
         self._last: dict[int, int] = {}  # number of the last measurement of each size
+        self._met: set[int] = set()  # sizes of which the first measurement was dropped
         self._count = 0
         self._line: Line | None = None
         self._medians: dict[int, float] = {}
@@ -178,10 +179,11 @@ class Times:
     def note(self, size: int, seconds: float) -> None:
         """Add one measurement."""
         self._count += 1
-        is_first, is_old = size not in self._last, not self._is_recent(size)
-        self._last[size] = self._count
-        if is_first:
+        is_old = not self._is_recent(size)
+        if size not in self._met:
+            self._met.add(size)
             return
+        self._last[size] = self._count
         if is_old:
             self._seconds[size].clear()
         self._seconds[size].append(seconds)

@@ -11,6 +11,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -81,6 +82,33 @@ class Policy:
         self.known.rates.begin()
         self.paces.begin(rows_leave)
         self._num_plain, self._probe = 0, _PROBE
+
+    def learned(self) -> dict[str, Any]:
+        """Return times by size and greedy acceptance by depth, as JSON values."""
+        greedy = self._known[None]
+        return {
+            "read_s": sorted(self.read_times.medians().items()),
+            "draft_s": [[batch, sorted(times.medians().items())] for batch, times in greedy.draft_times.items()],
+            "rates": {name: memory.all for name, memory in greedy.rates.memories.items()},
+        }
+
+    def learn(self, kept: dict[str, Any]) -> None:
+        """Take in what another policy learned; nothing of it if any part is not such a value.
+
+        Raises:
+            ValueError, TypeError, KeyError: `kept` is not what `learned` returns.
+        """
+        reads = _times(kept["read_s"])
+        drafts = [(int(batch), _times(times)) for batch, times in kept["draft_s"]]
+        rates = {name: _counts(kept["rates"][name]) for name in self.known.rates.memories}
+        greedy = self._known[None]
+        for size, seconds in reads:
+            self.read_times.learn(size, seconds)
+        for batch, times in drafts:
+            for depth, seconds in times:
+                greedy.draft_times[batch].learn(depth, seconds)
+        for name, memory in greedy.rates.memories.items():
+            memory.all = rates[name]
 
     def plan(self, rows: Sequence[int], remaining: int) -> Plan:
         """Return the plan for `rows`, numbered as in the call, which take at most `remaining` more tokens."""
@@ -185,6 +213,22 @@ class Policy:
             max(rates[depth] for depth in self.depths),
             rates[0],
         )
+
+
+def _times(kept: Any) -> list[tuple[int, float]]:
+    """Return (size, seconds) pairs as they were kept."""
+    times = [(int(size), float(seconds)) for size, seconds in kept]
+    if not all(size >= 0 and 0 < seconds < 3600 for size, seconds in times):
+        raise ValueError("times must be seconds above 0 by size")
+    return times
+
+
+def _counts(kept: Any) -> list[list[float]]:
+    """Return [times, tries] of each depth as they were kept."""
+    counts = [[float(times), float(tries)] for times, tries in kept]
+    if not all(0 <= times <= tries < 1e9 for times, tries in counts):
+        raise ValueError("counts must be [times, tries] by depth")
+    return counts
 
 
 def of_first_rank(model: PreTrainedModel, plan: Plan) -> Plan:
