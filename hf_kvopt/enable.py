@@ -98,8 +98,8 @@ def enable(
             of the cache's format with the options `max_tokens`, `block_size`, `skip_layers` and `layer_formats` (see
             `prefix_store(model)`), a store of this model is used as it is. Weights, adapters and hooks may change
             between calls; what changes unseen (see `PrefixStore`) needs `prefix_store(model).clear()`.
-        draft: speculate in every `generate` call: a draft head, its folder, an assistant model, "prompt_lookup",
-            "lookahead", or what `speculative(...)` made, with its settings and `stats`.
+        draft: speculate in every `generate` call: a draft head, its folder, an assistant model, "suffix",
+            "prompt_lookup", "lookahead", or what `speculative(...)` made, with its settings and `stats`.
         batching: let `model.generate_batch(...)`, and whatever else asks the model for a manager of continuous batching
             (TRL, transformers' server), use a `Batcher` with this cache, and the options `max_tokens`, `block_size`,
             `skip_layers` and `layer_formats`; or with the settings of a `BatchConfig`.

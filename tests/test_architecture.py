@@ -40,7 +40,7 @@ ALLOWED = {
     "eviction": ("eviction", "config"),
     "kernels": ("kernels", "quant"),
     "quant": ("quant",),
-    "speculation": ("speculation", "attention", "cache", "prefix", "kernels.cpu.draft", "ranks", "config", "compat"),
+    "speculation": ("speculation", "attention", "cache", "prefix", "kernels.cpu.draft", "ranks", "config", "packaged", "compat"),
     "plan": ("plan", "quant", "config", "compat", "prefix.identity"),
     "presets": ("plan",),
     "compat": ("compat",),

@@ -13,7 +13,7 @@ from tests.helpers import KINDS, eager_tokens, generate, prompt, tiny_model
 from tests.speculation.drafters import Forest, noisy
 
 LENGTHS = {"batch 1": (9,), "batch 3, padded": (9, 6, 14), "batch 8, padded": (9, 6, 14, 3, 30, 21, 1, 17)}
-DRAFTS = ("assistant", "prompt_lookup", "lookahead")
+DRAFTS = ("assistant", "suffix", "prompt_lookup", "lookahead")
 EOS = [11, 12, 13, 14, 15, 16, 20, 30, 40]
 NEW = 24
 
