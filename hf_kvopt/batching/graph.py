@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 class Places(NamedTuple):
-    """Where the rows of one table lie; all at addresses that stay."""
+    """Holds where the rows of one table lie; all at addresses that stay."""
 
     block_table: Tensor  # [rows, blocks] int32
     seq_lens: Tensor  # [rows] int32
@@ -47,7 +47,7 @@ class Places(NamedTuple):
 
 
 class StepCache(DynamicCache):
-    """What the model takes for its cache: writes each layer's token to its slot, and hands out the rows.
+    """Stands for the cache that the model takes: writes each layer's token to its slot, and hands out the rows.
 
     Args:
         layers: of the rows' cache.

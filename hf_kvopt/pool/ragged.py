@@ -11,7 +11,6 @@ def join(table: BlockTable, other: BlockTable) -> None:
     table._drop_retired()
     tail.join(table, other)
     clock = max(table.clock, other.clock)
-    tail.join(table, other)
     table.lags = [lag + clock - each.clock for each in (table, other) for lag in each.lags]
     table.rows += [list(row) for row in other.rows]
     other.rows.clear()

@@ -1,4 +1,4 @@
-"""What a head is trained on: rows of tokens, hidden states of the target, and its most likely next tokens.
+"""Features that a head is trained on: rows of tokens, hidden states of the target, and its most likely next tokens.
 
 `look` makes it from rows of text. `FeatureStore` keeps it in files, so that the target runs once over each row however
 often the head is trained on it.

@@ -1,4 +1,4 @@
-"""What a training run shows: a bar with tokens a second and accepted length; plain lines where there is no terminal."""
+"""Screen of a training run: a bar with tokens a second and accepted length; plain lines where there is no terminal."""
 
 import sys
 import time
