@@ -1,4 +1,4 @@
-"""Memory of what a policy learned, kept for later processes: one small file for each model, machine and kind of drafter.
+"""Memory of what a policy learned, for later processes: one small file for each model, machine and kind of drafter.
 
     <home>/speculation/<hash of all that it depends on>.json      home: $HF_KVOPT_HOME, or ~/.cache/hf_kvopt
 
