@@ -53,6 +53,15 @@ def test_tokens_are_those_of_each_prompt_alone(kind: str, format: str, pressure:
     assert not counters["graph_break"]
 
 
+@pytest.mark.parametrize("format", ["paged", "int8"])
+@pytest.mark.parametrize("kind", ["full", "sliding", "mixed"])
+def test_the_step_is_right_before_it_is_compiled(kind: str, format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda forward, **_: forward)
+    with Batcher(model_of(kind), format, compile=True, **TIGHT["three rows"]) as batcher:
+        assert [request.result(60) for request in submit_all(batcher)] == expected(kind, format)
+        assert batcher._worker.runtime.engine.graph.buckets
+
+
 @pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "qwen3_moe", "deepseek_v3"])
 def test_models_are_compiled_with_equal_tokens(name: str) -> None:
     """Soft caps beside windows, sinks, experts; latent attention stays eager."""
