@@ -176,6 +176,7 @@ class Engine:
     def _forward(self, plan: StepPlan) -> Outputs:
         """Logits of each decoding row and its draft, then of each prompt that is read to its end."""
         fed, places, num_fed = [], [], 0  # type: list[Fed], list[int], int
+        started = time.monotonic()
         decoded = None if self.graph is None or any(plan.drafts) else self._decode()
         if self.rows.jobs and decoded is None:
             tokens = [[job.text[-1], *draft] for job, draft in zip(self.rows.jobs, plan.drafts, strict=True)]
@@ -190,12 +191,12 @@ class Engine:
             num_fed += number
             if number == job.num_missing:
                 places.append(num_fed - 1)
-        started = time.monotonic()
         outputs = self.reader.read(fed, places) if fed else Outputs(torch.empty(0), None)
         if decoded is not None:
             outputs = Outputs(torch.cat([decoded, outputs.logits]) if len(outputs.logits) else decoded, None)
         if self.drafts is not None:
-            self.drafts.note_step(num_fed, time.monotonic() - started)
+            num_decoded = 0 if decoded is None else len(decoded)
+            self.drafts.note_step(num_fed + num_decoded, time.monotonic() - started)
         return outputs
 
     def _decode(self) -> Tensor | None:

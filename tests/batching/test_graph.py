@@ -9,6 +9,7 @@ from transformers.generation import CompileConfig
 
 from hf_kvopt import Batcher
 from hf_kvopt.batching import graph
+from hf_kvopt.batching.drafts import Drafts
 from hf_kvopt.batching.request import Request
 from hf_kvopt.batching.rules import rules_for
 from hf_kvopt.batching.settings import BatchConfig, Runtime
@@ -52,6 +53,15 @@ def test_tokens_are_those_of_each_prompt_alone(kind: str, format: str, pressure:
     assert not counters["graph_break"]
 
 
+@pytest.mark.parametrize("format", ["paged", "int8"])
+@pytest.mark.parametrize("kind", ["full", "sliding", "mixed"])
+def test_the_step_is_right_before_it_is_compiled(kind: str, format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda forward, **_: forward)
+    with Batcher(model_of(kind), format, compile=True, **TIGHT["three rows"]) as batcher:
+        assert [request.result(60) for request in submit_all(batcher)] == expected(kind, format)
+        assert batcher._worker.runtime.engine.graph.buckets
+
+
 @pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "qwen3_moe", "deepseek_v3"])
 def test_models_are_compiled_with_equal_tokens(name: str) -> None:
     """Soft caps beside windows, sinks, experts; latent attention stays eager."""
@@ -72,9 +82,13 @@ def test_tokens_are_equal_by_torchs_operations_too(monkeypatch: pytest.MonkeyPat
         assert batcher._worker.runtime.engine.graph.buckets
 
 
-def test_drafts_stay_eager_and_equal() -> None:
+def test_drafts_stay_eager_and_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    monkeypatch.setattr(Drafts, "note_step", lambda _, num_tokens, seconds: sizes.append(num_tokens))
     with Batcher(model_of("full"), max_rows=3, compile=EAGER, draft="prompt_lookup") as batcher:
         assert [request.result(300) for request in submit_all(batcher)] == expected("full", "paged")
+        assert sum(sizes) == batcher.stats.computed_tokens, "what a step reads is counted, compiled or not"
+        assert batcher._worker.runtime.engine.graph.buckets
 
 
 def test_no_more_graphs_are_made_than_torch_takes(monkeypatch: pytest.MonkeyPatch) -> None:
