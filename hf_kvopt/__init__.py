@@ -26,6 +26,7 @@ from hf_kvopt.errors import CacheStateError, KVOptError, OutOfBlocks, Unsupporte
 from hf_kvopt.eviction.policy import EvictionPolicy
 from hf_kvopt.eviction.recent import SinkRecent, SinkRecentPeriodic
 from hf_kvopt.eviction.scores import TOVA, Knorm, PromptPolicy, SnapKV
+from hf_kvopt.offline.completer import Completer
 from hf_kvopt.overrides.sharing import prefix_store
 from hf_kvopt.packaged import model_source, packaged_texts
 from hf_kvopt.prefix.cache import PrefixSharedCache
@@ -49,6 +50,7 @@ __all__ = [
     "CacheStateError",
     "CacheStats",
     "Calibration",
+    "Completer",
     "DraftHead",
     "Enabled",
     "EvictionPolicy",

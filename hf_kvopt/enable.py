@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from hf_kvopt import compat
 from hf_kvopt.batching.settings import BatchConfig
 from hf_kvopt.cache.bounded import require_alone
+from hf_kvopt.cache.divided import require_followed
 from hf_kvopt.cache.paged import PagedCache
 from hf_kvopt.cache.quantized import QuantizedPagedCache, option_names
 from hf_kvopt.calibration import choose, warn_of_loss
@@ -23,7 +24,6 @@ from hf_kvopt.errors import UnsupportedModel, nearest
 from hf_kvopt.overrides.attention import reset_attention, set_attention, takes_attention
 from hf_kvopt.overrides.batching import ManagerMaker, batch_config_of, drop_manager
 from hf_kvopt.overrides.cache_maker import CACHES, KV_NAMES, LAYER_OPTIONS, CacheMaker, make_cache
-from hf_kvopt.overrides.divided import require_followed
 from hf_kvopt.overrides.inputs import CheckedPrefill, PreparedInputs
 from hf_kvopt.overrides.instance import InstanceOverride
 from hf_kvopt.overrides.sharing import Sharing, install
@@ -119,6 +119,7 @@ def enable(
         Enabled(cache='int8', attention=True, prefix_sharing=True, draft=None)
         >>> model = disable(model)
     """
+    wrapped, model = model, compat.unwrapped(model)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"enable takes a transformers model: got {type(model).__name__}; unwrap it first, e.g. pipe.model"
@@ -132,14 +133,14 @@ def enable(
         given = {"prefix_sharing": prefix_sharing, "draft": draft}
         settings = chosen.options | {name: value for name, value in given.items() if value} | cache_options
         print(chosen.said)
-        return enable(model, chosen.cache, attention=attention, **settings)
+        return enable(wrapped, chosen.cache, attention=attention, **settings)
     if max_loss is not None and cache != AUTO:
         raise TypeError(f"max_loss is for cache={AUTO!r}, which chooses by it: got cache={cache!r}; drop one")
     if cache == AUTO:
         found = choose(model, max_loss)
         print(found.said)
         settings = {"prefix_sharing": prefix_sharing, "draft": draft, **found.options, **cache_options}
-        return enable(model, found.cache, attention=attention, **settings)
+        return enable(wrapped, found.cache, attention=attention, **settings)
     if cache is not None and cache not in CACHES:
         known = [*CACHES, *PRESETS, AUTO]
         raise ValueError(
@@ -187,16 +188,17 @@ def enable(
         model.__dict__[compat.MAKE_MANAGER] = ManagerMaker(model, batch_config)
     state = Enabled(cache, attention, sharing is not None, _name_of(draft), cache_options, previous)
     setattr(model, _STATE, state)
-    return model
+    return wrapped
 
 
 def enabled(model: PreTrainedModel) -> Enabled | None:
     """Return what `enable` set on `model`; None where it is not enabled."""
-    return getattr(model, _STATE, None)
+    return getattr(compat.unwrapped(model), _STATE, None)
 
 
 def disable(model: PreTrainedModel) -> PreTrainedModel:
     """Put back what `enable` changed; a no-op on a model that is not enabled."""
+    wrapped, model = model, compat.unwrapped(model)
     if hasattr(model, _STATE):
         previous = getattr(model, _STATE).previous_attention
         delattr(model, _STATE)
@@ -205,7 +207,7 @@ def disable(model: PreTrainedModel) -> PreTrainedModel:
                 del model.__dict__[name]
         drop_manager(model)
         reset_attention(model, previous)
-    return model
+    return wrapped
 
 
 def _require_unreplaced(model: PreTrainedModel, extra: str | None) -> None:

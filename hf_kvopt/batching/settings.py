@@ -7,10 +7,12 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from hf_kvopt import compat
 from hf_kvopt.attention.register import ATTENTION_NAME
 from hf_kvopt.batching.engine import Engine
 from hf_kvopt.batching.probe import require_equal
 from hf_kvopt.batching.requirements import as_prompt, num_positions, require_packable
+from hf_kvopt.cache.divided import require_followed
 from hf_kvopt.config import CacheConfig
 from hf_kvopt.errors import nearest
 from hf_kvopt.overrides import latents
@@ -70,7 +72,9 @@ class Runtime:
     """
 
     def __init__(self, model: PreTrainedModel, config: BatchConfig) -> None:
+        model = compat.unwrapped(model)
         require_packable(model)
+        require_followed(model)
         if model.training:
             raise ValueError("a batcher takes a model in evaluation mode: got one in training mode; call model.eval()")
         self.model, self.config = model, config
