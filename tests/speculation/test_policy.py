@@ -5,8 +5,9 @@ import logging
 import pytest
 import torch
 
-from hf_kvopt import speculative
+from hf_kvopt import PagedCache, speculative
 from hf_kvopt.speculation.drafters.base import Plan
+from hf_kvopt.speculation.loop import decode
 from hf_kvopt.speculation.loop.costs import Times
 from hf_kvopt.speculation.loop.policy import NOTHING, Policy
 from tests.helpers import eager_tokens, generate, prompt, tiny_model
@@ -234,3 +235,32 @@ def test_what_was_measured_is_not_extrapolated_to_nothing() -> None:
     for _ in range(2):
         times.note(1, 2e-3)
     assert times.at(1) == 2e-3
+
+
+@pytest.mark.parametrize("kind", ["full", "sliding"])
+def test_plain_steps_do_nothing_for_the_drafter(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = eager_tokens(kind, 9, 6, max_new_tokens=40)
+    spec = speculative("lookahead")
+    made: list[str] = []
+    begin, pack, keep = spec.policy.begin, decode.packed, PagedCache.keep_paths
+
+    def begin_idle(*settings: object) -> None:
+        begin(*settings)  # type: ignore[arg-type]
+        spec.policy._num_plain, spec.policy._probe = 1, 10**6
+
+    def packed(*args: object) -> object:
+        made.append("read")
+        return pack(*args)  # type: ignore[arg-type]
+
+    def keep_paths(*args: object) -> None:
+        made.append("keep")
+        keep(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(spec.policy, "begin", begin_idle)
+    monkeypatch.setattr(decode, "packed", packed)
+    monkeypatch.setattr(PagedCache, "keep_paths", keep_paths)
+    got = generate(tiny_model(kind), prompt(9, 6), custom_generate=spec, max_new_tokens=40)
+    assert torch.equal(got, wanted)
+    assert spec.stats.steps == 0
+    # What lies behind a window is dropped after each step.
+    assert made == ([] if kind == "full" else ["keep"] * 39)
