@@ -24,6 +24,8 @@ def save_plot(path: Path, model: str, settings: dict[str, Any], report: MemoryRe
     plain = settings | {"device": None, "budget": None, "weights": False, "prompt": None, "max_tokens": None}
     formats = dict.fromkeys((*_FORMATS, report.format)) if report.cache == "paged" else (report.format,)
     for name in formats:
+        if name != report.format and not _is_taken(model, plain | {"format": name}):
+            continue
         sizes = [memory(model, **plain | {"context": n, "format": name}).total_bytes / 1e9 + weights for n in contexts]
         axes.plot(contexts, sizes, label=name, linewidth=2.5 if name == report.format else 1.2)
     if weights:
@@ -48,6 +50,15 @@ def save_plot(path: Path, model: str, settings: dict[str, Any], report: MemoryRe
         figure.savefig(path, dpi=130)
     except (OSError, ValueError) as error:
         raise BadInput(f"cannot write the plot to {str(path)!r}: {error}; for example --plot memory.png") from error
+
+
+def _is_taken(model: str, settings: dict[str, Any]) -> bool:
+    """Return whether the model's cache can be stored so: latents and fixed capacity refuse some formats."""
+    try:
+        memory(model, **settings | {"context": 1})
+    except BadInput:
+        return False
+    return True
 
 
 def _matplotlib() -> Any:

@@ -31,6 +31,8 @@ def test_every_line_of_a_memory_page_is_so(
     path = tmp_path / "config.json"
     path.write_text(json.dumps(PUBLISHED[name]))
     for question in QUESTIONS:
+        if "kv_lora_rank" in PUBLISHED[name] and question.get("format") == "k8v4":
+            question = question | {"format": "int8/int4"}  # latents have no blocks to seal
         words = ["memory", str(path), "--device", device]
         for option, value in question.items():
             words += ["--" + option.replace("_", "-"), str(value)]

@@ -13,9 +13,15 @@ from hf_kvopt.plan.options import Option
 from hf_kvopt.plan.planner import Weighed
 from hf_kvopt.plan.steps import MEMORY_SHARE, MOST_SPEEDUP
 from hf_kvopt.plan.weights import Weights, count_weights
+from hf_kvopt.quant import KV_FORMATS
 from tests.plan.pages import Rule, near, number, same_bytes, same_seconds, same_versus, seconds, size_of
 
 LOSS = 0.05  # share of a request that a lossy format must save
+
+
+def is_sealed(format: str) -> bool:
+    """Return whether a format seals whole blocks, of 64 tokens."""
+    return KV_FORMATS[format].sealed is not None
 
 
 class Facts:
@@ -54,7 +60,8 @@ class Facts:
         return self._memory(format, is_compiled).reserved_bytes
 
     def _memory(self, format: str, is_compiled: bool) -> MemoryReport:
-        made, size = self.made, 16 if self.made.context < 16384 else 64
+        made = self.made
+        size = 16 if made.context < 16384 and not is_sealed(format) else 64
         return memory(
             copy.deepcopy(self.fields),
             context=made.context,
@@ -156,7 +163,8 @@ def cache_rules(f: Facts) -> list[Rule]:
 
     def store(count: str, size: str) -> bool:
         batches = {"one batch": 1}.get(count) or int(count.split()[0])
-        row = -(-f.made.context // 16) * 16 + 16
+        size_of_block = f.made.block_size
+        row = -(-f.made.context // size_of_block) * size_of_block + size_of_block
         return p.max_tokens == batches * f.made.batch * row and same_bytes(size, p.most_kv_bytes)
 
     def alone(versus: str, why: str) -> bool:
@@ -274,6 +282,10 @@ def format_rules(f: Facts) -> list[Rule]:
             small_saving,
         ),
         *(Rule(f"not {{word}}: {{gib}} of KV{kind} do not fit beside the weights", misfit) for kind in kinds),
+        Rule(
+            "not {word}: seals whole blocks, which a cache of fixed addresses does not have",
+            lambda name: best.is_compiled and is_sealed(name),
+        ),
         Rule("not fp8_e4m3: the bytes of int8, with more loss", lambda: is_fast8(f.device)),
         Rule(
             "not fp8_e4m3: needs compute capability {num}, {any} has {num}",
@@ -298,6 +310,10 @@ def block_rules(f: Facts) -> list[Rule]:
 
     return [
         Rule("block size: {num}", lambda n: int(n) == made.block_size and f"block_size={n}" in "\n".join(made.code)),
+        Rule(
+            "because {word} seals whole blocks of {num}",
+            lambda name, n: name == f.best.format and is_sealed(name) and int(n) == made.block_size == 64,
+        ),
         Rule("because prefixes are shared in steps of a block", lambda: f.best.shares_prefix and made.block_size == 16),
         Rule("because rows of {num} tokens have {num} blocks of {num}: a short table", rows),
         Rule(
@@ -437,6 +453,10 @@ def compile_rules(f: Facts) -> list[Rule]:
         Rule(
             "because generate() does not compile weights of this quantization",
             lambda: "quantization_config" in f.fields,
+        ),
+        Rule(
+            "because {word} seals whole blocks, which a cache of fixed addresses does not have",
+            lambda name: name == best.format and is_sealed(name),
         ),
         Rule("because a graph over several devices was never tried", lambda: f.made.num_devices > 1),
         *(

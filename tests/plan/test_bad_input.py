@@ -94,7 +94,7 @@ def test_a_bad_setting_is_refused_by_its_name(options: dict[str, Any], said: str
 
 
 def test_a_head_that_cannot_be_packed_names_the_way_out() -> None:
-    with pytest.raises(BadInput, match="head_dim must be a multiple of 2 for int4: got 15; use int8"):
+    with pytest.raises(BadInput, match="head_dim must be a multiple of 2 for codes of 4 bits: got 15; use int8"):
         memory({"model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 30}, format="int4", weights=False)
 
 

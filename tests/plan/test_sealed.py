@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import DeepseekV3Config
+from transformers import DeepseekV3Config, LlamaConfig
 
 from hf_kvopt import CACHE_KEYWORD, QuantizedPagedCache
 from hf_kvopt.plan.inputs import BadInput
@@ -56,3 +56,12 @@ def test_latents_are_refused_alike_by_the_cache_and_by_arithmetic():
     ):
         with pytest.raises(ValueError, match="latent attention stores each token by itself: got format 'int4'"):
             make()
+
+
+@pytest.mark.parametrize(("name", "share"), [("k8v4", 0.41), ("int4", 0.30), ("k4v2", 0.24), ("int3", 0.22)])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_bytes_of_a_long_text_keep_their_share_of_bfloat16_with_all_that_is_exact(name, share, head_dim):
+    config = LlamaConfig(num_hidden_layers=2, num_key_value_heads=3, num_attention_heads=9, hidden_size=9 * head_dim)
+    question = {"context": "32k", "dtype": "bfloat16", "weights": False}
+    native, own = (memory(config, format=form, **question).used_bytes for form in ("native", name))
+    assert own <= share * native
