@@ -25,7 +25,7 @@ RANGES = {
     4: (1.0, 0.94, 0.88, 0.8, 0.72),
     8: (1.0,),
 }
-_LIMIT = 60_000.0
+LIMIT = 60_000.0
 
 
 class SealedBlocks(NamedTuple):
@@ -43,7 +43,7 @@ def seal(
     """Return the stored form of n full blocks, each from its own tokens alone."""
     x = states.float().contiguous()
     x = hadamard(x) if codec.rotates else x
-    is_sound = (x.abs() <= _LIMIT).all(dim=-1, keepdim=True)  # [n, heads, block_size, 1]; False for NaN
+    is_sound = (x.abs() <= LIMIT).all(dim=-1, keepdim=True)  # [n, heads, block_size, 1]; False for NaN
     x = torch.where(is_sound, x, 0.0)
     mean = None
     if codec.centred:
