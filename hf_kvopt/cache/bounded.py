@@ -9,11 +9,10 @@ from hf_kvopt.cache.hybrid import HybridLayer
 from hf_kvopt.config import CacheConfig
 from hf_kvopt.errors import CacheStateError, UnsupportedModel
 from hf_kvopt.eviction.policy import EvictionPolicy
-from hf_kvopt.quant import FormatPolicy
 
 
-def checked_policy(policy: object, config: CacheConfig, formats: FormatPolicy) -> EvictionPolicy | None:
-    """Return `policy`, which may be None, where a cache of `config` and `formats` can give blocks back as it says.
+def checked_policy(policy: object, config: CacheConfig) -> EvictionPolicy | None:
+    """Return `policy`, which may be None, where a cache of `config` can give blocks back as it says.
 
     Raises:
         TypeError: something else than a policy.
@@ -30,7 +29,6 @@ def checked_policy(policy: object, config: CacheConfig, formats: FormatPolicy) -
             f"a cache of fixed capacity gives no block back: got compileable=True and policy={policy}; drop one"
         )
     policy.check(config.block_size)
-    formats.require_unsealed("a cache with a policy that evicts")
     return policy
 
 

@@ -90,7 +90,7 @@ class PagedCache(WatchedCache):
         if compileable:
             formats.require_unsealed(FIXED_CAPACITY)
         self.formats = formats
-        self.policy = checked_policy(policy, self.cache_config, formats)
+        self.policy = checked_policy(policy, self.cache_config)
         self._rows = self._make_rows()
         self.owner: weakref.ref[object] | None = None  # the enabled model that it was handed to
         self.epoch = 0  # counts how often it was emptied

@@ -36,11 +36,11 @@ class TableMaker(NamedTuple):
     def __call__(self, window: int | None) -> BlockTable:
         """Make the table of all layers with this window, or none."""
         allocator = BlockAllocator(self.config.max_blocks, block_size=self.config.block_size)
+        if self.formats.seals(window is not None):
+            allocator.tails = Tails()
         if self.policy is not None and window is None:
             kind = ScoredTable if self.policy.scores_prompts else EvictingTable
             return kind(allocator, self.config.block_size, self.policy)
-        if self.formats.seals(window is not None):
-            allocator.tails = Tails()
         return BlockTable(allocator, self.config.block_size, window)
 
 

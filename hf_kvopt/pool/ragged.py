@@ -1,5 +1,6 @@
 """Operations on tables whose rows come and go one by one: join rows, give back what single rows need no more."""
 
+from hf_kvopt.pool import tail
 from hf_kvopt.pool.block_table import BlockTable
 
 
@@ -9,6 +10,7 @@ def join(table: BlockTable, other: BlockTable) -> None:
     assert table.base == other.base == 0
     table._drop_retired()
     clock = max(table.clock, other.clock)
+    tail.join(table, other)
     table.lags = [lag + clock - each.clock for each in (table, other) for lag in each.lags]
     table.rows += [list(row) for row in other.rows]
     other.rows.clear()

@@ -25,7 +25,7 @@ RANGES = {
     4: (1.0, 0.94, 0.88, 0.8, 0.72),
     8: (1.0,),
 }
-LIMIT = 60_000.0
+LIMIT = 60_000.0  # of a channel that is no more than a number
 
 
 class SealedBlocks(NamedTuple):

@@ -87,7 +87,7 @@ def _over_sealed(q: Tensor, k: SealedView, v: SealedView, pattern: Pattern) -> T
         pattern = _by_token(k, lags, pattern)
     is_few = q_len * (q.shape[1] // k.spec.shape[1]) <= _DECODE_ROWS and q_len <= FEW_BLOCKS * size
     k_forms, v_forms = (_both_forms(x, with_new=not is_few) for x in (k, v))
-    kv = SealedKV(k_forms, v_forms, block_table, table.exact_table(q.device), seq_lens, table.base // size, nodes)
+    kv = SealedKV(k_forms, v_forms, block_table, table.exact_table(q.device), seq_lens, table.first_block, nodes)
     return sealed_attention(q, kv, pattern, few=is_few).out
 
 

@@ -66,10 +66,10 @@ def test_every_length_of_a_block_is_attended_to_as_stored(name, heads):
     ("name", "options", "fixed"),
     [
         ("int8", {}, False),
-        ("int4", {}, False),
-        ("int4", {}, True),
-        ("int4", {"softcap": 4.0}, False),
-        ("int4", {"s_aux": torch.tensor([0.5, -1.0, 2.0, 0.0])}, False),
+        ("int4/int4", {}, False),
+        ("int4/int4", {}, True),
+        ("int4/int4", {"softcap": 4.0}, False),
+        ("int4/int4", {"s_aux": torch.tensor([0.5, -1.0, 2.0, 0.0])}, False),
     ],
     ids=["int8", "int4", "int4 of fixed capacity", "int4 capped", "int4 with sinks"],
 )
