@@ -83,19 +83,19 @@ _SEALED = {
     "interpret": (_INTERPRET,) * 6,
     "sm80": (
         Config(16, 64, 4, 3), Config(16, 32, 4, 3), Config(16, 16, 4, 2),
-        Config(64, 32, 8, 2), Config(16, 32, 4, 2), Config(16, 16, 4, 1),
+        Config(64, 16, 8, 1), Config(16, 16, 4, 2), Config(16, 16, 4, 1),
     ),
     "sm90": (
-        Config(16, 64, 4, 5), Config(16, 32, 4, 5), Config(16, 16, 4, 2),
-        Config(64, 32, 4, 2), Config(64, 16, 8, 2), Config(16, 16, 4, 1),
+        Config(16, 64, 4, 3), Config(16, 32, 4, 3), Config(16, 16, 4, 2),
+        Config(64, 16, 8, 2), Config(16, 16, 4, 2), Config(16, 16, 4, 1),
     ),
     "sm100": (
-        Config(16, 64, 4, 5), Config(16, 32, 4, 5), Config(16, 16, 4, 2),
-        Config(64, 32, 4, 2), Config(64, 16, 8, 2), Config(16, 16, 4, 1),
+        Config(16, 64, 4, 3), Config(16, 32, 4, 3), Config(16, 16, 4, 2),
+        Config(64, 16, 8, 2), Config(16, 16, 4, 2), Config(16, 16, 4, 1),
     ),
     "cdna3": (
         Config(16, 64, 4, 1), Config(16, 32, 4, 1), Config(16, 16, 4, 1),
-        Config(64, 32, 4, 1), Config(64, 16, 8, 1), Config(16, 16, 4, 1),
+        Config(64, 16, 8, 1), Config(16, 16, 4, 1), Config(16, 16, 4, 1),
     ),
 }  # fmt: skip
 
@@ -107,6 +107,7 @@ def sealed_config(
     num_rows: int,  # query heads of a group x q_len
     has_mask: bool,
     few: bool,  # whether the keys are split over programs
+    has_groups: bool,  # whether channels of a value have several s
     target: Target,
 ) -> Config:
     """Return the configuration of one KV head's work over sealed blocks."""
@@ -114,6 +115,7 @@ def sealed_config(
     config = _SEALED[target.family][column + 3 * (not few)]
     if not few:
         config = _fit(config, num_rows, has_mask)
+        config = config._replace(num_stages=1) if has_groups else config
     elif has_mask:
         config = config._replace(block_n=max(16, config.block_n // 2))
     return config._replace(block_n=min(config.block_n, block_size))

@@ -88,7 +88,14 @@ def sealed_attention(
     batch, num_heads, q_len, k_dim = q.shape
     num_rows = q_len * num_heads // kv.num_kv_heads
     config = config or sealed_config(
-        max(k_dim, kv.v.dim), q.dtype, kv.block_size, num_rows, pattern.has_mask, few, target
+        max(k_dim, kv.v.dim),
+        q.dtype,
+        kv.block_size,
+        num_rows,
+        pattern.has_mask,
+        few,
+        kv.v.codec.num_groups(kv.v.dim) > 1,
+        target,
     )
     if num_splits is None:
         row_tiles = cdiv(num_rows, config.block_m)
