@@ -11,10 +11,14 @@ from torch import Tensor
 from hf_kvopt.kernels.packed import Packed
 from hf_kvopt.kernels.paged_kv import PagedKV
 from hf_kvopt.kernels.pattern import Pattern
+from hf_kvopt.kernels.sealed_kv import BothForms, Full, SealedKV
 from hf_kvopt.kernels.triton import flash_prefill, merge_state, paged_decode, paged_prefill, store_kv
-from hf_kvopt.kernels.triton.configs import decode_config, flash_prefill_config, paged_prefill_config
+from hf_kvopt.kernels.triton.configs import decode_config, flash_prefill_config, paged_prefill_config, sealed_config
 from hf_kvopt.kernels.triton.launch import Config, Launch, Target, cdiv
+from hf_kvopt.kernels.triton.seal_blocks import plan_seal_blocks
+from hf_kvopt.kernels.triton.sealed_attention import plan_sealed
 from hf_kvopt.quant import get_format
+from hf_kvopt.quant.sealed_formats import SEALED, BlockCodec
 
 NUM_KV_HEADS = 8
 _HEAVIEST = ("everything", "additive")
@@ -24,7 +28,8 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 class Case(NamedTuple):
     """One launch to compile; hashable, so that sweeps can be joined without repeats."""
 
-    op: str  # store_kv, paged_decode, paged_prefill, flash_prefill, merge_state
+    # store_kv, paged_decode, paged_prefill, flash_prefill, merge_state, sealed_decode, sealed_prefill, seal_blocks
+    op: str
     k_dim: int = 128
     v_dim: int = 128
     dtype: torch.dtype = BF16
@@ -95,6 +100,8 @@ def launches_of(case: Case, target: Target) -> list[Launch]:
         is_plain = pattern.is_plain and packed is None
         config = case.config or flash_prefill_config(widest, case.dtype, case.q_len, is_plain, pattern.has_mask, target)
         return [flash_prefill.plan_flash_prefill(q, k, v, pattern, packed, out, lse, target, config)]
+    if case.op in ("sealed_decode", "sealed_prefill", "seal_blocks"):
+        return _sealed_launches(case, q, out, lse, target)
     formats = (get_format(case.k_format), get_format(case.v_format))
     shape = (1000, case.block_size, NUM_KV_HEADS)
     k_pool, v_pool = (
@@ -118,6 +125,39 @@ def launches_of(case: Case, target: Target) -> list[Launch]:
     num_splits = paged_decode.choose_splits(batch, NUM_KV_HEADS, row_tiles, kv.capacity, config.block_n, target)
     # The merge that follows is a case of its own.
     return paged_decode.plan_paged_decode(q, kv, pattern, out, lse, None, target, config, num_splits)[:1]
+
+
+def _sealed_launches(case: Case, q: Tensor, out: Tensor, lse: Tensor, target: Target) -> list[Launch]:
+    """Return the launch of a case over sealed blocks, whose format has one name for keys and values."""
+    batch, num_heads, q_len, _ = q.shape
+    few = case.op == "sealed_decode"
+    codecs = SEALED[case.k_format]
+    dims = (case.k_dim, case.v_dim)
+    k, v = (_both_forms(case, c, d, not few) for c, d in zip(codecs.planes, dims, strict=True))
+    if case.op == "seal_blocks":
+        return [plan_seal_blocks(k, v, Full(*(meta(batch, dtype=torch.int64) for _ in Full._fields)))]
+    table, lens = meta(batch, 512, dtype=torch.int32), meta(batch, dtype=torch.int32)
+    kv = SealedKV(k, v, table, table, lens)
+    pattern = pattern_of(case.pattern, batch, num_heads, q_len, kv.capacity)
+    num_rows, has_groups = q_len * case.group, codecs.v.num_groups(case.v_dim) > 1
+    config = case.config or sealed_config(
+        max(dims), case.dtype, case.block_size, num_rows, pattern.has_mask, few, has_groups, target
+    )
+    row_tiles = cdiv(num_rows, config.block_m)
+    num_splits = paged_decode.choose_splits(batch, NUM_KV_HEADS, row_tiles, kv.capacity, config.block_n, target)
+    return plan_sealed(q, kv, pattern, out, lse, target, config, num_splits if few else 1)[:1]
+
+
+def _both_forms(case: Case, codec: BlockCodec, dim: int, with_new: bool) -> BothForms:
+    slots = (case.block_size, NUM_KV_HEADS)
+    return BothForms(
+        meta(1000, *slots, codec.width(dim), dtype=torch.uint8),
+        meta(1000, *slots, codec.num_groups(dim), dtype=FP16),
+        meta(1000, NUM_KV_HEADS, dim, dtype=FP16) if codec.centred else None,
+        meta(50, *slots, dim, dtype=case.dtype),
+        codec,
+        meta(8, case.q_len, NUM_KV_HEADS, dim, dtype=case.dtype).transpose(1, 2) if with_new else None,
+    )
 
 
 def sweep(card_has_e4m3: bool, full: bool) -> list[Case]:

@@ -1,7 +1,7 @@
 """Reading: the ordered list of backends that compute an attention; the first one that accepts a call runs it.
 
-sealed      layers whose full blocks are sealed: this CPU's machine code, or PyTorch's operations block by block
 triton      CUDA devices, and Triton's interpreter
+sealed      layers whose full blocks are sealed: this CPU's machine code, or PyTorch's operations block by block
 graph       one opaque op in a compiled graph, over rows of fixed capacity: it runs this list when the graph runs
 compiled    this CPU's machine code, through the block table
 codes       one query a row over quantized storage: PyTorch's operations, and nothing is dequantized
@@ -107,15 +107,15 @@ def _attend_fixed_fake(
 
 
 READERS = (
-    Reader("sealed", sealed_tiles.accepts, sealed_tiles.run),
     Reader("triton", triton.accepts, triton.run),
+    Reader("sealed", sealed_tiles.accepts, sealed_tiles.run),
     Reader("graph", _graph_accepts, _run_in_graph),
     Reader("compiled", compiled.accepts, compiled.run),
     Reader("codes", codes.accepts, codes.run),
     Reader("torch", dense.accepts, dense.run),
 )
 # Without Triton, and sealed blocks, which few layers have, behind what most are read by.
-CPU_READERS = tuple(READERS[i] for i in (2, 3, 0, 4, 5))
+CPU_READERS = tuple(READERS[i] for i in (2, 3, 1, 4, 5))
 
 define_op(
     "attend_fixed",

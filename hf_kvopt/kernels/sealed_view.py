@@ -15,7 +15,13 @@ from torch import Tensor
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.kernels.calls import KVSpec, KVView, Rows, Stored
 from hf_kvopt.kernels.cpu.sealed_place import SealedPlace
+from hf_kvopt.kernels.pattern import Pattern
+from hf_kvopt.kernels.sealed_kv import BothForms
 from hf_kvopt.quant import Quantized
+from hf_kvopt.quant.sealed_formats import BlockCodec
+
+# Blocks of queries, in a row of which all that they read exact has a place; see `quant.sealed_formats.tail_blocks`.
+FEW_BLOCKS = 3
 
 
 class SealedRows(Rows, Protocol):
@@ -51,11 +57,16 @@ class SealedStorage(Protocol):
     """Keys or values in both forms; see `pool.sealed`."""
 
     exact: Tensor
+    codec: BlockCodec
     block_size: int
 
     @property
     def sealed_place(self) -> SealedPlace | None:
         """Where the tensors lie, for the compiled kernel of a CPU."""
+        ...
+
+    def both_forms(self, new: Tensor | None = None) -> BothForms:
+        """All that is stored, and the states of the last tokens, as kernels take them."""
         ...
 
     def unsealed(self, blocks: Tensor) -> Tensor:
@@ -127,3 +138,17 @@ class SealedView(KVView):
         if self.states is not None:
             return self.states
         return self.storage.read(self.rows, self.spec.shape[2], self.skip)
+
+
+def depths(pattern: Pattern, q_len: int) -> Tensor | None:
+    """[q_len] int32: by how much each query's position is behind that of the first, where it is not its number.
+
+    Nodes of a tree of drafts stand behind one another in the cache, and see their ancestors among them alone.
+    """
+    mask = pattern.mask
+    if pattern.is_causal or mask is None or mask.shape[2] != q_len or q_len == 1 or len(mask) > 1:
+        return None
+    new = mask[0, 0, :, -q_len:]
+    seen = new if new.dtype == torch.bool else new > torch.finfo(new.dtype).min
+    found = seen.sum(dim=1).sub_(1).clamp_(min=0).minimum(torch.arange(q_len, device=seen.device))
+    return found.to(torch.int32)

@@ -4,10 +4,16 @@
     compiled    this CPU's machine code
     torch       everything else
 
+Layers whose full blocks are sealed have a list of their own, `SEALERS`: Triton's kernels where they run. Elsewhere
+`pool.sealed` does it.
+
 `KVPool` asks the list when it is made, and again only for states that are no plain tensors or come in a compiled graph.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +25,9 @@ from hf_kvopt.kernels.cpu.address import address_of
 from hf_kvopt.kernels.devices import runs_kernel
 from hf_kvopt.kernels.library import define_op
 from hf_kvopt.kernels.reference import store as reference
+from hf_kvopt.kernels.sealed_kv import SealCall
 from hf_kvopt.kernels.triton import store_kv as triton_store
+from hf_kvopt.kernels.triton.seal_blocks import can_seal, seal_blocks
 from hf_kvopt.quant import format_of, guarded
 
 _STORE_KV = (
@@ -31,6 +39,11 @@ _STORE_KV = (
 def writer_for(call: StoreCall) -> Writer:
     """Return the first backend that takes calls like this one."""
     return next(writer for writer in WRITERS if writer.accepts(call))
+
+
+def sealer_for(call: SealCall) -> Sealer | None:
+    """Return the first backend that takes calls like this one; None where storage has to do it by itself."""
+    return next((sealer for sealer in SEALERS if sealer.accepts(call)), None)
 
 
 def store_kv(
@@ -90,6 +103,31 @@ def _store_kv_impl(
     store_plane(v, v_pool, v_scale, slot_mapping)
 
 
+class Sealer(NamedTuple):
+    """A backend that writes exact states, and seals the blocks that are full."""
+
+    name: str
+    accepts: Callable[[SealCall], bool]
+    run: Callable[[SealCall], None]
+
+
+def _triton_seals(call: SealCall) -> bool:
+    """Take what the kernel can quantize, on a device that runs it."""
+    k, v = call.k, call.v
+    return runs_kernel(k.exact) and all(can_seal(x.codec, x.dim) for x in (k, v))
+
+
+def _run_triton(call: SealCall) -> None:
+    """Write the states, and seal from them or from exact places."""
+    k, v = (x if x.new is None or x.new.stride(-1) == 1 else x._replace(new=x.new.contiguous()) for x in call[:2])
+    assert k.new is not None
+    assert v.new is not None
+    store_kv(k.new, v.new, k.exact, v.exact, call.slots().reshape(-1))
+    if call.full is not None:
+        seal_blocks(k, v, call.full())
+
+
+SEALERS = (Sealer("triton", _triton_seals, _run_triton),)
 _COMPILED = Writer("compiled", compiled.accepts, compiled.run)
 _TORCH = Writer("torch", reference.accepts, reference.run)
 WRITERS = (Writer("op", _op_accepts, _run_op), _COMPILED, _TORCH)

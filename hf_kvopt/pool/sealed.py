@@ -19,6 +19,7 @@ from hf_kvopt.kernels.calls import KVSpec
 from hf_kvopt.kernels.cpu.seal import can_seal, seal_blocks
 from hf_kvopt.kernels.cpu.sealed_place import SealedPlace, sealed_place
 from hf_kvopt.kernels.devices import runs_kernel
+from hf_kvopt.kernels.sealed_kv import BothForms
 from hf_kvopt.kernels.sealed_view import SealedView
 from hf_kvopt.pool import tail
 from hf_kvopt.pool.allocator import BlockAllocator
@@ -107,6 +108,11 @@ class SealedPlane:
         full = tail.completed(table, start, stop)
         for i in range(0, len(full), _AT_ONCE):
             self._seal_full(full[i : i + _AT_ONCE], states, table, start)
+
+    def both_forms(self, new: Tensor | None = None) -> BothForms:
+        """Return all that is stored, and the states of the last tokens, as kernels take them."""
+        codes, token, *mean = self.stored
+        return BothForms(codes, token, mean[0] if mean else None, self.exact, self.codec, new)
 
     def seal_places(self, blocks: Sequence[int], places: Sequence[int]) -> None:
         """Seal `blocks` anew from their exact places."""

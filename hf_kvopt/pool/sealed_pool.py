@@ -1,9 +1,15 @@
 """SealedPool: keys and values of one layer whose full blocks are sealed, see `pool.sealed`."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from hf_kvopt.kernels.devices import runs_kernel
+from hf_kvopt.kernels.sealed_kv import SealCall
 from hf_kvopt.kernels.sealed_view import SealedView
+from hf_kvopt.kernels.store import sealer_for
+from hf_kvopt.pool import tail
 from hf_kvopt.pool.allocator import BlockAllocator
 from hf_kvopt.pool.block_table import BlockTable
 from hf_kvopt.pool.reads import LayerReads
@@ -59,8 +65,23 @@ class SealedPool:
 
     def write(self, key_states: Tensor, value_states: Tensor, table: BlockTable, start: int, stop: int) -> None:
         """Store the states of the columns `start` to `stop`, and seal what becomes full."""
+        if runs_kernel(key_states) and self._write_by_kernel(key_states, value_states, table, start, stop):
+            return
         for plane, states in zip(self.planes, (key_states, value_states), strict=True):
             plane.write(states, table, start, stop)
+
+    def _write_by_kernel(
+        self, key_states: Tensor, value_states: Tensor, table: BlockTable, start: int, stop: int
+    ) -> bool:
+        """Do what `write` does by the first backend that takes it; returns whether one did."""
+        device, full = key_states.device, tail.completed(table, start, stop)
+        k, v = self.keys.both_forms(key_states), self.values.both_forms(value_states)
+        made = partial(tail.full_blocks, table, full, start, stop, device) if full else None
+        call = SealCall(k, v, partial(tail.exact_slots, table, start, stop, device), made)
+        sealer = sealer_for(call)
+        if sealer is not None:
+            sealer.run(call)
+        return sealer is not None
 
     def views(
         self,

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hf_kvopt.kernels.sealed_kv import Full
 from hf_kvopt.pool.live import LivePools
 from hf_kvopt.quant.sealed_formats import tail_blocks
 
@@ -91,6 +92,14 @@ def completed(table: "BlockTable | ExactRows", start: int, stop: int) -> list[tu
         if first < last:
             found += [(row, block) for block in range(max(first, table.first_block), last)]
     return found
+
+
+def full_blocks(
+    table: "BlockTable | ExactRows", full: Sequence[tuple[int, int]], start: int, stop: int, device: torch.device
+) -> Full:
+    """What `completed` found for the columns `start` to `stop`, whose states are given, as kernels take it."""
+    known = table.memo.of(("full", device, start, stop, "exact"), lambda: _full_rows(table, full, start), torch.int64)
+    return Full(*known.unbind())
 
 
 def plan(table: "BlockTable | ExactRows", start: int, stop: int) -> None:
@@ -213,6 +222,17 @@ def _numbers(table: "BlockTable | ExactRows", rows: Sequence[Sequence[int]]) -> 
         for block in blocks
         if 0 <= block - first < len(row)
     ]
+
+
+def _full_rows(table: "BlockTable | ExactRows", full: Sequence[tuple[int, int]], start: int) -> list[list[int]]:
+    """The fields of `Full`, one list each."""
+    places: Any = table.allocator.tails.places  # type: ignore[union-attr]
+    size, begins = table.block_size, _begins(table)
+    numbers = [table.rows[row][block - table.first_block] for row, block in full]
+    firsts = [block * size - (start - begins[row]) for row, block in full]
+    held = [places.get(number, -1) for number in numbers]
+    # Columns of states are read where there is no place alone.
+    return [numbers, held, [row for row, _ in full], [max(0, first) for first in firsts]]
 
 
 def _padded_places(table: "BlockTable | ExactRows") -> list[list[int]]:

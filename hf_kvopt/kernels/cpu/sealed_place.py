@@ -30,6 +30,8 @@ def sealed_place(exact: Tensor, stored: list[Tensor], codec: BlockCodec) -> Seal
         return None
     item = exact.element_size()
     codes, token, *mean = stored
+    if token.stride(1) != token.shape[3]:  # laid out for a GPU's kernels
+        return None
     sealed = [codes.data_ptr(), *(codes.stride(i) for i in (0, 1, 2))]
     sealed += [token.data_ptr(), *(2 * token.stride(i) for i in (0, 2))]
     sealed += [mean[0].data_ptr(), *(2 * mean[0].stride(i) for i in (0, 1))] if mean else [0, 0, 0]

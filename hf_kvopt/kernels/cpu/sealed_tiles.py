@@ -7,9 +7,7 @@ From one block of queries to the next, one block of the buffer turns into what i
 its own first token, so rows that stand at unlike places are taken one by one.
 """
 
-import logging
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -17,14 +15,9 @@ from torch import Tensor
 from hf_kvopt.kernels.calls import AttentionCall
 from hf_kvopt.kernels.cpu.dense import attend
 from hf_kvopt.kernels.cpu.sealed import SealedRows, attend_sealed_blocks, can_attend_sealed
-from hf_kvopt.kernels.devices import runs_kernel
 from hf_kvopt.kernels.pattern import Pattern
-from hf_kvopt.kernels.sealed_view import SealedView
-
-logger = logging.getLogger(__name__)
-
-# Blocks of queries, in a row of which all that they read exact has a place; see `quant.sealed_formats.tail_blocks`.
-_FEW_BLOCKS = 3
+from hf_kvopt.kernels.sealed_view import FEW_BLOCKS, SealedView
+from hf_kvopt.kernels.sealed_view import depths as depths_of
 
 
 def accepts(call: AttentionCall) -> bool:
@@ -40,8 +33,6 @@ def run(call: AttentionCall) -> Tensor:
     query, key, value, pattern, dropout = call
     assert isinstance(key, SealedView)
     assert isinstance(value, SealedView)
-    if runs_kernel(query):
-        _say_once()
     key.check_valid()
     if key.states is not None and value.states is not None:
         return attend(query, key.states, value.states, pattern, dropout)
@@ -49,29 +40,15 @@ def run(call: AttentionCall) -> Tensor:
     if not pattern.is_causal and (mask is None or (mask.shape[2] == 1 and q_len > 1)):
         # Nothing says in which order the queries stand: all read as the last one does.
         return attend(query, key.dense(), value.dense(), pattern, dropout)
-    if q_len <= _FEW_BLOCKS * key.table.block_size and not dropout:
+    if q_len <= FEW_BLOCKS * key.table.block_size and not dropout:
         k, v = key.storage.sealed_place, value.storage.sealed_place
         if k is not None and v is not None and can_attend_sealed(query, k, v):
-            return attend_sealed_blocks(query, k, v, _rows_of(key), pattern, _depths(pattern, q_len))
+            return attend_sealed_blocks(query, k, v, _rows_of(key), pattern, depths_of(pattern, q_len))
     rows = range(query.shape[0])
     if not key.table.is_ragged:
         return _attend_rows(query, key, value, pattern, dropout, rows)
     parts = [_attend_rows(query[i : i + 1], key, value, _of_row(pattern, i), dropout, [i]) for i in rows]
     return torch.cat(parts)
-
-
-def _depths(pattern: Pattern, q_len: int) -> Tensor | None:
-    """[q_len] int32: by how much each query's position is behind that of the first, where it is not its number.
-
-    Nodes of a tree of drafts stand behind one another in the cache, and see their ancestors among them alone.
-    """
-    mask = pattern.mask
-    if pattern.is_causal or mask is None or mask.shape[2] != q_len or q_len == 1 or len(mask) > 1:
-        return None
-    new = mask[0, 0, :, -q_len:]
-    seen = new if new.dtype == torch.bool else new > torch.finfo(new.dtype).min
-    depths = seen.sum(dim=1).sub_(1).clamp_(min=0).minimum(torch.arange(q_len, device=seen.device))
-    return depths.to(torch.int32)
 
 
 def _rows_of(key: SealedView) -> SealedRows:
@@ -104,7 +81,7 @@ def _attend_rows(
         return out
     tile = (past + unheld) // size
     buffers = [_Buffer(view, rows, start, first + kv_len, tile, q_len) for view in (key, value)]
-    depths = _depths(pattern, q_len) if q_len <= _FEW_BLOCKS * size else None
+    depths = depths_of(pattern, q_len) if q_len <= FEW_BLOCKS * size else None
     of_block = _by_block(range(q_len) if depths is None else depths.tolist(), past, unheld, size)
     for block, queries in sorted(of_block.items()):
         for buffer in buffers:
@@ -122,11 +99,6 @@ def _by_block(depths: Sequence[int], past: int, first: int, block_size: int) -> 
     for i in range(first, len(depths)):
         found.setdefault((past + depths[i]) // block_size, []).append(i)
     return found
-
-
-@cache
-def _say_once() -> None:
-    logger.warning("there is no Triton kernel for sealed blocks yet: they are read by PyTorch's operations")
 
 
 class _Buffer:

@@ -3,6 +3,7 @@
 paged, few queries         paged_decode      keys split over programs, lengths on the device
 paged, many queries        paged_prefill     through the block table
 nothing cached before      flash_prefill     over the states as they came
+sealed blocks              sealed_attention  few and many queries, both forms in one pass
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from hf_kvopt.kernels.calls import AttentionCall, KVView
 from hf_kvopt.kernels.devices import runs_kernel
 from hf_kvopt.kernels.paged_kv import PagedKV
 from hf_kvopt.kernels.pattern import Pattern
+from hf_kvopt.kernels.sealed_kv import BothForms, SealedKV
+from hf_kvopt.kernels.sealed_view import FEW_BLOCKS, SealedView, depths
 from hf_kvopt.kernels.triton import ops
+from hf_kvopt.kernels.triton.sealed_attention import sealed_attention
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +54,8 @@ def run(call: AttentionCall) -> Tensor:
         return _over_dense(q, k.states, v.states, pattern)
     if call.needs_centre:
         return _over_dense(q, k.dense(), v.dense(), pattern)
+    if isinstance(k, SealedView) and isinstance(v, SealedView):
+        return _over_sealed(q, k, v, pattern)
     return _over_blocks(q, k, v, pattern)
 
 
@@ -68,6 +74,27 @@ def _over_blocks(q: Tensor, k: KVView, v: KVView, pattern: Pattern) -> Tensor:
     group = q.shape[1] // k.spec.shape[1]
     op = ops.paged_decode if q.shape[2] * group <= _DECODE_ROWS else ops.paged_prefill
     return op(k.for_codes(q), kv, pattern).out
+
+
+def _over_sealed(q: Tensor, k: SealedView, v: SealedView, pattern: Pattern) -> Tensor:
+    block_table, seq_lens, lags = k.row_tensors()
+    q_len, table, size = q.shape[2], k.table, k.table.block_size
+    nodes = depths(pattern, q_len)  # before columns of the mask become tokens
+    if not pattern.is_causal and q_len > 1 and (pattern.mask is None or pattern.mask.shape[2] == 1):
+        # Nothing says in which order the queries stand: all read as the last one does.
+        nodes = torch.full((q_len,), q_len - 1, dtype=torch.int32, device=q.device)
+    if k.skip or lags is not None:
+        pattern = _by_token(k, lags, pattern)
+    is_few = q_len * (q.shape[1] // k.spec.shape[1]) <= _DECODE_ROWS and q_len <= FEW_BLOCKS * size
+    k_forms, v_forms = (_both_forms(x, with_new=not is_few) for x in (k, v))
+    kv = SealedKV(k_forms, v_forms, block_table, table.exact_table(q.device), seq_lens, table.first_block, nodes)
+    return sealed_attention(q, kv, pattern, few=is_few).out
+
+
+def _both_forms(x: SealedView, with_new: bool) -> BothForms:
+    """Return the storage of a view and, of a long step, the states that lie nowhere else."""
+    new = x.arrived if with_new else None
+    return x.storage.both_forms(new if new is None or new.stride(-1) == 1 else new.contiguous())
 
 
 def _by_token(k: KVView, lags: Tensor | None, pattern: Pattern) -> Pattern:
@@ -118,6 +145,20 @@ def _obstacle(call: AttentionCall) -> str | None:
         return "training (kernels have no gradient)"
     if pattern.sinks is not None and pattern.sinks.dim() != 1:
         return "sinks that differ by query"
+    if isinstance(k, SealedView) and isinstance(v, SealedView):
+        return _sealed_obstacle(k, v)
+    return None
+
+
+def _sealed_obstacle(k: SealedView, v: SealedView) -> str | None:
+    """Say why the kernel cannot read sealed blocks; None where it can."""
+    size = k.table.block_size
+    if size < 16 or size & (size - 1):
+        return f"blocks of {size} tokens (the kernel takes powers of two from 16 on)"
+    if k.storage.codec.num_groups(k.spec.shape[3]) != 1:
+        return "sealed keys of several groups of channels"
+    if v.storage.codec.centred:
+        return "sealed values whose mean is taken out"
     return None
 
 

@@ -78,6 +78,47 @@ _FLASH_PREFILL = {
         Config(16, 16, 4, 1),
     ),
 }  # fmt: skip
+# family: (head_dim up to 128, above, float32) of few queries, the same of many. A tile lies in one block.
+_SEALED = {
+    "interpret": (_INTERPRET,) * 6,
+    "sm80": (
+        Config(16, 64, 4, 3), Config(16, 32, 4, 3), Config(16, 16, 4, 2),
+        Config(64, 16, 8, 1), Config(16, 16, 4, 2), Config(16, 16, 4, 1),
+    ),
+    "sm90": (
+        Config(16, 64, 4, 3), Config(16, 32, 4, 3), Config(16, 16, 4, 2),
+        Config(64, 16, 8, 2), Config(16, 16, 4, 2), Config(16, 16, 4, 1),
+    ),
+    "sm100": (
+        Config(16, 64, 4, 3), Config(16, 32, 4, 3), Config(16, 16, 4, 2),
+        Config(64, 16, 8, 2), Config(16, 16, 4, 2), Config(16, 16, 4, 1),
+    ),
+    "cdna3": (
+        Config(16, 64, 4, 1), Config(16, 32, 4, 1), Config(16, 16, 4, 1),
+        Config(64, 16, 8, 1), Config(16, 16, 4, 1), Config(16, 16, 4, 1),
+    ),
+}  # fmt: skip
+
+
+def sealed_config(
+    head_dim: int,  # the larger of k's and v's
+    dtype: torch.dtype,  # of q
+    block_size: int,
+    num_rows: int,  # query heads of a group x q_len
+    has_mask: bool,
+    few: bool,  # whether the keys are split over programs
+    has_groups: bool,  # whether channels of a value have several s
+    target: Target,
+) -> Config:
+    """Return the configuration of one KV head's work over sealed blocks."""
+    column = 2 if dtype == torch.float32 else int(head_dim > 128)
+    config = _SEALED[target.family][column + 3 * (not few)]
+    if not few:
+        config = _fit(config, num_rows, has_mask)
+        config = config._replace(num_stages=1) if has_groups else config
+    elif has_mask:
+        config = config._replace(block_n=max(16, config.block_n // 2))
+    return config._replace(block_n=min(config.block_n, block_size))
 
 
 def decode_config(

@@ -60,9 +60,9 @@ def e4m3x2(pair):
     return register_of(torch.stack([pair & 255, pair >> 8], dim=1).to(torch.uint8).view(torch.float8_e4m3fn).half())
 
 
-def execute(asm, num_outputs):
-    """Run one asm text over all REGISTERs and return its outputs."""
-    values = {f"${num_outputs}": REGISTER}
+def execute(asm, num_outputs, second=None):
+    """Run one asm text over all REGISTERs, and over `second` where it takes two inputs, and return its outputs."""
+    values = {f"${num_outputs}": REGISTER, f"${num_outputs + 1}": second}
 
     def read(name):
         return values[name] if name in values else torch.full_like(REGISTER, int(name, 0))

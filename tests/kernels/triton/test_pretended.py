@@ -20,6 +20,7 @@ CACHES: dict[str, dict[str, Any]] = {
     "ragged": {},
     "fixed": {"max_tokens": 2 * ROW, "compileable": True},
     "int8": {"format": "int8"},
+    "sealed": {"format": "int4", "block_size": 16},
     "fixed int8": {"format": "int8", "max_tokens": 2 * ROW, "compileable": True},
 }
 
