@@ -164,6 +164,7 @@ def test_what_sampled_calls_learn_is_not_believed_of_greedy_ones() -> None:
 def test_without_fallback_every_step_drafts() -> None:
     plans = simulate(make(may_stop=False), 60, alpha=0.0, draft_s=0.01, read_s=0.01)
     assert NOTHING not in plans
+    assert {plan.min_confidence for plan in plans} == {0.0}
 
 
 def test_a_gamma_that_is_asked_for_is_kept() -> None:

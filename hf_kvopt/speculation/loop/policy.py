@@ -194,6 +194,8 @@ class Policy:
 
     def _least(self, rows: Sequence[int], rate: float) -> float:
         """Return the mean probability that one more column of drafted tokens must have to be worth its time."""
+        if not self.may_stop:
+            return 0.0  # every step drafts, whatever it costs
         column_s = self._draft_times(len(rows)).line().slope + self.read_times.line().slope * len(rows)
         return min(self.max_confidence, column_s * rate)
 
