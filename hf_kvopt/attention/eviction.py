@@ -87,7 +87,7 @@ def choose_prompt(q: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
 
 
 def _picked(states: Tensor | None, row: int, columns: Tensor) -> Tensor:
-    """Return [num_kv_heads, count, head_dim] of states [batch, num_kv_heads, columns, head_dim], each head its columns."""
+    """Return [num_kv_heads, count, head_dim] of states [batch, num_kv_heads, columns, head_dim], by columns of a head."""
     assert states is not None
     return states[row].gather(1, columns[..., None].expand(-1, -1, states.shape[3]))
 
