@@ -23,6 +23,7 @@ EVALS = {
     "needle": "what is found again through a cache, by depth and context",
     "drift": "long greedy answers: first other token, and errors that add up",
     "prefix": "first token with and without shared prompts",
+    "tiers": "first token of a known prompt: recomputed, from the device, the host and the disk",
     "fragmentation": "1,000 completions over a fixed pool: waste, concurrency",
     "memory": "KV bytes: textbook figures, and predicted against held by live caches",
     "acceptance": "accepted lengths and speed-up of drafts",
