@@ -23,6 +23,7 @@ from hf_kvopt.compat import CACHE_KEYWORD
 from hf_kvopt.config import CacheConfig
 from hf_kvopt.enable import Enabled, disable, enable, enabled
 from hf_kvopt.errors import CacheStateError, KVOptError, OutOfBlocks, UnsupportedDevice, UnsupportedModel
+from hf_kvopt.eviction.expected import ExpectedAttention
 from hf_kvopt.eviction.policy import EvictionPolicy
 from hf_kvopt.eviction.recent import SinkRecent, SinkRecentPeriodic
 from hf_kvopt.eviction.scores import TOVA, Knorm, PromptPolicy, SnapKV
@@ -51,6 +52,7 @@ __all__ = [
     "DraftHead",
     "Enabled",
     "EvictionPolicy",
+    "ExpectedAttention",
     "FormatLoss",
     "KVOptError",
     "Knorm",

@@ -7,6 +7,7 @@ A mask speaks of columns of the text; behind a hole the columns that are handed 
 all that can be carried over: the table holds none of it.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 
 from hf_kvopt import compat
 from hf_kvopt.attention.mask import LazyMask, Pattern
+from hf_kvopt.attention.rotary import turn
 from hf_kvopt.errors import CacheStateError, UnsupportedModel
+from hf_kvopt.eviction.policy import PromptStates
 from hf_kvopt.pool.handle import KVHandle, view_of
 
 
@@ -51,10 +54,11 @@ def check_eviction(
     table.note_padding(_hidden(handle, mask))
 
 
-def choose_prompt(q: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
+def choose_prompt(module: nn.Module, q: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
     """Let the policy of a table choose what each KV head of this layer keeps of a prompt, once it was read.
 
     Args:
+        module: the attention module.
         q: [batch, num_heads, q_len, head_dim].
         key: what the cache handed out for keys; nothing happens where its table scores no prompts.
         value: likewise for values.
@@ -73,7 +77,9 @@ def choose_prompt(q: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
         return
     keys, values = view_of(key).dense(), view_of(value).dense()
     for row, (pads, count) in enumerate(zip(padding, counts, strict=True)):
-        scores = policy.score(q[row, :, pads:], keys[row, :, pads:], values[row, :, pads:], scale)
+        own_q, own_k, own_v = (x[row, :, pads:] for x in (q, keys, values))
+        states = PromptStates(own_q, own_k, own_v, scale, partial(turn, module), module)
+        scores = policy.score_states(states)
         rows.append(scores.topk(count, dim=-1).indices.sort(dim=-1).values)
     table.choose(reads, rows)
 

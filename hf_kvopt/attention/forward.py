@@ -66,12 +66,12 @@ def attention_forward(
         pattern = take_apart(module, query, key, attention_mask, is_causal, sliding_window, scoring)
         if table is not None and table.is_ragged:
             pattern = hide_before(handle, pattern, key.shape[2])  # type: ignore[arg-type]
+        if table is not None and table.policy is not None:
+            choose_prompt(module, query, key, value, scale)
     except (KVOptError, ValueError):
         if isinstance(handle, KVHandle) and handle.guard is not None and table is not None:
             handle.guard.undo(table)
         raise
-    if table is not None and table.policy is not None:
-        choose_prompt(query, key, value, scale)
     if position_bias is not None:
         bias = position_bias[..., -key.shape[2] :]
         pattern = pattern._replace(mask=add_bias(bias, pattern.mask))

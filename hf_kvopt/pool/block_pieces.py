@@ -10,9 +10,11 @@ A piece refers to the pool's tensor and says which blocks of it are meant. So th
 nobody holds the lock; a pool that was resized meanwhile has other tensors, which `is_current` notices.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,17 +32,41 @@ class Piece(NamedTuple):
     places: Tensor  # [n] int64, on the device of `source`
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of what `read` returns."""
-        return _as_bytes(self.source[:0]).dtype
+    def bytes_per_block(self) -> int:
+        """Bytes of one block."""
+        return math.prod(self.source.shape[1:]) * self.source.itemsize
 
-    def read(self) -> Tensor:
-        """Return a contiguous copy of the blocks, on their device; float8 as uint8."""
-        return _as_bytes(self.source)[self.places].contiguous()
+    def read(self) -> Tensor:  # [n, bytes_per_block] uint8
+        """Return a copy of the blocks as bytes, on their device."""
+        if self.source.device.type == "cpu":
+            # By numpy: many small copies by torch's threads cost more than they move where cores are busy.
+            blocks = np.ascontiguousarray(self._bytes.numpy()[self.places.numpy()])
+            return torch.from_numpy(blocks.reshape(len(self.places), self.bytes_per_block))
+        return self._bytes[self.places].reshape(len(self.places), self.bytes_per_block)
 
-    def write(self, blocks: Tensor) -> None:
+    def write(
+        self,
+        blocks: Tensor,  # [n, bytes_per_block] uint8
+    ) -> None:
         """Store what `read` returned."""
-        _as_bytes(self.source)[self.places] = blocks.to(self.source.device)
+        held = self._bytes
+        shape = (len(self.places), *held.shape[1:])
+        if held.device.type == "cpu":
+            held.numpy()[self.places.numpy()] = blocks.numpy().reshape(shape)
+        else:
+            held[self.places] = blocks.to(held.device).reshape(shape)
+
+    def typed(self, blocks: Tensor) -> Tensor:
+        """Return what `read` returned in shape and dtype of the pool; float8 stays bytes, which files can hold."""
+        is_float8 = self.source.dtype.is_floating_point and self.source.itemsize == 1
+        flat = blocks.contiguous().view(-1).view(torch.uint8 if is_float8 else self.source.dtype)
+        return flat.view(len(self.places), *self.source.shape[1:])
+
+    @property
+    def _bytes(self) -> Tensor:
+        """The whole tensor as bytes, by reference."""
+        source = self.source if self.source.stride(-1) == 1 else self.source.unsqueeze(-1)
+        return source.view(torch.uint8)
 
 
 def pieces_of(
@@ -105,9 +131,3 @@ def _parts(plane: Plane | SealedPlane) -> list[tuple[str, Tensor]]:
     if isinstance(plane, SealedPlane):
         return list(zip(("", " token", " mean"), plane.stored, strict=False))
     return list(zip(("", " scale"), plane.tensors, strict=False))
-
-
-def _as_bytes(tensor: Tensor) -> Tensor:
-    """Return float8, which cannot be indexed, as its bytes."""
-    is_float8 = tensor.dtype.is_floating_point and tensor.itemsize == 1
-    return tensor.view(torch.uint8) if is_float8 else tensor

@@ -49,7 +49,7 @@ def save(blocks: SharedBlocks, path: Path) -> None:
         tails = blocks.allocators[space].tails
         exact = [] if tails is None else [tails.places[node.blocks[space]] for node in nodes if node.is_exact]
         pieces = pieces_of(layer_idx, pool, [node.blocks[space] for node in nodes], exact)
-        tensors |= {piece.name: piece.read().cpu() for piece in pieces}
+        tensors |= {piece.name: piece.typed(piece.read()).cpu() for piece in pieces}
     manifest = {
         "version": VERSION,
         "model": model,
@@ -157,7 +157,7 @@ def _fill_pools(blocks: SharedBlocks, contents: Contents, cache: PrefixSharedCac
         places = [] if tails is None else [tails.places[numbers[i]] for i in exact]
         for piece in pieces_of(int(idx), pool, numbers, places):
             if not is_centre(piece):
-                piece.write(tensors[piece.name])
+                piece.write(tensors[piece.name].contiguous().view(torch.uint8).flatten(1))
         put_centres(int(idx), pool, numbers, tensors)
 
 

@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,17 +47,21 @@ def digests_of(text: Sequence[int], block_size: int) -> list[bytes]:
 
 def packed(pieces: Sequence[Piece]) -> Tensor:
     """Return the blocks of `pieces`, all of equally many, as bytes [n, bytes] on the host: one copy from the device."""
-    parts = [piece.read().view(torch.uint8).flatten(1) for piece in pieces if len(piece.places)]
+    parts = [piece.read() for piece in pieces if len(piece.places)]
+    if parts[0].device.type == "cpu":
+        return torch.from_numpy(np.concatenate([part.numpy() for part in parts], axis=1))
     return torch.cat(parts, dim=1).cpu()
 
 
-def unpacked(pieces: Sequence[Piece], data: Tensor) -> list[Tensor]:
-    """Return what `packed` put together, piece by piece, as `Piece.write` takes it."""
+def unpacked(
+    pieces: Sequence[Piece],
+    data: Tensor,  # [n, bytes] as `packed` returned it
+) -> list[Tensor]:
+    """Return the bytes of each piece, by reference."""
     parts, start = [], 0
     for piece in pieces:
-        shape = (len(piece.places), *piece.source.shape[1:])
-        width = piece.source[0].numel() * piece.source.itemsize if len(piece.places) else 0
-        parts.append(data[:, start : start + width].contiguous().view(-1).view(piece.dtype).view(shape))
+        width = piece.bytes_per_block if len(piece.places) else 0
+        parts.append(data[: len(piece.places), start : start + width])
         start += width
     return parts
 

@@ -8,9 +8,10 @@ may let a pool grow meanwhile: then the copy went to the old tensors, and is mad
 """
 
 import json
-from collections.abc import Collection, Hashable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +24,9 @@ from hf_kvopt.prefix.tiers.record import Key, Record, unpacked
 
 if TYPE_CHECKING:
     from hf_kvopt.prefix.tiers.tiers import Tiers
+
+# Copied at once: on a CPU, larger scratch would come from pages that are touched for the first time.
+_PART_BYTES = 4 * 2**20
 
 
 def restore(blocks: SharedBlocks, key: Hashable, texts: Sequence[Sequence[int]]) -> None:
@@ -141,64 +145,73 @@ class _Space:
 
 def _fill(tiers: "Tiers", key: Key, text: list[int], records: list[Record], guest: _Guest, epoch: int) -> None:
     """Copy records to the blocks of `guest` and let the index know the text."""
-    blocks = tiers.blocks
-    groups = [group for group in _groups(records, guest.num_known) if group[1]]
-    data = [_stacked([records[i - guest.num_known] for i in numbers], tiers) for _, numbers in groups]
+    blocks, parts = tiers.blocks, _parts(records, guest.num_known)
     while True:
         with blocks.lock:
             if blocks.is_freed or epoch != tiers.epoch or not blocks.pools:
                 return
-            pieces = [_pieces(tiers, guest, group) for group in groups]
-        tensors = [unpacked(some, rows) for some, rows in zip(pieces, data, strict=True)]
-        _write(pieces, tensors)
+            pieces = [
+                tiers.pieces_at([[row[i] for i in part.numbers] for row in guest.rows], part.is_exact) for part in parts
+            ]
+        centres = [_write(some, part.records) for some, part in zip(pieces, parts, strict=True)]
+        _settle(blocks)
         with blocks.lock:
             if blocks.is_freed or epoch != tiers.epoch or not blocks.pools:
                 return
-            now = [_pieces(tiers, guest, group) for group in groups]
-            if not all(is_current(*pair) for pair in zip(pieces, now, strict=True)):
+            now = tiers.pieces([])
+            if not all(is_current(some, now) for some in pieces):
                 continue  # another thread let a pool grow
-            for some, parts, (_, numbers) in zip(pieces, tensors, groups, strict=True):
-                _put_centres(blocks, guest, numbers, {p.name: x for p, x in zip(some, parts, strict=True)})
+            for part, some in zip(parts, centres, strict=True):
+                _put_centres(blocks, guest, part.numbers, some)
             blocks.index.insert(key, text, guest.rows, {*guest.known_exact, *guest.exact})
             tiers.num_restored += len(records)
             return
 
 
-def _groups(records: Sequence[Record], first: int) -> list[tuple[bool, list[int]]]:
-    """Return the numbers of blocks that are kept exact, and of the others."""
-    return [
-        (is_exact, [first + i for i, record in enumerate(records) if record.is_exact == is_exact])
-        for is_exact in (False, True)
-    ]
+class _Part(NamedTuple):
+    """Blocks that are copied together, all kept exact or none."""
+
+    is_exact: bool
+    numbers: list[int]  # of the blocks in their text
+    records: list[Record]
 
 
-def _pieces(tiers: "Tiers", guest: _Guest, group: tuple[bool, Collection[int]]) -> list[Piece]:
-    is_exact, numbers = group
-    return tiers.pieces_at([[row[i] for i in numbers] for row in guest.rows], is_exact)
-
-
-def _stacked(records: Sequence[Record], tiers: "Tiers") -> Tensor:
-    """Return the bytes of records [n, bytes] where the first layer computes: one copy to the device."""
-    rows = torch.stack([record.data for record in records])
-    home = next(iter(tiers.blocks.pools.values())).keys.home
-    return rows if home.type == "cpu" else rows.pin_memory().to(home, non_blocking=True)
+def _parts(records: Sequence[Record], first: int) -> list[_Part]:
+    """Cut records, the first one of which is block `first` of its text, into parts of a few MiB."""
+    at_once = max(1, _PART_BYTES // records[0].data.numel())
+    parts = []
+    for is_exact in (False, True):
+        places = [i for i, record in enumerate(records) if record.is_exact == is_exact]
+        for start in range(0, len(places), at_once):
+            some = places[start : start + at_once]
+            parts.append(_Part(is_exact, [first + i for i in some], [records[i] for i in some]))
+    return parts
 
 
 @torch.no_grad()
-def _write(pieces: Sequence[Sequence[Piece]], tensors: Sequence[Sequence[Tensor]]) -> None:
-    devices = set()
-    for some, parts in zip(pieces, tensors, strict=True):
-        for piece, tensor in zip(some, parts, strict=True):
-            if len(piece.places) and not is_centre(piece):
-                piece.write(tensor)
-                devices.add(piece.source.device)
-    for device in devices:
-        if device.type != "cpu":  # others may read on streams of their own
+def _write(pieces: Sequence[Piece], records: Sequence[Record]) -> dict[str, Tensor]:
+    """Write records to pieces, in one copy to the device; returns their centres, which are put where nobody reads."""
+    rows = torch.from_numpy(np.stack([record.data.numpy() for record in records]))
+    home = pieces[0].source.device
+    rows = rows if home.type == "cpu" else rows.pin_memory().to(home, non_blocking=True)
+    centres = {}
+    for piece, tensor in zip(pieces, unpacked(pieces, rows), strict=True):
+        if is_centre(piece):
+            centres[piece.name] = piece.typed(tensor)
+        elif len(piece.places):
+            piece.write(tensor)
+    return centres
+
+
+def _settle(blocks: SharedBlocks) -> None:
+    """Wait for the copies: others may read on streams of their own."""
+    for device in {pool.keys.home for pool in blocks.pools.values()}:
+        if device.type != "cpu":
             torch.accelerator.synchronize(device)
 
 
 def _put_centres(blocks: SharedBlocks, guest: _Guest, numbers: Sequence[int], tensors: dict[str, Tensor]) -> None:
-    for idx, pool in blocks.pools.items():
+    for idx, pool in blocks.pools.items() if tensors else ():
         row = guest.rows[blocks.space_of(pool)]
         put_centres(idx, pool, [row[i] for i in numbers], tensors)
 
