@@ -48,10 +48,37 @@ def check_eviction(
             f"a cache with {table.policy} takes causal attention over the whole text here: got {mask.pattern}; where "
             "the model has sliding layers, give the cache its config: PagedCache(model.config, policy=...)"
         )
+    if isinstance(mask, LazyMask) and mask.sizes[3] != handle.shape[2]:
+        return  # made for a layer that holds another number of tokens; see `mask_of_layer`
     is_step = 0 < table.step_start == table.clock - 1
     if is_step and handle.device.type != "cpu" and isinstance(mask, LazyMask):
         return  # the mask of a decode step grows by a column that is seen: no reason to wait for the device
     table.note_padding(_hidden(handle, mask))
+
+
+def mask_of_layer(handle: KVHandle, mask: Tensor | None) -> Tensor | None:
+    """Return `mask` over the columns that `handle` hands out, where it was made for those of another layer.
+
+    Layers whose policies differ hold unlike many tokens, and transformers makes one mask for all. What is hidden is
+    padding, which the table of each layer knows.
+    """
+    table, kv_len = handle.table, handle.shape[2]
+    if table is None or table.policy is None or not table.policy.by_layer:
+        return mask
+    if not isinstance(mask, LazyMask) or mask.sizes[3] == kv_len:
+        return mask
+    firsts = [lag + pads for lag, pads in zip(table.lags, table.padding(), strict=True)]
+    padding = None
+    if any(firsts):
+        padding = torch.arange(kv_len, device=handle.device) >= table.numbers(firsts, handle.device)[:, None]
+    sizes = (*mask.sizes[:3], kv_len)
+
+    def dense() -> Tensor:
+        seen = torch.ones(sizes[2:], dtype=torch.bool, device=handle.device).tril(kv_len - sizes[2])
+        whole = seen.expand(sizes)
+        return whole if padding is None else whole & padding[:, None, None]
+
+    return LazyMask(sizes, handle.device, mask.pattern, padding, dense)
 
 
 def choose_prompt(module: nn.Module, q: Tensor, key: Tensor, value: Tensor, scale: float) -> None:

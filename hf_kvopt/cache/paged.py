@@ -30,7 +30,7 @@ from hf_kvopt.cache.hybrid import HybridLayer
 from hf_kvopt.cache.kinds import LayerMaker
 from hf_kvopt.cache.layer import PagedLayer
 from hf_kvopt.cache.loop import loop_of
-from hf_kvopt.cache.rows import FixedRows, GrowingRows, TableMaker
+from hf_kvopt.cache.rows import FixedRows, GrowingRows, Kind, TableMaker
 from hf_kvopt.cache.stats import CacheStats, measure
 from hf_kvopt.cache.watched import WatchedCache
 from hf_kvopt.cache.whole import require_undivided_layers
@@ -88,7 +88,7 @@ class PagedCache(WatchedCache):
         block_size = formats.block_size(compileable) if block_size is None else block_size
         self.cache_config = CacheConfig(block_size=block_size, max_tokens=max_tokens, compileable=compileable)
         self.formats = formats
-        self.policy = checked_policy(policy, self.cache_config)
+        self.policy = checked_policy(policy, self.cache_config, config)
         if policy is not None and any(formats.seals(is_sliding) for is_sliding in (False, True)):
             raise ValueError(
                 f"a policy that evicts takes a format that stores each token by itself: got {formats.format!r}, which "
@@ -210,7 +210,7 @@ class PagedCache(WatchedCache):
         # Forks keep the old allocator and its pools alive; without forks both go here.
         self._rows.forget_tables()
         for layer in self._paged_layers():
-            layer.pool, layer.table = None, self._rows.table_for(layer.table.window)
+            layer.pool, layer.table = None, self._rows.table_like(layer.table)
             layer.forget()
 
     def stats(self) -> CacheStats:
@@ -250,14 +250,14 @@ class PagedCache(WatchedCache):
         return self._layer_maker().attention(None, self.formats.at(len(self.layers), is_sliding=False))
 
     def _layer_maker(self) -> LayerMaker:
-        return LayerMaker(self._rows, self.formats)
+        return LayerMaker(self._rows, self.formats, self.policy)
 
     def _make_rows(self) -> GrowingRows:
         kind = FixedRows if self.cache_config.compileable else GrowingRows
         return kind(TableMaker(self.cache_config, self.policy, self.formats))
 
     @property
-    def _tables(self) -> dict[int | None, BlockTable]:
+    def _tables(self) -> dict[Kind, BlockTable]:
         return self._rows.tables
 
     def _paged_layers(self) -> list[PagedLayer]:
@@ -295,6 +295,6 @@ def fork(cache: PagedCache, memo: dict[int, Any]) -> Any:
     child.layers = []
     for layer in cache.layers:
         if isinstance(layer, PagedLayer):
-            memo[id(layer)] = layer.fork(child._rows.table_for(layer.table.window), memo)  # for others that refer to it
+            memo[id(layer)] = layer.fork(child._rows.table_like(layer.table), memo)  # for others that refer to it
         child.layers.append(copy.deepcopy(layer, memo))
     return child

@@ -41,6 +41,7 @@ class EvictionPolicy:
     """
 
     scores_prompts = False  # whether `score` is asked; see `hf_kvopt.eviction.scores`
+    by_layer = False  # whether `at` is asked: then layers need not hold equally much
 
     def after_step(self, length: int) -> Sequence[range]:
         """Return the tokens that a row of `length` tokens need not hold, as ascending ranges with step 1.
@@ -72,7 +73,7 @@ class EvictionPolicy:
         return self.score(states.q, states.k, states.v, states.scale)
 
     def at(self, layer_idx: int, num_layers: int) -> "EvictionPolicy":
-        """Return the policy of one layer; layers with equal policies share a block table."""
+        """Return the policy, hashable, of one layer among those without a window; equal ones share a block table."""
         return self
 
     def check(self, block_size: int) -> None:

@@ -104,8 +104,9 @@ class SharedBlocks:
                 allocator.tails = Tails()
         return self._allocators[window]
 
-    def table_for(self, window: int | None) -> BlockTable:
-        """A new table over the block space of all layers with one window (or none)."""
+    def table_for(self, window: int | None, policy: object = None) -> BlockTable:
+        """A new table over the block space of all layers with one window (or none); texts stay whole."""
+        assert policy is None
         table = BlockTable(self.allocator_for(window), self.block_size, window)
         table.keeps_all = True
         return table
