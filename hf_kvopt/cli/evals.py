@@ -20,6 +20,7 @@ EVALS = {
     "speed": "prefill and decode against transformers' caches, interleaved",
     "perplexity": "loss of each cache, read through it in chunks",
     "batching": "rows that join and leave a running batch, under load, against padded batches",
+    "policies": "what eviction policies lose, by the memory that they hold",
     "needle": "what is found again through a cache, by depth and context",
     "drift": "long greedy answers: first other token, and errors that add up",
     "prefix": "first token with and without shared prompts",

@@ -1,0 +1,1 @@
+"""What eviction policies lose, by the memory that they hold."""
