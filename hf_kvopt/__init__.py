@@ -25,6 +25,7 @@ from hf_kvopt.enable import Enabled, disable, enable, enabled
 from hf_kvopt.errors import CacheStateError, KVOptError, OutOfBlocks, UnsupportedDevice, UnsupportedModel
 from hf_kvopt.eviction.expected import ExpectedAttention
 from hf_kvopt.eviction.policy import EvictionPolicy
+from hf_kvopt.eviction.press import PressPolicy
 from hf_kvopt.eviction.pyramid import PyramidKV
 from hf_kvopt.eviction.recent import SinkRecent, SinkRecentPeriodic
 from hf_kvopt.eviction.scores import TOVA, Knorm, PromptPolicy, SnapKV
@@ -62,6 +63,7 @@ __all__ = [
     "PrefixSharedCache",
     "PrefixStats",
     "PrefixStore",
+    "PressPolicy",
     "PromptPolicy",
     "PyramidKV",
     "QuantizedPagedCache",

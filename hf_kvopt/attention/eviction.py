@@ -105,7 +105,7 @@ def choose_prompt(module: nn.Module, q: Tensor, key: Tensor, value: Tensor, scal
     keys, values = view_of(key).dense(), view_of(value).dense()
     for row, (pads, count) in enumerate(zip(padding, counts, strict=True)):
         own_q, own_k, own_v = (x[row, :, pads:] for x in (q, keys, values))
-        states = PromptStates(own_q, own_k, own_v, scale, partial(turn, module), module)
+        states = PromptStates(own_q, own_k, own_v, scale, partial(turn, module), module, row, pads)
         scores = policy.score_states(states)
         rows.append(scores.topk(count, dim=-1).indices.sort(dim=-1).values)
     table.choose(reads, rows)

@@ -27,6 +27,8 @@ class PromptStates(NamedTuple):
     scale: float  # of the softmax
     turn: Callable[[Tensor, Tensor, bool], Tensor]
     module: Any  # the attention module
+    row: int  # of the batch that the module was given
+    pads: int  # columns of padding before it
 
 
 class EvictionPolicy:
