@@ -29,6 +29,7 @@ from hf_kvopt.eviction.press import PressPolicy
 from hf_kvopt.eviction.pyramid import PyramidKV
 from hf_kvopt.eviction.recent import SinkRecent, SinkRecentPeriodic
 from hf_kvopt.eviction.scores import TOVA, Knorm, PromptPolicy, SnapKV
+from hf_kvopt.offline.completer import Completer
 from hf_kvopt.overrides.sharing import prefix_store
 from hf_kvopt.packaged import model_source, packaged_texts
 from hf_kvopt.prefix.cache import PrefixSharedCache
@@ -51,6 +52,7 @@ __all__ = [
     "CacheStateError",
     "CacheStats",
     "Calibration",
+    "Completer",
     "DraftHead",
     "Enabled",
     "EvictionPolicy",

@@ -10,6 +10,7 @@ COMMANDS = {
     "calibrate": ("hf_kvopt.cli.calibrate", "what each cache format loses on a model"),
     "doctor": ("hf_kvopt.cli.doctor", "versions, what is proven and what runs here, and one tiny generation"),
     "serve": ("hf_kvopt.cli.serve", "serve a model by an OpenAI-compatible API, with continuous batching"),
+    "batch": ("hf_kvopt.cli.batch", "complete the prompts of a file, over any number of processes, resumable"),
     "eval": ("hf_kvopt.cli.evals", "an eval: speed, loss, equality, needle, acceptance, ..."),
     "train-draft": ("hf_kvopt.cli.train_draft", "train an EAGLE or Medusa head for a model"),
 }

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from hf_kvopt import compat
 from hf_kvopt.batching.settings import BatchConfig
 from hf_kvopt.cache.bounded import require_alone
+from hf_kvopt.cache.divided import require_followed
 from hf_kvopt.cache.paged import PagedCache
 from hf_kvopt.cache.quantized import QuantizedPagedCache, option_names
 from hf_kvopt.calibration import choose, warn_of_loss
@@ -23,7 +24,6 @@ from hf_kvopt.errors import UnsupportedModel, nearest
 from hf_kvopt.overrides.attention import reset_attention, set_attention, takes_attention
 from hf_kvopt.overrides.batching import ManagerMaker, batch_config_of, drop_manager
 from hf_kvopt.overrides.cache_maker import CACHES, KV_NAMES, LAYER_OPTIONS, CacheMaker, make_cache
-from hf_kvopt.overrides.divided import require_followed
 from hf_kvopt.overrides.inputs import CheckedPrefill, PreparedInputs
 from hf_kvopt.overrides.instance import InstanceOverride
 from hf_kvopt.overrides.sharing import Sharing, install

@@ -19,7 +19,8 @@ from hf_kvopt.batching.request import Request
 from hf_kvopt.batching.rules import Rules, rules_for
 from hf_kvopt.batching.settings import BatchConfig, Runtime
 from hf_kvopt.batching.stats import BatchStats
-from hf_kvopt.errors import CacheStateError, KVOptError, OutOfBlocks
+from hf_kvopt.compat.ranks import text_group
+from hf_kvopt.errors import CacheStateError, KVOptError, OutOfBlocks, UnsupportedModel
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,8 @@ class Batcher:
     on what else is computed; in other dtypes than float32 that holds up to rounding, as for any batch.
 
     Raises:
-        UnsupportedModel: a model whose rows cannot be packed: with recurrent layers, an encoder, attention of its own.
+        UnsupportedModel: a model whose rows cannot be packed: with recurrent layers, an encoder, attention of its own;
+            or one that ranks share (`generate_many` takes it).
         ValueError, TypeError: a setting that cannot work, or a model in training mode.
 
     Source: Orca, OSDI 2022 (iteration-level scheduling); PagedAttention, arXiv:2309.06180; Sarathi-Serve,
@@ -62,6 +64,7 @@ class Batcher:
 
     def __init__(self, model: PreTrainedModel, cache: str = "paged", *, draft: Any = None, **settings: Any) -> None:
         self.config = BatchConfig(cache=cache, draft=draft, **settings)
+        _require_whole(model)
         self._worker = _Worker(Runtime(model, self.config))
         # Requests keep their batcher: one that nobody holds has none left.
         self._finalizer = weakref.finalize(self, self._worker.stop, cancel=True)
@@ -159,6 +162,17 @@ class Batcher:
         prompt = worker.runtime.prompt(input_ids)
         rules = rules_for(model, prompt, **settings)
         return prompt, rules._replace(max_new_tokens=worker.runtime.require_room(len(prompt), rules.max_new_tokens))
+
+
+def _require_whole(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModel for a model that ranks share: requests come to each of them at times of its own."""
+    group = text_group(model)
+    if group is not None:
+        raise UnsupportedModel(
+            "a batcher takes requests when they come, and ranks that share a model must run the same forwards: got "
+            f"{type(model).__name__} divided over {group.size()} ranks; call generate_many on every rank, with "
+            "the same prompts"
+        )
 
 
 class _Worker:

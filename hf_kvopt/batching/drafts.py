@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_kvopt.batching.job import Job
+from hf_kvopt.ranks import follow_first
 from hf_kvopt.speculation.drafters.base import Drafter, DraftSession, Plan
 from hf_kvopt.speculation.loop.costs import Times
 from hf_kvopt.speculation.loop.reads import Pending, packed
@@ -89,7 +90,8 @@ class Drafts:
     def propose(self, jobs: Sequence[Job]) -> list[list[int]]:
         """Tokens to try behind the last one of each decoding job."""
         drafts = []
-        for job, depth in zip(jobs, self.depths(jobs), strict=True):
+        depths = follow_first(self.model, self.depths(jobs))  # they depend on measured times
+        for job, depth in zip(jobs, map(int, depths), strict=True):
             drafts.append(self._draft(job, depth) if depth else [])
         return drafts
 

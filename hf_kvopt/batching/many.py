@@ -1,6 +1,6 @@
 """`generate_many`: any number of prompts through one running batch, in the calling thread."""
 
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import fields
 from typing import Any
 
@@ -8,10 +8,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_kvopt import ranks
 from hf_kvopt.batching.job import Job
 from hf_kvopt.batching.request import Request
 from hf_kvopt.batching.rules import rules_for
 from hf_kvopt.batching.settings import BatchConfig, Runtime
+from hf_kvopt.compat.ranks import text_group
 from hf_kvopt.errors import OutOfBlocks
 
 _QUEUED = 2  # jobs that are prepared ahead, in rows of the batch
@@ -58,24 +60,47 @@ def generate_many(
         columns = (TextColumn("prompts"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, disable=not progress) as bar:
             task = bar.add_task("", total=_length(prompts, num_return_sequences))
-            _run(runtime, jobs, lambda: bar.update(task, completed=runtime.engine.counts.finished))
+            for _ in run_jobs(runtime, jobs):
+                bar.advance(task)
         return [request.result() for request in requests]
     finally:
         runtime.close("cancelled")
 
 
-def _run(runtime: Runtime, jobs: Iterator[Job], show: Callable[[], None]) -> None:
+def run_jobs(runtime: Runtime, jobs: Iterator[Job]) -> Iterator[Request]:
+    """Run jobs in the calling thread, and yield their requests as they end.
+
+    Args:
+        runtime: of the model, with no other jobs.
+        jobs: taken as room comes up, so that no more than a few are prepared ahead.
+    """
     engine, config = runtime.engine, runtime.config
+    running: list[Request] = []
     is_more = True
     while is_more or not engine.is_idle:
         while is_more and len(engine.scheduler.waiting) < _QUEUED * config.max_rows:
             job = next(jobs, None)
             is_more = job is not None
             if job is not None:
+                _require_alike(runtime, job)
+                running.append(job.request)
                 engine.add(job)
         if not engine.step() and not engine.is_idle:
             raise OutOfBlocks("no request can go on: got blocks that are held by none; this is a bug")
-        show()
+        ended = [request for request in running if request.is_done]
+        if ended:
+            running = [request for request in running if not request.is_done]
+            yield from ended
+
+
+def _require_alike(runtime: Runtime, job: Job) -> None:
+    """Raise where ranks that share a model would not run the same forwards."""
+    if job.rules.deadline is not None and text_group(runtime.model) is not None:
+        raise ValueError(
+            "max_time ends requests by each rank's own clock: got it for a model that ranks share; omit it"
+        )
+    rules = (job.rules.max_new_tokens, job.rules.do_sample)
+    ranks.require_alike(runtime.model, "prompts", f"{rules} of {job.request.prompt}")
 
 
 def _jobs(

@@ -11,6 +11,7 @@ from hf_kvopt.attention.register import ATTENTION_NAME
 from hf_kvopt.batching.engine import Engine
 from hf_kvopt.batching.probe import require_equal
 from hf_kvopt.batching.requirements import as_prompt, num_positions, require_packable
+from hf_kvopt.cache.divided import require_followed
 from hf_kvopt.config import CacheConfig
 from hf_kvopt.errors import nearest
 from hf_kvopt.overrides import latents
@@ -71,6 +72,7 @@ class Runtime:
 
     def __init__(self, model: PreTrainedModel, config: BatchConfig) -> None:
         require_packable(model)
+        require_followed(model)
         if model.training:
             raise ValueError("a batcher takes a model in evaluation mode: got one in training mode; call model.eval()")
         self.model, self.config = model, config

@@ -24,6 +24,7 @@ from tests.helpers import generate, prompt
 from tests.speculation.heads import tiny_head
 
 INPUTS = prompt(25, 18)
+PROMPTS = [list(range(start, start + 5 * (start % 7) + 3)) * 2 for start in range(3, 12)]
 MODELS = ("llama", "qwen3_moe", "gemma3_text", "gpt_oss", "deepseek_v3")
 CACHES: dict[str, dict[str, Any]] = {
     "paged": {},
@@ -80,6 +81,33 @@ def heads(folder: Path, rank: int, num_ranks: int) -> dict[str, Any]:
         found[f"{name} drafted"] = drafting.stats.steps > 0
         hf_kvopt.disable(model)
     return found
+
+
+def batch(folder: Path, rank: int, num_ranks: int) -> dict[str, Any]:
+    """Return the tokens of a running batch with few blocks, by cache and draft."""
+    model = load(folder / "full", num_ranks)
+    found: dict[str, Any] = {}
+    settings = {"max_new_tokens": 20, "do_sample": False, "max_rows": 3, "max_tokens": 288}
+    for options in ({}, {"cache": "int8"}, {"draft": "prompt_lookup"}):
+        found[str(options)] = hf_kvopt.generate_many(model, PROMPTS, **settings, **options)  # type: ignore[arg-type]
+    found["sampled"] = hf_kvopt.generate_many(model, PROMPTS, max_new_tokens=9, do_sample=True, seed=3)
+    return found
+
+
+def batch_errors(folder: Path, rank: int, num_ranks: int) -> list[str]:
+    """Return the errors of a batcher, of a time limit, and of prompts that differ; then the tokens of equal ones."""
+    model = load(folder / "full", num_ranks)
+    said = []
+    for call in (
+        lambda: hf_kvopt.Batcher(model),
+        lambda: hf_kvopt.generate_many(model, PROMPTS, max_new_tokens=4, max_time=60.0),
+        lambda: hf_kvopt.generate_many(model, [PROMPTS[rank]], max_new_tokens=4),
+    ):
+        try:
+            call()
+        except (ValueError, hf_kvopt.KVOptError) as error:
+            said.append(f"{type(error).__name__}: {error}")
+    return [*said, str(hf_kvopt.generate_many(model, PROMPTS, max_new_tokens=4))]
 
 
 def local_heads(folder: Path, rank: int, num_ranks: int) -> list[int]:
@@ -204,8 +232,8 @@ def pipeline_cache(folder: Path, rank: int, num_ranks: int) -> Any:
 
 
 JOBS: tuple[Callable[[Path, int, int], Any], ...] = (
-    matrix, heads, local_heads, slow_rank, unlike_options, unlike_prompts, unlike_stores, saved_store, absent_rank,
-    dead_rank, too_few_heads, pipeline, pipeline_cache,
+    matrix, heads, batch, batch_errors, local_heads, slow_rank, unlike_options, unlike_prompts, unlike_stores,
+    saved_store, absent_rank, dead_rank, too_few_heads, pipeline, pipeline_cache,
 )  # fmt: skip
 
 

@@ -12,7 +12,10 @@ from tests.helpers import generate, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # Jobs after which the ranks can go on together share one group of processes.
-TOGETHER = "heads,local_heads,slow_rank,unlike_options,unlike_prompts,unlike_stores,saved_store,pipeline,pipeline_cache"
+TOGETHER = (
+    "heads,batch,batch_errors,local_heads,slow_rank,unlike_options,unlike_prompts,unlike_stores,saved_store,pipeline,"
+    "pipeline_cache"
+)
 
 
 @pytest.mark.parametrize("name", jobs.MODELS)
@@ -28,6 +31,20 @@ def test_two_ranks_give_the_tokens_of_one_process(name: str, group: Groups, mode
 def test_draft_heads_share_the_embeddings_of_a_divided_target(group: Groups, models: Path) -> None:
     want = jobs.heads(models, 0, 1)
     assert returned(group(TOGETHER), "heads") == [want, want]
+
+
+def test_a_running_batch_of_two_ranks_gives_the_tokens_of_one_process(group: Groups, models: Path) -> None:
+    want = jobs.batch(models, 0, 1)
+    assert returned(group(TOGETHER), "batch") == [want, want]
+
+
+def test_what_ranks_could_not_decide_alike_is_refused_for_a_running_batch(group: Groups) -> None:
+    for batcher, time_limit, prompts, tokens in returned(group(TOGETHER), "batch_errors"):
+        assert batcher.startswith("UnsupportedModel: ")
+        assert "generate_many on every rank" in batcher
+        assert time_limit.startswith("ValueError: max_time ")
+        assert "got prompts that differ" in prompts
+        assert tokens == returned(group(TOGETHER), "batch_errors")[0][3]
 
 
 def test_each_rank_keeps_the_keys_of_its_own_heads(group: Groups, models: Path) -> None:
