@@ -18,7 +18,7 @@ from hf_kvopt import CACHE_KEYWORD
 
 
 class Reader(Protocol):
-    """What a text is read through: a `Side`, or what an eval has in its place."""
+    """Way to read a text: a `Side`, or what an eval has in its place."""
 
     def make_cache(self, model: PreTrainedModel, max_len: int) -> Cache:
         """Make an empty cache that can hold `max_len` tokens of each row."""

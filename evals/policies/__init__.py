@@ -1,1 +1,1 @@
-"""What eviction policies lose, by the memory that they hold."""
+"""Losses of eviction policies, by the memory that they hold."""

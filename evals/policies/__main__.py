@@ -33,7 +33,7 @@ _EVERY = 600  # characters of text between two keys
 
 
 class Sums(NamedTuple):
-    """What a side did in one task, summed over rows."""
+    """Results of a side in one task, summed over rows."""
 
     score: float  # nats, or answer tokens that are right
     num_tokens: int

@@ -35,8 +35,14 @@ class PressPolicy(PromptPolicy):
     Source: kvpress 0.5.5, github.com/NVIDIA/kvpress.
 
     Examples:
-        >>> policy = PressPolicy(kvpress.SnapKVPress(compression_ratio=0.5), model)
-        >>> output = model.generate(**inputs, cache=PagedCache(model.config, policy=policy))
+        >>> from hf_kvopt import enable
+        >>> class Newest:  # or kvpress.SnapKVPress(compression_ratio=0.5)
+        ...     compression_ratio = 0.5
+        ...
+        ...     def score(self, module, hidden_states, keys, values, attentions, kwargs):
+        ...         return torch.arange(keys.shape[2]).float().expand(keys.shape[:3])
+        >>> policy = PressPolicy(Newest(), model)
+        >>> output = enable(model, policy=policy).generate(**inputs)
         >>> policy.close()
     """
 
