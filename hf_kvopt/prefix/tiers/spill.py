@@ -1,9 +1,10 @@
 """Spiller: copies whole blocks of known texts to the tiers, in a thread that lives while there are any to copy.
 
-    index.insert ─► queue ─► under the lock: which pieces   ─► without: read them ─► under it: still the same? ─► tiers
+    index.insert ─► queue ─► under the lock: which pieces   ─► without: read them ─► under it: still held? ─► tiers
 
 The lock is held to look, never to copy. What the index holds is not written to, so a block that it held before and
-after the copy was copied whole; others are dropped. The index evicts blocks that have a copy before those that wait.
+after the copy was copied whole, also from a pool that grew meanwhile; others are dropped. The index evicts blocks that
+have a copy before those that wait.
 """
 
 import logging
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_kvopt.pool.block_pieces import Piece, is_current
+from hf_kvopt.pool.block_pieces import Piece
 from hf_kvopt.prefix.node import Node
 from hf_kvopt.prefix.tiers.record import Key, Record, digest_of, packed
 
@@ -105,19 +106,15 @@ class Spiller:
             batch = self._next()
         if batch is None:
             return
-        has_grown = False
         try:
             rows = packed(batch.pieces)
             with blocks.lock:
-                has_grown = not is_current(batch.pieces, self.tiers.pieces([]))
-                kept = [] if has_grown else batch.unchanged()
+                kept = batch.unchanged()
             self._keep(batch, dict(zip(map(id, batch.nodes), rows, strict=True)), kept)
         finally:
-            with blocks.lock, self._lock:
+            with blocks.lock:
                 for node in batch.nodes:
-                    node.waits = has_grown
-                if has_grown:  # the pools have other tensors now: once more
-                    self._queue += [(batch.key, node) for node in batch.nodes]
+                    node.waits = False
 
     def _keep(self, batch: _Batch, rows: dict[int, Tensor], kept: Sequence[Node]) -> None:
         records: dict[bytes, Record] = {}

@@ -6,12 +6,13 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_kvopt import PrefixStore
+from hf_kvopt import KV_FORMATS, PrefixStore
 from tests.helpers import tiny_model
 from tests.prefix.prefixes import batch, counted, text, turn
 
 LONG = text(200, seed=7)
-FORMATS = ("native", "int8", "int4", "k4v4", "fp8_e5m2")
+SEALED = next(name for name, format in KV_FORMATS.items() if format.sealed is not None)
+FORMATS = tuple(dict.fromkeys(("native", "int8", "int4", SEALED, "fp8_e5m2")))
 
 
 def evict_all(store: PrefixStore) -> None:

@@ -12,7 +12,7 @@ from hf_kvopt.pool.block_pieces import Piece
 from hf_kvopt.prefix.tiers import spill
 from tests.helpers import KINDS, tiny_model
 from tests.prefix.prefixes import batch, counted, text, turn
-from tests.prefix.tiers.stores import FORMATS, LONG, evict_all, fresh, known
+from tests.prefix.tiers.stores import FORMATS, LONG, SEALED, evict_all, fresh, known
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -58,7 +58,7 @@ def test_rows_of_a_batch_come_back_beside_what_lies_on_the_device() -> None:
 
 def test_a_chat_goes_on_behind_what_came_back() -> None:
     model = tiny_model()
-    store, plain = PrefixStore(model, host_tier="1GiB", format="k4v4"), PrefixStore(model, format="k4v4")
+    store, plain = PrefixStore(model, host_tier="1GiB", format=SEALED), PrefixStore(model, format=SEALED)
     tokens, reference = LONG[:130], LONG[:130]
     for seed in range(3):
         tokens = turn(store, model, batch(tokens))[0].tolist() + text(20, seed=seed)
@@ -111,6 +111,24 @@ def test_a_store_without_room_for_a_text_restores_what_fits() -> None:
     for tokens, output in zip(texts, expected, strict=True):
         assert torch.equal(turn(store, model, batch(tokens)), output)
     assert store.stats().restored > 0
+
+
+def test_blocks_with_a_copy_go_before_those_that_wait_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    store = PrefixStore(model, host_tier="1GiB")
+    hold, original = threading.Event(), spill.packed
+    turn(store, model, batch(text(100, seed=2)))
+    store.flush()
+    monkeypatch.setattr(spill, "packed", lambda pieces: (hold.wait(30), original(pieces))[1])
+    turn(store, model, batch(LONG))
+    turn(store, model, batch(text(100, seed=2)))  # used last, but copied
+    with store.lock:
+        store.index.evict(7)
+        waiting = sum(node.waits for node in store.index.nodes())
+    hold.set()
+    evict_all(store)
+    assert waiting == 13
+    assert store.match_length(LONG) == 192
 
 
 def is_free(lock: Any) -> bool:
