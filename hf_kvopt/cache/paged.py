@@ -33,7 +33,7 @@ from hf_kvopt.cache.loop import loop_of
 from hf_kvopt.cache.rows import FixedRows, GrowingRows, Kind, TableMaker
 from hf_kvopt.cache.stats import CacheStats, measure
 from hf_kvopt.cache.watched import WatchedCache
-from hf_kvopt.cache.whole import require_undivided_layers
+from hf_kvopt.cache.whole import offloads, require_undivided_layers
 from hf_kvopt.config import CacheConfig
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.eviction.policy import EvictionPolicy
@@ -56,7 +56,7 @@ class PagedCache(WatchedCache):
         max_tokens: hard cap on the tokens over all rows, such as 32768 or "32k" (`OutOfBlocks` beyond it); None grows
             as needed.
         compileable: fixed capacity of `max_tokens`; see `CacheConfig`.
-        offloading: keep all layers but the one that computes in CPU memory (CUDA only), as `DynamicCache` does.
+        offloading: keep all layers but those that compute in CPU memory, as `DynamicCache` does; needs a GPU.
         offload_only_non_sliding: leave sliding layers on the device.
         policy: what full attention drops, e.g. `SinkRecent(sinks=4, recent=1024)`; needs hf_kvopt's attention.
         formats: how the layers are stored, native by default; see `QuantizedPagedCache`.
@@ -97,7 +97,7 @@ class PagedCache(WatchedCache):
         self._rows = self._make_rows()
         self.owner: weakref.ref[object] | None = None  # the enabled model that it was handed to
         self.epoch = 0  # counts how often it was emptied
-        kwargs: dict[str, Any] = {"offloading": offloading, "offload_only_non_sliding": offload_only_non_sliding}
+        kwargs: dict[str, Any] = offloads(offloading, offload_only_non_sliding)
         if config is None:
             Cache.__init__(self, layer_class_to_replicate=PagedLayer, **kwargs)  # DynamicCache's builds its own layers
         else:
