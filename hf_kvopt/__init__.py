@@ -35,6 +35,7 @@ from hf_kvopt.packaged import model_source, packaged_texts
 from hf_kvopt.prefix.cache import PrefixSharedCache
 from hf_kvopt.prefix.store import PrefixStore
 from hf_kvopt.quant import KV_FORMATS
+from hf_kvopt.speculation.drafters.suffix import SuffixLookup
 from hf_kvopt.speculation.heads.auto import DraftHead
 from hf_kvopt.speculation.loop.stats import SpeculationStats
 from hf_kvopt.speculation.speculative import speculative
@@ -75,6 +76,7 @@ __all__ = [
     "SinkRecentPeriodic",
     "SnapKV",
     "SpeculationStats",
+    "SuffixLookup",
     "TokenLogprob",
     "UnsupportedDevice",
     "UnsupportedModel",

@@ -23,7 +23,14 @@ from hf_kvopt.calibration import choose, warn_of_loss
 from hf_kvopt.errors import UnsupportedModel, nearest
 from hf_kvopt.overrides.attention import reset_attention, set_attention, takes_attention
 from hf_kvopt.overrides.batching import ManagerMaker, batch_config_of, drop_manager
-from hf_kvopt.overrides.cache_maker import CACHES, KV_NAMES, LAYER_OPTIONS, CacheMaker, make_cache
+from hf_kvopt.overrides.cache_maker import (
+    CACHES,
+    LAYER_OPTIONS,
+    CacheMaker,
+    factory_of,
+    format_of_cache,
+    make_cache,
+)
 from hf_kvopt.overrides.inputs import CheckedPrefill, PreparedInputs
 from hf_kvopt.overrides.instance import InstanceOverride
 from hf_kvopt.overrides.sharing import Sharing, install
@@ -82,10 +89,11 @@ def enable(
 
     Args:
         model: a transformers model that can generate.
-        cache: "paged"; a format of `QuantizedPagedCache` ("int8", "fp8_e4m3", "fp8_e5m2", "int4", "k8v4"); None to keep
-            transformers' cache; or a preset ("chat", "long", "throughput", "lowest memory"), which asks the planner for
-            this model and machine, prints in one line what it chose, and yields to arguments that are given beside it;
-            or "auto", the smallest cache within `max_loss` by what `calibrate` measured of this model.
+        cache: "paged"; a format of `QuantizedPagedCache` ("int8", "fp8_e4m3", "fp8_e5m2", "int4", "k8v4", "k4v2",
+            "int3", or a pair of formats of single tokens such as "int8/int4"); None to keep transformers' cache; or a
+            preset ("chat", "long", "throughput", "lowest memory"), which asks the planner for this model and machine,
+            prints in one line what it chose, and yields to arguments that are given beside it; or "auto", the smallest
+            cache within `max_loss` by what `calibrate` measured of this model.
         attention: whether to set `attn_implementation="hf_kvopt"` too. None does so where the model takes it; where it
             does not (its attention is written into the model, or selects keys sparsely), the model's own attention is
             used with this cache, which is said once.
@@ -93,8 +101,8 @@ def enable(
             of the cache's format with the options `max_tokens`, `block_size`, `skip_layers` and `layer_formats` (see
             `prefix_store(model)`), a store of this model is used as it is. Weights, adapters and hooks may change
             between calls; what changes unseen (see `PrefixStore`) needs `prefix_store(model).clear()`.
-        draft: speculate in every `generate` call: a draft head, its folder, an assistant model, "prompt_lookup",
-            "lookahead", or what `speculative(...)` made, with its settings and `stats`.
+        draft: speculate in every `generate` call: a draft head, its folder, an assistant model, "suffix",
+            "prompt_lookup", "lookahead", or what `speculative(...)` made, with its settings and `stats`.
         batching: let `model.generate_batch(...)`, and whatever else asks the model for a manager of continuous batching
             (TRL, transformers' server), use a `Batcher` with this cache, and the options `max_tokens`, `block_size`,
             `skip_layers` and `layer_formats`; or with the settings of a `BatchConfig`.
@@ -125,6 +133,7 @@ def enable(
         Enabled(cache='int8', attention=True, prefix_sharing=True, draft=None)
         >>> model = disable(model)
     """
+    wrapped, model = model, compat.unwrapped(model)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"enable takes a transformers model: got {type(model).__name__}; unwrap it first, e.g. pipe.model"
@@ -140,15 +149,16 @@ def enable(
         given = {"prefix_sharing": prefix_sharing, "draft": draft, **tiers}
         settings = chosen.options | {name: value for name, value in given.items() if value} | cache_options
         print(chosen.said)
-        return enable(model, chosen.cache, attention=attention, **settings)
+        return enable(wrapped, chosen.cache, attention=attention, **settings)
     if max_loss is not None and cache != AUTO:
         raise TypeError(f"max_loss is for cache={AUTO!r}, which chooses by it: got cache={cache!r}; drop one")
     if cache == AUTO:
         found = choose(model, max_loss)
         print(found.said)
         settings = {"prefix_sharing": prefix_sharing, "draft": draft, **tiers, **found.options, **cache_options}
-        return enable(model, found.cache, attention=attention, **settings)
-    if cache is not None and cache not in CACHES:
+        return enable(wrapped, found.cache, attention=attention, **settings)
+    factory = factory_of(cache)
+    if cache is not None and factory is None:
         known = [*CACHES, *PRESETS, AUTO]
         raise ValueError(
             f"unknown cache {cache!r}: expected one of {sorted(CACHES)}, {AUTO!r}, a preset of {list(PRESETS)}, or None"
@@ -166,8 +176,8 @@ def enable(
     attention = takes_attention(model, attention, is_all=cache is None and draft is None)
     beside = {"prefix_sharing": prefix_sharing is not False, "draft": draft is not None}
     require_alone(cache_options.get("policy"), type(model).__name__, attention, beside)
-    if cache is not None:
-        make_cache(model, CACHES[cache], cache_options)  # refuse bad options now, not in the first generate
+    if cache is not None and factory is not None:
+        make_cache(model, factory, cache_options)  # refuse bad options now, not in the first generate
         if cache != "paged" and not set(LAYER_OPTIONS) & set(cache_options):
             warn_of_loss(model, cache)
     sharing = _sharing(model, cache, prefix_sharing, cache_options, tiers)
@@ -182,8 +192,8 @@ def enable(
     if compat.PREPARE_INPUTS not in model.__dict__:  # another library's, such as PEFT's soft prompts, stays
         model.__dict__[compat.PREPARE_INPUTS] = PreparedInputs(model)
     model.__dict__[compat.PREFILL] = CheckedPrefill(model)
-    if cache is not None:
-        make = partial(make_cache, factory=CACHES[cache], options=cache_options)
+    if factory is not None:
+        make = partial(make_cache, factory=factory, options=cache_options)
         model.__dict__[compat.MAKE_CACHE] = CacheMaker(model, make)
     generates = None if drafting is None else DraftingGenerate(model, drafting)
     if sharing is not None:
@@ -195,16 +205,17 @@ def enable(
         model.__dict__[compat.MAKE_MANAGER] = ManagerMaker(model, batch_config)
     state = Enabled(cache, attention, sharing is not None, _name_of(draft), cache_options, previous)
     setattr(model, _STATE, state)
-    return model
+    return wrapped
 
 
 def enabled(model: PreTrainedModel) -> Enabled | None:
     """Return what `enable` set on `model`; None where it is not enabled."""
-    return getattr(model, _STATE, None)
+    return getattr(compat.unwrapped(model), _STATE, None)
 
 
 def disable(model: PreTrainedModel) -> PreTrainedModel:
     """Put back what `enable` changed; a no-op on a model that is not enabled."""
+    wrapped, model = model, compat.unwrapped(model)
     if hasattr(model, _STATE):
         previous = getattr(model, _STATE).previous_attention
         delattr(model, _STATE)
@@ -213,7 +224,7 @@ def disable(model: PreTrainedModel) -> PreTrainedModel:
                 del model.__dict__[name]
         drop_manager(model)
         reset_attention(model, previous)
-    return model
+    return wrapped
 
 
 def _require_unreplaced(model: PreTrainedModel, extra: str | None) -> None:
@@ -256,14 +267,14 @@ def _sharing(
     if wrong:
         raise TypeError(f"prefix_sharing takes max_tokens, block_size and the formats of layers: got {wrong} too")
     if isinstance(prefix_sharing, PrefixStore):
-        if prefix_sharing.model is not model or options or prefix_sharing.formats.format != KV_NAMES[cache]:
+        if prefix_sharing.model is not model or options or prefix_sharing.formats.format != format_of_cache(cache):
             raise ValueError(
                 f"prefix_sharing takes a store made from this very model, in the cache's format and with options of "
                 f"its own: got cache={cache!r}, options {sorted(options)} and a store in format "
                 f"{prefix_sharing.formats.format!r}; make it with PrefixStore(model, format=...)"
             )
         return Sharing(prefix_sharing, {})
-    options = {**options, **tiers, "format": KV_NAMES[cache]}
+    options = {**options, **tiers, "format": format_of_cache(cache)}
     PrefixStore(model, **options)  # refuse now what cannot be shared
     return Sharing(None, options)
 

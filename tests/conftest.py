@@ -1,9 +1,13 @@
 """Fixtures for all tests."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+# What speculation learns on tiny models is no use to anybody, and tests must not learn from each other.
+os.environ.setdefault("HF_KVOPT_REMEMBER", "0")
 
 
 @pytest.fixture(scope="session")

@@ -221,9 +221,9 @@ def test_a_call_that_is_interrupted_leaves_nothing_behind(feature, at):
 @pytest.mark.parametrize("kind", ["full", "mixed"])
 @pytest.mark.parametrize("feature", ["shared", "draft", "shared and draft"])
 def test_formats_under_features_give_the_tokens_of_the_format_alone(format, kind, feature):
-    want = run(enable(tiny_model(kind), cache=format))
+    want = run(enable(tiny_model(kind), cache=format, block_size=16))
     options = {"draft": draft()} if "draft" in feature else {}
-    model = enable(tiny_model(kind), cache=format, prefix_sharing="shared" in feature, **options)
+    model = enable(tiny_model(kind), cache=format, prefix_sharing="shared" in feature, block_size=16, **options)
     for _ in range(2):
         assert torch.equal(run(model), want)
 

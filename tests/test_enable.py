@@ -221,13 +221,13 @@ def test_an_enabled_model_is_freed_when_it_is_dropped() -> None:
         gc.enable()
 
 
-@pytest.mark.parametrize("name", ["int8", "fp8_e4m3", "fp8_e5m2", "int4", "k8v4"])
+@pytest.mark.parametrize("name", ["int8", "fp8_e4m3", "fp8_e5m2", "int4", "k8v4", "k4v2", "int3", "int8/int4"])
 def test_a_format_is_the_name_of_a_cache(name: str) -> None:
     model = hf_kvopt.enable(tiny_model(), cache=name, skip_layers=("last",), layer_formats={"last": "int8"})
     out = generate(model, prompt(9, 6), return_dict_in_generate=True)
     layers = out[hf_kvopt.CACHE_KEYWORD].layers
     assert [layer.format.name for layer in layers] == [name, "int8"]
-    assert layers[0].pool.keys.codes.element_size() == 1
+    assert all(plane.tensors[0].element_size() == 1 for plane in layers[0].pool.planes)
 
 
 def test_a_format_beside_the_name_of_a_cache_is_refused() -> None:

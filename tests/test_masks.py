@@ -119,7 +119,7 @@ def test_a_2d_mask_may_have_any_dtype(way: str, dtype: torch.dtype) -> None:
     assert torch.equal(got, plain("mixed", inputs_of(*rows), **options))
 
 
-@pytest.mark.parametrize("format", ["int8", "int4", "k8v4"])
+@pytest.mark.parametrize("format", ["int8", "int4/int4", "int4", "k8v4"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_2d_mask_over_quantized_blocks_is_read_as_by_eager(kind: str, format: str) -> None:
     model, want = (
@@ -242,7 +242,7 @@ def test_a_4d_mask_is_the_one_that_counts(kind: str, way: str, form: str) -> Non
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("format", ["int8", "int4/int4", "int4"])
 @pytest.mark.parametrize("kind", ["full", "sliding"])
 def test_a_4d_mask_over_quantized_blocks_is_read_as_by_eager(kind: str, format: str, form: str) -> None:
     def first_layer(attention: str, mask: Tensor, lengths: tuple[int, ...]) -> Tensor:

@@ -17,7 +17,7 @@ from hf_kvopt.kernels.cpu.program import can_compile
 
 PACKAGE = str(Path(hf_kvopt.__file__).parent)
 # Calls of functions of this package, and files of it that are entered, for one layer of one step.
-MOST = {None: (47, 16), "int8": (62, 17), "int4": (64, 18)}
+MOST = {None: (47, 16), "int8": (62, 17), "int4/int4": (64, 18)}
 
 
 @contextmanager
@@ -56,7 +56,7 @@ def step(num_layers: int, format: str | None) -> Counter[tuple[str, str]]:
 
 
 @pytest.mark.skipif(not can_compile(), reason="without compiled kernels other functions are called")
-@pytest.mark.parametrize("format", MOST, ids=["native", "int8", "int4"])
+@pytest.mark.parametrize("format", MOST, ids=["native", "int8", "int4 of single tokens"])
 def test_a_layer_of_a_decode_step_takes_few_calls_and_files(format: str | None) -> None:
     few, many = step(3, format), step(5, format)
     layers = {name: (count - few[name]) / 2 for name, count in many.items() if count != few[name]}

@@ -48,7 +48,9 @@ def _quantized(format: str, exact_prefill: bool = False) -> CacheKind:
     def make(model: PreTrainedModel, max_len: int) -> Cache:
         return hf_kvopt.QuantizedPagedCache(model.config, format=format, exact_prefill=exact_prefill)
 
-    bits = min(half.bits or 16 for half in (hf_kvopt.KV_FORMATS[format].k, hf_kvopt.KV_FORMATS[format].v))
+    kind = hf_kvopt.KV_FORMATS[format]
+    planes = (kind.k, kind.v) if kind.sealed is None else kind.sealed.planes
+    bits = min(half.bits or 16 for half in planes)
     loss = _EIGHT_BITS if bits >= 8 else _FOUR_BITS if bits >= 4 else _FEWER_BITS
     about = f"QuantizedPagedCache, {format}{', exact_prefill' if exact_prefill else ''}"
     return CacheKind(about=about, make=make, loss=loss)

@@ -1,12 +1,14 @@
 """`python -m evals.batching`: requests of chat-like lengths by each way to batch, at once and as a Poisson process.
 
-All sides run the same requests in one process, each token is compared with a run of its request alone. A side whose
-tokens differ, or that leaves blocks behind, is not written, and the exit status is then 1.
+All sides run the same requests in one process, after a round that is not measured, and take turns, so that what else
+the machine does meets all of them. Each token is compared with a run of its request alone. A side whose tokens differ,
+or that leaves blocks behind, is not written, and the exit status is then 1.
 """
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from evals.batching.sides import Outcome, alone, ours, static, stock
 from evals.batching.workload import Chat, arrivals, draw, percentile
 from evals.fragmentation.workload import MAX_PROMPT
 
-# Of all requests at once, on two CPU cores.
+# Of all requests at once, on two CPU cores; the use of the pool where blocks are what requests wait for.
 LEAST_OVER_STATIC, LEAST_OVER_STOCK, LEAST_POOL_USE = 2.0, 1.3, 0.9
 # Rates of arrival, of what was reached at once.
 LOADS = (0.5, 0.8, 1.2)
@@ -31,15 +33,17 @@ def make_parser() -> Parser:
     parser = Parser("evals.batching", description=(__doc__ or "").split("\n\n")[0])
     add_model_arguments(parser)
     add_text_arguments(parser)
-    parser.add_argument("--requests", type=at_least(1), default=200, help="%(default)s")
+    parser.add_argument("--requests", type=at_least(1), default=40, help="%(default)s; 200 for the whole comparison")
+    parser.add_argument("--rounds", type=at_least(1), default=3, help="turns of each side (%(default)s)")
     parser.add_argument("--scale", type=at_least(1), default=8, help="lengths of chats are divided by it (%(default)s)")
     parser.add_argument("--cache", default="paged", help="of our side (%(default)s)")
-    parser.add_argument("--max-rows", type=at_least(1), default=32, help="of our side (%(default)s)")
-    parser.add_argument("--prefill-chunk", type=at_least(1), default=256, help="of our side (%(default)s)")
-    parser.add_argument("--pool", type=at_least(16), default=4096, help="tokens that our side holds (%(default)s)")
+    parser.add_argument("--max-rows", type=at_least(1), default=64, help="of our side (%(default)s)")
+    parser.add_argument("--prefill-chunk", type=at_least(1), default=256, help="tokens of a step (%(default)s)")
+    parser.add_argument("--pool", type=at_least(16), default=8192, help="tokens that are held (%(default)s)")
+    parser.add_argument("--short-pool", type=at_least(16), default=2048, help="where blocks are short (%(default)s)")
     parser.add_argument("--batch", type=at_least(1), default=8, help="rows of a static batch (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="%(default)s")
-    parser.add_argument("--without", nargs="*", choices=["static", "generate_batch", "load"], default=[])
+    parser.add_argument("--without", nargs="*", choices=["static", "generate_batch", "pressure", "load"], default=[])
     add_output_argument(parser, "batching.json")
     parser.add_argument("--plot", type=Path, help="picture of the latest rows of that file (beside it, .png)")
     return parser
@@ -52,14 +56,15 @@ def run(args: argparse.Namespace) -> int:
     subject.model.generation_config.pad_token_id = 0
     stream = token_stream(subject, load_texts(args), 64 * MAX_PROMPT // args.scale)
     chats = draw(args.requests, stream, args.scale, args.seed)
-    want, outcomes = _measure(subject, chats, args)
+    want, turns = _measure(subject, chats, args)
     rows, is_right = [], True
-    for (side, rate), outcome in outcomes.items():
-        is_equal = outcome.tokens == want
-        is_right &= outcome.is_clean and (is_equal or not side.startswith("ours"))
-        if outcome.is_clean and is_equal:
-            rows.append({**_row(subject, args, side, rate, outcome, outcomes), **provenance(subject.model.device)})
-    _show(subject, outcomes, want)
+    for (side, load), outcomes in turns.items():
+        is_equal = all(outcome.tokens == want for outcome in outcomes)
+        is_clean = all(outcome.is_clean for outcome in outcomes)
+        is_right &= is_clean and (is_equal or not side.startswith("ours"))
+        if is_clean and is_equal:
+            rows.append({**_row(subject, args, side, load, chats, turns), **provenance(subject.model.device)})
+    _show(subject, turns, want)
     append_rows(args.out, rows)
     latest = {(row["model"], row["side"], row["load"]): row for row in read_rows(args.out)}
     if latest:
@@ -67,59 +72,74 @@ def run(args: argparse.Namespace) -> int:
     return int(not is_right)
 
 
-Outcomes = dict[tuple[str, float | None], Outcome]
+Turns = dict[tuple[str, float | None], list[Outcome]]
+"""Outcomes of each side and load, a round each."""
+OURS, SHORT = "ours", "ours, short of blocks"
 
 
-def _measure(subject: Subject, chats: Sequence[Chat], args: argparse.Namespace) -> tuple[list[list[int]], Outcomes]:
-    """Tokens of each request alone, and the outcome of each side, by its name and load."""
-    model, outcomes = subject.model, {}  # type: Any, Outcomes
-    settings = {
-        "cache": args.cache,
-        "max_rows": args.max_rows,
-        "prefill_chunk": args.prefill_chunk,
-        "max_tokens": args.pool,
+def _measure(subject: Subject, chats: Sequence[Chat], args: argparse.Namespace) -> tuple[list[list[int]], Turns]:
+    """Tokens of each request alone, and the outcomes of each side."""
+    model: Any = subject.model
+    settings = {"cache": args.cache, "max_rows": args.max_rows, "prefill_chunk": args.prefill_chunk}
+    at_once = [0.0] * len(chats)
+    sides: dict[str, Callable[[Sequence[Chat]], Outcome]] = {
+        "static": lambda some: static(model, some, args.batch),
+        "ours": lambda some: ours(model, some, at_once[: len(some)], max_tokens=args.pool, **settings),
+        "generate_batch": lambda some: stock(model, some, args.pool, args.prefill_chunk),
+        "pressure": lambda some: ours(model, some, at_once[: len(some)], max_tokens=args.short_pool, **settings),
     }
-    with progress(7) as advance:
+    names = {"static": "static batches", "ours": OURS, "generate_batch": "generate_batch", "pressure": SHORT}
+    chosen = [side for side in sides if side not in args.without]
+    loads = () if "load" in args.without else LOADS
+    turns: Turns = {}
+    with progress(1 + args.rounds * len(chosen) + len(loads)) as advance:
         want = alone(model, chats)
-        # The first forwards compile kernels and load things.
-        static(model, chats[:2], 2)
-        ours(model, chats[:2], [0.0, 0.0], **settings)
+        for side in chosen:  # the first forwards compile kernels and load things
+            sides[side](chats[: max(2, len(chats) // 10)])
         advance("each request alone")
-        if "static" not in args.without:
-            outcomes["static batches", None] = static(model, chats, args.batch)
-        advance("static padded batches")
-        outcomes["ours", None] = at_once = ours(model, chats, [0.0] * len(chats), **settings)
-        advance("ours, all at once")
-        if "generate_batch" not in args.without:
-            outcomes["generate_batch", None] = stock(model, chats)
-        advance("transformers' generate_batch")
-        for load in () if "load" in args.without else LOADS:
-            times = arrivals(len(chats), load * len(chats) / at_once.seconds, args.seed)
-            outcomes["ours", load] = ours(model, chats, times, **settings)
+        for number in range(args.rounds):
+            # Who goes first changes from round to round.
+            for side in chosen[number % len(chosen) :] + chosen[: number % len(chosen)]:
+                turns.setdefault((names[side], None), []).append(sides[side](chats))
+                advance(names[side])
+        rate = len(chats) / _typical(turns[OURS, None]).seconds
+        for load in loads:
+            times = arrivals(len(chats), load * rate, args.seed)
+            turns[OURS, load] = [ours(model, chats, times, max_tokens=args.pool, **settings)]
             advance(f"ours, at {load:g} of that")
-    return want, outcomes
+    return want, turns
+
+
+def _typical(outcomes: Sequence[Outcome]) -> Outcome:
+    """The outcome of median time."""
+    return sorted(outcomes, key=lambda outcome: outcome.seconds)[len(outcomes) // 2]
 
 
 def _row(
-    subject: Subject, args: argparse.Namespace, side: str, load: float | None, outcome: Outcome, outcomes: Outcomes
+    subject: Subject, args: argparse.Namespace, side: str, load: float | None, chats: Sequence[Chat], turns: Turns
 ) -> dict[str, Any]:
+    is_ours, outcome = side.startswith(OURS), _typical(turns[side, load])
     row: dict[str, Any] = {
         "eval": "batching",
         "model": subject.name,
         "dtype": args.dtype,
-        "cache": args.cache if side == "ours" else "native",
+        "cache": args.cache if is_ours else "native",
         "side": side,
         "load": load,
-        "rate_per_s": None if load is None else load * args.requests / outcomes["ours", None].seconds,
+        "rate_per_s": None if load is None else load * args.requests / _typical(turns[OURS, None]).seconds,
         "requests": args.requests,
+        "rounds": len(turns[side, load]),
+        "load_average": round(os.getloadavg()[0], 1),  # above 1 to 2, others used the machine as well
         "scale": args.scale,
-        "pool_tokens": args.pool if side == "ours" else None,
+        "pool_tokens": None if side.startswith("static") else args.short_pool if side == SHORT else args.pool,
         "tokens_per_s": outcome.tokens_per_s,
         "seconds": outcome.seconds,
+        "seconds_of_rounds": [one.seconds for one in turns[side, load]],
+        "useful_tokens": sum(len(chat.prompt) + chat.num_new - 1 for chat in chats),
         "computed_tokens": outcome.computed_tokens,
         "padded_tokens": outcome.padded_tokens,
         "pool_use": percentile(outcome.pool_use, 0.5) if outcome.pool_use else None,
-        "bars": _bars(side, load, outcomes),
+        "bars": _bars(side, load, turns),
     }
     for name, values in (("first_token", outcome.first_token_s), ("token", outcome.token_s)):
         for share in (50, 95, 99):
@@ -129,18 +149,20 @@ def _row(
     return row
 
 
-def _bars(side: str, load: float | None, outcomes: Outcomes) -> list[dict[str, Any]]:
-    """The bars that our side, with all requests at once, is held to."""
-    if (side, load) != ("ours", None):
+def _bars(side: str, load: float | None, turns: Turns) -> list[dict[str, Any]]:
+    """The bars that our sides, with all requests at once, are held to."""
+    if load is not None or not side.startswith(OURS):
         return []
-    outcome = outcomes["ours", None]
-    bars = [("padded tokens", float(outcome.padded_tokens or 0), None, 0.0)]
+    mine = turns[side, None]
+    bars = [("padded tokens", float(max(outcome.padded_tokens or 0 for outcome in mine)), None, 0.0)]
     for name, least in (("static batches", LEAST_OVER_STATIC), ("generate_batch", LEAST_OVER_STOCK)):
-        other = outcomes.get((name, None))
-        if other is not None:
-            bars.append((f"tokens/s over {name}", outcome.tokens_per_s / other.tokens_per_s, least, None))  # type: ignore[arg-type]
-    if outcome.pool_use:
-        bars.append(("pool use", percentile(outcome.pool_use, 0.5), LEAST_POOL_USE, None))  # type: ignore[arg-type]
+        if side == OURS and (name, None) in turns:
+            # Round by round: what slows the machine down slows both.
+            ratios = [theirs.seconds / own.seconds for own, theirs in zip(mine, turns[name, None], strict=True)]
+            bars.append((f"tokens/s over {name}", percentile(ratios, 0.5), least, None))  # type: ignore[arg-type]
+    use = [share for outcome in mine for share in outcome.pool_use]
+    if side == SHORT and use:
+        bars.append(("pool use", percentile(use, 0.5), LEAST_POOL_USE, None))  # type: ignore[arg-type]
     return [
         {"of": name, "is": value, "least": least, "most": most,
          "is_met": (least is None or value >= least) and (most is None or value <= most)}
@@ -148,11 +170,12 @@ def _bars(side: str, load: float | None, outcomes: Outcomes) -> list[dict[str, A
     ]  # fmt: skip
 
 
-def _show(subject: Subject, outcomes: Outcomes, want: list[list[int]]) -> None:
+def _show(subject: Subject, turns: Turns, want: list[list[int]]) -> None:
     columns = ("side", "load", "tokens/s", "computed", "padded", "TTFT p50/p95/p99 s", "token p50 ms", "preempted",
                "pool use", "equal")  # fmt: skip
     lines = []
-    for (side, load), one in outcomes.items():
+    for (side, load), outcomes in turns.items():
+        one = _typical(outcomes)
         first = "/".join(f"{percentile(one.first_token_s, share):.2f}" for share in (0.5, 0.95, 0.99))
         equal = sum(got == wanted for got, wanted in zip(one.tokens, want, strict=True))
         lines.append(
@@ -170,9 +193,10 @@ def _show(subject: Subject, outcomes: Outcomes, want: list[list[int]]) -> None:
             )
         )
     show_table(f"requests of chat-like lengths, {subject.name}", columns, lines)
-    for bar in _bars("ours", None, outcomes):
-        bound = f">= {bar['least']:g}" if bar["least"] is not None else f"<= {bar['most']:g}"
-        print(f"{bar['of']}: {bar['is']:.2f} ({bound}: {'met' if bar['is_met'] else 'MISSED'})")
+    for side in (OURS, SHORT):
+        for bar in _bars(side, None, turns) if (side, None) in turns else ():
+            bound = f">= {bar['least']:g}" if bar["least"] is not None else f"<= {bar['most']:g}"
+            print(f"{side}: {bar['of']} {bar['is']:.2f} ({bound}: {'met' if bar['is_met'] else 'MISSED'})")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

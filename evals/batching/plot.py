@@ -9,23 +9,28 @@ from matplotlib.figure import Figure
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw tokens a second at once on the left, percentiles under load on the right."""
+    """Draw tokens a second at once, over those of static batches, on the left; percentiles under load on the right."""
     mpl.use("Agg")
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     models = list(dict.fromkeys(row["model"] for row in rows))
+    sides = list(dict.fromkeys(row["side"] for row in rows if row["rate_per_s"] is None))
     for number, model in enumerate(models):
-        at_once = [row for row in rows if row["model"] == model and row["rate_per_s"] is None]
-        sides = [row["side"] for row in at_once]
-        places = [place + 0.8 * number / len(models) for place in range(len(at_once))]
-        left.bar(places, [row["tokens_per_s"] for row in at_once], width=0.8 / len(models), label=model)
-        left.set_xticks(range(len(sides)), sides, rotation=15)
+        own = (row for row in rows if row["model"] == model and row["rate_per_s"] is None)
+        speeds = {row["side"]: row["tokens_per_s"] for row in own}
+        unit = speeds.get("static batches", next(iter(speeds.values()), 1.0))
+        places = [sides.index(side) + 0.8 * number / len(models) for side in speeds]
+        bars = left.bar(places, [speed / unit for speed in speeds.values()], width=0.8 / len(models), label=model)
+        left.bar_label(bars, [f"{speed:.0f}/s" for speed in speeds.values()], fontsize="small")
         loaded = sorted((row for row in rows if row["model"] == model and row["rate_per_s"]), key=_rate)
         for share in ("p50", "p99"):
             values = [row[f"first_token_{share}_s"] for row in loaded]
             right.plot([_rate(row) for row in loaded], values, marker="o", label=f"{model}, {share}")
-    left.set(ylabel="generated tokens a second, all requests at once")
-    right.set(xlabel="requests a second", ylabel="time to first token, s", yscale="log")
+    left.set_xticks([place + 0.4 - 0.4 / max(1, len(models)) for place in range(len(sides))], sides, fontsize="small")
+    left.set(ylabel="tokens a second, over static batches", title="all requests at once")
+    right.set(xlabel="requests a second", ylabel="time to first token, s", yscale="log", title="Poisson arrivals")
+    right.yaxis.set_major_formatter("{x:g}")
+    right.yaxis.set_minor_formatter("{x:g}")
     for axes in (left, right):
         axes.legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)

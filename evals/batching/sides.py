@@ -23,7 +23,7 @@ class Outcome(NamedTuple):
     first_token_s: list[float]  # of each request, from its arrival on
     token_s: list[float]  # of each further token, mean of each request
     stats: BatchStats | None
-    pool_use: list[float]  # held by requests, of the pool, at moments when requests waited
+    pool_use: list[float]  # held by requests, of the pool, at moments when requests waited for blocks
     is_clean: bool  # no block was held after the last request
 
     @property
@@ -64,11 +64,20 @@ def static(model: Any, chats: Sequence[Chat], batch_size: int) -> Outcome:
     return Outcome(outputs, seconds, computed, computed - useful, [], [], None, [], True)
 
 
-def stock(model: Any, chats: Sequence[Chat], num_blocks: int = 32, batch_tokens: int = 256) -> Outcome:
-    """Run transformers' continuous batching, all requests at once; by default it takes most of a CPU's memory."""
+def stock(model: Any, chats: Sequence[Chat], pool_tokens: int, batch_tokens: int) -> Outcome:
+    """Run transformers' continuous batching, all requests at once.
+
+    Args:
+        model: the model.
+        chats: the requests.
+        pool_tokens: that its cache holds; by default it takes most of a CPU's memory.
+        batch_tokens: of one step at most.
+    """
     manager = model.init_continuous_batching(
         generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
-        continuous_batching_config=ContinuousBatchingConfig(num_blocks=num_blocks, max_batch_tokens=batch_tokens),
+        continuous_batching_config=ContinuousBatchingConfig(
+            num_blocks=-(-pool_tokens // ContinuousBatchingConfig().page_size), max_batch_tokens=batch_tokens
+        ),
     )
     manager.start()
     started = time.perf_counter()
@@ -113,14 +122,14 @@ def ours(model: PreTrainedModel, chats: Sequence[Chat], times: Sequence[float], 
 
 @contextmanager
 def _watched(batcher: Batcher) -> Iterator[list[float]]:
-    """Collect the use of the pool while requests wait, ten times a second."""
+    """Collect the use of the pool while requests wait for blocks, ten times a second."""
     use: list[float] = []
     is_done = threading.Event()
 
     def watch() -> None:
         while not is_done.wait(0.1):
             stats = batcher.stats
-            if stats.waiting and stats.num_blocks:
+            if stats.waiting and stats.num_blocks and stats.filling + stats.decoding < batcher.config.max_rows:
                 use.append(stats.row_blocks / stats.num_blocks)
 
     watcher = threading.Thread(target=watch, daemon=True)

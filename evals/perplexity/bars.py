@@ -51,8 +51,8 @@ MEMORY = (
     Bar("int8", "bf16_share", 0.53),
     Bar("fp8_e4m3", "bf16_share", 0.53),
     Bar("fp8_e5m2", "bf16_share", 0.53),
+    Bar("k8v4", "bf16_share", 0.41),
     Bar("int4", "bf16_share", 0.30),
-    Bar("k4v4", "bf16_share", 0.30),
     Bar("k4v2", "bf16_share", 0.24),
     Bar("int3", "bf16_share", 0.22),
 )
@@ -74,9 +74,6 @@ REAL: Mapping[str, Sequence[Bar]] = {
         Bar("int4", "delta", 0.005),
         Bar("int4", "kl_mean", 7e-3),
         Bar("int4", "top1_lost", 0.04),
-        Bar("k4v4", "delta", 0.005),
-        Bar("k4v4", "kl_mean", 7e-3),
-        Bar("k4v4", "top1_lost", 0.04),
         Bar("k4v2", "delta", 0.015),
         Bar("k4v2", "kl_mean", 2e-2),
         Bar("int3", "delta", 0.02),
@@ -86,8 +83,6 @@ REAL: Mapping[str, Sequence[Bar]] = {
         Bar("int8", "delta", 0.0005),
         Bar("int4", "delta", 0.004),
         Bar("int4", "kl_mean", 2.5e-3),
-        Bar("k4v4", "delta", 0.004),
-        Bar("k4v4", "kl_mean", 2.5e-3),
         Bar("k4v2", "kl_mean", 6e-3),
     ),
 }

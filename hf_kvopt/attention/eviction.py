@@ -18,6 +18,7 @@ from hf_kvopt.attention.mask import LazyMask, Pattern
 from hf_kvopt.attention.rotary import turn
 from hf_kvopt.errors import CacheStateError, UnsupportedModel
 from hf_kvopt.eviction.policy import PromptStates
+from hf_kvopt.kernels.sealed_view import SealedView
 from hf_kvopt.pool.handle import KVHandle, view_of
 
 
@@ -98,17 +99,30 @@ def choose_prompt(module: nn.Module, q: Tensor, key: Tensor, value: Tensor, scal
         return
     if table.step_start or q.shape[2] < 2 or table.has_chosen(reads):
         return
-    policy, padding, rows = table.policy, table.padding(), []
+    # Columns before a row's first token: noted padding, or none where rows begin behind it.
+    padding = [pads + lag for pads, lag in zip(table.padding(), table.lags, strict=True)]
+    policy, rows = table.policy, []
     counts = [policy.budget(key.shape[2] - pads) for pads in padding]
     if all(count + pads == key.shape[2] for count, pads in zip(counts, padding, strict=True)):
         return
-    keys, values = view_of(key).dense(), view_of(value).dense()
+    k, v = view_of(key), view_of(value)
+    keys, values = k.dense(), v.dense()
     for row, (pads, count) in enumerate(zip(padding, counts, strict=True)):
         own_q, own_k, own_v = (x[row, :, pads:] for x in (q, keys, values))
-        states = PromptStates(own_q, own_k, own_v, scale, partial(turn, module), module, row, pads)
-        scores = policy.score_states(states)
+        prompt = PromptStates(own_q, own_k, own_v, scale, partial(turn, module), module, row, pads)
+        scores = policy.score_states(prompt)
         rows.append(scores.topk(count, dim=-1).indices.sort(dim=-1).values)
-    table.choose(reads, rows)
+    states = None
+    if isinstance(k, SealedView) and isinstance(v, SealedView):
+        came = (k.arrived, v.arrived)
+        states = [tuple(_picked(x, i, rows[i] + pads) for x in came) for i, pads in enumerate(padding)]
+    table.choose(reads, rows, states)  # type: ignore[arg-type]
+
+
+def _picked(states: Tensor | None, row: int, columns: Tensor) -> Tensor:
+    """Return [num_kv_heads, count, head_dim] of states [batch, num_kv_heads, columns, head_dim] by columns of heads."""
+    assert states is not None
+    return states[row].gather(1, columns[..., None].expand(-1, -1, states.shape[3]))
 
 
 def _hidden(handle: KVHandle, mask: Tensor | None) -> list[int]:

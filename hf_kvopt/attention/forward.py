@@ -52,6 +52,8 @@ def attention_forward(
         kwargs |= {"dropout": dropout, "scaling": scaling, "softcap": softcap, "s_aux": s_aux}
         return attend_packed(attention_forward, module, query, key, value, attention_mask, **kwargs)
     handle = key.latent if isinstance(key, LatentKV) else key
+    if isinstance(handle, KVHandle) and handle.mask is not None:
+        attention_mask = handle.mask
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     table = handle.table if isinstance(handle, KVHandle) else None
     scoring = Pattern(scale, True, None, softcap, s_aux if s_aux is not None else kwargs.get("sinks"))

@@ -45,7 +45,7 @@ def attend_packed(
         queries = cut.rows_of(query)
         mask = _chunk_mask(keys, cut.q_len) if is_chunked(module) else None
         outs.append(cut.packed(attend(module, queries, keys, values, mask, **kwargs)[0]))
-    return torch.cat(outs, dim=1), None
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1), None
 
 
 def _pattern(module: nn.Module, mask: Tensor | None, kwargs: dict[str, Any]) -> Pattern:

@@ -38,11 +38,9 @@ def aligned(key: KVHandle, value: Tensor, mask: Tensor | None) -> tuple[KVHandle
 
 def _rewritten(handle: KVHandle, view: SealedView) -> KVHandle:
     """The handle of a layer whose last step is written to other places."""
-    new = view.arrived
+    new, table, source = view.arrived, view.table, view.source
     assert new is not None
-    view.storage.write(new, view.table, view.table.clock - new.shape[2], view.table.clock)
-    twin = KVHandle(
-        SealedView.of(view.storage, view.table, view.spec, view.skip, view.states, new), handle.reads, handle.is_fresh
-    )
+    source.write(new, table, table.clock - new.shape[2], table.clock)
+    twin = KVHandle(source.view(table, view.spec.shape[2], view.skip, view.states, new), handle.reads, handle.is_fresh)
     twin.guard = handle.guard
     return twin

@@ -14,6 +14,7 @@ from typing import Any, Self
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_kvopt import compat
 from hf_kvopt.batching.job import Job
 from hf_kvopt.batching.request import Request
 from hf_kvopt.batching.rules import Rules, rules_for
@@ -35,13 +36,15 @@ class Batcher:
             requests that came last wait, or give way and go on later. None grows as needed.
         max_rows: requests that are computed at a time.
         prefill_chunk: prompt tokens that one step reads at most, beside one token of each request that decodes.
-        block_size: tokens a block, a power of two from 16 to 256.
+        block_size: tokens a block, a power of two from 16 to 256; 16 by default, 64 where the format seals blocks.
         prefix_sharing: find the beginnings of prompts again that were read before.
         skip_layers: layers that are not quantized; see `QuantizedPagedCache`.
         layer_formats: formats of single layers; see `QuantizedPagedCache`.
         draft: speculate: a draft head, its folder, an assistant model, "prompt_lookup", "lookahead", or what
             `speculative(...)` made. Each request drafts as deep as it gains by, up to a bound of tokens a step over all
             of them. Tokens stay what they are without, sampled ones of a seed as well.
+        compile: compile the step of decoding rows (`torch.compile`, one graph); a `CompileConfig` of transformers says
+            how. Rows are rounded up to a few sizes. Prompts, drafts, and rows in sealed or latent storage stay eager.
 
     Greedy tokens are those of `model.generate` on the prompt alone, with that cache. A request's tokens do not depend
     on what else is computed; in other dtypes than float32 that holds up to rounding, as for any batch.
@@ -64,7 +67,7 @@ class Batcher:
 
     def __init__(self, model: PreTrainedModel, cache: str = "paged", *, draft: Any = None, **settings: Any) -> None:
         self.config = BatchConfig(cache=cache, draft=draft, **settings)
-        _require_whole(model)
+        _require_whole(compat.unwrapped(model))
         self._worker = _Worker(Runtime(model, self.config))
         # Requests keep their batcher: one that nobody holds has none left.
         self._finalizer = weakref.finalize(self, self._worker.stop, cancel=True)

@@ -18,11 +18,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_kvopt.batching.drafts import Drafts
+from hf_kvopt.batching.graph import GraphStep
 from hf_kvopt.batching.job import Job
 from hf_kvopt.batching.reader import Fed, Outputs, PackedReader
 from hf_kvopt.batching.request import Request
 from hf_kvopt.batching.rows import Rows
 from hf_kvopt.batching.rules import Rules
+from hf_kvopt.batching.sampling import draw_alike
 from hf_kvopt.batching.scheduler import Scheduler, StepPlan
 from hf_kvopt.batching.stats import BatchStats, Counts
 from hf_kvopt.errors import CacheStateError
@@ -59,6 +61,7 @@ class Engine:
         self.counts = Counts()
         self._numbers = itertools.count()
         self.drafts = None if drafter is None else Drafts(drafter, model)
+        self.graph: GraphStep | None = None
         self.reader = PackedReader(model, self.drafts is not None and self.drafts.needs_features)
         self._learns = store.formats.format != "native" or bool(store.formats.layer_formats)
 
@@ -107,7 +110,7 @@ class Engine:
         scheduler, counts, prefixes = self.scheduler, self.counts, self.store.stats()
         with self.store.lock:
             spaces = [(a.num_blocks, a.num_blocks - a.num_free) for a in self.store.allocators]
-            known = self.store.index.num_evictable(sum(size for size, _ in spaces)) * len(spaces)
+            known = self.store.index.num_evictable * len(spaces)
         used = sum(number for _, number in spaces)
         return BatchStats(
             waiting=len(scheduler.waiting),
@@ -173,7 +176,8 @@ class Engine:
     def _forward(self, plan: StepPlan) -> Outputs:
         """Logits of each decoding row and its draft, then of each prompt that is read to its end."""
         fed, places, num_fed = [], [], 0  # type: list[Fed], list[int], int
-        if self.rows.jobs:
+        decoded = None if self.graph is None or any(plan.drafts) else self._decode()
+        if self.rows.jobs and decoded is None:
             tokens = [[job.text[-1], *draft] for job, draft in zip(self.rows.jobs, plan.drafts, strict=True)]
             fed.append(Fed(self.rows.cache, tokens, self.rows.lengths))
             num_fed = sum(map(len, tokens))
@@ -187,10 +191,21 @@ class Engine:
             if number == job.num_missing:
                 places.append(num_fed - 1)
         started = time.monotonic()
-        outputs = self.reader.read(fed, places)
+        outputs = self.reader.read(fed, places) if fed else Outputs(torch.empty(0), None)
+        if decoded is not None:
+            outputs = Outputs(torch.cat([decoded, outputs.logits]) if len(outputs.logits) else decoded, None)
         if self.drafts is not None:
             self.drafts.note_step(num_fed, time.monotonic() - started)
         return outputs
+
+    def _decode(self) -> Tensor | None:
+        """Logits of the decoding rows by the compiled step; None where they are to be read eagerly."""
+        graph, rows = self.graph, self.rows
+        needs_features = self.drafts is not None and self.drafts.needs_features
+        bucket = None if graph is None or not rows.jobs or needs_features else graph.bucket_for(rows.cache)
+        if graph is None or bucket is None:
+            return None
+        return graph.read(bucket, rows.cache, [job.text[-1] for job in rows.jobs], rows.lengths)
 
     def _take_all(self, plan: StepPlan, outputs: Outputs) -> list[Job]:
         """Take the next tokens of all rows, and of prompts that were read to their ends, which join.
@@ -201,10 +216,10 @@ class Engine:
         best: list[int] = outputs.logits.argmax(-1).tolist() if len(outputs.logits) else []
         features = None if self.drafts is None else features_of(outputs, self.drafts.drafter.feature_layers)
         first = 0
-        for job, draft in zip(self.rows.jobs, plan.drafts, strict=True):
+        for job, draft, drawn in zip(self.rows.jobs, plan.drafts, self._draws(plan, outputs), strict=True):
             here = slice(first, first + 1 + len(draft))
             fed = [job.text[-1], *draft]
-            num_taken = self._take(job, draft, outputs.logits[here], best[here])
+            num_taken = self._take(job, draft, outputs.logits[here], best[here], drawn)
             if self.drafts is not None and num_taken:
                 own = None if features is None else features[:, here]
                 self.counts.accepted_tokens += self.drafts.note(job, fed, num_taken, own, best[here])
@@ -236,15 +251,25 @@ class Engine:
         self.rows.join(job)
         return []
 
-    def _take(self, job: Job, draft: list[int], logits: Tensor, best: list[int]) -> int:
+    def _draws(self, plan: StepPlan, outputs: Outputs) -> list[int | None]:
+        """First token of each decoding row that is drawn together with others; None where it is chosen by itself."""
+        rules = [job.rules for job in self.rows.jobs]
+        if sum(one.do_sample for one in rules) < 2:
+            return [None] * len(rules)
+        firsts = list(itertools.accumulate((1 + len(draft) for draft in plan.drafts[:-1]), initial=0))
+        return draw_alike(rules, outputs.logits[firsts])
+
+    def _take(self, job: Job, draft: list[int], logits: Tensor, best: list[int], drawn: int | None = None) -> int:
         """Take tokens, of logits [1 + len(draft), vocab] whose largest are `best`, until one is not as drafted.
+
+        The first one may have been `drawn` before.
 
         Returns:
             How many were taken.
         """
         for place in range(1 + len(draft)):
             try:
-                token = job.take(logits[place], best[place])
+                token = job.take(logits[place], best[place], None if place else drawn)
             except Exception as error:  # of the request's own processors and criteria: nobody else's business
                 job.end("error", error)
                 return place

@@ -58,13 +58,16 @@ class Job:
         """Tokens that its own cache lacks."""
         return len(self.text) - self.num_held
 
-    def take(self, logits: Tensor, best: int) -> int:
+    def take(self, logits: Tensor, best: int, drawn: int | None = None) -> int:
         """Choose, take and tell the next token, of logits [vocab] in float32 of which `best` is the largest.
+
+        One that was `drawn` before, by these rules, is taken as it is.
 
         Raises:
             Exception: what the request's own logits processors or criteria raise.
         """
-        token = best if self.rules.is_plain else self.rules.choose(self.text, logits)
+        token = best if self.rules.is_plain else drawn
+        token = self.rules.choose(self.text, logits) if token is None else token
         logprob = self.rules.logprob_of(token, logits)
         self.text.append(token)
         reason = self.rules.ending(self.text, self.num_new)

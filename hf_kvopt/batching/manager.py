@@ -73,7 +73,8 @@ class BatchManager:
         """Do nothing: see `warmed_up`."""
 
     def start(self) -> None:
-        """Take requests from now on."""
+        """Take requests from now on, with the model in evaluation mode, as transformers' own manager leaves it."""
+        self.model.eval()
         if self.batcher is None or self.batcher.is_closed:
             self.batcher = Batcher(self.model, **vars(self.config))
         self._is_taking = True

@@ -48,7 +48,7 @@ class Room:
             0 if allocator.num_available is None else max(0, number - allocator.num_available)
             for allocator, number in spaces
         ]
-        return not any(missing) or self.store.index.num_evictable(max(missing)) >= max(missing)
+        return not any(missing) or self.store.index.num_evictable >= max(missing)
 
     def take(self, wanted: Blocks) -> None:
         """Make so many blocks free, evicting known texts where that is needed.

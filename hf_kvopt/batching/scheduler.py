@@ -140,10 +140,10 @@ class Scheduler:
         """Begin to fill waiting jobs, in their order, while there are rows and blocks for the whole of their texts.
 
         A job waits for one that is being filled where both begin alike, as it will find those blocks then; jobs behind
-        it may go first, until that prompt is filled.
+        it may go first, until that prompt is filled. As many are looked at as there are rows, however long the queue.
         """
         promised = [self._decoding(num_drafted), *(self._rest(job) for job in self.filling)]
-        for job in list(self.waiting):
+        for job in self.waiting[: self.max_rows]:
             if len(self.filling) + len(self.rows.jobs) >= self.max_rows:
                 return
             key = self._key_of(job)
@@ -181,8 +181,10 @@ class Scheduler:
     def _is_about_to_be_known(self, job: Job, key: object, known: int) -> bool:
         """Tell whether a prompt that is being filled gives a job more whole blocks than are known now."""
         size = self.store.block_size
-        shared = [_common(job.text[:-1], other.text) for other in self.filling if other.key == key]
-        return max(shared, default=0) // size > known // size
+        text = job.text[:-1]
+        return any(
+            _begins_alike(text, other.text, known // size * size + size) for other in self.filling if other.key == key
+        )
 
     def _portions(self, num_drafted: int) -> list[Portion]:
         """Choose what of the filling prompts the next step reads: the oldest first, as far as tokens and blocks go."""
@@ -203,6 +205,6 @@ def _rank(job: Job) -> tuple[float, int]:
     return job.rank
 
 
-def _common(a: list[int], b: list[int]) -> int:
-    """Length of the common beginning."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+def _begins_alike(a: list[int], b: list[int], length: int) -> bool:
+    """Tell whether two texts have their first `length` tokens in common."""
+    return min(len(a), len(b)) >= length and a[:length] == b[:length]

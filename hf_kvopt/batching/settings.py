@@ -6,9 +6,12 @@ from types import MappingProxyType
 from typing import Any
 
 from transformers import PreTrainedModel
+from transformers.generation import CompileConfig
 
+from hf_kvopt import compat
 from hf_kvopt.attention.register import ATTENTION_NAME
 from hf_kvopt.batching.engine import Engine
+from hf_kvopt.batching.graph import GraphStep
 from hf_kvopt.batching.probe import require_equal
 from hf_kvopt.batching.requirements import as_prompt, num_positions, require_packable
 from hf_kvopt.cache.divided import require_followed
@@ -16,12 +19,12 @@ from hf_kvopt.config import CacheConfig
 from hf_kvopt.errors import nearest
 from hf_kvopt.overrides import latents
 from hf_kvopt.prefix.store import PrefixStore
-from hf_kvopt.quant import KV_FORMATS
-from hf_kvopt.quant.policy import LayerName
+from hf_kvopt.quant import KV_FORMATS, is_pair
+from hf_kvopt.quant.policy import PLAIN_BLOCK, LayerName
 from hf_kvopt.speculation.drafters.base import Drafter
 from hf_kvopt.speculation.speculative import SpeculativeDecoding, speculative
 
-_FORMATS = {"paged": None, **{name: name for name, fmt in KV_FORMATS.items() if not fmt.is_native}}
+_CACHES = ("paged", *(name for name, fmt in KV_FORMATS.items() if not fmt.is_native))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,22 +35,26 @@ class BatchConfig:
     max_tokens: int | str | None = None
     max_rows: int = 64
     prefill_chunk: int = 512
-    block_size: int = 16
+    block_size: int | None = None
     prefix_sharing: bool = True
     skip_layers: Collection[LayerName] = ("sliding",)
     layer_formats: Mapping[LayerName, str] = field(default_factory=lambda: MappingProxyType({}))
     draft: Any = None
+    compile: bool | CompileConfig = False
 
     def __post_init__(self) -> None:
-        if self.cache not in _FORMATS:
+        if self.cache not in _CACHES and not is_pair(self.cache):
             raise ValueError(
-                f"unknown cache {self.cache!r}: expected one of {sorted(_FORMATS)}{nearest(self.cache, _FORMATS)}"
+                f"unknown cache {self.cache!r}: expected one of {sorted(_CACHES)}{nearest(self.cache, _CACHES)}"
             )
-        CacheConfig(block_size=self.block_size, max_tokens=self.max_tokens)  # refuses what cannot work
+        size = PLAIN_BLOCK if self.block_size is None else self.block_size
+        CacheConfig(block_size=size, max_tokens=self.max_tokens)  # refuses what cannot work
         for name in ("max_rows", "prefill_chunk"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1: got {value!r}")
+        if not isinstance(self.compile, (bool, CompileConfig)):
+            raise TypeError(f"compile must be True, False or a CompileConfig of transformers: got {self.compile!r}")
 
 
 def _drafter(model: PreTrainedModel, draft: Any) -> Drafter | None:
@@ -71,6 +78,7 @@ class Runtime:
     """
 
     def __init__(self, model: PreTrainedModel, config: BatchConfig) -> None:
+        model = compat.unwrapped(model)
         require_packable(model)
         require_followed(model)
         if model.training:
@@ -80,7 +88,7 @@ class Runtime:
             model,
             max_tokens=config.max_tokens,
             block_size=config.block_size,
-            format=_FORMATS[config.cache],
+            format=None if config.cache == "paged" else config.cache,
             skip_layers=config.skip_layers,
             layer_formats=config.layer_formats,
         )
@@ -91,6 +99,9 @@ class Runtime:
             model.set_attn_implementation(ATTENTION_NAME)
             latents.install(model)
         self.engine = Engine(model, store, config.max_rows, config.prefill_chunk, config.prefix_sharing, drafter)
+        if config.compile is not False:
+            chosen = config.compile if isinstance(config.compile, CompileConfig) else CompileConfig()
+            self.engine.graph = GraphStep(model, chosen)
         try:
             require_equal(model)
         except BaseException:
@@ -119,7 +130,7 @@ class Runtime:
         """
         if self.max_positions is not None:
             max_new_tokens = min(max_new_tokens, self.max_positions - prompt_len)
-        limit, size = self.engine.store.max_tokens, self.config.block_size
+        limit, size = self.engine.store.max_tokens, self.engine.store.block_size
         if limit is None:
             return max_new_tokens
         # The last token is never fed; a last block that a known text shares is copied before it is written.

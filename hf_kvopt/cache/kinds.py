@@ -3,7 +3,6 @@
 import functools
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedConfig
@@ -14,7 +13,7 @@ from hf_kvopt.cache.hybrid import HybridLayer, StateLayer
 from hf_kvopt.cache.layer import PagedLayer
 from hf_kvopt.cache.rows import GrowingRows
 from hf_kvopt.eviction.policy import EvictionPolicy
-from hf_kvopt.quant import FormatPolicy, KVFormat
+from hf_kvopt.quant import LATENTS, FormatPolicy, KVFormat, require_unsealed
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +30,6 @@ class LayerMaker(NamedTuple):
 
     def attention(self, window: int | None, format: KVFormat, policy: EvictionPolicy | None = None) -> PagedLayer:
         """A layer that holds keys and values only, with a policy of its own or that of all."""
-        if self.rows.is_fixed:
-            # A row of fixed capacity holds tokens, which a graph can store one by one.
-            format = replace(format, sealed=None)
         return self.rows.layer_class(self.rows.table_for(window, policy), format, self.formats.exact_prefill)
 
     def layer(
@@ -43,6 +39,7 @@ class LayerMaker(NamedTuple):
         window = options.get("sliding_window")
         format = self.formats.at(layer_idx, is_sliding=window is not None)
         if is_latent:
+            require_unsealed(format, LATENTS)
             # What stands in the place of the values is the rotary part of the keys. A guard would be in the way of
             # absorbing the up-projections.
             format = KVFormat(format.k, format.k, guard=False)

@@ -38,7 +38,7 @@ from hf_kvopt.config import CacheConfig
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.eviction.policy import EvictionPolicy
 from hf_kvopt.pool.block_table import BlockTable
-from hf_kvopt.quant import FormatPolicy
+from hf_kvopt.quant import FIXED_CAPACITY, FormatPolicy
 
 _NATIVE = FormatPolicy()
 
@@ -85,15 +85,12 @@ class PagedCache(WatchedCache):
     ) -> None:
         if config is not None and not isinstance(config, PreTrainedConfig):
             raise TypeError(f"config must be a model's config, e.g. model.config: got {type(config).__name__}")
-        block_size = formats.block_size(compileable) if block_size is None else block_size
+        block_size = formats.block_size() if block_size is None else block_size
         self.cache_config = CacheConfig(block_size=block_size, max_tokens=max_tokens, compileable=compileable)
+        if compileable:
+            formats.require_unsealed(FIXED_CAPACITY)
         self.formats = formats
         self.policy = checked_policy(policy, self.cache_config, config)
-        if policy is not None and any(formats.seals(is_sliding) for is_sliding in (False, True)):
-            raise ValueError(
-                f"a policy that evicts takes a format that stores each token by itself: got {formats.format!r}, which "
-                "seals blocks by their place in the text; use int8"
-            )
         self._rows = self._make_rows()
         self.owner: weakref.ref[object] | None = None  # the enabled model that it was handed to
         self.epoch = 0  # counts how often it was emptied

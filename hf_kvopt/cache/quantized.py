@@ -1,8 +1,9 @@
-"""QuantizedPagedCache: a paged cache whose blocks hold 8 or 4 bits a channel.
+"""QuantizedPagedCache: a paged cache whose blocks hold 2 to 8 bits a channel.
 
     block of an int8 layer     codes [block_size, num_kv_heads, head_dim] int8     scale [block_size, num_kv_heads] fp16
 
-A token is quantized once, alone, when it is written: what a later step reads does not depend on the rest of the batch,
+Formats below 8 bits seal whole blocks, see `pool.sealed`. In the others, and in pairs of formats, a token is quantized
+once, alone, when it is written: what a later step reads does not depend on the rest of the batch,
 or on the tokens before it, but for the shift that a row of keys learns from its first 16 tokens where a model has loud
 key channels. A row that begins with fewer keeps those as they came until the sixteenth; where that shows another shift,
 they are quantized once more, from what came. So a text is stored alike however it is cut.
@@ -23,18 +24,20 @@ from hf_kvopt.quant.policy import LayerName
 
 
 class QuantizedPagedCache(PagedCache):
-    """`PagedCache` in about half (8 bits) or a quarter (4 bits) of bfloat16's memory.
+    """`PagedCache` in about half (8 bits) to a fifth (3 bits) of bfloat16's memory.
 
     Args:
         config: see `PagedCache`.
-        format: "int8", "fp8_e4m3", "fp8_e5m2" or "int4" for keys and values, "k8v4" for int8 keys and int4 values, or
-            any pair "keys/values" such as "fp8_e4m3/int4".
+        format: "int8", "fp8_e4m3" or "fp8_e5m2"; "int4", "k8v4", "k4v2" or "int3", which seal blocks of 64 tokens when
+            they are full, all but a row's first one and its newest ones; or a pair "keys/values" of formats of single
+            tokens, such as "int8/int4", for latent attention and fixed capacity, which have no blocks to seal.
         skip_layers: layers that stay as the model computes them: numbers (negative from the end), "first", "last",
             "sliding". Sliding layers by default, as they hold a window only; () to quantize those as well.
         layer_formats: formats of single layers by the same names, such as {"first": "int8", -1: "native"}; they go
             before `skip_layers`, and a number before a name.
         guard: "auto" takes from keys the shift of loud channels, as Qwen2.5's biases make them, and
-            rotates int4 keys, so that few channels do not spoil the rest; "off" leaves keys alone; see `quant.guard`.
+            rotates int4 keys of a pair, so that few channels do not spoil the rest; "off" leaves keys alone; see
+            `quant.guard`. Sealed blocks need none.
         exact_prefill: let the first prompt attend to its own states as they came. By default it attends to what is
             stored, so that a token sees the same keys however the text is cut into chunks, shared or read again. Exact
             states save 1 to 11 % of the KL divergence behind a prompt of 512 tokens (the most in int4) and cost no time
@@ -42,13 +45,14 @@ class QuantizedPagedCache(PagedCache):
             piece.
         options: see `PagedCache`.
 
-    Each token and KV head has a float16 scale inside the block (int4: two, of the even and the odd channels). A token
-    with NaN or Inf under a scale, or with a magnitude beyond 8 million (int4: 500,000), reads back as NaN in all its
-    channels under that scale, so that the output shows it; other tokens are not touched. Layers with latent attention
-    (DeepSeek) store latents and rotary keys both in the keys' format.
+    Each token and KV head has a float16 scale inside the block (int4 in a pair: two, of the even and the odd channels).
+    A token with NaN or Inf under a scale, or with a magnitude beyond 8 million (int4: 500,000; sealed: 60,000), reads
+    back as NaN in all its channels under that scale, so that the output shows it; other tokens are not touched. Layers
+    with latent attention (DeepSeek) store latents and rotary keys both in the keys' format.
 
     Raises:
-        ValueError: an unknown format, guard or layer, or, at the first update, a head_dim that int4 cannot pack.
+        ValueError: an unknown format, guard or layer; a format that seals blocks for latents or fixed capacity; or, at
+            the first update, a head_dim that codes of 4 bits cannot pack.
         UnsupportedDevice: a format that no visible card can read (float8 e4m3 before compute capability 8.9).
 
     Source: KIVI, arXiv:2402.02750 (keys and values lose differently); QuaRot, arXiv:2404.00456 (rotation); transformers

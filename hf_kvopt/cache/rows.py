@@ -38,12 +38,12 @@ class TableMaker(NamedTuple):
     def __call__(self, window: int | None, policy: EvictionPolicy | None = None) -> BlockTable:
         """Make the table of all layers with this window, or none; `policy` is one of single layers."""
         allocator = BlockAllocator(self.config.max_blocks, block_size=self.config.block_size)
+        if self.formats.seals(window is not None):
+            allocator.tails = Tails()
         policy = policy or self.policy
         if policy is not None and window is None:
             kind = ScoredTable if policy.scores_prompts else EvictingTable
             return kind(allocator, self.config.block_size, policy)
-        if self.formats.seals(window is not None) and not self.config.compileable:
-            allocator.tails = Tails()
         return BlockTable(allocator, self.config.block_size, window)
 
 

@@ -56,6 +56,7 @@ def calibrate(
         KVOptError: no tokenizer lies beside the model, and no ids were given.
         ValueError: an unknown format, or too few tokens.
     """
+    model = compat.unwrapped(model)
     _require_measurable(model)
     names = [name for name, fmt in KV_FORMATS.items() if not fmt.is_native] if formats is None else [*formats]
     for name in (*names, *layers_of):

@@ -40,6 +40,7 @@ def make_parser() -> Parser:
     add("--max-tokens", help="hard cap on the tokens held over all requests, such as 200k (grows as needed)")
     add("--max-rows", type=whole_number, default=64, help="requests computed at a time (%(default)s)")
     add("--prefill-chunk", type=whole_number, default=512, help="prompt tokens of one step (%(default)s)")
+    add("--compile", action="store_true", help="compile the step of decoding rows")
     add("--device", default="auto", help="such as cuda:0 or cpu (%(default)s)")
     add("--dtype", default="auto", help="float32, bfloat16 or float16 (%(default)s)")
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
@@ -58,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
             max_rows=args.max_rows,
             prefill_chunk=args.prefill_chunk,
             draft=args.draft,
+            compile=args.compile,
         )
     except ValueError as error:
         raise BadInput(str(error)) from None

@@ -25,6 +25,7 @@ from hf_kvopt.compat.models import (
     length_dependent_rope,
     slides,
     stock_layer,
+    unwrapped,
     uses_standard_cache,
 )
 from hf_kvopt.compat.names import (
@@ -125,5 +126,6 @@ __all__ = [
     "slides",
     "sliding_window_overlay",
     "stock_layer",
+    "unwrapped",
     "uses_standard_cache",
 ]

@@ -14,6 +14,12 @@ _STATES_IN_MODULES = ("recurrent_gemma",)  # model types whose states lie in the
 _layer_types_and_kwargs = find(cache_utils, "get_layer_types_and_kwargs")
 
 
+def unwrapped(model: Any) -> Any:
+    """Return the transformers model that PEFT's wrapper holds, whose methods it calls; anything else as it is."""
+    inner = None if isinstance(model, PreTrainedModel) else getattr(model, "get_base_model", None)
+    return model if inner is None else inner()
+
+
 def uses_standard_cache(kind: type[PreTrainedModel], config: PreTrainedConfig) -> bool:
     """Return whether generate() makes a standard cache for models of class `kind`, their forward takes it, and some
     layer fills it with keys and values."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_kvopt.kernels import devices
-from hf_kvopt.kernels.calls import AttentionCall, EqualRows, KVSpec, KVView, Reader, Stored
+from hf_kvopt.kernels.calls import AttentionCall, EqualRows, KVSpec, KVView, Reader, Stored, TableRows
 from hf_kvopt.kernels.cpu import codes, dense, sealed_tiles
 from hf_kvopt.kernels.cpu import paged_attention as compiled
 from hf_kvopt.kernels.cpu.address import address_of
@@ -50,7 +50,7 @@ def _run_in_graph(call: AttentionCall) -> Tensor:
     assert isinstance(k.rows, EqualRows)
     out: Tensor = torch.ops.hf_kvopt.attend_fixed(
         call.q, k.plane.codes, k.plane.scale, v.plane.codes, v.plane.scale, *k.rows, k.centre,
-        k.spec.shape[2], k.spec.dtype, v.spec.dtype, k.spec.rotates, *call.pattern,
+        k.spec.shape[2], k.spec.dtype, v.spec.dtype, k.spec.rotates, k.spec.is_scattered, *call.pattern,
     )  # fmt: skip
     return out
 
@@ -64,11 +64,12 @@ def fixed_view(
     rotates: bool = False,
     centre: Tensor | None = None,
 ) -> KVView:
-    """Make a view of rows of fixed capacity out of what it holds, `dtype` being what a model sees."""
+    """Make a view of rows of a graph out of what it holds, `dtype` being what a model sees."""
     fmt = format_of(codes.dtype)
     shape = (len(rows.block_table), codes.shape[2], kv_len, codes.shape[3] * fmt.codes_per_byte)
     plane = Stored(codes, scale, rotates, address_of(codes, scale))
-    return KVView(plane, rows, KVSpec(shape, dtype, fmt.name, rotates), centre=centre)
+    spec = KVSpec(shape, dtype, fmt.name, rotates, isinstance(rows, TableRows))
+    return KVView(plane, rows, spec, centre=centre)
 
 
 def _attend_fixed(
@@ -84,13 +85,14 @@ def _attend_fixed(
     key_dtype: torch.dtype,
     value_dtype: torch.dtype,
     rotates: bool,
+    is_scattered: bool,
     *pattern: Any,
 ) -> Tensor:
     """Run the list over views made of what they hold."""
     # On a CPU it costs nothing to look; elsewhere whoever made the handle left out what is not needed.
     if centre is not None and devices.is_on_host(centre) and not bool(centre.any()):
         centre = None
-    rows = EqualRows(block_table, seq_lens)
+    rows = (TableRows if is_scattered else EqualRows)(block_table, seq_lens)
     k = fixed_view(key_codes, key_scale, rows, kv_len, key_dtype, rotates, centre)
     v = fixed_view(value_codes, value_scale, rows, kv_len, value_dtype)
     return attend(AttentionCall(query, k, v, Pattern(*pattern)))
@@ -119,6 +121,7 @@ define_op(
     "attend_fixed",
     "(Tensor query, Tensor key_codes, Tensor? key_scale, Tensor value_codes, Tensor? value_scale, Tensor block_table, "
     "Tensor seq_lens, Tensor? centre, SymInt kv_len, ScalarType key_dtype, ScalarType value_dtype, bool rotates, "
+    "bool is_scattered, "
     f"{PATTERN}) -> Tensor",
     _attend_fixed,
     _attend_fixed_fake,

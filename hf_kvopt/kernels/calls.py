@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_kvopt.errors import CacheStateError
-from hf_kvopt.kernels.blocks import row_views
+from hf_kvopt.kernels.blocks import gathered, row_views
 from hf_kvopt.kernels.cpu.address import PoolAddress
 from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.quant import Format, Quantized, dequantize, get_format, rotate, unguarded
@@ -91,6 +91,19 @@ class EqualRows(NamedTuple):
         return row_views(x, len(self.block_table))[:, :, :kv_len]
 
 
+class TableRows(EqualRows):
+    """Rows whose blocks lie anywhere in the pool; block table, lengths and addresses of these are on the device."""
+
+    __slots__ = ()
+
+    def read(self, x: Tensor, skip: int, kv_len: int) -> Tensor:
+        """A copy."""
+        size = x.shape[1]
+        columns = torch.arange(skip, skip + kv_len, device=x.device)
+        blocks = self.block_table[:, columns // size].long()
+        return gathered(x, blocks * size + columns % size)
+
+
 class KVSpec(NamedTuple):
     """Everything about stored keys or values that is no tensor; hashable, so that torch.compile can guard on it."""
 
@@ -98,6 +111,11 @@ class KVSpec(NamedTuple):
     dtype: torch.dtype  # of the states that a model sees
     format: str
     rotates: bool = False  # before it was quantized: a query must be, too
+    is_scattered: bool = False  # rows in a graph lie anywhere, and own no equal shares of the blocks
+
+    def rows(self, block_table: Tensor, seq_lens: Tensor) -> EqualRows:
+        """Make the rows of a graph out of their tensors."""
+        return (TableRows if self.is_scattered else EqualRows)(block_table, seq_lens)
 
 
 class KVView(NamedTuple):

@@ -28,6 +28,16 @@ class SealedRows(Rows, Protocol):
     block_size: int
 
     @property
+    def origin(self) -> int:
+        """The column that tokens are counted from where their blocks are numbered."""
+        ...
+
+    @property
+    def first_block(self) -> int:
+        """The number of each row's first block that is held."""
+        ...
+
+    @property
     def is_ragged(self) -> bool:
         """Whether some row begins later than the first column."""
         ...
@@ -52,10 +62,6 @@ class SealedStorage(Protocol):
         """What stored blocks [n] stand for, [n, num_kv_heads, block_size, head_dim] float32."""
         ...
 
-    def write(self, states: Tensor, table: Any, start: int, stop: int) -> None:
-        """Store states of the columns `start` to `stop`, and seal what becomes full."""
-        ...
-
     def read(self, table: Any, kv_len: int, skip: int = 0) -> Tensor:
         """What a query at the last token of each row reads, [batch, num_kv_heads, kv_len, head_dim]."""
         ...
@@ -65,14 +71,30 @@ class SealedStorage(Protocol):
         ...
 
 
+class SealedSource(Protocol):
+    """The storage of a layer, whose tensors move."""
+
+    def write(self, states: Tensor, table: Any, start: int, stop: int) -> None:
+        """Store states of the columns `start` to `stop`, and seal what becomes full."""
+        ...
+
+    def view(
+        self, table: Any, kv_len: int, skip: int, states: Tensor | None = None, arrived: Tensor | None = None
+    ) -> SealedView:
+        """Return some tokens of every row by reference."""
+        ...
+
+
 class SealedView(KVView):
     """Keys or values of one layer by reference, in two forms.
 
-    `storage` has both. `arrived` are the states [batch, num_kv_heads, tokens, head_dim] of the last columns, where they
-    are at hand: a long step leaves most of them nowhere else.
+    `storage` has both, where they lay when the view was taken: a layer may be offloaded behind it; `source` is the
+    layer's own. `arrived` are the states [batch, num_kv_heads, tokens, head_dim] of the last columns, where they are at
+    hand: a long step leaves most of them nowhere else.
     """
 
     storage: SealedStorage
+    source: SealedSource
     arrived: Tensor | None
 
     @classmethod

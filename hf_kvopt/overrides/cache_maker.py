@@ -19,15 +19,26 @@ from hf_kvopt.cache.quantized import QuantizedPagedCache
 from hf_kvopt.cache.watched import require_shorter
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.overrides.instance import InstanceOverride
-from hf_kvopt.quant import KV_FORMATS
+from hf_kvopt.quant import KV_FORMATS, NATIVE, is_pair
 
 CacheFactory = Callable[..., PagedCache]
 CACHES: dict[str, CacheFactory] = {
     "paged": PagedCache,
     **{name: partial(QuantizedPagedCache, format=name) for name, fmt in KV_FORMATS.items() if not fmt.is_native},
 }
-KV_NAMES = {"paged": "native", **{name: name for name in CACHES if name != "paged"}}
 LAYER_OPTIONS = ("skip_layers", "layer_formats")
+
+
+def factory_of(name: object) -> CacheFactory | None:
+    """Return what makes the cache called `name`, one of `CACHES` or a pair of formats; None for any other."""
+    if isinstance(name, str) and is_pair(name):
+        return partial(QuantizedPagedCache, format=name)
+    return CACHES.get(name) if isinstance(name, str) else None
+
+
+def format_of_cache(name: str) -> str:
+    """Return the format that a cache called `name` stores keys and values in."""
+    return NATIVE.name if name == "paged" else name
 
 
 def make_cache(model: PreTrainedModel, factory: CacheFactory, options: dict[str, Any]) -> Cache:

@@ -180,10 +180,10 @@ def prefix_store(model: PreTrainedModel) -> PrefixStore:
     Raises:
         ValueError: prefix sharing is not enabled on this model.
     """
-    override = model.__dict__.get("generate")
+    override = compat.unwrapped(model).__dict__.get("generate")
     if not isinstance(override, _Generate):
         raise ValueError("this model shares no prefixes: call hf_kvopt.enable(model, prefix_sharing=True) first")
-    return override.sharing.store_for(model)
+    return override.sharing.store_for(override.module)
 
 
 def _keep(store: PrefixStore, cache: PrefixSharedCache, sequences: Tensor | None, *, close: bool) -> None:

@@ -5,11 +5,17 @@ from typing import Any
 from hf_kvopt.overrides.instance import InstanceOverride
 from hf_kvopt.speculation.speculative import SpeculativeDecoding
 
+# Arguments of generate(), or fields of its generation config, that choose another way to decode.
+_OWN_WAYS = (
+    "custom_generate", "assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "dola_layers",
+)  # fmt: skip
+
 
 class DraftingGenerate(InstanceOverride):
     """Calls `GenerationMixin.generate` with `custom_generate`, and with the arguments that it would drop.
 
-    A call with its own `custom_generate` or `assistant_model` is passed on unchanged.
+    A call that asks for a way of its own (`custom_generate`, `assistant_model`, `prompt_lookup_num_tokens`, ...) is
+    passed on unchanged.
     """
 
     def __init__(self, model: Any, speculation: SpeculativeDecoding) -> None:
@@ -18,7 +24,9 @@ class DraftingGenerate(InstanceOverride):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self.module
-        if kwargs.get("custom_generate") is not None or kwargs.get("assistant_model") is not None:
+        config = kwargs.get("generation_config")
+        asked = (kwargs.get(name, getattr(config, name, None)) for name in _OWN_WAYS)
+        if any(value is not None and value is not False for value in asked):
             return type(model).generate(model, *args, **kwargs)
         bound = self.speculation.bound(
             streamer=kwargs.pop("streamer", None),

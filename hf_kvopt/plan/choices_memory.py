@@ -3,6 +3,7 @@
 from hf_kvopt.plan.inputs import show_bytes
 from hf_kvopt.plan.layout import why_not_divided
 from hf_kvopt.plan.options import COPIES, Option, dynamic_bytes, read_bytes, step_model
+from hf_kvopt.plan.setup import seals
 from hf_kvopt.plan.steps import MOST_SPEEDUP, Step
 from hf_kvopt.plan.weighing import WORTH_A_LOSS, Choice, Weighing, ms, plain, versus
 
@@ -112,6 +113,8 @@ def _why_native(w: Weighing) -> str:
 
 def _other_format(w: Weighing, name: str) -> str:
     peer = w.best._replace(format=name)
+    if peer.is_compiled and seals(name):
+        return f"{name}: seals whole blocks, which a cache of fixed addresses does not have"
     if peer not in w.timed:
         return f"{name}: {show_bytes(w.misfit(peer))} of KV{_kind(peer)} do not fit beside the weights"
     size, saved = f"{name}: {show_bytes(w.held[peer].batch_bytes)} of KV", w.saving(peer)
@@ -149,6 +152,8 @@ def block_size(w: Weighing) -> Choice:
     size, context = w.held[w.best].block_size, w.setup.context
     gain = f"half a block unused a row in the mean, {(size - 1) / 2 / context:.2%} of it"
     blocks = {n: f"{-(-context // n):,} blocks of {n}" for n in (16, 64)}
+    if seals(w.best.format):
+        return Choice("block size", str(size), f"{w.best.format} seals whole blocks of {size}", gain, ())
     if size == 64:
         reason = f"rows of {context:,} tokens have {blocks[64]}, and nothing is shared by blocks"
         return Choice("block size", "64", reason, gain, (f"16: {blocks[16]}, a longer table",))

@@ -9,7 +9,7 @@ Source: PagedAttention, arXiv:2309.06180; scales and packing follow quant/format
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,17 @@ import torch
 from hf_kvopt.plan.blocks import BlockCount, count_blocks, tail_places
 from hf_kvopt.plan.geometry import LayerKV
 from hf_kvopt.plan.inputs import BadInput
-from hf_kvopt.quant import CENTRE_TOKENS, NATIVE_KV, SCALE_DTYPE, FormatPolicy, KVFormat, guard_for
+from hf_kvopt.quant import (
+    CENTRE_TOKENS,
+    FIXED_CAPACITY,
+    LATENTS,
+    NATIVE_KV,
+    SCALE_DTYPE,
+    FormatPolicy,
+    KVFormat,
+    guard_for,
+    require_unsealed,
+)
 from hf_kvopt.quant.sealed_formats import SEALED_BLOCK
 
 _NATIVE = FormatPolicy()
@@ -77,10 +87,14 @@ class CacheSpec:
         if self.cache != "paged" or not layer.is_paged:
             return NATIVE_KV
         chosen = policy.at(idx, is_sliding=layer.window is not None)
-        if self.compileable:
-            chosen = replace(chosen, sealed=None)  # rows of fixed capacity store each token by itself
+        is_latent = layer.attention == "MLA"
+        if self.compileable or is_latent:
+            try:
+                require_unsealed(chosen, FIXED_CAPACITY if self.compileable else LATENTS)
+            except ValueError as error:
+                raise BadInput(str(error)) from error
         # Latents: the rotary part of the keys is stored in place of the values.
-        return KVFormat(chosen.k, chosen.k, guard=False) if layer.attention == "MLA" else chosen
+        return KVFormat(chosen.k, chosen.k, guard=False) if is_latent else chosen
 
     @property
     def max_blocks(self) -> int | None:

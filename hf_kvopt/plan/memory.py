@@ -143,7 +143,7 @@ def memory(
     encoder = encoder_tokens(config, tokens, encoder_context)
     rows = require_positive(batch, "batch", 8)
     formats = _policy(format, skip_layers, layer_formats)
-    block_size = formats.block_size(compileable) if block_size is None else block_size
+    block_size = formats.block_size() if block_size is None else block_size
     spec = CacheSpec(
         cache=cache,
         formats=formats,

@@ -50,7 +50,7 @@ class Times(NamedTuple):
 def holding_of(setup: Setup, option: Option, batch: int, batches: int = 1) -> Holding:
     """Return the memory of `option` for `batch` rows; with prefix sharing, of a store for `batches` times as many."""
     policy = FormatPolicy(format=option.format)
-    size = max(setup.block_size(option.shares_prefix), policy.block_size(option.is_compiled))
+    size = max(setup.block_size(option.shares_prefix), policy.block_size())
     spec = CacheSpec(formats=policy, block_size=size, dtype=setup.dtype)
     row = row_tokens(spec, max(setup.context, setup.encoder or 0))
     if option.shares_prefix:

@@ -19,6 +19,7 @@ from hf_kvopt.plan.model_config import load_config
 from hf_kvopt.plan.weights import Weights, count_weights, model_class, require_kv_cache
 from hf_kvopt.plan.workloads import WORKLOADS, Workload
 from hf_kvopt.prefix.identity import require_shareable
+from hf_kvopt.quant import get_kv_format
 
 GOALS = ("latency", "throughput")
 # Ordered by loss, as measured on a small model and published by others: the least lossy first.
@@ -27,6 +28,11 @@ FORMATS = ("native", "int8", "k8v4", "int4")
 LONG_ROW = 16384
 # Queries of a row that attend to latents directly (attention/mla.py); with more, latents are expanded.
 MOST_ABSORBED = 16
+
+
+def seals(format: str) -> bool:
+    """Return whether a format seals whole blocks, which neither latents nor caches of fixed addresses have."""
+    return get_kv_format(format).sealed is not None
 
 
 @dataclass(frozen=True)
@@ -71,11 +77,7 @@ class Setup:
         """Formats that differ for this model, and can pack its channels."""
         paged = [layer for layer in self.layers if layer.is_paged]
         is_odd = any(n % 2 for layer in paged for n in (layer.key_dim, layer.value_dim))
-        # In latent layers the values are the rotary part of the keys, and are stored in the format of the keys.
-        is_latent = bool(paged) and all(layer.attention == "MLA" for layer in paged)
-        return tuple(
-            name for name in FORMATS if not ((is_odd and name in ("k8v4", "int4")) or (is_latent and name == "k8v4"))
-        )
+        return tuple(name for name in FORMATS if not (seals(name) and (is_odd or self.has_latents)))
 
     @cached_property
     def takes_attention(self) -> bool:

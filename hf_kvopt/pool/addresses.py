@@ -42,6 +42,16 @@ class Addresses:
         return len(self.rows)
 
     @property
+    def origin(self) -> int:
+        """The column that tokens are counted from where their blocks are numbered."""
+        return 0
+
+    @property
+    def first_block(self) -> int:
+        """The number of each row's first block that is held; more than 0 behind a window."""
+        return (self.base - self.origin) // self.block_size
+
+    @property
     def lengths(self) -> list[int]:
         """Tokens of each row, those dropped behind a window included."""
         return [max(0, self.clock - lag) for lag in self.lags]

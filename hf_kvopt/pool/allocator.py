@@ -49,9 +49,9 @@ class BlockAllocator:
         lock: AbstractContextManager[Any] | None = None,
         on_conflict: Callable[["BlockAllocator", list[int]], bool] | None = None,
     ) -> None:
-        self.max_blocks = max_blocks
-        self.extent, self.block_size = extent, block_size
+        self.max_blocks, self.extent, self.block_size = max_blocks, extent, block_size
         self.refcounts: list[int] = []
+        self.num_changes = 0  # counts changes of who holds blocks, but for those that begin to be held
         self.pools = LivePools()
         self.tails: Tails | None = None  # where a layer seals its blocks
         self.holders: weakref.WeakSet[BlockHolder] = weakref.WeakSet()
@@ -166,10 +166,8 @@ class BlockAllocator:
             held = [block for block, count in enumerate(self.refcounts) if count]
             for pool in self.pools:
                 pool.resize(num_blocks, held, held)
-            new = range(self.num_blocks, num_blocks)
-            self.refcounts += [0] * len(new)
-            for block in new:
-                self.free.give(block)
+            self.refcounts += [0] * (num_blocks - self.num_blocks)
+            self._rebuild_runs()
 
     def make_room(self, rows: Sequence[list[int]], wanted: Sequence[int]) -> None:
         """Lay the pools out anew where a row in one piece could not stay so: one copy now, a view at each step after.
@@ -234,6 +232,7 @@ class BlockAllocator:
     def retain(self, blocks: Iterable[int]) -> None:
         """Add a holder to each block."""
         with self.lock:
+            self.num_changes += 1
             for block in blocks:
                 self.refcounts[block] += 1
 
@@ -241,6 +240,7 @@ class BlockAllocator:
         """Drop a holder of each block; those without one become free."""
         with self.lock:
             for block in blocks:
+                self.num_changes += 1
                 if self.refcounts[block] <= 0:
                     raise KVOptError(f"block {block} was released twice; this is a bug, run check_integrity()")
                 self.refcounts[block] -= 1
@@ -289,6 +289,7 @@ class BlockAllocator:
         return self.free.take(start, end)
 
     def _rebuild_runs(self) -> None:
+        self.num_changes += 1
         self.free = FreeRuns(block for block, count in enumerate(self.refcounts) if count == 0)
 
     def __getstate__(self) -> dict[str, object]:

@@ -8,6 +8,9 @@ The clock goes on counting all columns, so masks, positions and lengths are thos
 handed out as if it stood together at the end: the columns from `base` on. Queries come behind all of it and keys were
 rotated before they were stored, so attention does not see the difference.
 
+Blocks that are sealed are read by their number in the row, as if nothing stood between them: of such a row the first
+block and the newest two are never dropped, which are read exact.
+
 A forward that begins at column c finds what the policy keeps of c tokens, and its own tokens: blocks are dropped when
 a forward begins, never behind one that may still be taken back. Rows count their tokens behind their padding.
 """
@@ -55,6 +58,10 @@ class EvictingTable(BlockTable):
         self.policy = policy
         self._plan: tuple[int, Eviction | None] | None = None  # the version that it was made at
         self._forget()
+
+    @property
+    def origin(self) -> int:
+        return self.base
 
     def visible_start(self, clock: int) -> int:
         return self.base
@@ -165,7 +172,7 @@ class EvictingTable(BlockTable):
         kept, removed = [], []
         for row, length in enumerate(asked):
             numbers = self.block_numbers[row] if not pads[row] else list(range(self._blocks_for(held[row])))
-            dropped = _blocks_inside(self.policy.after_step(length), size)
+            dropped = self._droppable(length)
             stay = [number for number in numbers[:-1] if not _is_inside(range(number, number + 1), dropped)]
             kept.append(stay + numbers[-1:])
             removed.append(pads[row] + (len(numbers) - len(kept[-1])) * size)
@@ -173,6 +180,16 @@ class EvictingTable(BlockTable):
             self._asked = asked
             return None
         return Eviction(removed, self._columns(removed), kept, asked)
+
+    def _droppable(self, length: int) -> list[range]:
+        """Numbers of the blocks that the policy drops of a text of `length` tokens, a whole number of blocks."""
+        size = self.block_size
+        blocks = _blocks_inside(self.policy.after_step(length), size)
+        if self.allocator.tails is None:
+            return blocks
+        least, most = 1, length // size - 1
+        kept = (range(max(least, one.start), min(most, one.stop)) for one in blocks)
+        return [one for one in kept if one]
 
     def _columns(self, removed: Sequence[int]) -> int:
         """Columns that no row fills once each has lost as many tokens as `removed` says."""
@@ -210,6 +227,8 @@ class EvictingTable(BlockTable):
         blocks, stay = self.rows[row], set(places)
         self.allocator.release([block for place, block in enumerate(blocks) if place not in stay])
         blocks[:] = [blocks[place] for place in places]
+        if row < len(self.exact):
+            self.exact[row] = tuple(i for i, place in enumerate(places) if place in self.exact[row])
 
     def _shared(self, row: int, num_blocks: int) -> list[int]:
         """Places of blocks among the first `num_blocks` of a row that somebody else holds as well."""
@@ -254,7 +273,7 @@ class EvictingTable(BlockTable):
             if not gone:
                 continue
             size = self.block_size
-            dropped = _blocks_inside(self.policy.after_step(max(0, length) // size * size), size)
+            dropped = self._droppable(max(0, length) // size * size)
             lost = [gap for gap in gone if not _is_inside(gap, dropped)]
             if lost:
                 first, last = lost[-1].start * size, lost[-1].stop * size

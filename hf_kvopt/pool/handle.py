@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_kvopt.errors import CacheStateError, UnsupportedModel
-from hf_kvopt.kernels.calls import EqualRows, KVSpec, KVView, Stored
+from hf_kvopt.kernels.calls import EqualRows, KVSpec, KVView, Stored, TableRows
 from hf_kvopt.pool.lazy import LazyTensor
 from hf_kvopt.pool.reads import LayerReads, StepGuard
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from hf_kvopt.pool.block_table import BlockTable
 
 # The tensors of a handle in a compiled graph.
-_PARTS = ("codes", "scale", "block_table", "seq_lens", "centre")
+_PARTS = ("codes", "scale", "block_table", "seq_lens", "centre", "mask")
 logger = logging.getLogger(__name__)
-__all__ = ["EqualRows", "KVHandle", "KVSpec", "KVView", "Stored"]
+__all__ = ["EqualRows", "KVHandle", "KVSpec", "KVView", "Stored", "TableRows"]
 
 
 class KVHandle(LazyTensor):
@@ -35,7 +35,8 @@ class KVHandle(LazyTensor):
             tensors alone.
         is_fresh: set by `update`, cleared by the attention that follows it: the one that owns this layer of the cache.
 
-    `guard` is how a reader has the cache take the step back; the cache sets it.
+    `mask` [batch, 1, 1, kv_len] bool says in a graph which columns each row holds and sees, where rows differ; it takes
+    the place of the model's mask. `guard` is how a reader has the cache take the step back; the cache sets it.
     """
 
     codes: Tensor
@@ -43,6 +44,7 @@ class KVHandle(LazyTensor):
     block_table: Tensor | None
     seq_lens: Tensor | None
     centre: Tensor | None
+    mask: Tensor | None
     spec: KVSpec
     table: "BlockTable | None"
     reads: LayerReads | None
@@ -51,13 +53,16 @@ class KVHandle(LazyTensor):
     _view: KVView
 
     @staticmethod
-    def __new__(cls: type, view: KVView, reads: LayerReads | None = None, is_fresh: bool = False) -> "KVHandle":
+    def __new__(
+        cls: type, view: KVView, reads: LayerReads | None = None, is_fresh: bool = False, mask: Tensor | None = None
+    ) -> "KVHandle":
         """See the class."""
         spec, stored, rows = view.spec, view.plane, view.rows
         codes = stored.codes
         handle: Any = torch.Tensor._make_wrapper_subclass(KVHandle, spec.shape, dtype=spec.dtype, device=codes.device)
         # One by one: a compiled graph sees tensors that are attributes, and no others.
         handle.codes, handle.scale, handle.centre, handle.spec = codes, stored.scale, view.centre, spec
+        handle.mask = mask
         if isinstance(rows, EqualRows):
             handle.block_table, handle.seq_lens, handle.table = *rows, None
         else:
@@ -91,7 +96,7 @@ class KVHandle(LazyTensor):
         _say_once(op)
 
     def rewrap(self) -> "KVHandle":
-        twin = KVHandle(self._view, self.reads, self.is_fresh)
+        twin = KVHandle(self._view, self.reads, self.is_fresh, self.mask)
         twin.guard = self.guard
         return twin
 
@@ -109,8 +114,8 @@ class KVHandle(LazyTensor):
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], spec: KVSpec, *_: Any) -> "KVHandle":
         plane = Stored(inner["codes"], inner.get("scale"), spec.rotates)
-        rows = EqualRows(inner["block_table"], inner["seq_lens"])
-        return KVHandle(KVView(plane, rows, spec, centre=inner.get("centre")))
+        rows = spec.rows(inner["block_table"], inner["seq_lens"])
+        return KVHandle(KVView(plane, rows, spec, centre=inner.get("centre")), mask=inner.get("mask"))
 
 
 def view_of(handle: KVHandle) -> KVView:
@@ -119,7 +124,7 @@ def view_of(handle: KVHandle) -> KVView:
         return handle._view
     assert handle.block_table is not None
     assert handle.seq_lens is not None
-    stored, rows = Stored(handle.codes, handle.scale), EqualRows(handle.block_table, handle.seq_lens)
+    stored, rows = Stored(handle.codes, handle.scale), handle.spec.rows(handle.block_table, handle.seq_lens)
     return KVView(stored, rows, handle.spec, centre=handle.centre)
 
 

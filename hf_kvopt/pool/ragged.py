@@ -1,5 +1,6 @@
 """Operations on tables whose rows come and go one by one: join rows, give back what single rows need no more."""
 
+from hf_kvopt.pool import tail
 from hf_kvopt.pool.block_table import BlockTable
 
 
@@ -8,6 +9,7 @@ def join(table: BlockTable, other: BlockTable) -> None:
     assert table.allocator is other.allocator
     assert table.base == other.base == 0
     table._drop_retired()
+    tail.join(table, other)
     clock = max(table.clock, other.clock)
     table.lags = [lag + clock - each.clock for each in (table, other) for lag in each.lags]
     table.rows += [list(row) for row in other.rows]

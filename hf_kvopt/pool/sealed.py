@@ -1,7 +1,7 @@
 """Storage of one layer whose full blocks are sealed; see `quant.sealed_formats` for what a block then holds.
 
     codes  [num_blocks, block_size, num_kv_heads, width] uint8            one for every block of the allocator
-    token  [num_blocks, block_size, num_kv_heads, parameters] float16     s, and z where it is stored
+    token  [num_blocks, block_size, num_kv_heads, groups] float16         s
     mean   [num_blocks, num_kv_heads, head_dim] float16                   keys alone
     exact  [places, block_size, num_kv_heads, head_dim] model's dtype     a few blocks of each row, see `pool.tail`
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_kvopt.kernels.calls import KVSpec
+from hf_kvopt.kernels.cpu.seal import can_seal, seal_blocks
 from hf_kvopt.kernels.cpu.sealed_place import SealedPlace, sealed_place
 from hf_kvopt.kernels.devices import runs_kernel
 from hf_kvopt.kernels.sealed_view import SealedView
@@ -105,11 +106,11 @@ class SealedPlane:
         self.exact.view(-1, self.num_heads, self.dim).index_put_((slots,), tokens)
         full = tail.completed(table, start, stop)
         for i in range(0, len(full), _AT_ONCE):
-            self._seal(full[i : i + _AT_ONCE], states, table, start)
+            self._seal_full(full[i : i + _AT_ONCE], states, table, start)
 
     def seal_places(self, blocks: Sequence[int], places: Sequence[int]) -> None:
         """Seal `blocks` anew from their exact places."""
-        self.put(blocks, seal(self.exact[list(places)].transpose(1, 2), self.codec))
+        self._seal(blocks, [self.exact[place].transpose(0, 1) for place in places])
 
     def put(self, blocks: Sequence[int], sealed: SealedBlocks) -> None:
         """Store sealed blocks under these numbers."""
@@ -142,7 +143,7 @@ class SealedPlane:
             [len(rows), num_kv_heads, (stop - first) * block_size, head_dim] in the model's dtype; what is to be exact
             and lies in no place is undefined.
         """
-        base, size = table.base // self.block_size, self.block_size
+        base, size = table.first_block, self.block_size
         out = torch.zeros(
             len(rows), self.num_heads, (stop - first) * size, self.dim, dtype=self.dtype, device=self.exact.device
         )
@@ -164,7 +165,9 @@ class SealedPlane:
     ) -> SealedView:
         """`kv_len` tokens of every row, `skip` tokens in, by reference; `arrived` are the states of the last ones."""
         spec = KVSpec((len(table.rows), self.num_heads, kv_len, self.dim), self.dtype, self.format.name)
-        return SealedView.of(self, table, spec, skip, states, arrived)
+        view = SealedView.of(self._as_it_lies(), table, spec, skip, states, arrived)
+        view.source = self
+        return view
 
     def resize(self, num_blocks: int, src: list[int], dst: list[int]) -> None:
         """Move to `num_blocks` blocks, block `src[i]` becoming `dst[i]`; exact places stay."""
@@ -195,14 +198,32 @@ class SealedPlane:
             stored = [x.to(device, non_blocking=True) for x in self.stored]
             self._hold(stored, self.exact.to(device, non_blocking=True))
 
+    def _as_it_lies(self) -> "SealedPlane":
+        """A plane over the same tensors, which stays where it is when this one moves."""
+        twin = object.__new__(SealedPlane)
+        twin.__dict__.update(self.__dict__, _place=self.sealed_place)
+        return twin
+
     def _hold(self, stored: list[Tensor], exact: Tensor) -> None:
         """Take these tensors for storage."""
         self.stored, self.exact, self._place = stored, exact, None
 
-    def _seal(self, full: Sequence[tuple[int, int]], states: Tensor, table: BlockTable, start: int) -> None:
+    def _seal(
+        self,
+        blocks: Sequence[int],
+        sources: Sequence[Tensor],  # for each block [num_kv_heads, block_size, head_dim]
+    ) -> None:
+        """Store the sealed form of blocks."""
+        place = self.sealed_place
+        if place is not None and can_seal(place, sources):
+            seal_blocks(place, blocks, sources)
+        else:
+            self.put(blocks, seal(torch.stack(list(sources)), self.codec))
+
+    def _seal_full(self, full: Sequence[tuple[int, int]], states: Tensor, table: BlockTable, start: int) -> None:
         """Seal the blocks (row, block of the row): from their places, else from `states`, which begin at `start`."""
         assert table.allocator.tails is not None
-        places, base = table.allocator.tails.places, table.base // self.block_size
+        places, base = table.allocator.tails.places, table.first_block
         numbers, parts = [], []
         for row, block in full:
             number = table.rows[row][block - base]
@@ -210,26 +231,25 @@ class SealedPlane:
             if number in places:
                 parts.append(self.exact[places[number]].transpose(0, 1))
             else:
-                first = block * self.block_size - (start - table.lags[row])
+                first = block * self.block_size - (start - table.origin - table.lags[row])
                 parts.append(states[row, :, first : first + self.block_size])
-        self.put(numbers, seal(torch.stack(parts), self.codec))
+        self._seal(numbers, parts)
 
     def _row(self, table: BlockTable, row: int, kv_len: int, skip: int) -> Tensor:
         """[1, num_kv_heads, kv_len, head_dim] of one row; see `read`."""
-        size, length = self.block_size, table.lengths[row]
-        stop = -(-length // size)
-        first = table.base // size
+        size, length = self.block_size, max(0, table.lengths[row] - table.origin)
+        stop, first = -(-length // size), table.first_block
         if stop <= first:
             return self.exact.new_zeros(1, self.num_heads, kv_len, self.dim)
         held = self.read_blocks(table, [row], first, stop, max(0, length - 1) // size)
-        # Column c of those asked for is the row's token base + skip + c - lag.
+        # Column c of those asked for is token skip + c - lag of what the row holds.
         tokens = torch.arange(skip, skip + kv_len, device=held.device) - table.lags[row]
-        return held.index_select(2, tokens.clamp(0, length - 1 - table.base))
+        return held.index_select(2, tokens.clamp(0, length - 1 - (table.base - table.origin)))
 
     def _blocks(self, num_blocks: int, device: torch.device) -> list[Tensor]:
         """Zeros for codes, token and mean."""
         made = [self._zeros(num_blocks, self.codec.width(self.dim), torch.uint8, device)]
-        made.append(self._zeros(num_blocks, self.codec.num_parameters(self.dim), PARAMETER_DTYPE, device))
+        made.append(self._zeros(num_blocks, self.codec.num_groups(self.dim), PARAMETER_DTYPE, device))
         if self.codec.centred:
             with torch.inference_mode(False):
                 made.append(torch.zeros(num_blocks, self.num_heads, self.dim, dtype=PARAMETER_DTYPE, device=device))

@@ -5,10 +5,12 @@
         block      0         1 ... i - 2        i - 1, i
                  exact         sealed            exact
 
-so what a token reads follows from positions alone, however the text came in. Exact blocks lie in a small storage of
-their own, found by the number of the block they belong to: rows that share a block share both forms of it, and a block
-that is copied is copied in both. Between calls each row of a table has its exact blocks: those that its next token
-reads, and while a step is young those to which a draft may be cut back.
+so what a token reads follows from positions alone, however the text came in. Where a policy dropped blocks of a row,
+those that it has left are numbered on; its first one and its newest two are never dropped.
+
+Exact blocks lie in a small storage of their own, found by the number of the block they belong to: rows that share a
+block share both forms of it, and a block that is copied is copied in both. Between calls each row of a table has its
+exact blocks: those that its next token reads, and while a step is young those to which a draft may be cut back.
 """
 
 from collections.abc import Iterable, Sequence
@@ -84,10 +86,10 @@ class Tails:
 def completed(table: "BlockTable | ExactRows", start: int, stop: int) -> list[tuple[int, int]]:
     """(row, block of the row) that become full by the columns `start` to `stop`, but for first blocks."""
     size, found = table.block_size, []
-    for row, lag in enumerate(table.lags):
-        first, last = max(1, (start - lag) // size), (stop - lag) // size
+    for row, begin in enumerate(_begins(table)):
+        first, last = max(1, (start - begin) // size), (stop - begin) // size
         if first < last:
-            found += [(row, block) for block in range(max(first, table.base // size), last)]
+            found += [(row, block) for block in range(max(first, table.first_block), last)]
     return found
 
 
@@ -95,11 +97,12 @@ def plan(table: "BlockTable | ExactRows", start: int, stop: int) -> None:
     """Give the blocks that a step over the columns `start` to `stop` needs exact a place."""
     tails = table.allocator.tails
     assert tails is not None
-    rows = [tail_blocks(max(0, start - lag), stop - lag, table.block_size) for lag in table.lags]
+    begins = _begins(table)
+    rows = [tail_blocks(max(0, start - begin), stop - begin, table.block_size) for begin in begins]
     if table.pins:
         rows = [
-            tuple(sorted({*blocks, *(block for block in pins if block * table.block_size < stop - lag)}))
-            for blocks, pins, lag in zip(rows, _pins(table), table.lags, strict=True)
+            tuple(sorted({*blocks, *(block for block in pins if block * table.block_size < stop - begin)}))
+            for blocks, pins, begin in zip(rows, _pins(table), begins, strict=True)
         ]
     if stop != table.clock:  # a layer that is behind others of its kind, which go on from where they are
         rows = [tuple(sorted({*one, *two})) for one, two in zip(rows, _filled(table), strict=True)]
@@ -114,7 +117,7 @@ def pin(table: "BlockTable | ExactRows", rows: Sequence[Iterable[int]]) -> None:
     tails, size = table.allocator.tails, table.block_size
     if tails is None:
         return
-    lengths = table.lengths if len(table.rows) == len(rows) else [0] * len(rows)
+    lengths = _lengths(table) if len(table.rows) == len(rows) else [0] * len(rows)
     known = _filled(table) if len(table.rows) == len(rows) else [()] * len(rows)
     table.pins = [
         tuple(block for block in blocks if block * size >= length or block in exact)
@@ -131,10 +134,11 @@ def settle(table: "BlockTable | ExactRows") -> None:
     tails = table.allocator.tails
     if tails is None or not table.rows:
         return
-    needed = [tail_blocks(length, length, table.block_size) for length in table.lengths]
+    lengths = _lengths(table)
+    needed = [tail_blocks(length, length, table.block_size) for length in lengths]
     kept = [
         tuple(sorted({*now, *(block for block in old if block <= length // table.block_size)}))
-        for now, old, length in zip(needed, _filled(table), table.lengths, strict=True)
+        for now, old, length in zip(needed, _filled(table), lengths, strict=True)
     ]
     table.exact = kept
     lost = tails.hold(table.allocator)
@@ -142,6 +146,16 @@ def settle(table: "BlockTable | ExactRows") -> None:
         pool.restore_tails(lost)
     table.is_approximate = table.is_approximate or bool(lost)
     table.exact_changed()
+
+
+def join(table: "BlockTable | ExactRows", other: "BlockTable | ExactRows") -> None:
+    """Let `table` keep exact what `other` does in rows of its own, which are about to come behind."""
+    if table.allocator.tails is None:
+        return
+    table.exact = [*_filled(table), *_filled(other)]
+    if table.pins or other.pins:
+        table.pins = [*_pins(table), *_pins(other)]
+    table.is_approximate = table.is_approximate or other.is_approximate
 
 
 def numbers_of(table: "BlockTable | ExactRows") -> list[int]:
@@ -173,19 +187,31 @@ def _filled(table: "BlockTable | ExactRows") -> list[tuple[int, ...]]:
     return table.exact if len(table.exact) == len(table.rows) else [()] * len(table.rows)
 
 
+def _begins(table: "BlockTable | ExactRows") -> list[int]:
+    """The column of each row's token 0."""
+    return [table.origin + lag for lag in table.lags]
+
+
+def _lengths(table: "BlockTable | ExactRows") -> list[int]:
+    """Tokens of each row, counted from its token 0."""
+    return [max(0, table.clock - begin) for begin in _begins(table)]
+
+
 def _pins(table: "BlockTable | ExactRows") -> list[tuple[int, ...]]:
     """The pinned blocks of each row; rows that were repeated have those of the row that they repeat."""
+    if not table.pins:
+        return [()] * len(table.rows)
     repeats, rest = divmod(len(table.rows), len(table.pins))
     return [pins for pins in table.pins for _ in range(repeats)] if not rest else [()] * len(table.rows)
 
 
 def _numbers(table: "BlockTable | ExactRows", rows: Sequence[Sequence[int]]) -> list[int]:
-    base = table.base // table.block_size
+    first = table.first_block
     return [
-        row[block - base]
+        row[block - first]
         for row, blocks in zip(table.rows, rows, strict=True)
         for block in blocks
-        if 0 <= block - base < len(row)
+        if 0 <= block - first < len(row)
     ]
 
 
@@ -197,10 +223,10 @@ def _padded_places(table: "BlockTable | ExactRows") -> list[list[int]]:
 
 def _slots(table: "BlockTable | ExactRows", start: int, stop: int) -> list[list[int]]:
     places: Any = table.allocator.tails.places  # type: ignore[union-attr]
-    size, base, slots = table.block_size, table.base, []
-    for row, lag, exact in zip(table.rows, table.lags, _filled(table), strict=True):
-        held = [block for block in exact if 0 <= block - base // size < len(row)]
-        firsts = {block: places[row[block - base // size]] * size for block in held}
-        tokens = range(start - lag, stop - lag)
+    size, first, slots = table.block_size, table.first_block, []
+    for row, begin, exact in zip(table.rows, _begins(table), _filled(table), strict=True):
+        held = [block for block in exact if 0 <= block - first < len(row)]
+        firsts = {block: places[row[block - first]] * size for block in held}
+        tokens = range(start - begin, stop - begin)
         slots.append([firsts[t // size] + t % size if t >= 0 and t // size in firsts else -1 for t in tokens])
     return slots

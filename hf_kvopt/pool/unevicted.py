@@ -29,5 +29,12 @@ class Unevicted(Windowed):
         """Tell whether the layer of `reads` need not choose any more what it keeps of a prompt."""
         return True
 
-    def choose(self, reads: object, rows: Sequence[Tensor]) -> None:
-        """Take note of what the layer of `reads` keeps of a prompt: one [num_kv_heads, count] of tokens a row."""
+    def choose(self, reads: object, rows: Sequence[Tensor], states: Sequence[tuple[Tensor, Tensor]] | None) -> None:
+        """Take note of what the layer of `reads` keeps of a prompt.
+
+        Args:
+            reads: of the layer.
+            rows: one [num_kv_heads, count] of tokens a row.
+            states: where the layer seals its blocks, the keys and values of these tokens as they came, a pair of
+                [num_kv_heads, count, head_dim] a row.
+        """

@@ -43,6 +43,7 @@ _OF_LOADING = {
 _OF_PLACING = {"hf_device_map", "_hf_hook", "_old_forward", *vars(nn.Module)}
 # Modules of torch whose forward gathers weights that lie on many devices.
 _SHARDED = ("FSDPModule", "FullyShardedDataParallel")
+_PACKAGE = f"{__name__.partition('.')[0]}."
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _HOOKS_EVERYWHERE = ("_global_forward_pre_hooks", "_global_forward_hooks")
 _PLACES = ("_parameters", "_buffers", "_modules")
@@ -183,7 +184,7 @@ class Attributes:
         for key, hook in hooks_of(module):
             # Each registration has a key of its own, also one of a hook that was on before.
             texts.append(f"hook {key} {self.numbers.of(hook)}")
-            is_rowwise |= any(name in _ROWWISE for name in getattr(hook, "keywords", ()))
+            is_rowwise |= _is_rowwise(hook)
         return is_rowwise
 
     def _functions(self, config: PreTrainedConfig) -> Iterator[str]:
@@ -192,6 +193,15 @@ class Attributes:
             return
         for function in compat.attention_functions(str(config._attn_implementation)):
             yield f"attention {self.numbers.of(function)}"
+
+
+def is_rowwise(model: nn.Module) -> bool:
+    """Return whether a hook sends the rows of a batch through adapters of their own."""
+    return any(_is_rowwise(hook) for module in (None, *model.modules()) for _, hook in hooks_of(module))
+
+
+def _is_rowwise(hook: Any) -> bool:
+    return any(name in _ROWWISE for name in getattr(hook, "keywords", ()))
 
 
 def settings_of(module: nn.Module) -> tuple[str, list[Tensor]]:
@@ -233,6 +243,6 @@ def _attributes(owner: Any) -> Iterator[tuple[str, Any]]:
         hidden = {*hidden, *_OF_LOADING}
     for name, value in owner.__dict__.items():
         # This library's own overrides choose caches, not what is computed.
-        is_ours = name.startswith("_hf_kvopt") or type(value).__module__.startswith("hf_kvopt.")
+        is_ours = name.startswith("_hf_kvopt") or type(value).__module__.startswith(_PACKAGE)
         if name not in hidden and not is_ours:
             yield name, value

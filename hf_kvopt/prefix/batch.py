@@ -38,6 +38,20 @@ class BatchCache(PrefixSharedCache):
             self._end_together()
             other.close()
 
+    def claim(self, num_tokens: int) -> None:
+        """Make room for tokens of each row that a step writes by itself, and count them as written.
+
+        Raises:
+            OutOfBlocks: the cap is reached.
+        """
+        with self.blocks.lock:
+            for layer in self._paged_layers():
+                layer.claim(self.num_rows, num_tokens)
+                layer.num_new = num_tokens
+                if layer.pool is not None and layer.pool.keys.centres is not None:
+                    layer.pool.keys.centres.go_on(layer.table)
+            self._seen = self.get_seq_length()
+
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Let row i be what row `rows[i]` was; the blocks of the others, and columns that no row has, go."""
         with self.blocks.lock:

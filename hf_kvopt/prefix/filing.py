@@ -52,15 +52,18 @@ def file_row(
     """Keep `text`, the first tokens that row `row` of an open cache holds; returns the number of new blocks.
 
     Nothing is kept of a model that changed since `key` was made, nor where the row gave back blocks behind its window
-    that are not known already.
+    that are not known already. Where blocks are sealed, those that the row's next token reads as they were computed are
+    kept so.
     """
     with store.lock:
-        if key is None or not cache.is_current or key != current_key:
+        is_approximate = any(table.is_approximate for table in cache.tables)
+        if key is None or not cache.is_current or key != current_key or is_approximate:
             return 0
         released = max(table.holes.count(table.rows[row]) for table in cache.tables)
         if released and store.index.match(key, text).length < released * store.block_size:
             return 0
-        return store.index.insert(key, text, [table.rows[row] for table in cache.tables])
+        exact = cache.exact_blocks[row] if cache.exact_blocks else ()
+        return store.index.insert(key, text, [table.rows[row] for table in cache.tables], exact)
 
 
 def open_row(store: "PrefixStore", text: Sequence[int], key: Hashable) -> BatchCache:
@@ -70,6 +73,7 @@ def open_row(store: "PrefixStore", text: Sequence[int], key: Hashable) -> BatchC
     with store.lock:
         match = store.index.match(key, text[:-1]) if key is not None else Match([], 0)
         cache.fill([[row] for row in store.index.take(match)], [0], match.length)
+        cache.pin([match.wanted])
         store._rows += 1
         store._hits += match.length > 0
         store._prompt_tokens += len(text)

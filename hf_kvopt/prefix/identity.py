@@ -20,7 +20,7 @@ from hf_kvopt import compat
 from hf_kvopt.errors import CacheStateError, UnsupportedModel
 from hf_kvopt.prefix import steps
 from hf_kvopt.prefix.attributes import WITHOUT_MEANING, Attributes, hooks_of, settings_of
-from hf_kvopt.prefix.samples import Samples
+from hf_kvopt.prefix.samples import Samples, parts_of
 
 _SHARED_KINDS = ("full_attention", "sliding_attention", "chunked_attention", "dummy")
 _SAMPLES = 1024
@@ -162,10 +162,11 @@ def fingerprint(model: PreTrainedModel, *, whole: bool = False) -> str:
                 f"a file is told from those of other models by samples of all weights: got {name}, which is offloaded; "
                 "save and load stores with the whole model in memory"
             )
-        flat = tensor.detach().flatten()
-        picked = (flat if whole else flat[:: max(1, len(flat) // _SAMPLES)]).to("cpu").contiguous()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(picked.view(torch.uint8).numpy().data)
+        for part in parts_of([tensor]):
+            flat = part.detach().flatten()
+            picked = (flat if whole else flat[:: max(1, len(flat) // _SAMPLES)]).to("cpu").contiguous()
+            digest.update(picked.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

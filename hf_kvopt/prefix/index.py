@@ -38,7 +38,8 @@ class PrefixIndex:
     def __init__(self, allocators: Sequence[BlockAllocator], block_size: int) -> None:
         self.allocators, self.block_size = allocators, block_size
         self.roots: dict[Hashable, Node] = {}
-        self.num_nodes = self.num_evicted = self.num_cleared = self._stamp = 0
+        self.num_nodes = self.num_evicted = self._stamp = 0
+        self._evictable: tuple[list[int], int] = ([], 0)  # the count, and what it was counted at
         # Told of the nodes of each text that was inserted, from its first block on.
         self.on_insert: Callable[[Hashable, Sequence[Node]], None] | None = None
         self._holders = [_Holder(self, idx) for idx in range(len(allocators))]
@@ -153,20 +154,19 @@ class PrefixIndex:
         self.num_evicted += len(ends)
         return len(ends)
 
-    def num_evictable(self, enough: int) -> int:
-        """How many blocks `evict` could let go of now; counting ends at `enough`."""
-        # A parent can go where all below it can: children come before their parents here.
-        nodes = list(self.nodes())
-        stays: set[int] = set()
-        count = 0
-        for node in reversed(nodes):
-            if id(node) in stays or node.pins or self.is_held(node):
-                stays.add(id(node.parent))
-                continue
-            count += 1
-            if count >= enough:
-                break
-        return count
+    @property
+    def num_evictable(self) -> int:
+        """How many blocks `evict` could let go of now; counted anew only where holders of blocks have changed."""
+        state = [allocator.num_changes for allocator in self.allocators]
+        if self._evictable[0] != state:
+            # A parent can go where all below it can: children come before their parents here.
+            stays: set[int] = set()
+            nodes = list(self.nodes())
+            for node in reversed(nodes):
+                if id(node) in stays or node.pins or self.is_held(node):
+                    stays |= {id(node), id(node.parent)}
+            self._evictable = state, sum(id(node) not in stays for node in nodes)
+        return self._evictable[1]
 
     def is_held(self, node: Node) -> bool:
         """Whether somebody beside this index holds the block of a node."""
@@ -175,6 +175,7 @@ class PrefixIndex:
 
     def pin(self, match: Match, count: int) -> None:
         """Add `count` (or take away -`count`) pins to the nodes of a match."""
+        self._evictable = [], 0
         for node in match.nodes:
             node.pins = max(0, node.pins + count)
 
@@ -187,7 +188,6 @@ class PrefixIndex:
             node.is_gone = True
         self.roots.clear()
         self.num_nodes = 0
-        self.num_cleared += 1
 
     def nodes(self) -> Iterator[Node]:
         """All nodes, parents before children."""

@@ -42,7 +42,7 @@ class Samples:
         """Return where the tensors lie and what was sampled of them; a device is waited for once a dtype."""
         places: list[int] = []
         groups: dict[tuple[torch.device, torch.dtype], list[tuple[TensorKey, Tensor, Tensor]]] = {}
-        for tensor in _parts(tensors):
+        for tensor in parts_of(tensors):
             layout = self._layout_of(tensor)
             try:
                 version = tensor._version
@@ -78,12 +78,12 @@ class Samples:
         return layout
 
 
-def _parts(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The tensors that have a memory of their own: those given, or the parts of those that wrap others."""
+def parts_of(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield the tensors that have a memory of their own: those given, or the parts of those that wrap others."""
     for tensor in tensors:
         if type(tensor) not in (Parameter, Tensor) and is_traceable_wrapper_subclass(tensor):
             parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
-            yield from _parts(part for part in parts if isinstance(part, Tensor))
+            yield from parts_of(part for part in parts if isinstance(part, Tensor))
         else:
             yield tensor
 

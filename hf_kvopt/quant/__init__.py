@@ -1,8 +1,10 @@
 """Storage formats of keys and values, and their quantization in torch."""
 
 from hf_kvopt.quant.formats import (
+    FIXED_CAPACITY,
     FORMATS,
     KV_FORMATS,
+    LATENTS,
     NATIVE,
     NATIVE_KV,
     SCALE_DTYPE,
@@ -11,6 +13,8 @@ from hf_kvopt.quant.formats import (
     format_of,
     get_format,
     get_kv_format,
+    is_pair,
+    require_unsealed,
 )
 from hf_kvopt.quant.guard import (
     CENTRE_TOKENS,
@@ -28,8 +32,10 @@ from hf_kvopt.quant.reference import Quantized, dequantize, quantize, unpack_int
 
 __all__ = [
     "CENTRE_TOKENS",
+    "FIXED_CAPACITY",
     "FORMATS",
     "KV_FORMATS",
+    "LATENTS",
     "NATIVE",
     "NATIVE_KV",
     "NO_GUARD",
@@ -47,7 +53,9 @@ __all__ = [
     "guard_for",
     "guarded",
     "hadamard",
+    "is_pair",
     "quantize",
+    "require_unsealed",
     "rotate",
     "unguarded",
     "unpack_int4",

@@ -97,8 +97,8 @@ SCALE_DTYPE = torch.float16
 class KVFormat:
     """Formats of the keys and the values of a layer, which may differ.
 
-    Where `sealed` is given, full blocks are stored as it says, and `k` and `v` are those of single tokens, in layers
-    and caches that have no blocks to seal: latents, and rows of fixed capacity.
+    `k` and `v` are those of single tokens. Where `sealed` is given, full blocks are stored as it says, and tokens of
+    other blocks as the model computed them.
     """
 
     k: Format
@@ -117,24 +117,28 @@ class KVFormat:
     @property
     def is_native(self) -> bool:
         """Return whether both are stored as the model computes them."""
-        return not (self.k.has_scale or self.v.has_scale)
+        return self.sealed is None and not (self.k.has_scale or self.v.has_scale)
 
 
-KV_FORMATS: dict[str, KVFormat] = {name: KVFormat(fmt, fmt) for name, fmt in FORMATS.items()}
-# Keys need the bits: an error in a score is exponentiated, one in a value is averaged.
-KV_FORMATS["k8v4"] = KVFormat(INT8, INT4)
-for _name in ("k4v4", "k4v2", "int3"):
-    KV_FORMATS[_name] = KVFormat(INT4, INT4, sealed=SEALED[_name])
+# int4 of single tokens has no name of its own but the pair "int4/int4": sealed, it loses a twentieth.
+KV_FORMATS: dict[str, KVFormat] = {
+    **{fmt.name: KVFormat(fmt, fmt) for fmt in (NATIVE, INT8, FP8_E4M3, FP8_E5M2)},
+    **{name: KVFormat(NATIVE, NATIVE, sealed=sealed) for name, sealed in SEALED.items()},
+}
 """Formats of a layer by name, as caches, commands and evals take them."""
 NATIVE_KV = KV_FORMATS["native"]
 
 
 def get_kv_format(name: str) -> KVFormat:
-    """Return the pair called `name`, or "key/value" such as "fp8_e4m3/int4"; raises ValueError listing the known."""
+    """Return the pair called `name`, or "key/value" such as "fp8_e4m3/int4", both of single tokens.
+
+    Raises:
+        ValueError: an unknown name; lists the known.
+    """
     if isinstance(name, str) and name in KV_FORMATS:
         return KV_FORMATS[name]
     parts = name.split("/") if isinstance(name, str) else []
-    if len(parts) == 2 and all(part in FORMATS for part in parts):
+    if isinstance(name, str) and is_pair(name):
         return KVFormat(FORMATS[parts[0]], FORMATS[parts[1]])
     if len(parts) == 2:
         hint = nearest(next(part for part in parts if part not in FORMATS), FORMATS)
@@ -144,6 +148,25 @@ def get_kv_format(name: str) -> KVFormat:
         f"format must be one of {', '.join(KV_FORMATS)}, or a pair for keys and values such as 'int8/int4': "
         f"got {name!r}{hint}"
     )
+
+
+def is_pair(name: str) -> bool:
+    """Return whether `name` is a pair of formats of single tokens, "keys/values"."""
+    parts = name.split("/")
+    return len(parts) == 2 and all(part in FORMATS for part in parts)
+
+
+# What has no blocks to seal, for `require_unsealed`.
+FIXED_CAPACITY, LATENTS = "a cache of fixed capacity (compileable=True)", "latent attention"
+
+
+def require_unsealed(format: KVFormat, what: str) -> None:
+    """Raise ValueError where `format` seals blocks, and `what` has none to seal."""
+    if format.sealed is not None:
+        raise ValueError(
+            f"{what} stores each token by itself: got format {format.name!r}, which seals whole blocks; use 'int8', or "
+            "a pair for keys and values such as 'int8/int4' or 'int4/int4', which loses more than blocks do"
+        )
 
 
 def get_format(name: str) -> Format:

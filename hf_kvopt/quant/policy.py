@@ -9,7 +9,7 @@ Layers are numbered as in the cache. "first" and "last" are the first and the la
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
-from hf_kvopt.quant.formats import NATIVE_KV, KVFormat, get_kv_format
+from hf_kvopt.quant.formats import NATIVE_KV, KVFormat, get_kv_format, require_unsealed
 from hf_kvopt.quant.sealed_formats import SEALED_BLOCK
 
 GUARDS = ("auto", "off")
@@ -106,11 +106,14 @@ class FormatPolicy:
             names.add(self.format)
         return any(get_kv_format(name).sealed is not None for name in names)
 
-    def block_size(self, compileable: bool = False) -> int:
-        """Return the tokens of a block where nobody chose: more where blocks are sealed, which rows of fixed capacity
-        never do."""
-        is_sealed = not compileable and (self.seals(is_sliding=False) or self.seals(is_sliding=True))
-        return SEALED_BLOCK if is_sealed else PLAIN_BLOCK
+    def require_unsealed(self, what: str) -> None:
+        """Raise ValueError where some layer may seal its blocks, which `what` does not."""
+        for name in (self.format, *self.layer_formats.values()):
+            require_unsealed(get_kv_format(name), what)
+
+    def block_size(self) -> int:
+        """Return the tokens of a block where nobody chose: more where blocks are sealed."""
+        return SEALED_BLOCK if self.seals(is_sliding=False) or self.seals(is_sliding=True) else PLAIN_BLOCK
 
     def _guarded(self, format: str) -> KVFormat:
         return replace(get_kv_format(format), guard=self.guard == "auto")

@@ -1,11 +1,22 @@
 """Formats of sealed blocks: descriptors of how a block that is full becomes bytes, once, from its own tokens.
 
-    (states[t] H)[d] ~ code[t, d] * s[t] + z[t] + m[d]      H where the codec rotates, m where it takes the mean out
+    (states[t] H)[d] ~ (code[t, d] - middle) * s[t] + m[d]      H where the codec rotates, m where it takes the mean out
 
-s and z are float16, one pair a token, KV head and group of channels; a symmetric codec stores no z, which is then
--(2 ** bits - 1) / 2 * s. m is float16, one a block, KV head and channel: the mean of the block's tokens. Keys lose it,
-as some models shift channels of theirs by many times the rest (KVQuant, arXiv:2401.18079), and are symmetric without
-it. The rotation spreads what is loud over all channels (QuaRot, arXiv:2404.00456).
+middle is (2 ** bits - 1) / 2, so that codes lie evenly around 0, of which none stands for 0 itself (a mid-rise
+quantizer). s is float16, one a token, KV head and group of channels. m is float16, one a block, KV head and channel:
+the mean of the block's tokens. Keys lose it, as some models shift channels of theirs by many times the rest (KVQuant,
+arXiv:2401.18079). The rotation spreads what is loud over all channels (QuaRot, arXiv:2404.00456), which leaves next to
+nothing for a zero point to win: of SmolLM2's values it takes 4 bits from a relative squared error of 0.0086 to 0.0073,
+and 2 bits in groups of 32 from 0.108 to 0.106, for one more number a group.
+
+A token's codes are those, of a few ranges, that point most nearly in its direction, and s is chosen so that what is off
+stands upright on the token x itself:
+
+    s = <x, x> / <x, code - middle>
+
+The s of least squared error would shorten every vector (by 11 % in 2 bits), which attention's sum over many tokens
+does not average away as it does the rest; see DRIVE, arXiv:2105.08339, for such scales. On the bundled model it lost
+3.4 times as much in 2-bit values, and a quarter more in 4 bits.
 
 A row's first block is never read sealed. It holds the attention sink, whose key lies opposite to the mean of the
 others, and whose error half of the attention mass would see (StreamingLLM, arXiv:2309.17453, for the sink).
@@ -37,30 +48,24 @@ class BlockCodec:
     Args:
         bits: of a code: 2, 3, 4 or 8.
         centred: whether the mean of the block's tokens is taken out, and stored beside the codes.
-        symmetric: whether z follows from s.
         rotates: whether vectors are multiplied with a Hadamard matrix first.
-        group: channels that share s and z of a token; None for all of a head. A head that it does not divide has one
+        group: channels that share the s of a token; None for all of a head. A head that it does not divide has one
             group.
     """
 
     bits: int
     centred: bool = False
-    symmetric: bool = False
     rotates: bool = True
     group: int | None = None
 
     def num_groups(self, dim: int) -> int:
-        """Return the number of groups of channels with s and z of their own."""
+        """Return the number of groups of channels with an s of their own: the float16 numbers stored for a token."""
         return dim // self.group if self.group is not None and dim % self.group == 0 else 1
 
     @property
     def middle(self) -> float:
         """The number halfway between the least code and the greatest."""
         return ((1 << self.bits) - 1) / 2
-
-    def num_parameters(self, dim: int) -> int:
-        """Return how many float16 numbers are stored for a token: s of all groups, then z where it is stored."""
-        return self.num_groups(dim) * (1 if self.symmetric else 2)
 
     def parts(self, dim: int) -> tuple[Part, ...]:
         """Return where the bits of a vector's codes lie; raises ValueError for a head size that cannot be packed."""
@@ -81,7 +86,7 @@ class BlockCodec:
 
     def bytes_per_block(self, dim: int, block_size: int) -> int:
         """Return the bytes of one KV head of one block, all parameters included."""
-        token = self.width(dim) + self.num_parameters(dim) * PARAMETER_DTYPE.itemsize
+        token = self.width(dim) + self.num_groups(dim) * PARAMETER_DTYPE.itemsize
         return block_size * token + (dim * PARAMETER_DTYPE.itemsize if self.centred else 0)
 
 
@@ -124,7 +129,8 @@ _DRAFT_BLOCKS = 4
 _PARTS = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 
 SEALED: dict[str, SealedKV] = {
-    "k4v4": SealedKV(k=BlockCodec(bits=4, centred=True, symmetric=True), v=BlockCodec(bits=4)),
-    "k4v2": SealedKV(k=BlockCodec(bits=4, centred=True, symmetric=True), v=BlockCodec(bits=2, group=32)),
-    "int3": SealedKV(k=BlockCodec(bits=3, centred=True, symmetric=True), v=BlockCodec(bits=3, symmetric=True)),
+    "int4": SealedKV(k=BlockCodec(bits=4, centred=True), v=BlockCodec(bits=4)),
+    "k8v4": SealedKV(k=BlockCodec(bits=8, centred=True), v=BlockCodec(bits=4)),
+    "k4v2": SealedKV(k=BlockCodec(bits=4, centred=True), v=BlockCodec(bits=2, group=32)),
+    "int3": SealedKV(k=BlockCodec(bits=3, centred=True), v=BlockCodec(bits=3)),
 }

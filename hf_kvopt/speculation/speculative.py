@@ -24,18 +24,20 @@ from hf_kvopt.speculation.drafters.assistant import AssistantDrafter
 from hf_kvopt.speculation.drafters.base import Drafter
 from hf_kvopt.speculation.drafters.lookahead import Lookahead
 from hf_kvopt.speculation.drafters.prompt_lookup import PromptLookup
+from hf_kvopt.speculation.drafters.suffix import SuffixLookup
 from hf_kvopt.speculation.heads.auto import DraftHead
 from hf_kvopt.speculation.loop.decode import Speculation
 from hf_kvopt.speculation.loop.output import Output
 from hf_kvopt.speculation.loop.policy import Policy
 from hf_kvopt.speculation.loop.prefill import prefill
+from hf_kvopt.speculation.loop.remembered import Remembered
 from hf_kvopt.speculation.loop.requirements import cache_for, require_steady_rope, require_supported
 from hf_kvopt.speculation.loop.scores import NodeScores
 from hf_kvopt.speculation.loop.stats import SpeculationStats
 
 logger = logging.getLogger(__name__)
 
-_BY_NAME = {"prompt_lookup": PromptLookup, "lookahead": Lookahead}
+_BY_NAME = {"suffix": SuffixLookup, "prompt_lookup": PromptLookup, "lookahead": Lookahead}
 _ACCEPTANCE = ("lossless", "typical")
 _MAX_GAMMA = 8
 _EMPTIED = (
@@ -57,6 +59,7 @@ class SpeculativeDecoding:
         stop_strings: str | list[str] | None,
     ) -> None:
         self.drafter, self.policy, self.is_typical = drafter, policy, is_typical
+        self.remembered = Remembered(policy, drafter)
         self.streamer, self.tokenizer, self.stop_strings = streamer, tokenizer, stop_strings
 
     def bound(
@@ -69,9 +72,11 @@ class SpeculativeDecoding:
         tokenizer, stop_strings = tokenizer or self.tokenizer, stop_strings or self.stop_strings
         if stop_strings is not None and tokenizer is None:
             raise ValueError("stop_strings need the tokenizer: got none; pass tokenizer=")
-        return SpeculativeDecoding(
+        twin = SpeculativeDecoding(
             self.drafter, self.policy, self.is_typical, streamer or self.streamer, tokenizer, stop_strings
         )
+        twin.remembered = self.remembered
+        return twin
 
     @property
     def stats(self) -> SpeculationStats:
@@ -98,6 +103,7 @@ class SpeculativeDecoding:
         compat.check()
         require_supported(model, input_ids, generation_config, model_kwargs)
         self._check(model, input_ids, generation_config)
+        self.remembered.meet(model)
         cache, is_own = cache_for(model, model_kwargs)
         mark = None if is_own else Mark(cache)
         try:
@@ -111,6 +117,7 @@ class SpeculativeDecoding:
             require_steady_rope(model, input_ids, generation_config, kwargs, held, longest)
             output.begin()
             self._run(model, input_ids, output, logits_processor, generation_config, kwargs, is_own)
+            self.remembered.note()
             return output.result(cache)
         except BaseException as error:
             if mark is None:
@@ -183,10 +190,10 @@ def speculative(
     The output is the target's own: greedy tokens are equal, samples have its distribution (arXiv:2211.17192).
 
     Args:
-        draft: a draft head, its folder or repository, an assistant model of the same tokenizer, "prompt_lookup" or
-            "lookahead".
+        draft: a draft head, its folder or repository, an assistant model of the same tokenizer, "suffix",
+            "prompt_lookup" or "lookahead".
         gamma: depth of a draft in tokens; None chooses it from measurements.
-        num_nodes: tokens of a draft tree (batch 1, heads that support trees); None chooses, 0 never drafts one.
+        num_nodes: tokens of a draft tree (batch 1, heads that support trees); None or 0 drafts chains.
         top_k: children of a node that a tree considers.
         acceptance: "lossless", or "typical" for Medusa's rule (arXiv:2401.10774), which is not lossless.
         fallback: decode plainly where speculation is measured to be slower.
@@ -219,7 +226,7 @@ def speculative(
     limit = drafter.max_gamma or _MAX_GAMMA
     if gamma is not None and drafter.max_gamma is not None and gamma > drafter.max_gamma:
         raise ValueError(f"this drafter is at most {drafter.max_gamma} tokens deep: got gamma={gamma}")
-    policy = Policy(gamma, num_nodes, top_k, limit, drafter.can_tree, fallback)
+    policy = Policy(gamma, num_nodes, top_k, limit, drafter.can_tree, fallback, drafter.max_confidence)
     return SpeculativeDecoding(drafter, policy, acceptance == "typical", streamer, tokenizer, stop_strings)
 
 

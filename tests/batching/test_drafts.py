@@ -11,7 +11,7 @@ from hf_kvopt.batching.job import Job
 from hf_kvopt.batching.request import Request
 from hf_kvopt.batching.rules import rules_for
 from hf_kvopt.speculation.drafters.base import Draft, Drafter, DraftSession
-from tests.batching.texts import PROMPTS, alone, expected, model_of, submit_all, text
+from tests.batching.texts import BLOCK, PROMPTS, alone, expected, model_of, submit_all, text
 from tests.helpers import VOCAB
 from tests.speculation.drafters import noisy
 from tests.speculation.heads import tiny_head
@@ -27,7 +27,7 @@ def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(kind: str, draft: object, cache: str = "paged", **settings) -> tuple[list[list[int]], object]:
-    with Batcher(model_of(kind), cache, draft=draft, **settings) as batcher:
+    with Batcher(model_of(kind), cache, draft=draft, block_size=BLOCK, **settings) as batcher:
         requests = submit_all(batcher)
         tokens = [request.result(60) for request in requests]
         batcher.check_integrity()

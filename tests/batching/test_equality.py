@@ -3,7 +3,7 @@
 import pytest
 
 from hf_kvopt import Batcher, BatchStats, generate_many
-from tests.batching.texts import FORMATS, PROMPTS, SPECS, alone, expected, model_of, submit_all
+from tests.batching.texts import BLOCK, FORMATS, PROMPTS, SPECS, alone, expected, model_of, submit_all
 from tests.helpers import KINDS, tiny_model
 
 TIGHT = {
@@ -15,7 +15,7 @@ TIGHT = {
 
 
 def run(kind: str, cache: str, **settings) -> tuple[list[list[int]], BatchStats]:
-    batcher = Batcher(model_of(kind), cache, **settings)
+    batcher = Batcher(model_of(kind), cache, **{"block_size": BLOCK, **settings})
     requests = submit_all(batcher)
     tokens = [request.result(60) for request in requests]
     batcher.check_integrity()
@@ -36,19 +36,21 @@ def test_tokens_are_those_of_each_prompt_alone(kind: str, format: str) -> None:
 
 @pytest.mark.parametrize("pressure", TIGHT)
 @pytest.mark.parametrize("kind", KINDS)
-def test_tokens_stay_the_same_under_pressure(kind: str, pressure: str) -> None:
-    tokens, stats = run(kind, "paged", **TIGHT[pressure])
-    assert tokens == expected(kind, "paged")
+@pytest.mark.parametrize("format", ["paged", "int4"])
+def test_tokens_stay_the_same_under_pressure(format: str, kind: str, pressure: str) -> None:
+    tokens, stats = run(kind, format, **TIGHT[pressure])
+    assert tokens == expected(kind, format)
     if kind == "full":  # sliding rows may give blocks back instead
         assert (stats.preemptions > 0) == ("max_tokens" in TIGHT[pressure])
 
 
-def test_a_preempted_row_goes_on_from_what_survived_in_int4() -> None:
-    tokens, stats = run("full", "int4", **TIGHT["fourteen blocks"])
-    assert tokens == expected("full", "int4")
+@pytest.mark.parametrize(("format", "common"), [("int4/int4", 37), ("int4", 16)])
+def test_a_preempted_row_goes_on_from_what_survived_in_int4(format: str, common: int) -> None:
+    tokens, stats = run("full", format, **TIGHT["fourteen blocks"])
+    assert tokens == expected("full", format)
     assert stats.preemptions
-    # The common beginning, and what was computed before a row gave way.
-    assert stats.cached_tokens > 37
+    # The common beginning, of which sealed rows go on from a whole block, and what was computed before a row gave way.
+    assert stats.cached_tokens > common
 
 
 def test_no_token_is_padding_and_common_beginnings_are_computed_once() -> None:

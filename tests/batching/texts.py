@@ -12,6 +12,7 @@ from tests.helpers import VOCAB, tiny_model
 
 FORMATS = ("paged", "int8", "int4", "k8v4", "fp8_e4m3", "fp8_e5m2")
 SPECS = ((5, 30), (50, 7), (17, 21), (3, 3), (70, 25), (33, 1), (16, 40), (64, 12))  # prompt, new tokens
+BLOCK = 16  # tokens, also of formats that seal their blocks: texts are short
 SYSTEM = 37  # tokens that prompts 4 and 7 begin with alike
 
 
@@ -47,7 +48,7 @@ def expected(kind: str, format: str) -> list[list[int]]:
         return [alone(model, p, max_new_tokens=n) for p, (_, n) in zip(PROMPTS, SPECS, strict=True)]
     outputs = []
     for prompt, (_, new) in zip(PROMPTS, SPECS, strict=True):
-        cache = QuantizedPagedCache(model_of(kind).config, format=format)
+        cache = QuantizedPagedCache(model_of(kind).config, format=format, block_size=BLOCK)
         assert isinstance(cache, PagedCache)
         outputs.append(alone(model_of(kind), prompt, max_new_tokens=new, **{CACHE_KEYWORD: cache}))
     return outputs

@@ -11,10 +11,10 @@ from hf_kvopt.attention.forward import attention_forward
 from hf_kvopt.attention.mask import LazyMask, Pattern
 from hf_kvopt.kernels.pattern import Pattern as Scoring
 from hf_kvopt.kernels.reference.sealed import sealed_reference
-from hf_kvopt.quant import get_kv_format
+from hf_kvopt.quant import KV_FORMATS, get_kv_format
 
 BLOCK, HEADS, DIM = 16, 2, 32
-FORMATS = [name for name in ("k4v4", "k4v2", "int3") if get_kv_format(name).sealed is not None]
+FORMATS = [name for name, format in KV_FORMATS.items() if format.sealed is not None]
 MODULE = nn.Module().eval()
 
 

@@ -25,7 +25,7 @@ from tests.helpers import generate, prompt, tiny_model
 from tests.models.tiny import build
 
 ROW, PADDED = 64, (17, 33, 5)
-FORMATS = ("native", "int8", "fp8_e4m3", "fp8_e5m2", "int4", "k8v4")
+FORMATS = ("native", "int8", "fp8_e4m3", "fp8_e5m2", "int4/int4", "int8/int4")
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +121,7 @@ def test_a_backend_that_takes_operations_apart_gives_the_same_bits(name: str) ->
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("name", ["int4"])
+@pytest.mark.parametrize("name", ["int4/int4"])
 def test_inductor_differs_by_rounding_alone_and_copies_no_pool(name: str) -> None:
     model = tiny_model()
     step, counter = compiled(model, "inductor")
@@ -137,8 +137,8 @@ def test_inductor_differs_by_rounding_alone_and_copies_no_pool(name: str) -> Non
 
 
 MIXED = {
-    "pairs": {"format": "k8v4", "layer_formats": {0: "native/int8", 1: "fp8_e4m3/int4"}},
-    "a native layer": {"format": "int4", "layer_formats": {"first": "native"}, "exact_prefill": True},
+    "pairs": {"format": "int8/int4", "layer_formats": {0: "native/int8", 1: "fp8_e4m3/int4"}},
+    "a native layer": {"format": "int4/int4", "layer_formats": {"first": "native"}, "exact_prefill": True},
 }
 
 
@@ -154,7 +154,7 @@ def test_layers_of_unlike_formats_are_one_graph(options: dict[str, Any]) -> None
     assert_same_step(model, make)
 
 
-@pytest.mark.parametrize(("name", "lengths"), [("int8", (12, 5, 9)), ("int4", (2,))], ids=str)
+@pytest.mark.parametrize(("name", "lengths"), [("int8", (12, 5, 9)), ("int4/int4", (2,))], ids=str)
 def test_rows_that_begin_short_learn_their_shift_in_the_graph(name: str, lengths: tuple[int, ...]) -> None:
     model, batch = loud(tiny_model()), len(lengths)
     step, counter = compiled(model)
@@ -175,7 +175,7 @@ def test_rows_that_begin_short_learn_their_shift_in_the_graph(name: str, lengths
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("name", ["int4"])
+@pytest.mark.parametrize("name", ["int4/int4"])
 def test_compiled_and_uncompiled_steps_take_turns(name: str) -> None:
     model = loud(tiny_model())
     step, _ = compiled(model)
@@ -191,7 +191,7 @@ def test_compiled_and_uncompiled_steps_take_turns(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("type_name", "name"),
-    [("gpt_oss", "int8"), ("gemma2", "int4"), ("deepseek_v3 enabled", "int4")],
+    [("gpt_oss", "int8"), ("gemma2", "int4/int4"), ("deepseek_v3 enabled", "int4/int4")],
 )
 def test_sinks_caps_and_latents_are_as_outside_of_a_graph(type_name: str, name: str) -> None:
     model = build(case_named(type_name.split()[0]), hf_kvopt.ATTENTION_NAME)
@@ -205,7 +205,7 @@ def test_sinks_caps_and_latents_are_as_outside_of_a_graph(type_name: str, name: 
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize(("attention", "name"), [("sdpa", "int8"), ("eager", "int4")])
+@pytest.mark.parametrize(("attention", "name"), [("sdpa", "int8"), ("eager", "int4/int4")])
 def test_transformers_own_attention_reads_a_compiled_cache(attention: str, name: str) -> None:
     model = loud(tiny_model("full", attention))
     step, counter = compiled(model)
@@ -218,7 +218,7 @@ def test_transformers_own_attention_reads_a_compiled_cache(attention: str, name:
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("name", ["int4"])
+@pytest.mark.parametrize("name", ["int4/int4"])
 def test_a_cpu_without_kernels_of_its_own_gives_the_same_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (paged_attention, store):
         monkeypatch.setattr(module, "can_compile", lambda: False)
@@ -295,6 +295,6 @@ def test_generate_compiles_the_step_by_itself(kind: str, name: str) -> None:
 
 def test_loud_keys_are_shifted_by_much() -> None:
     model = loud(tiny_model())
-    cache = new_cache(model, "int4", 1)
+    cache = new_cache(model, "int4/int4", 1)
     logits_of(model, model, cache, (20,), 1)
     assert all(math.isfinite(x) and x > 1 for x in (layer.centres.vectors.abs().max() for layer in cache.layers))

@@ -17,7 +17,7 @@ from transformers import AttentionInterface, LlamaConfig
 from hf_kvopt import ATTENTION_NAME, PagedCache, QuantizedPagedCache
 
 HEADS, DIM, SHIFT = 2, 32, 50.0
-BOUNDS = {"int8": 0.04, "fp8_e4m3": 0.3, "fp8_e5m2": 0.6, "int4": 0.75, "k8v4": 0.04}
+BOUNDS = {"int8": 0.04, "fp8_e4m3": 0.3, "fp8_e5m2": 0.6, "int4/int4": 0.75, "int8/int4": 0.04}
 in_guarded_formats = pytest.mark.parametrize("name", BOUNDS)
 
 
@@ -212,7 +212,7 @@ def test_a_compiled_prefill_learns_its_centre() -> None:
     torch._dynamo.reset()
     config = LlamaConfig(num_hidden_layers=1)
     eager, traced = (
-        QuantizedPagedCache(config, format="int4", max_tokens=128, compileable=True) for _ in range(2)
+        QuantizedPagedCache(config, format="int4/int4", max_tokens=128, compileable=True) for _ in range(2)
     )  # fmt: skip
     compiled = torch.compile(lambda k, v: traced.update(k, v, 0)[0].clone(), backend="eager")
     for sign in (1, -1):

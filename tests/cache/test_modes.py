@@ -24,7 +24,7 @@ CACHES: dict[str, dict[str, Any]] = {
     "int8": {"format": "int8", "skip_layers": ()},
     "fixed int8": {"format": "int8", **FIXED},
     "int4": {"format": "int4", "skip_layers": ()},
-    "fixed int4": {"format": "int4", **FIXED},
+    "fixed int4": {"format": "int4/int4", **FIXED},
 }
 # States in layers of their own, beside keys, and none.
 STATES = [case for case in covered_cases() if case.name in ("bamba", "falcon_h1", "lfm2")]

@@ -27,7 +27,7 @@ KINDS = ("full", "sliding", "mixed", "latent")
 CACHES: dict[str, dict[str, Any]] = {
     "paged": {"cache": "paged"},
     "int8": {"cache": "int8"},
-    "int4": {"cache": "int4"},
+    "int4": {"cache": "int4", "block_size": 16},
     "fixed": {"cache": "paged", "compileable": True, "max_tokens": 128},
     "shared": {"cache": "paged", "prefix_sharing": True},
     "shared int8": {"cache": "int8", "prefix_sharing": True},

@@ -9,14 +9,16 @@ import torch
 from evals.batching import __main__ as command
 from evals.batching.workload import arrivals, draw, percentile
 
-SHORT = ["--shape", "tiny", "--requests", "6", "--scale", "64", "--pool", "512", "--batch", "3"]
+SHORT = ["--shape", "tiny", "--requests", "6", "--scale", "64", "--pool", "512", "--short-pool", "512", "--batch", "3"]
 
 
 def test_rows_say_what_each_side_computed_and_the_picture_is_drawn(tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
-    assert command.main([*SHORT, "--without", "load", "--out", str(out)]) == 0
+    assert command.main([*SHORT, "--rounds", "2", "--without", "load", "--out", str(out)]) == 0
     rows = {row["side"]: row for row in json.loads(out.read_text())}
-    assert {"ours", "static batches"} <= set(rows)
+    assert {"ours", "ours, short of blocks", "static batches"} <= set(rows)
+    assert all(len(row["seconds_of_rounds"]) == row["rounds"] == 2 for row in rows.values())
+    assert rows["ours"]["computed_tokens"] <= rows["ours"]["useful_tokens"]
     assert rows["ours"]["padded_tokens"] == 0 < rows["static batches"]["padded_tokens"]
     assert rows["ours"]["computed_tokens"] < rows["static batches"]["computed_tokens"]
     assert rows["ours"]["first_token_p50_s"] > 0
@@ -27,7 +29,12 @@ def test_rows_say_what_each_side_computed_and_the_picture_is_drawn(tmp_path: Pat
 def test_a_side_whose_tokens_differ_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "alone", lambda _, chats: [[] for _ in chats])
     out = tmp_path / "rows.json"
-    assert command.main([*SHORT, "--without", "load", "generate_batch", "static", "--out", str(out)]) == 1
+    assert (
+        command.main(
+            [*SHORT, "--rounds", "1", "--without", "load", "generate_batch", "static", "pressure", "--out", str(out)]
+        )
+        == 1
+    )
     assert json.loads(out.read_text()) == []
 
 

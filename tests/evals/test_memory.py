@@ -17,7 +17,7 @@ def test_every_kind_holds_what_was_predicted(tmp_path: Path) -> None:
     rows = json.loads(out.read_text())
     live = [row for row in rows if row["what"] == "live"]
     assert {(row["kind"], row["format"]) for row in live} == {
-        (kind, fmt) for kind in KINDS for fmt in ("native", "int4")
+        (kind, fmt) for kind in KINDS for fmt in ("native", "int4") if (kind, fmt) != ("MLA", "int4")
     }
     assert all(row["predicted"] == row["held"] and min(row["held"]) > 0 for row in live)
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

@@ -87,7 +87,7 @@ def test_blocks_of_any_size(size):
 @pytest.mark.parametrize("kind", ["paged", "int8", "fp8_e4m3", "fp8_e5m2", "int4", "k8v4"])
 def test_every_format_takes_a_policy(kind):
     policy, inputs = SinkRecent(4, 32), prompt(70, 41)
-    model = enable(tiny_model(), cache=kind, policy=policy)
+    model = enable(tiny_model(), cache=kind, policy=policy, block_size=16)
     out = model.generate(**inputs, max_new_tokens=STEPS, do_sample=False, return_dict_in_generate=True)
     cache = out.get(CACHE_KEYWORD)
     assert cache.stats().evicted > 0

@@ -72,7 +72,7 @@ def test_memory_is_that_of_what_is_kept_and_falls_by_layer() -> None:
     assert held[0] > 10 * held[1] > 0
 
 
-@pytest.mark.parametrize("kind", ["paged", "int8"])
+@pytest.mark.parametrize("kind", ["paged", "int8", "int4"])
 def test_windows_and_formats_and_rows_alone(kind: str) -> None:
     inputs, model = prompt(90, 61), enable(tiny_model("mixed"), cache=kind, policy=POLICY)
     out = model.generate(**inputs, max_new_tokens=STEPS, do_sample=False)

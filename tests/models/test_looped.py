@@ -144,7 +144,7 @@ def stored_as(cache: DynamicCache, name: str) -> DynamicCache:
 
 
 @ALL
-@pytest.mark.parametrize("name", ["int8", "fp8_e5m2", "int4", "k8v4"])
+@pytest.mark.parametrize("name", ["int8", "fp8_e5m2", "int4/int4", "int8/int4"])
 def test_a_quantized_cache_gives_the_tokens_of_the_states_it_stores(case: Case, name: str) -> None:
     model = build(case)
     paged = QuantizedPagedCache(config=model.config, format=name, skip_layers=(), guard="off")

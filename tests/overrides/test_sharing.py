@@ -99,8 +99,8 @@ def test_a_cold_batch_computes_its_common_prompt_once() -> None:
 
 @pytest.mark.parametrize("cache", ["int8", "int4", "k8v4"])
 def test_quantized_caches_share_too(cache: str) -> None:
-    model = hf_kvopt.enable(tiny_model(), cache=cache, prefix_sharing=True, block_size=32)
-    plain = hf_kvopt.enable(tiny_model(), cache=cache, block_size=32)
+    model = hf_kvopt.enable(tiny_model(), cache=cache, prefix_sharing=True, block_size=16)
+    plain = hf_kvopt.enable(tiny_model(), cache=cache, block_size=16)
     inputs = batch(SYSTEM)
     first, second = generate(model, inputs), generate(model, inputs)
     assert torch.equal(first, second)

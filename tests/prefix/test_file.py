@@ -42,8 +42,8 @@ def test_what_was_saved_is_found_and_gives_the_same_tokens(kind: str, tmp_path: 
     "options",
     [
         {"format": "int8"},
-        {"format": "int4", "block_size": 32},
-        {"format": "k8v4", "layer_formats": {0: "native", "last": "int8"}},
+        {"format": "int4", "block_size": 16},
+        {"format": "k8v4", "block_size": 16, "layer_formats": {0: "native", "last": "int8"}},
         {"format": "fp8_e5m2"},
     ],
     ids=["int8", "int4", "mixed", "fp8"],
@@ -57,7 +57,7 @@ def test_formats_and_scales_come_back(options: dict[str, object], tmp_path: Path
     assert torch.equal(known, turn(fresh, model, batch(SYSTEM)))
 
 
-@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["int8", "int4/int4", "int4"])
 @torch.no_grad()
 def test_what_was_taken_from_loud_keys_comes_back(name: str, tmp_path: Path) -> None:
     """Without it the rows behind a loaded prefix would be read with another shift than the prefix."""

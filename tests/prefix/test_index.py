@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from hf_kvopt.pool.allocator import BlockAllocator
 from hf_kvopt.pool.block_table import BlockTable
-from hf_kvopt.prefix.index import Match, PrefixIndex
+from hf_kvopt.prefix.index import Match, PrefixIndex, descendants
 
 BLOCK, SPACES = 4, 2
 texts = st.lists(st.integers(0, 1), min_size=1, max_size=18)
@@ -200,6 +200,18 @@ class IndexMachine(RuleBasedStateMachine):
                 assert spelled[: len(text)] == text
         for key, text in self.pinned:
             assert self.shelf.index.match(key, text).length == len(text)
+
+    @invariant()
+    def what_could_be_evicted_is_counted(self) -> None:
+        index = self.shelf.index
+        for allocator in self.shelf.allocators:
+            allocator.reclaim()
+        free = [
+            node
+            for node in index.nodes()
+            if not any(below.pins or index.is_held(below) for below in (node, *descendants(node)))
+        ]
+        assert index.num_evictable == len(free)
 
     @invariant()
     def every_block_is_accounted_for(self) -> None:

@@ -160,7 +160,7 @@ def test_quantized_blocks_are_shared_and_read_as_in_a_fresh_cache(format: str, b
     store = PrefixStore(model, format=format, block_size=block_size)
     inputs = batch(SYSTEM + text(5), SYSTEM[:50])
     first, second = turn(store, model, inputs), turn(store, model, inputs)
-    fresh = generate(model, inputs, PrefixStore(model, format=format).cache(**inputs))
+    fresh = generate(model, inputs, PrefixStore(model, format=format, block_size=block_size).cache(**inputs))
     assert torch.equal(first, second)
     assert torch.equal(first, fresh)
     assert store.stats().hits == 2

@@ -4,12 +4,13 @@ import pytest
 
 from hf_kvopt.quant import FORMATS, KV_FORMATS, NATIVE_KV, FormatPolicy, KVFormat, get_kv_format
 
-INT8, INT4 = get_kv_format("int8"), get_kv_format("int4")
+INT8, INT4, TOKENS = (get_kv_format(name) for name in ("int8", "int4", "int8/int4"))
 
 
 def test_a_pair_has_keys_and_values_of_their_own() -> None:
-    assert get_kv_format("k8v4") == get_kv_format("int8/int4") == KVFormat(FORMATS["int8"], FORMATS["int4"])
-    assert get_kv_format("int8/int4").name == "k8v4"
+    assert KVFormat(FORMATS["int8"], FORMATS["int4"]) == TOKENS
+    assert TOKENS.name == "int8/int4"
+    assert get_kv_format("int8/int8") == INT8
     assert get_kv_format("fp8_e4m3/native").name == "fp8_e4m3/native"
 
 

@@ -23,7 +23,14 @@ _EAGLE = {
 }
 # Sizes that the compiled CPU kernel supports.
 _EVEN = {"intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
-EAGLES = ("eagle3", "eagle3 compiled", "eagle3 of two layers", "eagle3 with norms", "eagle1")
+EAGLES = (
+    "eagle3",
+    "eagle3 compiled",
+    "eagle3 with the target's lm head",
+    "eagle3 of two layers",
+    "eagle3 with norms",
+    "eagle1",
+)
 KINDS = (*EAGLES, "medusa", "medusa with the target's lm head")
 
 
@@ -46,6 +53,8 @@ def _make(kind: str) -> HeadBase:
         return EagleHead(EagleConfig(**reduced))
     if kind == "eagle3 compiled":
         return EagleHead(EagleConfig(**{**reduced, **_EVEN, "draft_vocab_size": 64}))
+    if kind == "eagle3 with the target's lm head":
+        return EagleHead(EagleConfig(**{**reduced, **_EVEN, "draft_vocab_size": 64}, own_lm_head=False))
     if kind == "eagle3 of two layers":
         return EagleHead(EagleConfig(**reduced, num_hidden_layers=2, attention_bias=True, own_embeddings=True))
     if kind == "eagle3 with norms":

@@ -13,7 +13,7 @@ from tests.helpers import KINDS, eager_tokens, generate, prompt, tiny_model
 from tests.speculation.drafters import Forest, noisy
 
 LENGTHS = {"batch 1": (9,), "batch 3, padded": (9, 6, 14), "batch 8, padded": (9, 6, 14, 3, 30, 21, 1, 17)}
-DRAFTS = ("assistant", "prompt_lookup", "lookahead")
+DRAFTS = ("assistant", "suffix", "prompt_lookup", "lookahead")
 EOS = [11, 12, 13, 14, 15, 16, 20, 30, 40]
 NEW = 24
 
@@ -193,13 +193,11 @@ def test_every_cache_will_do(make: Any, lengths: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("format_name", ["int8", "fp8_e4m3", "fp8_e5m2", "int4", "k8v4"])
-@pytest.mark.parametrize("lengths", [(14,), (9, 6, 14)], ids=["batch 1", "batch 3"])
+@pytest.mark.parametrize("lengths", [(14,), (9, 6, 14), (70,), (43, 70)], ids=str)
 def test_quantized_storage_takes_drafts_back(lengths: tuple[int, ...], format_name: str) -> None:
-    config = tiny_model().config
-    wanted = generate(
-        tiny_model(), prompt(*lengths), QuantizedPagedCache(config=config, format=format_name), max_new_tokens=NEW
-    )
-    got = speculate(noisy(), "full", lengths, QuantizedPagedCache(config=config, format=format_name))
+    config, options = tiny_model().config, {"format": format_name, "block_size": 16}
+    wanted = generate(tiny_model(), prompt(*lengths), QuantizedPagedCache(config=config, **options), max_new_tokens=NEW)
+    got = speculate(noisy(), "full", lengths, QuantizedPagedCache(config=config, **options))
     assert torch.equal(got, wanted)
 
 

@@ -1,5 +1,7 @@
 """Speculative generate() calls with heads give the tokens of plain decoding, on every supported transformers."""
 
+import copy
+
 import pytest
 import torch
 
@@ -39,4 +41,23 @@ def test_an_enabled_model_speculates_in_plain_generate() -> None:
     hf_kvopt.enable(model, draft=spec)
     got = model.generate(**prompt(9, 6), max_new_tokens=NEW, do_sample=False)
     assert torch.equal(got, eager_tokens("full", 9, 6, max_new_tokens=NEW))
+    assert spec.stats.calls == 1
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("way", ["assistant_model", "prompt_lookup_num_tokens", "in the generation config"])
+@pytest.mark.parametrize("cache", ["paged", None])
+def test_another_way_that_a_call_asks_for_is_left_to_transformers(way: str, cache: str | None) -> None:
+    model, spec = tiny_model(), hf_kvopt.speculative("suffix", fallback=False)
+    hf_kvopt.enable(model, cache=cache, draft=spec)
+    options: dict[str, object] = {"assistant_model": tiny_model(seed=1), "prompt_lookup_num_tokens": 3}
+    settings: dict[str, object] = {way: options.get(way)}
+    if way not in options:
+        config = copy.deepcopy(model.generation_config)
+        config.prompt_lookup_num_tokens = 3
+        settings = {"generation_config": config}
+    got = model.generate(**prompt(9), max_new_tokens=NEW, do_sample=False, **settings)
+    assert torch.equal(got, eager_tokens("full", 9, max_new_tokens=NEW))
+    assert spec.stats.calls == 0
+    model.generate(**prompt(9), max_new_tokens=NEW, do_sample=False)
     assert spec.stats.calls == 1

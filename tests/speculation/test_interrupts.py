@@ -188,20 +188,20 @@ def test_any_exception_is_taken_alike(kind_of_error: type[BaseException]) -> Non
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("length", [5, 40])
-@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["int8", "int4/int4", "int4"])
 def test_quantized_rows_young_and_old_are_as_before(name: str, length: int, place: str) -> None:
     model, lengths = tiny_model(), (length,)
 
     def make(fixed: bool) -> QuantizedPagedCache:
         limits: dict[str, Any] = {"max_tokens": 128, "compileable": True} if fixed else {}
-        cache = QuantizedPagedCache(tiny_config("full"), format=name, **limits)
+        cache = QuantizedPagedCache(tiny_config("full"), format=name, block_size=16, **limits)
         generate(model, prompt(*lengths), cache, max_new_tokens=3, disable_compile=True)
         return cache
 
     text = generate(model, prompt(*lengths), QuantizedPagedCache(tiny_config("full"), format=name), max_new_tokens=3)
     inputs = {"input_ids": torch.cat([text, text[:, :TURN]], dim=1)}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    for fixed in (False, True):
+    for fixed in (False, True) if name != "int4" else (False,):
         wanted = generate(model, inputs, make(fixed), max_new_tokens=NEW, disable_compile=True)
         for number in breaks(model, inputs, wanted, lambda: make(fixed), place):  # noqa: B023
             cache = make(fixed)

@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_kvopt.speculation.training.losses import Outcome, RolledOutLoss, Seen, accepted_lengths, look, walk
+from hf_kvopt.speculation.training import features
+from hf_kvopt.speculation.training.features import Seen, look
+from hf_kvopt.speculation.training.losses import Outcome, RolledOutLoss, accepted_lengths, walk
 from tests.helpers import VOCAB, generate, tiny_model, unpadded
 from tests.speculation.heads import DRAFT_VOCAB, KINDS, features_of, tiny_head
 from tests.speculation.test_sessions import greedy_chain, log_q, text
@@ -27,10 +29,11 @@ def test_a_rollout_drafts_from_every_position_as_decoding_does(kind):
 
 @pytest.mark.parametrize("kind", ["eagle3", "eagle1", "medusa"])
 @torch.no_grad()
-def test_the_loss_is_cross_entropy_with_the_targets_distribution(kind):
+def test_the_loss_is_cross_entropy_with_the_targets_distribution(kind, monkeypatch):
+    monkeypatch.setattr(features, "NUM_TOP", VOCAB)
     target, head, rows, steps = tiny_model(), tiny_head(kind), torch.stack([text(12), text(12, 1)]), 3
     head.bind(target)
-    outcome = RolledOutLoss(head, steps)(rows, look(target, head, rows))
+    outcome = RolledOutLoss(head, steps)(rows, look(target, head.feature_layers, rows))
     logits = target(input_ids=rows).logits
     tokens = head.to_target(torch.arange(head.config.draft_vocab_size))
     expected, hits = 0.0, []
@@ -52,7 +55,7 @@ def test_gradients_reach_every_weight_of_the_head():
     for kind in KINDS:
         head = tiny_head(kind)
         head.bind(target)
-        RolledOutLoss(head, 3)(rows, look(target, head, rows)).loss.backward()
+        RolledOutLoss(head, 3)(rows, look(target, head.feature_layers, rows)).loss.backward()
         without = [n for n, p in head.named_parameters() if p.grad is None or not p.grad.any()]
         assert not without, kind
 
@@ -63,7 +66,7 @@ def test_accepted_lengths_are_those_of_greedy_decoding():
     target, head, steps, start = tiny_model(), tiny_head(), 3, 8
     row = generate(target, unpadded(text(start)[None]), max_new_tokens=30)
     head.bind(target)
-    seen = look(target, head, row)
+    seen = look(target, head.feature_layers, row)
     accepted = accepted_lengths(RolledOutLoss(head, steps)(row, seen), row, seen.best)[0].tolist()
     tokens = row[0].tolist()
     for t in range(start - 1, len(accepted)):
@@ -92,12 +95,28 @@ def test_a_walk_goes_on_behind_the_bonus_token():
     assert walk([[0, 0], [1, 0]], 0) == [1, 1, 2]
 
 
-def test_what_is_seen_of_the_target_is_the_draft_vocabulary():
+def test_what_is_seen_of_the_target_is_its_most_likely_tokens():
     target, head, rows = tiny_model(), tiny_head(), text(6)[None]
     head.bind(target)
-    seen = look(target, head, rows)
-    logits = target(input_ids=rows).logits
+    seen = look(target, head.feature_layers, rows)
+    p = torch.softmax(target(input_ids=rows).logits, -1)
     assert isinstance(seen, Seen)
-    assert torch.equal(seen.logits, logits[..., head.t2d])
-    assert torch.equal(seen.best, logits.argmax(-1))
+    assert seen.top_ids.shape == (1, 6, features.NUM_TOP)
+    torch.testing.assert_close(seen.top_p, p.topk(features.NUM_TOP).values)
+    assert torch.equal(seen.top_ids, p.topk(features.NUM_TOP).indices)
+    assert torch.equal(seen.best, p.argmax(-1))
     assert torch.equal(seen.features, features_of(head, target, rows))
+
+
+@torch.no_grad()
+def test_tokens_that_the_head_cannot_propose_take_no_part_in_the_loss():
+    head = tiny_head()
+    head.bind(tiny_model())
+    known, unknown = head.t2d.nonzero()[:2, 0].tolist(), int((~head.t2d).nonzero()[0])
+    seen = Seen(
+        torch.randn(1, 8, 96), torch.tensor([[[known[0], unknown, known[1]]] * 8]), torch.tensor([0.5, 0.3, 0.1])
+    )
+    seen = seen._replace(top_p=seen.top_p.expand(1, 8, 3))
+    places, p = RolledOutLoss(head, 2)._aims(seen)
+    assert head.to_target(places)[0, 0, [0, 2]].tolist() == known
+    torch.testing.assert_close(p[0, 0], torch.tensor([0.5 / 0.6, 0.0, 0.1 / 0.6]))

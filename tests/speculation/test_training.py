@@ -1,6 +1,7 @@
 """`python -m hf_kvopt train-draft` on tiny models: data, runs, resuming, several processes."""
 
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -92,6 +93,134 @@ def stop_after_save(step):
     return save_and_stop
 
 
+def own_text(target, out, *options):
+    """Train on text that the target writes itself; return the exit status."""
+    args = ["--preset", "cpu", "--model", target, "--out", out, "--row-len", 32, "--batch-size", 4, "--write", 640]
+    args += [
+        "--layers",
+        0,
+        1,
+        -1,
+        "--draft-vocab",
+        64,
+        "--intermediate-size",
+        64,
+        "--eval-rows",
+        4,
+        "--dtype",
+        "float32",
+    ]
+    args += ["--mixed-precision", "no", "--save-dtype", "float32"]
+    return main(["train-draft", *map(str, [*args, *options])])
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory) -> Path:
+    """Return the tiny target with a chat template."""
+    folder = tmp_path_factory.mktemp("talker")
+    tiny_model().save_pretrained(folder)
+    words = tokenizer()
+    words.chat_template = "{% for m in messages %}{{ 'w90 ' }}{{ m['content'] }} w96 {% endfor %}"
+    words.save_pretrained(folder)
+    return folder
+
+
+def test_a_head_is_trained_on_text_that_the_target_writes(talker, tmp_path, capfd):
+    assert own_text(talker, tmp_path, "--max-steps", 30, "--eval-every", 15, "--lr", 1e-2) == 0
+    said = capfd.readouterr().err
+    assert said.index("about 0 min: writing 640 tokens 0 min, training 30 steps of 128 tokens") < said.index(
+        "writing text"
+    )
+    assert "tokens/s loss" in said
+    assert " accepted " in said
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert log[1]["heldout_loss"] < log[0]["heldout_loss"]
+    head = hf_kvopt.DraftHead.from_pretrained(tmp_path)
+    assert "lm_head.weight" not in head.state_dict()
+    prompt = unpadded(torch.arange(3, 9)[None])
+    expected = generate(tiny_model(), prompt, max_new_tokens=20)
+    assert torch.equal(
+        generate(tiny_model(), prompt, max_new_tokens=20, custom_generate=hf_kvopt.speculative(head)), expected
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_same_command_goes_on(number, talker, tmp_path, capfd, monkeypatch):
+    from hf_kvopt.speculation.training.train import Trainer
+
+    options = ["--max-steps", 12, "--eval-every", 100, "--save-every", 100]
+    assert own_text(talker, tmp_path / "whole", *options) == 0
+    train_on = Trainer._train_on
+
+    def interrupted(self, *batch):
+        if self.step == 6:
+            signal.raise_signal(number)
+        return train_on(self, *batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_on", interrupted)
+        assert own_text(talker, tmp_path / "parts", *options) == 128 + number
+    assert "ended at step 7 of 12, saved in" in capfd.readouterr().err
+    assert own_text(talker, tmp_path / "parts", *options) == 0
+    assert "going on from step 7 of 12" in capfd.readouterr().err
+    whole, parts = (hf_kvopt.DraftHead.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_a_signal_while_text_is_written_keeps_the_finished_parts(talker, tmp_path, monkeypatch):
+    from hf_kvopt.speculation.training import fill
+
+    monkeypatch.setattr(fill, "_PART_ROWS", 8)
+    add = fill.FeatureStore.add
+
+    def add_and_ask(self, *made):
+        add(self, *made)
+        if self.num_rows == 16:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fill.FeatureStore, "add", add_and_ask)
+        assert own_text(talker, tmp_path, "--max-steps", 1) == 128 + signal.SIGTERM
+    parts = sorted((tmp_path / "features").glob("*.safetensors"))
+    assert len(parts) == 2
+    before = [path.stat().st_mtime_ns for path in parts]
+    assert own_text(talker, tmp_path, "--max-steps", 1) == 0
+    assert len(list((tmp_path / "features").glob("*.safetensors"))) == 3
+    assert [path.stat().st_mtime_ns for path in parts] == before
+
+
+def test_features_of_texts_are_kept_and_train_as_those_made_anew(target, data, tmp_path):
+    options = ["--layers", 0, 1, -1, "--max-steps", 10, "--eval-every", 10, "--heldout", data, "--eval-rows", 8]
+    anew = train(target, data, tmp_path / "anew", *options)
+    kept = train(target, data, tmp_path / "kept", *options, "--keep-features")
+    # Rows come in another order, and features were rounded to bfloat16.
+    assert kept[0]["heldout_loss"] == pytest.approx(anew[0]["heldout_loss"], rel=0.1)
+
+
+@pytest.mark.parametrize("damage", ["empty", "missing", "other"])
+def test_a_state_that_cannot_be_resumed_is_refused_in_one_line(damage, talker, tmp_path, capfd):
+    assert own_text(talker, tmp_path, "--max-steps", 2) == 0
+    state = tmp_path / "state" / "trainer.pt"
+    if damage == "empty":
+        state.write_bytes(b"")
+    elif damage == "missing":
+        state.unlink()
+    options = ["--intermediate-size", 96] if damage == "other" else []
+    with pytest.raises(SystemExit) as stopped:
+        own_text(talker, tmp_path, "--max-steps", 4, *options)
+    assert stopped.value.code == 2
+    assert "cannot be resumed from" in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_help_tells_defaults_and_presets(capsys):
+    for options, row_len in ([], 512), (["--preset", "cpu"], 384), (["--preset", "gpu"], 2048):
+        with pytest.raises(SystemExit):
+            main(["train-draft", *options, "--help"])
+        said = " ".join(capsys.readouterr().out.split())
+        assert f"tokens a row ({row_len})" in said
+        assert "cpu --write 300000 --keep-features" in said
+
+
 def test_the_draft_vocabulary_is_the_most_frequent_of_the_data(target, data, tmp_path):
     train(target, data, tmp_path, "--layers", 0, 1, -1, "--draft-vocab", 41, "--max-steps", 1)
     head = hf_kvopt.DraftHead.from_pretrained(tmp_path)
@@ -173,6 +302,9 @@ def test_data_that_cannot_be_read_is_refused(tmp_path, target, data):
         (["--warmup", 2], "from 0 to 1: got '2'"),
         (["--dtype", "float33"], "float33"),
         (["--steps", 32], "--steps must be below --row-len: got 32 and 32"),
+        (["--write", 100], "--write needs --keep-features"),
+        (["--write", 100, "--keep-features", "--layers", 0, 1, 7], "target_layer_ids"),
+        (["--preset", "tpu"], "'tpu'"),
     ],
     ids=str,
 )

@@ -54,7 +54,7 @@ def lanes() -> int:
 def compiled(kernel: str, spec: Any) -> Any:
     """The module jit/<kernel>.py compiled for `spec`: its `run` takes the address of the arguments."""
     start = time.perf_counter()
-    module = importlib.import_module(f"hf_kvopt.kernels.cpu.jit.{kernel}").emit(spec)
+    module = importlib.import_module(f"{__package__}.jit.{kernel}").emit(spec)
     program = _machine().Program(module, spec.lanes, _openmp())
     logger.debug("compiled %s for %s in %.2f s", kernel, spec, time.perf_counter() - start)
     return program
@@ -74,7 +74,7 @@ def bits_of(value: float) -> int:
 @cache
 def _machine() -> Any:
     # Not at the top: it costs some 0.1 s, and a GPU has no need of it.
-    return importlib.import_module("hf_kvopt.kernels.cpu.jit.machine")
+    return importlib.import_module(f"{__package__}.jit.machine")
 
 
 @cache

@@ -76,7 +76,7 @@ def _depths(pattern: Pattern, q_len: int) -> Tensor | None:
 
 def _rows_of(key: SealedView) -> SealedRows:
     block_table, seq_lens, lags = key.row_tensors()
-    first_block = key.table.base // key.table.block_size
+    first_block = key.table.first_block
     return SealedRows(
         block_table, key.table.exact_table(key.storage.exact.device), seq_lens, lags, key.skip, first_block
     )
@@ -93,7 +93,8 @@ def _attend_rows(
     """Attention of rows that begin at the same column."""
     table, kv_len, q_len = key.table, key.spec.shape[2], query.shape[2]
     lag, size = table.lags[rows[0]], table.block_size
-    first = table.base + key.skip - lag  # the row's token in the first column, negative where it has none there
+    # The row's token in the first column, negative where it has none there.
+    first = table.base - table.origin + key.skip - lag
     hidden = min(kv_len, max(0, -first))
     start = max(first, 0)
     past = first + kv_len - q_len  # token of the first query
@@ -146,7 +147,7 @@ class _Buffer:
     def turn(self, tile: int) -> None:
         """Let the buffer be what queries of block `tile` read."""
         size = self.plane.block_size
-        base = self.table.base // size
+        base = self.table.first_block
         for block in range(max(1, self.tile - 1), tile - 1):
             numbers = torch.tensor([self.table.rows[row][block - base] for row in self.rows], device=self.states.device)
             begin, stop = max(block * size, self.start), (block + 1) * size

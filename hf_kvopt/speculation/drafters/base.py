@@ -118,6 +118,8 @@ class Drafter(ABC):
 
     feature_layers: tuple[int, ...] = ()
     can_tree: bool = False
+    # The highest `Plan.min_confidence` that is asked of it: below 1 where its probabilities are too flat.
+    max_confidence: float = 1.0
     max_gamma: int | None = None  # the deepest useful draft (Medusa: its number of heads); None: no limit
 
     def check(self, target: PreTrainedModel) -> None:  # noqa: B027 (most draft for any target)

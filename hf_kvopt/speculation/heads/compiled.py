@@ -23,9 +23,12 @@ def weights_of(head: "EagleHead") -> DraftWeights | None:
     layer: Any = head.layers[0]
     embedding: Any = head.embed_tokens or head.shared.embeddings
     is_plain = len(head.layers) == 1 and layer.is_wide and layer.q_norm is None and layer.act is F.silu
-    if not is_plain or head.norm is None or head.lm_head is None or head.norms_output:
+    lm_weight = head.lm_weight
+    if not is_plain or head.norm is None or lm_weight is None or head.norms_output:
         return None
-    linears = (layer.qkv_proj, layer.o_proj, layer.gate_up_proj, layer.down_proj, head.lm_head)
+    linears = [layer.qkv_proj, layer.o_proj, layer.gate_up_proj, layer.down_proj]
+    if head.lm_head is not None:
+        linears.append(head.lm_head)
     # A subclass, a bias or a hook changes the computation.
     if not all(_is_plain(linear) for linear in linears) or not _is_lookup(embedding):
         return None
@@ -41,7 +44,7 @@ def weights_of(head: "EagleHead") -> DraftWeights | None:
         layer.gate_up_proj.weight,
         layer.down_proj.weight,
         head.norm.weight,
-        head.lm_head.weight,
+        lm_weight,
         embedding.weight,
         head.fc.weight if has_plain_fc else None,
         head.d2t,

@@ -15,6 +15,8 @@ class EagleConfig(PreTrainedConfig):
             EAGLE-1 (-1,).
         eagle_version: 3, or 1 for heads of EAGLE-1 and EAGLE-2, which share one architecture.
         own_embeddings: the head has its own embeddings instead of the target's.
+        own_lm_head: an EAGLE-3 head has its own LM head; without one it reads out by the rows of the target's that its
+            draft vocabulary names, which are neither trained nor saved.
         norm_before_residual: the residual is the normed feature (`speculators`).
         norm_before_fc: one norm over the concatenated features (`speculators`).
         fc_norm: one norm for each feature (`speculators`).
@@ -37,6 +39,7 @@ class EagleConfig(PreTrainedConfig):
     target_layer_ids: list[int] | tuple[int, ...] | None = None
     eagle_version: int = 3
     own_embeddings: bool = False
+    own_lm_head: bool = True
     intermediate_size: int = 14336
     num_hidden_layers: int = 1
     num_attention_heads: int = 32

@@ -11,6 +11,7 @@ Source: EAGLE-3, arXiv:2503.01840; EAGLE, arXiv:2401.15077; EAGLE-2, arXiv:2406.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,8 @@ class EagleHead(HeadBase):
         if config.fc_norm:
             self.fc_norm = nn.ModuleList([nn.RMSNorm(width, eps) for _ in range(config.num_features)])
         self.norm = nn.RMSNorm(hidden, eps) if is_3 else None
-        self.lm_head = nn.Linear(hidden, config.draft_vocab_size, bias=False) if is_3 else None
+        has_lm_head = is_3 and config.own_lm_head
+        self.lm_head = nn.Linear(hidden, config.draft_vocab_size, bias=False) if has_lm_head else None
         self.embed_tokens = nn.Embedding(config.vocab_size, hidden) if config.own_embeddings else None
         self._make_vocab_buffers()
         self.rotary = RotaryTable(config)
@@ -69,6 +71,37 @@ class EagleHead(HeadBase):
             )
         if self.lm_head is None and target.get_output_embeddings() is None:
             self._refuse("an LM head to share", "none")
+        if self.lm_head is None and not self.is_first_version:
+            self.__dict__["_lm_rows"] = self._rows_of(target.get_output_embeddings())
+
+    @property
+    def lm_weight(self) -> Tensor | None:
+        """Return the weight [draft_vocab_size, hidden_size] that reads out tokens; None for EAGLE-1."""
+        if self.lm_head is not None:
+            return self.lm_head.weight
+        if self.is_first_version:
+            return None
+        rows: Tensor | None = self.__dict__.get("_lm_rows")
+        if rows is None:
+            raise ValueError("this head reads out by its target's LM head: expected head.bind(target) before it is run")
+        if rows.dtype != self.dtype or rows.device != self.device:
+            rows = self.__dict__["_lm_rows"] = rows.to(self.device, self.dtype)
+        return rows
+
+    def _rows_of(self, lm_head: Any) -> Tensor:
+        """Copy the rows of the target's LM head that the draft vocabulary names, in the head's dtype."""
+        weight: Any = getattr(lm_head, "weight", None)
+        expected = (self.config.vocab_size, self.config.hidden_size)
+        got = tuple(weight.shape) if isinstance(weight, Tensor) else None
+        is_plain = got == expected and weight.is_floating_point() and weight.device.type != "meta"
+        if not is_plain or getattr(lm_head, "bias", None) is not None:
+            self._refuse(
+                f"an LM head of {expected}, in memory, not quantized, without bias", f"{type(lm_head).__name__} {got}"
+            )
+        ids = self.to_target(torch.arange(self.config.draft_vocab_size, device=self.device))
+        with torch.no_grad():
+            rows: Tensor = weight[ids.to(weight.device)].to(self.device, self.dtype)
+        return rows
 
     def begin(self, target: PreTrainedModel, batch_size: int) -> EagleSession:
         self.bind(target)
@@ -109,11 +142,12 @@ class EagleHead(HeadBase):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits [..., draft_vocab_size] float32 of the output of `forward`."""
-        if self.lm_head is None:
+        weight = self.lm_weight
+        if weight is None:
             return self.shared.lm_logits(hidden).float()
         if self.norm is not None and not self.norms_output:
             hidden = norm(self.norm, hidden)
-        return linear(self.lm_head, hidden).float()
+        return torch.nn.functional.linear(hidden, weight).float()
 
     def rollout(self, features: Tensor, input_ids: Tensor, num_steps: int) -> list[Tensor]:
         length = input_ids.shape[1] - num_steps

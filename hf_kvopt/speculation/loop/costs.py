@@ -11,9 +11,11 @@ from typing import NamedTuple
 
 _WINDOW = 16  # measurements kept for each size
 _HORIZON = 128  # a size counts as recent for this many measurements
-_FORGET = 0.98  # weight of the acceptance of one step earlier
+_FORGET = 0.9  # weight in a text of the acceptance of one draft earlier
+_FORGET_TEXT = 0.995  # weight in all texts
+_BELIEF = 2.0  # tries of this text that all texts before count for
 _ALIKE = 16.0  # accepted tokens of a prior that all rows are alike: the acceptance of a text changes
-_PRIOR = 0.75  # acceptance of a first token before any measurement, with the weight of one try
+_PRIOR = 0.6  # acceptance of a first token before any measurement, with the weight of one try
 
 
 class Expected(NamedTuple):
@@ -24,47 +26,80 @@ class Expected(NamedTuple):
 
 
 class Rates:
-    """Acceptance by depth, given the depth before: how often the drafter gets there, and how often that is accepted."""
+    """Survival of drafts by depth, given the depth before, and how far they reach.
+
+    A depth that was not tried is taken to be as good as the depth before.
+    """
 
     def __init__(self) -> None:
-        self.made: list[list[float]] = []  # [times, tries] of each depth
-        self.passed: list[list[float]] = []
+        self.passed = Memory()  # one more token of a row was drafted and accepted
+        self.widths = Memory()  # one more token was drafted for any row
 
     @property
-    def num_known(self) -> float:
-        """Number of noted drafts, older ones weighted less."""
-        return self.passed[0][1] if self.passed else 0.0
+    def memories(self) -> dict[str, "Memory"]:
+        """Return the memories by name, to be kept in a file."""
+        return {"passed": self.passed, "widths": self.widths}
 
-    def note(self, gamma: int, depths: list[tuple[int, int]]) -> None:
+    def begin(self) -> None:
+        """Begin another text."""
+        for memory in self.memories.values():
+            memory.recent.clear()
+
+    def note(self, gamma: int, depths: Sequence[tuple[int, int]]) -> None:
         """Note a draft that was asked for depth `gamma`: (drafted, accepted) of each row."""
-        self.fade(_FORGET)
-        missing = gamma - len(self.made)
-        for counts in (self.made, self.passed):
-            counts += [[0.0, 0.0] for _ in range(missing)]
-        for drafted, accepted in depths:
-            _count(self.made, drafted, gamma)
+        for memory in self.memories.values():
+            memory.fade()
+        self.widths.count(max((drafted for drafted, _ in depths), default=0), gamma)
+        for _, accepted in depths:
             # A token that the drafter left out counts as not accepted: it was not confident.
-            _count(self.passed, accepted, gamma)
+            self.passed.count(accepted, gamma)
 
-    def fade(self, factor: float) -> None:
-        """Scale down the weight of all counts; the estimate of an untried depth approaches that of the depth before."""
-        for counts in (*self.made, *self.passed):
-            counts[0] *= factor
-            counts[1] *= factor
-
-    def expected(self, gamma: int, boost: float = 1.0) -> Expected:
-        """Estimate a draft of depth `gamma`; `boost` > 1 if several siblings are tried at each depth."""
-        tokens = passed = made = 1.0
-        depth, pass_rate, make_rate = 0.0, _PRIOR, 1.0
+    def survival(self, gamma: int) -> list[Expected]:
+        """Return what drafts of depth 0 to `gamma` are expected to give."""
+        found, tokens, alive, width, depth = [Expected(1.0, 0.0)], 1.0, 1.0, 1.0, 0.0
+        pass_rate, width_rate = _PRIOR, 1.0
         for at in range(gamma):
-            if at < len(self.passed):
-                pass_rate = _rate(self.passed[at], pass_rate)
-                make_rate = _rate(self.made[at], make_rate)
-            passed *= pass_rate if boost == 1.0 else 1 - (1 - pass_rate) ** boost
-            made *= make_rate
-            tokens += passed
-            depth += made
-        return Expected(tokens, depth)
+            pass_rate = self.passed.rate(at, pass_rate)
+            width_rate = self.widths.rate(at, width_rate)
+            alive *= pass_rate
+            width *= width_rate
+            tokens += alive
+            depth += width
+            found.append(Expected(tokens, depth))
+        return found
+
+
+class Memory:
+    """Counts [times, tries] by depth: of this text, which fade within some ten drafts, and of all texts before.
+
+    The latter are believed as long as this text said little.
+    """
+
+    def __init__(self) -> None:
+        self.recent: list[list[float]] = []
+        self.all: list[list[float]] = []
+
+    def fade(self) -> None:
+        """Let older counts weigh less."""
+        for counts, factor in ((self.recent, _FORGET), (self.all, _FORGET_TEXT)):
+            for count in counts:
+                count[0] *= factor
+                count[1] *= factor
+
+    def count(self, reached: int, limit: int) -> None:
+        """Count one row that reached depth `reached` of at most `limit`."""
+        for counts in (self.recent, self.all):
+            counts += [[0.0, 0.0] for _ in range(limit - len(counts))]
+            for depth in range(min(limit, reached + 1)):
+                counts[depth][0] += depth < reached
+                counts[depth][1] += 1
+
+    def rate(self, depth: int, before: float) -> float:
+        """Return the share of tries that got from `depth` to the next; `before` is that of the depth before."""
+        times, tries = self.all[depth] if depth < len(self.all) else (0.0, 0.0)
+        usual = (times + before) / (tries + 1.0)
+        times, tries = self.recent[depth] if depth < len(self.recent) else (0.0, 0.0)
+        return (times + _BELIEF * usual) / (tries + _BELIEF)
 
 
 class RelativeAcceptance:
@@ -118,8 +153,8 @@ class Line(NamedTuple):
 class Times:
     """Measured seconds by size, of one kind of work.
 
-    Old measurements of a size expire: they may have been taken while something else ran, and would keep that size from
-    being tried again.
+    The first measurement of a size is dropped: it compiles and loads code. Old measurements of a size expire: they may
+    have been taken while something else ran, and would keep that size from being tried again.
 
     Args:
         growth: assumed relative cost of doubling the size, while only one size was measured.
@@ -129,47 +164,70 @@ class Times:
         self._growth = growth
         self._seconds: dict[int, deque[float]] = defaultdict(_window)
         self._last: dict[int, int] = {}  # number of the last measurement of each size
+        self._met: set[int] = set()  # sizes of which the first measurement was dropped
         self._count = 0
         self._line: Line | None = None
+        self._medians: dict[int, float] = {}
 
     def __bool__(self) -> bool:
-        return bool(self._seconds)
+        return any(self._seconds.values())
 
-    @property
-    def has_slope(self) -> bool:
-        """Return whether more than one size was measured recently."""
-        return len(self._recent()) > 1
+    def knows(self, size: int) -> bool:
+        """Return whether `size` itself was measured."""
+        return bool(self._seconds.get(size))
 
     def note(self, size: int, seconds: float) -> None:
         """Add one measurement."""
-        if size in self._last and not self._is_recent(size):
+        self._count += 1
+        is_old = not self._is_recent(size)
+        if size not in self._met:
+            self._met.add(size)
+            return
+        self._last[size] = self._count
+        if is_old:
             self._seconds[size].clear()
         self._seconds[size].append(seconds)
-        self._count += 1
-        self._last[size] = self._count
+        self._medians.pop(size, None)
         self._line = None
 
+    def learn(self, size: int, seconds: float) -> None:
+        """Take in what was measured earlier: as good as one measurement."""
+        self._last[size] = self._count
+        self._seconds[size].append(seconds)
+        self._line = None
+
+    def doubt(self) -> None:
+        """Keep the last measurement of each size alone: the machine may have been busy, or idle, before."""
+        for seconds in self._seconds.values():
+            while len(seconds) > 1:
+                seconds.popleft()
+        self._medians.clear()
+        self._line = None
+
+    def medians(self) -> dict[int, float]:
+        """Return the median of each size that was measured recently."""
+        return {size: self._median(size) for size in self._seconds if self._seconds[size] and self._is_recent(size)}
+
     def at(self, size: int) -> float:
-        """Return the seconds of a size: the median if it was measured more than once, else the value of the line."""
-        times = self._seconds.get(size, ())
-        return median(times) if len(times) > 1 else self.line().at(size)
+        """Return the seconds of a size: the median if it was measured, else the value of the line."""
+        return self._median(size) if self.knows(size) else self.line().at(size)
 
     def line(self) -> Line:
         """Fit a line by least squares, with slope and intercept not negative."""
         if self._line is None:
-            # A size that was measured once may have been slow because it was new.
-            recent = self._recent()
-            often = {size: times for size, times in recent.items() if len(times) > 1}
-            known = often if len(often) > 1 else recent
-            points = [(size, median(times), len(times)) for size, times in known.items()]
+            points = [(size, median, len(self._seconds[size])) for size, median in self.medians().items()]
+            if not points:
+                return Line(0.0, 0.0)
             self._line = _fit(points) if len(points) > 1 else self._guess(*points[0][:2])
         return self._line
 
-    def _recent(self) -> dict[int, deque[float]]:
-        return {size: times for size, times in self._seconds.items() if self._is_recent(size)}
+    def _median(self, size: int) -> float:
+        if size not in self._medians:
+            self._medians[size] = median(self._seconds[size])
+        return self._medians[size]
 
     def _is_recent(self, size: int) -> bool:
-        return self._last[size] > self._count - _HORIZON
+        return size in self._last and self._last[size] > self._count - _HORIZON
 
     def _guess(self, size: int, seconds: float) -> Line:
         return Line(seconds * (1 - self._growth), seconds * self._growth / size) if size else Line(seconds, 0.0)
@@ -183,16 +241,6 @@ def _fit(points: list[tuple[int, float, int]]) -> Line:
     slope = max(0.0, sum(count * (x - mean_x) * (y - mean_y) for x, y, count in points) / spread)
     base = mean_y - slope * mean_x
     return Line(base, slope) if base >= 0 else Line(0.0, mean_y / mean_x)
-
-
-def _count(counts: list[list[float]], reached: int, gamma: int) -> None:
-    for depth in range(min(gamma, reached + 1)):
-        counts[depth][0] += depth < reached
-        counts[depth][1] += 1
-
-
-def _rate(count: list[float], before: float) -> float:
-    return (count[0] + before) / (count[1] + 1.0)
 
 
 def _window() -> deque[float]:

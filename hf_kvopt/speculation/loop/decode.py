@@ -12,6 +12,7 @@ something may depend on rows staying together, they do (see `lockstep`).
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -73,8 +74,7 @@ class Speculation:
         rows_may_leave: bool,
     ) -> None:
         self.reader, self.drafter, self.policy, self.output, self.scores = reader, drafter, policy, output, scores
-        self.do_sample = bool(config.do_sample)
-        self.is_typical = is_typical
+        self.do_sample, self.is_typical = bool(config.do_sample), is_typical
         self.in_lockstep = self._needs_lockstep()
         self.rows_may_leave = rows_may_leave and not self.in_lockstep
         self.reads_trees = reads_trees(reader.model)
@@ -121,13 +121,12 @@ class Speculation:
             outputs = self.reader.forward(fed, None, **self.extra)
         accepted = self._accept(draft, shape, fed, self._logits(outputs))
         self.reader.keep(fed.shape[1], accepted.paths)
-        self.pending.add(self._read(fed, accepted, outputs))
+        self._tell_later(fed, accepted, outputs)
         proposed = [draft.tokens.shape[1] if shape is None else max(shape.depths)] * batch
         if shape is None and draft.lengths is not None:
             proposed = list(draft.lengths)
-        depths = {
-            self.rows[i]: (proposed[i], accepted.num_drafted[i]) for i, taken in enumerate(accepted.taken) if taken
-        }
+        each = zip(self.rows, proposed, accepted.num_drafted, accepted.taken, strict=True)
+        depths = {row: (tried, kept) for row, tried, kept, taken in each if taken}
         num_tokens, ended = sum(len(taken) for taken in accepted.taken), time.perf_counter()
         draft_s = None if self.is_first_draft else drafted - started
         self.is_first_draft = self.is_first_draft and not plan.num_nodes
@@ -150,8 +149,8 @@ class Speculation:
         if draft.parents is not None and num_nodes:
             shape = shape_of(draft.parents[0].tolist(), num_nodes)
         depth = num_nodes if shape is None else max(shape.depths)
-        seconds = time.perf_counter() - started
-        self.policy.note_draft(plan, len(self.rows), depth, seconds, is_first=self.is_first_draft)
+        if not self.is_first_draft:
+            self.policy.note_draft(len(self.rows), depth, time.perf_counter() - started)
         return draft, shape
 
     def _verify(
@@ -189,24 +188,25 @@ class Speculation:
         for i, row in enumerate(self.rows):
             if not output.is_done[row]:
                 tokens[row] = verdict.tokens[i]
-                nodes = [0, *verdict.paths[i]]
-                output.record(row, self.last_scores[i, nodes], logits[i, nodes])
+                if output.records:
+                    nodes = [0, *verdict.paths[i]]
+                    output.record(row, self.last_scores[i, nodes], logits[i, nodes])
         all_taken = output.commit(tokens)
         taken = [all_taken[row] for row in self.rows]
         paths = [[0, *verdict.paths[i]][: len(row)] for i, row in enumerate(taken)]
         return Accepted(paths, taken, taken, [len(path) for path in verdict.paths])
 
-    def _read(self, fed: Tensor, accepted: Accepted, outputs: Any) -> Read:
-        """Return what the drafter is told; a finished row that cannot leave gets its root and an arbitrary token."""
+    def _tell_later(self, fed: Tensor, accepted: Accepted, outputs: Any) -> None:
+        """Note what the drafter is told; a finished row that cannot leave gets its root and an arbitrary token."""
         features = features_of(outputs, self.drafter.feature_layers)
         nodes = [path or [0] for path in accepted.paths]
         following = [
             (tokens + [0] * len(path))[: len(path)] for tokens, path in zip(accepted.following, nodes, strict=True)
         ]
-        firsts = [n - len(path) for n, path in zip(self.reader.read_lens, accepted.paths, strict=True)]
-        positions = [first + offset for first, offset in zip(firsts, self.reader.offsets, strict=True)]
-        device = self.reader.device
-        return packed(fed.to(device), following, nodes, positions, features, self.choices.to(device))
+        places = zip(self.reader.read_lens, accepted.paths, self.reader.offsets, strict=True)
+        firsts, device = [n - len(path) + offset for n, path, offset in places], self.reader.device
+        fed, choices = fed.to(device), self.choices.to(device)
+        self.pending.add_later(partial(packed, fed, following, nodes, firsts, features, choices))
 
     def _fed(self, draft: Draft) -> Tensor:
         """Return tokens to feed [batch, 1 + num_nodes], roots first; in lockstep with padding for finished rows."""
@@ -220,7 +220,7 @@ class Speculation:
         output = self.output
         if self.in_lockstep:
             return output.ids[:, output.width - 1, None]
-        return output.ids[self.rows, [output.lens[row] - 1 for row in self.rows]][:, None]
+        return torch.tensor([[output.lasts[row]] for row in self.rows], device=output.ids.device)
 
     def _prefixes(self, fed: Tensor, shape: TreeShape | None) -> list[list[Tensor]] | None:
         """Return the text before each node's next token, or None if no processor reads it."""

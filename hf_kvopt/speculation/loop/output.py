@@ -58,6 +58,7 @@ class Output:
         self.ids = input_ids.new_full((batch, self.max_length), self.pad)
         self.ids[:, :prompt_len] = input_ids
         self.prompt_len, self.lens, self.is_done = prompt_len, [prompt_len] * batch, [False] * batch
+        self.lasts = input_ids[:, -1].tolist() if prompt_len else [self.pad] * batch  # last token of each row
         self.num_shown = prompt_len
         self.scores_shown: tuple[Tensor, ...] = ()
         self.streamer = streamer
@@ -69,6 +70,11 @@ class Output:
         self.logits: list[list[Tensor]] | None = (
             [[] for _ in range(batch)] if records and config.output_logits else None
         )
+
+    @property
+    def records(self) -> bool:
+        """Return whether scores or logits are kept."""
+        return self.scores is not None or self.logits is not None
 
     def begin(self) -> None:
         """Show the prompt to the streamer."""
@@ -92,9 +98,13 @@ class Output:
 
     def commit(self, tokens: Sequence[Sequence[int]]) -> list[list[int]]:
         """Append `tokens[row]` to each row that is not done, up to the first that ends it; return those taken."""
-        starts, is_new = list(self.lens), [not done for done in self.is_done]
-        for row in self.active:
-            self._append(row, tokens[row])
+        starts, is_new, active = list(self.lens), [not done for done in self.is_done], self.active
+        if all(len(tokens[row]) == 1 for row in active):
+            self._append_one(active, [tokens[row][0] for row in active])
+        else:
+            for row in active:
+                self._append(row, tokens[row])
+        for row in active:
             self._trim(row)
         self._show()
         if self.streamer is not None:
@@ -131,7 +141,16 @@ class Output:
         taken = taken[:end]
         self.ids[row, start : start + len(taken)] = torch.tensor(taken, device=self.ids.device)
         self.lens[row] = start + len(taken)
+        self.lasts[row] = taken[-1] if taken else self.lasts[row]
         self.is_done[row] = end is not None or self.lens[row] == self.max_length
+
+    def _append_one(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
+        """Append one token to each of `rows`, in one operation."""
+        self.ids[rows, [self.lens[row] for row in rows]] = torch.tensor(tokens, device=self.ids.device)
+        for row, token in zip(rows, tokens, strict=True):
+            self.lens[row] += 1
+            self.lasts[row] = token
+            self.is_done[row] = token in self.eos or self.lens[row] == self.max_length
 
     def _show(self) -> None:
         """Show the other criteria every length that all rows have reached."""

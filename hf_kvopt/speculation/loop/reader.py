@@ -53,6 +53,7 @@ class Reader:
         self.device = device if model.device.type == "meta" else model.device
         # No token is kept after this column: tokens tried there get the position of the last one.
         self.last_column: int | None = None
+        self._keeps_past: bool | None = None  # whether the cache has windows, once it has layers
 
     def forward(self, tokens: Tensor, shape: TreeShape | None = None, **kwargs: Any) -> Any:
         """Run the model on tokens [batch, q_len] after the end of each row; `shape` is their tree (batch 1).
@@ -83,7 +84,11 @@ class Reader:
     def keep(self, q_len: int, paths: Sequence[Sequence[int]]) -> None:
         """Keep, of the last `q_len` tokens of each row, those numbered in `paths`, in that order."""
         kept = [len(path) for path in paths]
-        self.cache.keep_paths(q_len, paths)
+        if self._keeps_past is None:
+            self._keeps_past = any(self.cache.is_sliding)
+        # Where all stays, only what lies behind a window is left to drop.
+        if self._keeps_past or min(kept) < q_len:
+            self.cache.keep_paths(q_len, paths)
         self.read_lens = [length + n for length, n in zip(self.read_lens, kept, strict=True)]
 
     def drop(self, counts: Sequence[int]) -> None:
@@ -109,11 +114,11 @@ class Reader:
         """Return position ids [batch, q_len] of the next tokens."""
         firsts = [length + offset for length, offset in zip(self.read_lens, self.offsets, strict=True)]
         steps = range(q_len) if shape is None else shape.depths
-        positions = torch.tensor([[first + step for step in steps] for first in firsts], device=self.device)
-        if self.last_column is None:
-            return positions
-        lasts = torch.tensor([max(0, self.last_column + offset) for offset in self.offsets], device=self.device)
-        return positions.minimum(lasts[:, None])
+        places = [[first + step for step in steps] for first in firsts]
+        if self.last_column is not None:
+            lasts = [max(0, self.last_column + offset) for offset in self.offsets]
+            places = [[min(place, last) for place in row] for row, last in zip(places, lasts, strict=True)]
+        return torch.tensor(places, device=self.device)
 
     def _mask(self, q_len: int) -> Tensor | None:
         """Return [batch, columns + q_len] bool, False before a row's first token and at padding; None if all True."""

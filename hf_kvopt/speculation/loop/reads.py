@@ -1,6 +1,6 @@
 """Builds the `Read` of each verification, and keeps it while nothing is drafted."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -54,18 +54,22 @@ class Pending:
     """Reads that the drafter was not told yet, because no draft was needed."""
 
     def __init__(self) -> None:
-        self.reads: list[Read] = []
+        self.reads: list[Callable[[], Read]] = []
 
     def __bool__(self) -> bool:
         return bool(self.reads)
 
     def add(self, read: Read) -> None:
         """Keep `read` for later."""
-        self.reads.append(read)
+        self.reads.append(lambda: read)
+
+    def add_later(self, make: Callable[[], Read]) -> None:
+        """Keep a read that is made when it is taken: a plain step then takes no longer than without a drafter."""
+        self.reads.append(make)
 
     def take(self) -> Read:
         """Return all reads as one, and forget them."""
-        reads, self.reads = self.reads, []
+        reads, self.reads = [make() for make in self.reads], []
         if len(reads) == 1:
             return reads[0]
         counts = [sum(read.counts[row] for read in reads) for row in range(len(reads[0].counts))]

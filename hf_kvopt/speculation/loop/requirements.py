@@ -13,6 +13,7 @@ from hf_kvopt.cache.paged import PagedCache
 from hf_kvopt.cache.quantized import QuantizedPagedCache
 from hf_kvopt.compat import ModelTraits, model_traits
 from hf_kvopt.errors import CacheStateError, UnsupportedModel
+from hf_kvopt.prefix.attributes import is_rowwise
 from hf_kvopt.speculation.loop.prefill import prompt_columns
 
 # Model types for which a forward over several tokens differs from several forwards over one.
@@ -76,6 +77,11 @@ def require_supported(
         )
     if input_ids.shape[1] == 0:
         raise ValueError("speculation drafts behind a text: got prompts without a token; pass input_ids")
+    if input_ids.shape[0] > 1 and is_rowwise(model):
+        raise UnsupportedModel(
+            f"speculation reads the rows of a batch as one text: got {len(input_ids)} rows of {type(model).__name__} "
+            "that go through adapters of their own (adapter_names); generate row by row, or without drafts"
+        )
     positions = model_kwargs.get("position_ids")
     if positions is not None and positions.dim() != 2:
         raise UnsupportedModel(

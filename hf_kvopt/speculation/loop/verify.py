@@ -30,6 +30,8 @@ class Verdict(NamedTuple):
 def greedy_chain(tokens: Tensor, choices: Tensor, lengths: Sequence[int] | None) -> Verdict:
     """Accept drafted `tokens` [batch, gamma] while they are the target's `choices` [batch, gamma + 1]."""
     gamma = tokens.shape[1]
+    if not gamma:
+        return Verdict([[] for _ in choices], choices.tolist())
     # A single synchronization with the device.
     drafted, chosen = torch.cat([tokens, choices], dim=1).split([gamma, gamma + 1], dim=1)
     rows = []

@@ -45,7 +45,7 @@ class TokenRows(torch.utils.data.IterableDataset[Any]):
         self._parts = [part for source in sources for part in open_source(source, split)]
         if not self._parts:
             raise ValueError(f"data must name files, folders or data sets: got {list(sources)}, which hold no file")
-        self._tokenizer, self._row_len, self._text_column = tokenizer, row_len, text_column
+        self._tokenizer, self.row_len, self._text_column = tokenizer, row_len, text_column
         self._seed, self._epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -53,16 +53,20 @@ class TokenRows(torch.utils.data.IterableDataset[Any]):
         self._epoch = epoch
 
     def __iter__(self) -> Iterator[Tensor]:
+        kept: list[int] = []
+        for document in self.documents():
+            kept += document
+            while len(kept) >= self.row_len:
+                yield torch.tensor(kept[: self.row_len])
+                del kept[: self.row_len]
+
+    def documents(self) -> Iterator[list[int]]:
+        """Yield the tokens of each document, in the order of this epoch."""
         parts = self._parts
         if self._seed is not None:
             seed = self._seed + self._epoch
             parts = [part.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER) for part in parts]
-        kept: list[int] = []
-        for record in chain.from_iterable(parts):
-            kept += self._encode(record)
-            while len(kept) >= self._row_len:
-                yield torch.tensor(kept[: self._row_len])
-                del kept[: self._row_len]
+        return map(self._encode, chain.from_iterable(parts))
 
     def _encode(self, record: dict[str, Any]) -> list[int]:
         if record.get("input_ids") is not None:

@@ -2,8 +2,9 @@
 
     L = sum_i 0.8^i mean_t CE(p(. | x_<=t+1+i), q_i(. | t))        q_i: the head's i-th guess from position t
 
-p is the target's softmax over the draft vocabulary; positions whose most likely token the head cannot propose are left
-out. For EAGLE-3 q_i is rolled out over the head's own features (training-time test), for Medusa it is head i + 1.
+p is the target's distribution over those of its most likely tokens that the head can propose; positions whose
+most likely token the head cannot propose are left out. For EAGLE-3 q_i is rolled out over the head's own features
+(training-time test), for Medusa it is head i + 1.
 
 Source: EAGLE-3, arXiv:2503.01840 (0.8^i as in its authors' code); Medusa-1, arXiv:2401.10774, section 2.2.1.
 """
@@ -13,17 +14,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from hf_kvopt.speculation.heads.base import HeadBase
-
-
-class Seen(NamedTuple):
-    """Outputs of the target for a batch of rows."""
-
-    features: Tensor  # [batch, row_len, num_features * hidden_size]
-    logits: Tensor  # [batch, row_len, draft_vocab_size]: only tokens that the head can propose
-    best: Tensor  # [batch, row_len] int64: the target's arg max over its whole vocabulary
+from hf_kvopt.speculation.training.features import Seen
 
 
 class Outcome(NamedTuple):
@@ -31,17 +24,6 @@ class Outcome(NamedTuple):
 
     loss: Tensor  # scalar
     hits: Tensor  # [num_steps, batch, positions] bool: the guess is the target's arg max
-
-
-@torch.no_grad()
-def look(target: PreTrainedModel, head: HeadBase, input_ids: Tensor) -> Seen:
-    """Run the target on rows [batch, row_len] and return what the head is trained on."""
-    out = target(input_ids=input_ids, use_cache=False, output_hidden_states=True)
-    features = torch.cat([out.hidden_states[layer] for layer in head.feature_layers], dim=-1)
-    logits = out.logits
-    if head.d2t is not None:
-        logits = logits[..., head.to_target(torch.arange(len(head.d2t), device=logits.device))]
-    return Seen(features, logits, out.logits.argmax(-1))
 
 
 class RolledOutLoss(nn.Module):
@@ -54,18 +36,24 @@ class RolledOutLoss(nn.Module):
     def forward(self, input_ids: Tensor, seen: Seen) -> Outcome:
         """Return loss and hits on rows [batch, row_len]; all positions but the last `num_steps` count."""
         head, length = self.head, input_ids.shape[1] - self.num_steps
-        p = torch.softmax(seen.logits.float(), dim=-1)
-        reachable = torch.ones_like(seen.best, dtype=torch.float32)
-        if head.t2d is not None:
-            reachable = head.t2d[seen.best].float()
+        places, p = self._aims(seen)
+        reachable = (p[..., 0] > 0).float()
         loss, hits = p.new_zeros(()), []
         for step, logits in enumerate(head.rollout(seen.features, input_ids, self.num_steps)):
             here = slice(1 + step, 1 + step + length)
             logits = logits.float()
-            cross_entropy = torch.logsumexp(logits, dim=-1) - (p[:, here] * logits).sum(-1)
-            loss = loss + self.decay**step * (reachable[:, here] * cross_entropy).mean()
+            aimed = (p[:, here] * logits.gather(-1, places[:, here])).sum(-1)
+            loss = loss + self.decay**step * (reachable[:, here] * (logits.logsumexp(dim=-1) - aimed)).mean()
             hits.append(head.to_target(logits.argmax(-1)) == seen.best[:, here])
         return Outcome(loss, torch.stack(hits))
+
+    def _aims(self, seen: Seen) -> tuple[Tensor, Tensor]:
+        """Return draft ids and probabilities [batch, row_len, num_top]; tokens that cannot be proposed get 0."""
+        if self.head.t2d is None:
+            return seen.top_ids, seen.top_p / seen.top_p.sum(-1, keepdim=True)
+        places = self.head.t2d.cumsum(0).sub(1).clamp(min=0)[seen.top_ids]
+        p = seen.top_p * self.head.t2d[seen.top_ids]
+        return places, p / p.sum(-1, keepdim=True).clamp(min=1e-9)
 
 
 def accepted_lengths(outcome: Outcome, input_ids: Tensor, best: Tensor) -> Tensor:

@@ -6,16 +6,14 @@ import torch
 from hf_kvopt.kernels.cpu import program, sealed
 from hf_kvopt.kernels.cpu import sealed_tiles as route
 from hf_kvopt.kernels.cpu.program import can_compile
-from hf_kvopt.quant import KVFormat, formats
-from hf_kvopt.quant.formats import INT4
+from hf_kvopt.quant import NATIVE, KVFormat, formats
 from hf_kvopt.quant.sealed_formats import SEALED, BlockCodec, SealedKV
 from tests.cache.sealed import Text, expected, feed, feed_in, left_padding, make_cache, text
 
 pytestmark = pytest.mark.skipif(not can_compile(), reason="needs llvmlite and AVX2")
 CODECS = {
     **SEALED,
-    "k8v4": SealedKV(k=BlockCodec(bits=8, centred=True, symmetric=True), v=BlockCodec(bits=4)),
-    "plain": SealedKV(k=BlockCodec(bits=4, rotates=False), v=BlockCodec(bits=2, rotates=False, symmetric=True)),
+    "plain": SealedKV(k=BlockCodec(bits=4, rotates=False), v=BlockCodec(bits=2, rotates=False)),
     "uncentred": SealedKV(k=BlockCodec(bits=8), v=BlockCodec(bits=8, group=16)),
 }
 
@@ -24,7 +22,7 @@ CODECS = {
 def name(request, monkeypatch):
     """A format by one of the codecs, which are no formats of a user's for the most part."""
     chosen = getattr(request, "param", "k4v2")
-    monkeypatch.setitem(formats.KV_FORMATS, chosen, KVFormat(INT4, INT4, sealed=CODECS[chosen]))
+    monkeypatch.setitem(formats.KV_FORMATS, chosen, KVFormat(NATIVE, NATIVE, sealed=CODECS[chosen]))
     return chosen
 
 
@@ -48,7 +46,7 @@ def close(out, exact):
 
 @pytest.mark.parametrize(
     ("name", "dims"),
-    [*((codec, (64, 64)) for codec in CODECS), ("int3", (80, 80)), ("k4v2", (96, 64)), ("k4v4", (72, 128))],
+    [*((codec, (64, 64)) for codec in CODECS), ("int3", (80, 80)), ("k4v2", (96, 64)), ("int4", (72, 128))],
     ids=str,
     indirect=["name"],
 )

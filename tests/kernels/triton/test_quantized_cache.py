@@ -8,12 +8,12 @@ from hf_kvopt import ATTENTION_NAME, CACHE_KEYWORD, QuantizedPagedCache
 from hf_kvopt.kernels import devices
 from hf_kvopt.kernels.reference.attention import attention_reference, visible_pairs
 from hf_kvopt.kernels.triton.optional import INTERPRET
-from hf_kvopt.quant import KV_FORMATS, dequantize, get_kv_format, quantize
+from hf_kvopt.quant import dequantize, get_kv_format, quantize
 from tests.kernels.triton.conftest import assert_close
 
 BLOCK, DIM, SCALE = 16, 32, 0.2
 # Those that store each token by itself; test_sealed.py has the others.
-FORMATS = [name for name, fmt in KV_FORMATS.items() if name != "native" and fmt.sealed is None]
+FORMATS = ["int8", "fp8_e4m3", "fp8_e5m2", "int4/int4", "int8/int4"]
 HEADS = {"grouped queries": (4, 2), "one kv head": (3, 1)}
 CACHES = {"growing": {}, "fixed": {"max_tokens": 64, "compileable": True}}
 
@@ -66,10 +66,10 @@ def test_every_length_of_a_block_is_attended_to_as_stored(name, heads):
     ("name", "options", "fixed"),
     [
         ("int8", {}, False),
-        ("int4", {}, False),
-        ("int4", {}, True),
-        ("int4", {"softcap": 4.0}, False),
-        ("int4", {"s_aux": torch.tensor([0.5, -1.0, 2.0, 0.0])}, False),
+        ("int4/int4", {}, False),
+        ("int4/int4", {}, True),
+        ("int4/int4", {"softcap": 4.0}, False),
+        ("int4/int4", {"s_aux": torch.tensor([0.5, -1.0, 2.0, 0.0])}, False),
     ],
     ids=["int8", "int4", "int4 of fixed capacity", "int4 capped", "int4 with sinks"],
 )
@@ -97,7 +97,7 @@ def test_guarded_keys_are_attended_to_as_what_they_stand_for(name, options, fixe
     ("name", "heads", "cache"),
     [
         *((name, "one kv head" if i % 2 else "grouped queries", "growing") for i, name in enumerate(FORMATS)),
-        ("int4", "grouped queries", "fixed"),
+        ("int4/int4", "grouped queries", "fixed"),
     ],
 )
 def test_a_whole_generation_is_the_text_of_the_cpu_path(name, heads, cache, monkeypatch):

@@ -1,7 +1,7 @@
 """Emits attention of a few queries over sealed and exact blocks in one pass; quant/sealed_formats.py has the codes.
 
-    sealed tiles    s * (code . q H  +  z / s * sum(q H))  +  m . q H           m . q H once a block and query
-                    acc += (p * s) code  +  sum(p * z)                          in the rotated space
+    sealed tiles    s * (code . q H  -  middle * sum(q H))  +  m . q H          m . q H once a block and query
+                    acc += (p * s) code  -  middle * sum(p * s)                 in the rotated space
     then            acc = acc H, and the exact tiles, with q as it came: the order of tiles is free
 
 A query at position p reads block b sealed where 0 < b < p // block_size - 1. Tiles lie within a block; near the border
@@ -51,12 +51,12 @@ class SealedWorker(Worker):
         self.tile_size = min(TILE, spec.block_size)
         self.exact_codecs = self.k_codec, self.v_codec
         self.weights = [self.alloca(F32, spec.rows * TILE) for _ in range(groups)]
-        self.v_parameters = [(self.alloca(F32, TILE), self.alloca(F32, TILE)) for _ in range(groups)]
+        self.v_scales = [self.alloca(F32, TILE) for _ in range(groups)]
 
     def emit(self) -> None:
         num_items = self.b.mul(self.num_padded(), self.integer(self.k_vectors * self.lanes * 4))
         self.turned = self.allocate(num_items)  # queries as codes are multiplied with
-        self.sums_of_queries = self.allocate(self.b.mul(self.num_padded(), self.integer(4)))
+        self.offsets_of_queries = self.allocate(self.b.mul(self.num_padded(), self.integer(4)))  # - middle * sum
         super().emit()
 
     def _open(self, row: ir.Value, kv_head: ir.Value) -> None:
@@ -130,7 +130,7 @@ class SealedWorker(Worker):
         self.sealed_k.enter(block)
         self.sealed_v.enter(block)
         self.offset = self.b.sub(tile, self.b.shl(column, shift))  # of the tile in its block
-        self._load_parameters()
+        self._load_scales()
         with self._groups_of_queries() as query:
             bounds = []
             for q in self._rows:
@@ -158,7 +158,8 @@ class SealedWorker(Worker):
             for i, x in enumerate(turned):
                 self.store(x, self._turned(query, i))
                 total = self.b.fadd(total, x)
-            self.b.store(self.fold(total, "add"), self.item(self.sums_of_queries, F32, query))
+            offset = self.b.fmul(self.fold(total, "add"), ir.Constant(F32, -self.spec.k.middle))
+            self.b.store(offset, self.item(self.offsets_of_queries, F32, query))
 
     def _turned(self, query: ir.Value, i: int) -> ir.Value:
         items = self.b.mul(query, self.integer(self.k_vectors * self.lanes))
@@ -179,13 +180,11 @@ class SealedWorker(Worker):
     def _in_tile(self, array: ir.Value, token: ir.Value) -> ir.Value:
         return self.item(array, F32, self.b.sub(token, self.tile))
 
-    def _load_parameters(self) -> None:
-        """s and z of the tile's values, for all queries."""
+    def _load_scales(self) -> None:
+        """s of the tile's values, for all queries."""
         with self._vectors() as token:
-            parameters = self.sealed_v.parameters(self._in_block(token))
-            for (s, z), (s_array, z_array) in zip(parameters, self.v_parameters, strict=True):
-                self.store(s, self._in_tile(s_array, token))
-                self.store(z, self._in_tile(z_array, token))
+            for s, array in zip(self.sealed_v.scales(self._in_block(token)), self.v_scales, strict=True):
+                self.store(s, self._in_tile(array, token))
 
     def _read_sealed(self, query: ir.Value, bounds: Bounds) -> None:
         """One step of `rows` queries over one sealed tile."""
@@ -193,12 +192,12 @@ class SealedWorker(Worker):
             self._sealed_products(query, token)
         shared = [self._shared_score(self.b.add(query, self.integer(q))) for q in self._rows]
         with self._vectors() as token:
-            ((s, z),) = self.sealed_k.parameters(self._in_block(token))
+            (s,) = self.sealed_k.scales(self._in_block(token))
             for q in self._rows:
                 each = self.b.add(query, self.integer(q))
-                total = self.splat(self.b.load(self.item(self.sums_of_queries, F32, each), typ=F32))
-                score = self.fma(self.load(self._score(q, token)), s, self.fma(total, z, self.splat(shared[q])))
-                self.store(score, self._score(q, token))
+                offset = self.splat(self.b.load(self.item(self.offsets_of_queries, F32, each), typ=F32))
+                score = self.b.fadd(self.load(self._score(q, token)), offset)
+                self.store(self.fma(score, s, self.splat(shared[q])), self._score(q, token))
         self._cap_and_mask(query)
         alphas, added = self._sealed_softmax(query, bounds)
         for first in range(0, self.v_vectors, self.width):
@@ -235,7 +234,7 @@ class SealedWorker(Worker):
         """Turn scores into weights of the codes of each group.
 
         Returns:
-            By how much each row's sums so far shrink, and sum(p * z) of each row and group.
+            By how much each row's sums so far shrink, and - middle * sum(p * s) of each row and group.
         """
         rows = [self.part_row(self.part_of_task, self.b.add(query, self.integer(q))) for q in self._rows]
         old = [self.b.load(self.extreme(row), typ=F32) for row in rows]
@@ -243,29 +242,30 @@ class SealedWorker(Worker):
         pivots = [self.pivot(m) for m in new]
         alphas = [self.power(self.b.fsub(m, pivot)) for m, pivot in zip(old, pivots, strict=True)]
         totals = [self.var(self.splat(0.0)) for _ in rows]
-        added = [[self.var(self.splat(0.0)) for _ in self.weights] for _ in rows]
+        sums = [[self.var(self.splat(0.0)) for _ in self.weights] for _ in rows]  # p * s
         nothing = self.splat(0.0)
         with self._vectors() as token:
-            parameters = [tuple(self.load(self._in_tile(a, token)) for a in pair) for pair in self.v_parameters]
+            scales = [self.load(self._in_tile(array, token)) for array in self.v_scales]
             for q, pivot in enumerate(pivots):
                 p = self.exp2(self.b.fsub(self.load(self._score(q, token)), self.splat(pivot)))
                 totals[q].set(self.b.fadd(totals[q].get(), p))
                 is_seen = self.b.fcmp_unordered("!=", p, nothing)  # a token that is NaN is no matter to others
-                for (s, z), array, total in zip(parameters, self.weights, added[q], strict=True):
-                    total.set(self.b.fadd(total.get(), self.b.select(is_seen, self.b.fmul(p, z), nothing)))
+                for s, array, total in zip(scales, self.weights, sums[q], strict=True):
                     weight = self.b.select(is_seen, self.b.fmul(p, s), nothing)
+                    total.set(self.b.fadd(total.get(), weight))
                     self.store(weight, self._weight(array, q, token))
         for row, m, alpha, total in zip(rows, new, alphas, totals, strict=True):
             self.b.store(m, self.extreme(row))
             shrunk = self.b.fmul(self.b.load(self.denominator(row), typ=F32), self.lane0(alpha))
             self.b.store(self.b.fadd(shrunk, self.fold(total.get(), "add")), self.denominator(row))
-        return alphas, [[self.fold(total.get(), "add") for total in row] for row in added]
+        middle = ir.Constant(F32, -self.spec.v.middle)
+        return alphas, [[self.b.fmul(self.fold(total.get(), "add"), middle) for total in row] for row in sums]
 
     def _weight(self, array: ir.Value, q: int, token: ir.Value) -> ir.Value:
         return self.item(array, F32, self.b.add(self.b.sub(token, self.tile), self.integer(q * TILE)))
 
     def _add_sealed(self, query: ir.Value, alphas: list[ir.Value], added: list[list[ir.Value]], vectors: range) -> None:
-        """acc = acc * alpha + sum(p * z) + weights @ codes, for some of the channels."""
+        """acc = acc * alpha - middle * sum(p * s) + weights @ codes, for some of the channels."""
         rows = [self.part_row(self.part_of_task, self.b.add(query, self.integer(q))) for q in self._rows]
         slots = [[self.item(row, F32, self.integer(i * self.lanes)) for i in vectors] for row in rows]
         acc = [

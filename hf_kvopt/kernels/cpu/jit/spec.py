@@ -134,6 +134,32 @@ STORE_ARGUMENTS = (
 )  # fmt: skip
 
 
+class SealSpec(NamedTuple):
+    """One compiled kernel that seals blocks.
+
+    Args:
+        dim: channels of a vector.
+        source: how states come, a name in codec.CODECS.
+        codec: how they are stored.
+        block_size: tokens a block.
+        lanes: see `Spec`.
+    """
+
+    dim: int
+    source: str
+    codec: BlockCodec
+    block_size: int
+    lanes: int
+
+
+# An int64 each; strides are in bytes. `sources` are addresses of the blocks' states, `blocks` their numbers.
+SEAL_ARGUMENTS = (
+    "next_task", "num_tasks", "num_threads", "num_heads", "sources", "blocks", "source_token", "source_head",
+    "codes", "codes_block", "codes_token", "codes_head", "params", "params_block", "params_head",
+    "mean", "mean_block", "mean_head",
+)  # fmt: skip
+
+
 class DraftSpec(NamedTuple):
     """One compiled drafting layer: EAGLE-3's, see speculation/heads/layer.py.
 

@@ -19,6 +19,7 @@ from hf_kvopt.kernels.cpu.jit.coder import CODERS, stored
 from hf_kvopt.kernels.cpu.jit.emitter import F16, I32, I64, PTR
 from hf_kvopt.kernels.cpu.jit.kernel import VOID, Kernel
 from hf_kvopt.kernels.cpu.jit.spec import STORE_ARGUMENTS, STORE_CHUNK, StoreSpec
+from hf_kvopt.kernels.cpu.jit.stored import rotated
 from hf_kvopt.quant.reference import FLOAT16_NUDGE
 
 
@@ -43,7 +44,6 @@ class Store(Kernel):
         self.coder: Any = CODERS.get(spec.code)  # None: stored as they come
         self.scales = ir.ArrayType(F16, self.coder.num_scales if self.coder else 0)  # of one token and head
         self.ints = ir.VectorType(I32, spec.lanes)
-        self.doubles = ir.VectorType(ir.DoubleType(), spec.lanes)
 
     def emit(self) -> None:
         """Write the function."""
@@ -93,32 +93,7 @@ class Store(Kernel):
             if centre is not None:
                 x = self.b.fsub(x, CODECS["float32"].load(self, centre, first, count))
             channels.append(x)
-        return self._rotated(channels) if self.spec.rotates else channels
-
-    def _rotated(self, channels: list[ir.Value]) -> list[ir.Value]:
-        """x H in sums and differences; in float64, so that float32 does not show their order."""
-        size, half = self.spec.dim & -self.spec.dim, 1
-        channels = [self.b.fpext(x, self.doubles) for x in channels]
-        while half < size:
-            if half < self.lanes:
-                channels = [self._within(x, half) for x in channels]
-            else:
-                channels = self._across(channels, half // self.lanes)
-            half *= 2
-        factor = ir.Constant(self.doubles, [size**-0.5] * self.lanes)
-        return [self.b.fptrunc(self.b.fmul(x, factor), self.vec) for x in channels]
-
-    def _within(self, x: ir.Value, half: int) -> ir.Value:
-        """a + b in lane i and a - b in lane i + half, of the lanes a and b there."""
-        lanes = range(self.lanes)
-        a, b = (self.shuffle(x, x, [lane & ~half | bit for lane in lanes]) for bit in (0, half))
-        places = [lane + self.lanes * bool(lane & half) for lane in lanes]
-        return self.shuffle(self.b.fadd(a, b), self.b.fsub(a, b), places)
-
-    def _across(self, channels: list[ir.Value], half: int) -> list[ir.Value]:
-        """The same of whole vectors."""
-        pairs = [(channels[i & ~half], channels[i | half]) for i in range(len(channels))]
-        return [self.b.fsub(a, b) if i & half else self.b.fadd(a, b) for i, (a, b) in enumerate(pairs)]
+        return rotated(self, channels, self.spec.dim, is_exact=True) if self.spec.rotates else channels
 
     def _write(self, channels: list[ir.Value], codes: ir.Value, scales: ir.Value) -> None:
         """Quantize a vector where it is to be, and store its codes and its scales."""

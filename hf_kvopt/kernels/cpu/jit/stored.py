@@ -34,9 +34,15 @@ def load_codes(e: Emitter, vector: ir.Value, codec: BlockCodec, dim: int, first:
     return e.widen(e.b.uitofp(total, ir.VectorType(F32, count)))
 
 
-def rotated(e: Emitter, channels: list[ir.Value], dim: int) -> list[ir.Value]:
-    """x H in sums and differences of float32; see `quant.guard.hadamard`."""
+def rotated(e: Emitter, channels: list[ir.Value], dim: int, *, is_exact: bool = False) -> list[ir.Value]:
+    """x H in sums and differences; see `quant.guard.hadamard`.
+
+    Made in float64 where it is to be exact, so that float32 does not show their order.
+    """
     size, half = dim & -dim, 1
+    if is_exact:
+        doubles = ir.VectorType(ir.DoubleType(), e.lanes)
+        channels = [e.b.fpext(x, doubles) for x in channels]
     while half < size:
         if half < e.lanes:
             channels = [_within(e, x, half) for x in channels]
@@ -45,7 +51,9 @@ def rotated(e: Emitter, channels: list[ir.Value], dim: int) -> list[ir.Value]:
             pairs = [(channels[i & ~step], channels[i | step]) for i in range(len(channels))]
             channels = [e.b.fsub(a, b) if i & step else e.b.fadd(a, b) for i, (a, b) in enumerate(pairs)]
         half *= 2
-    return [e.b.fmul(x, e.splat(size**-0.5)) for x in channels]
+    factor = ir.Constant(channels[0].type, [size**-0.5] * e.lanes)
+    channels = [e.b.fmul(x, factor) for x in channels]
+    return [e.b.fptrunc(x, e.vec) for x in channels] if is_exact else channels
 
 
 def by_group(e: Emitter, values: Sequence[ir.Value], dim: int, i: int) -> ir.Value:
@@ -90,20 +98,13 @@ class Stored:
         """Address of the codes of the block's token `offset`."""
         return self.e.at(self.at["codes"], self.e.b.mul(offset, self.stride))
 
-    def parameters(self, offset: ir.Value) -> list[tuple[ir.Value, ir.Value]]:
-        """s and z of each group, of as many tokens of the block as there are lanes."""
-        e, count = self.e, self.codec.num_parameters(self.dim)
-        address = e.item(self.at["params"], F16, e.b.mul(offset, e.integer(count)))
-        halves = e.load(address, F16, count * e.lanes)
-        found = [
-            e.b.fpext(e.shuffle(halves, halves, range(i, count * e.lanes, count)), e.vec) if count > 1
-            else e.b.fpext(halves, e.vec)
-            for i in range(count)
-        ]  # fmt: skip
-        scales = found[: self.num_groups]
-        if self.codec.symmetric:
-            return [(s, e.b.fmul(s, e.splat(-self.codec.middle))) for s in scales]
-        return list(zip(scales, found[self.num_groups :], strict=True))
+    def scales(self, offset: ir.Value) -> list[ir.Value]:
+        """s of each group, of as many tokens of the block as there are lanes."""
+        e, count = self.e, self.num_groups
+        halves = e.load(e.item(self.at["params"], F16, e.b.mul(offset, e.integer(count))), F16, count * e.lanes)
+        if count == 1:
+            return [e.b.fpext(halves, e.vec)]
+        return [e.b.fpext(e.shuffle(halves, halves, range(i, count * e.lanes, count)), e.vec) for i in range(count)]
 
     def mean(self, first: int, count: int) -> ir.Value:
         """Means of the channels `first` to `first + count`, filled up with zeros."""
