@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from hf_kvopt import PrefixStore
+from hf_kvopt import CACHE_KEYWORD, PrefixStore
 from tests.helpers import tiny_model
 from tests.prefix.prefixes import batch, text
 from tests.prefix.tiers.stores import on_disk
@@ -26,7 +26,7 @@ def test_threads_that_spill_and_restore_never_get_a_wrong_token(tmp_path: Path, 
         for _ in range(CYCLES // THREADS):
             i = int(torch.randint(0, len(texts), (1,), generator=draws))
             cache = store.cache(**batch(texts[i]))
-            output = model.generate(**batch(texts[i]), cache=cache, max_new_tokens=2, do_sample=False)
+            output = model.generate(**batch(texts[i]), **{CACHE_KEYWORD: cache}, max_new_tokens=2, do_sample=False)
             if not torch.equal(output, expected[i]):
                 errors.append(f"text {i}")
             store.commit(cache, output)

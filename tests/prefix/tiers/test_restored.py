@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_kvopt import PrefixStore, disable, enable, prefix_store
+from hf_kvopt import CACHE_KEYWORD, PrefixStore, disable, enable, prefix_store
 from hf_kvopt.pool.block_pieces import Piece
 from hf_kvopt.prefix.tiers import spill
 from tests.helpers import KINDS, tiny_model
@@ -83,7 +83,7 @@ def test_namespaces_stay_apart_below_the_device(tmp_path: Path) -> None:
     store = PrefixStore(model, disk_tier=tmp_path, host_tier="1GiB")
     for namespace in ("mine", 1):
         cache = store.cache(**batch(LONG), namespace=namespace)
-        store.commit(cache, model.generate(**batch(LONG), cache=cache, max_new_tokens=2))
+        store.commit(cache, model.generate(**batch(LONG), **{CACHE_KEYWORD: cache}, max_new_tokens=2))
     evict_all(store)
     found = [store.match_length(LONG, namespace=name) for name in ("mine", 1, "1", None, "other", (1,))]
     assert found == [192, 192, 0, 0, 0, 0]
