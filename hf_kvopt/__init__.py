@@ -23,7 +23,10 @@ from hf_kvopt.compat import CACHE_KEYWORD
 from hf_kvopt.config import CacheConfig
 from hf_kvopt.enable import Enabled, disable, enable, enabled
 from hf_kvopt.errors import CacheStateError, KVOptError, OutOfBlocks, UnsupportedDevice, UnsupportedModel
+from hf_kvopt.eviction.expected import ExpectedAttention
 from hf_kvopt.eviction.policy import EvictionPolicy
+from hf_kvopt.eviction.press import PressPolicy
+from hf_kvopt.eviction.pyramid import PyramidKV
 from hf_kvopt.eviction.recent import SinkRecent, SinkRecentPeriodic
 from hf_kvopt.eviction.scores import TOVA, Knorm, PromptPolicy, SnapKV
 from hf_kvopt.offline.completer import Completer
@@ -54,6 +57,7 @@ __all__ = [
     "DraftHead",
     "Enabled",
     "EvictionPolicy",
+    "ExpectedAttention",
     "FormatLoss",
     "KVOptError",
     "Knorm",
@@ -62,7 +66,9 @@ __all__ = [
     "PrefixSharedCache",
     "PrefixStats",
     "PrefixStore",
+    "PressPolicy",
     "PromptPolicy",
+    "PyramidKV",
     "QuantizedPagedCache",
     "Request",
     "RequestStats",

@@ -1,6 +1,6 @@
 """Settings as frozen objects that work with their defaults and reject invalid values.
 
-Numbers of tokens are written alike in Python and on the command line: 32768, "32768" or "32k".
+Numbers of tokens are written alike in Python and on the command line: 32768, "32768" or "32k"; sizes as "24GiB".
 """
 
 import re
@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from typing import cast
 
 _TOKEN_UNITS = {"": 1, "K": 1024, "M": 1024**2}
+_BYTE_UNITS = {"": 1, "B": 1}
+for _power, _letter in enumerate("KMGT", start=1):
+    _BYTE_UNITS |= {f"{_letter}B": 1000**_power, f"{_letter}IB": 1024**_power}
 _NUMBER = re.compile(r"([0-9][0-9_,]*(?:\.[0-9]+)?)\s*([a-zA-Z]*)")
 
 
@@ -27,6 +30,15 @@ def parse_tokens(value: str | int, field: str = "context") -> int:
         BadInput: not a positive whole number of tokens.
     """
     return parse_size(value, field, _TOKEN_UNITS, "a positive number of tokens such as 32000 or '32k'")
+
+
+def parse_bytes(text: str | int, field: str = "budget") -> int:
+    """Return the bytes of a size such as `24GiB`, `80 GB` or a plain number of bytes.
+
+    Raises:
+        BadInput: not a positive size with a known unit.
+    """
+    return parse_size(text, field, _BYTE_UNITS, "bytes such as 24GiB or 80GB")
 
 
 def parse_size(

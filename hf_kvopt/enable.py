@@ -80,6 +80,9 @@ def enable(
     draft: "str | Path | Drafter | PreTrainedModel | SpeculativeDecoding | None" = None,
     batching: bool | BatchConfig = False,
     max_loss: float | None = None,
+    host_tier: str | int | None = None,
+    disk_tier: str | Path | None = None,
+    disk_limit: str | int | None = None,
     **cache_options: Any,
 ) -> PreTrainedModel:
     """Make plain `model.generate(...)` use hf_kvopt's attention and cache.
@@ -104,6 +107,9 @@ def enable(
             (TRL, transformers' server), use a `Batcher` with this cache, and the options `max_tokens`, `block_size`,
             `skip_layers` and `layer_formats`; or with the settings of a `BatchConfig`.
         max_loss: with cache="auto", per cent that perplexity may grow (0.5).
+        host_tier: with prefix_sharing=True, memory of the host for prompts beyond the device's room; see `PrefixStore`.
+        disk_tier: likewise, a folder in which prompts outlive the process.
+        disk_limit: cap on the files in that folder.
         cache_options: handed to the cache at each `generate` call, e.g. `block_size=32`, `max_tokens="32k"`,
             `policy=SinkRecent(sinks=4, recent=1024)`.
 
@@ -136,9 +142,11 @@ def enable(
     sharing_said = prefix_sharing if isinstance(prefix_sharing, bool) else type(prefix_sharing).__name__
     said = f"cache={cache!r}, attention={attention}, prefix_sharing={sharing_said}, draft={_name_of(draft)!r}"
     require_alike(model, "options of enable", f"{said}, max_loss={max_loss}, {cache_options}")
+    tiers = {"host_tier": host_tier, "disk_tier": disk_tier, "disk_limit": disk_limit}
+    tiers = {name: value for name, value in tiers.items() if value is not None}
     if cache in PRESETS:
         chosen = resolve(cache, model)
-        given = {"prefix_sharing": prefix_sharing, "draft": draft}
+        given = {"prefix_sharing": prefix_sharing, "draft": draft, **tiers}
         settings = chosen.options | {name: value for name, value in given.items() if value} | cache_options
         print(chosen.said)
         return enable(wrapped, chosen.cache, attention=attention, **settings)
@@ -147,7 +155,7 @@ def enable(
     if cache == AUTO:
         found = choose(model, max_loss)
         print(found.said)
-        settings = {"prefix_sharing": prefix_sharing, "draft": draft, **found.options, **cache_options}
+        settings = {"prefix_sharing": prefix_sharing, "draft": draft, **tiers, **found.options, **cache_options}
         return enable(wrapped, found.cache, attention=attention, **settings)
     factory = factory_of(cache)
     if cache is not None and factory is None:
@@ -172,7 +180,7 @@ def enable(
         make_cache(model, factory, cache_options)  # refuse bad options now, not in the first generate
         if cache != "paged" and not set(LAYER_OPTIONS) & set(cache_options):
             warn_of_loss(model, cache)
-    sharing = _sharing(model, cache, prefix_sharing, cache_options)
+    sharing = _sharing(model, cache, prefix_sharing, cache_options, tiers)
     drafting = _drafting(model, draft)
     batch_config = batch_config_of(model, cache, batching, cache_options, drafting)
     disable(model)
@@ -238,9 +246,19 @@ def _drafting(model: PreTrainedModel, draft: Any) -> SpeculativeDecoding | None:
 
 
 def _sharing(
-    model: PreTrainedModel, cache: str | None, prefix_sharing: bool | PrefixStore, options: dict[str, Any]
+    model: PreTrainedModel,
+    cache: str | None,
+    prefix_sharing: bool | PrefixStore,
+    options: dict[str, Any],
+    tiers: dict[str, Any],
 ) -> Sharing | None:
     """What shares the prefixes of `model`, checked; None where nothing does."""
+    if tiers and prefix_sharing is not True:
+        raise ValueError(
+            f"{', '.join(tiers)} keep shared prompts below the device: got prefix_sharing="
+            f"{'False' if prefix_sharing is False else 'a store of its own'}; pass prefix_sharing=True, or give the "
+            "store these options"
+        )
     if prefix_sharing is False:
         return None
     if cache is None:
@@ -256,7 +274,7 @@ def _sharing(
                 f"{prefix_sharing.formats.format!r}; make it with PrefixStore(model, format=...)"
             )
         return Sharing(prefix_sharing, {})
-    options = {**options, "format": format_of_cache(cache)}
+    options = {**options, **tiers, "format": format_of_cache(cache)}
     PrefixStore(model, **options)  # refuse now what cannot be shared
     return Sharing(None, options)
 

@@ -21,7 +21,7 @@ PACKAGE = "hf_kvopt"
 ALLOWED = {
     "prefix": ("prefix", "cache", "pool", "quant", "config", "compat"),
     "cache": ("cache", "pool", "eviction.policy", "quant", "config", "compat"),
-    "attention": ("attention", "pool.handle", "pool.lazy", "pool.packed", "kernels", "compat"),
+    "attention": ("attention", "eviction.policy", "pool.handle", "pool.lazy", "pool.packed", "kernels", "compat"),
     "batching": (
         "batching",
         "speculation",

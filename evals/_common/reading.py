@@ -6,7 +6,7 @@ any vocabulary size.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,19 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from evals._common.memory import KVBytes, kv_bytes
-from evals._common.sides import Side
 from hf_kvopt import CACHE_KEYWORD
+
+
+class Reader(Protocol):
+    """Way to read a text: a `Side`, or what an eval has in its place."""
+
+    def make_cache(self, model: PreTrainedModel, max_len: int) -> Cache:
+        """Make an empty cache that can hold `max_len` tokens of each row."""
+        ...
+
+    def attend(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Switch the model to the attention to read with, and return it."""
+        ...
 
 
 class Scores(NamedTuple):
@@ -37,7 +48,7 @@ class Reading(NamedTuple):
 @torch.inference_mode()
 def read_segments(
     model: PreTrainedModel,
-    sides: Sequence[Side],  # the first is the baseline
+    sides: Sequence[Reader],  # the first is the baseline
     ids: Tensor,  # [batch, context]
     chunk: int,  # tokens fed at once
     prefill: int = 0,  # tokens fed at once before them, and not scored

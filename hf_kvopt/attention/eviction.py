@@ -7,6 +7,7 @@ A mask speaks of columns of the text; behind a hole the columns that are handed 
 all that can be carried over: the table holds none of it.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 
 from hf_kvopt import compat
 from hf_kvopt.attention.mask import LazyMask, Pattern
+from hf_kvopt.attention.rotary import turn
 from hf_kvopt.errors import CacheStateError, UnsupportedModel
+from hf_kvopt.eviction.policy import PromptStates
 from hf_kvopt.kernels.sealed_view import SealedView
 from hf_kvopt.pool.handle import KVHandle, view_of
 
@@ -46,16 +49,44 @@ def check_eviction(
             f"a cache with {table.policy} takes causal attention over the whole text here: got {mask.pattern}; where "
             "the model has sliding layers, give the cache its config: PagedCache(model.config, policy=...)"
         )
+    if isinstance(mask, LazyMask) and mask.sizes[3] != handle.shape[2]:
+        return  # made for a layer that holds another number of tokens; see `mask_of_layer`
     is_step = 0 < table.step_start == table.clock - 1
     if is_step and handle.device.type != "cpu" and isinstance(mask, LazyMask):
         return  # the mask of a decode step grows by a column that is seen: no reason to wait for the device
     table.note_padding(_hidden(handle, mask))
 
 
-def choose_prompt(q: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
+def mask_of_layer(handle: KVHandle, mask: Tensor | None) -> Tensor | None:
+    """Return `mask` over the columns that `handle` hands out, where it was made for those of another layer.
+
+    Layers whose policies differ hold unlike many tokens, and transformers makes one mask for all. What is hidden is
+    padding, which the table of each layer knows.
+    """
+    table, kv_len = handle.table, handle.shape[2]
+    if table is None or table.policy is None or not table.policy.by_layer:
+        return mask
+    if not isinstance(mask, LazyMask) or mask.sizes[3] == kv_len:
+        return mask
+    firsts = [lag + pads for lag, pads in zip(table.lags, table.padding(), strict=True)]
+    padding = None
+    if any(firsts):
+        padding = torch.arange(kv_len, device=handle.device) >= table.numbers(firsts, handle.device)[:, None]
+    sizes = (*mask.sizes[:3], kv_len)
+
+    def dense() -> Tensor:
+        seen = torch.ones(sizes[2:], dtype=torch.bool, device=handle.device).tril(kv_len - sizes[2])
+        whole = seen.expand(sizes)
+        return whole if padding is None else whole & padding[:, None, None]
+
+    return LazyMask(sizes, handle.device, mask.pattern, padding, dense)
+
+
+def choose_prompt(module: nn.Module, q: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
     """Let the policy of a table choose what each KV head of this layer keeps of a prompt, once it was read.
 
     Args:
+        module: the attention module.
         q: [batch, num_heads, q_len, head_dim].
         key: what the cache handed out for keys; nothing happens where its table scores no prompts.
         value: likewise for values.
@@ -77,7 +108,9 @@ def choose_prompt(q: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
     k, v = view_of(key), view_of(value)
     keys, values = k.dense(), v.dense()
     for row, (pads, count) in enumerate(zip(padding, counts, strict=True)):
-        scores = policy.score(q[row, :, pads:], keys[row, :, pads:], values[row, :, pads:], scale)
+        own_q, own_k, own_v = (x[row, :, pads:] for x in (q, keys, values))
+        prompt = PromptStates(own_q, own_k, own_v, scale, partial(turn, module), module, row, pads)
+        scores = policy.score_states(prompt)
         rows.append(scores.topk(count, dim=-1).indices.sort(dim=-1).values)
     states = None
     if isinstance(k, SealedView) and isinstance(v, SealedView):
@@ -87,7 +120,7 @@ def choose_prompt(q: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
 
 
 def _picked(states: Tensor | None, row: int, columns: Tensor) -> Tensor:
-    """Return [num_kv_heads, count, head_dim] of states [batch, num_kv_heads, columns, head_dim], by columns of a head."""
+    """Return [num_kv_heads, count, head_dim] of states [batch, num_kv_heads, columns, head_dim] by columns of heads."""
     assert states is not None
     return states[row].gather(1, columns[..., None].expand(-1, -1, states.shape[3]))
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_kvopt.attention.checks import check_ownership, check_weights, check_window
-from hf_kvopt.attention.eviction import check_eviction, choose_prompt
+from hf_kvopt.attention.eviction import check_eviction, choose_prompt, mask_of_layer
 from hf_kvopt.attention.masking import add_bias, hide_before, select_keys, take_apart
 from hf_kvopt.attention.mla import LatentKV, attend_latent, is_absorbable
 from hf_kvopt.attention.packed import attend_packed
@@ -63,17 +63,18 @@ def attention_forward(
             key, value = handle, _ = aligned(key, value, attention_mask)
         if table is not None and table.policy is not None:
             check_eviction(module, handle, attention_mask, position_bias, kwargs)  # type: ignore[arg-type]
+            attention_mask = mask_of_layer(handle, attention_mask)  # type: ignore[arg-type]
         if kwargs.get("indices") is not None:
             attention_mask = select_keys(attention_mask, kwargs["indices"], query.shape[2], key.shape[2])
         pattern = take_apart(module, query, key, attention_mask, is_causal, sliding_window, scoring)
         if table is not None and table.is_ragged:
             pattern = hide_before(handle, pattern, key.shape[2])  # type: ignore[arg-type]
+        if table is not None and table.policy is not None:
+            choose_prompt(module, query, key, value, scale)
     except (KVOptError, ValueError):
         if isinstance(handle, KVHandle) and handle.guard is not None and table is not None:
             handle.guard.undo(table)
         raise
-    if table is not None and table.policy is not None:
-        choose_prompt(query, key, value, scale)
     if position_bias is not None:
         bias = position_bias[..., -key.shape[2] :]
         pattern = pattern._replace(mask=add_bias(bias, pattern.mask))

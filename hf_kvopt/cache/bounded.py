@@ -11,12 +11,13 @@ from hf_kvopt.errors import CacheStateError, UnsupportedModel
 from hf_kvopt.eviction.policy import EvictionPolicy
 
 
-def checked_policy(policy: object, config: CacheConfig) -> EvictionPolicy | None:
+def checked_policy(policy: object, config: CacheConfig, model: PreTrainedConfig | None) -> EvictionPolicy | None:
     """Return `policy`, which may be None, where a cache of `config` can give blocks back as it says.
 
     Raises:
         TypeError: something else than a policy.
-        ValueError: a cache of fixed capacity, or blocks that the policy cannot work with.
+        ValueError: a cache of fixed capacity, blocks that the policy cannot work with, or a policy that goes by layers
+            where the config of the model, which says how many there are, is not given.
     """
     if policy is None:
         return None
@@ -27,6 +28,11 @@ def checked_policy(policy: object, config: CacheConfig) -> EvictionPolicy | None
     if config.compileable:
         raise ValueError(
             f"a cache of fixed capacity gives no block back: got compileable=True and policy={policy}; drop one"
+        )
+    if policy.by_layer and model is None:
+        raise ValueError(
+            f"{policy} gives each layer a budget of its own: got a cache without the model's config, which says how "
+            "many layers there are; pass PagedCache(model.config, policy=...)"
         )
     policy.check(config.block_size)
     return policy

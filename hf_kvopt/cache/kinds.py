@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedConfig
@@ -11,6 +12,7 @@ from hf_kvopt import compat
 from hf_kvopt.cache.hybrid import HybridLayer, StateLayer
 from hf_kvopt.cache.layer import PagedLayer
 from hf_kvopt.cache.rows import GrowingRows
+from hf_kvopt.eviction.policy import EvictionPolicy
 from hf_kvopt.quant import LATENTS, FormatPolicy, KVFormat, require_unsealed
 
 logger = logging.getLogger(__name__)
@@ -24,12 +26,15 @@ class LayerMaker(NamedTuple):
 
     rows: GrowingRows  # gives the table that all layers with a window (or None) share
     formats: FormatPolicy
+    policy: EvictionPolicy | None = None  # of layers without a window
 
-    def attention(self, window: int | None, format: KVFormat) -> PagedLayer:
-        """A layer that holds keys and values only."""
-        return self.rows.layer_class(self.rows.table_for(window), format, self.formats.exact_prefill)
+    def attention(self, window: int | None, format: KVFormat, policy: EvictionPolicy | None = None) -> PagedLayer:
+        """A layer that holds keys and values only, with a policy of its own or that of all."""
+        return self.rows.layer_class(self.rows.table_for(window, policy), format, self.formats.exact_prefill)
 
-    def layer(self, kind: str, options: dict[str, Any], layer_idx: int, is_latent: bool) -> Any:
+    def layer(
+        self, kind: str, options: dict[str, Any], layer_idx: int, is_latent: bool, policy: EvictionPolicy | None = None
+    ) -> Any:
         """A layer of a kind that `is_paged`."""
         window = options.get("sliding_window")
         format = self.formats.at(layer_idx, is_sliding=window is not None)
@@ -39,7 +44,7 @@ class LayerMaker(NamedTuple):
             # absorbing the up-projections.
             format = KVFormat(format.k, format.k, guard=False)
         if kind not in _HYBRID:
-            return self.attention(window, format)
+            return self.attention(window, format, policy)
         states = StateLayer(number_of_states=options.get("number_of_states", 1))
         return HybridLayer(self.rows.table_for(window), states, format, self.formats.exact_prefill)
 
@@ -49,10 +54,19 @@ class LayerMaker(NamedTuple):
         kinds, options = compat.layer_types(config)
         # As stored: where the rank differs by layer, the config refuses to name one.
         is_latent = vars(config).get("kv_lora_rank") is not None
+        policies = self._policies(options[: len(kinds)])
         return [
-            self.layer(kind, kwargs, i, is_latent) if self.is_paged(kind) else _stock_layer(kind, kwargs)
+            self.layer(kind, kwargs, i, is_latent, policies[i]) if self.is_paged(kind) else _stock_layer(kind, kwargs)
             for i, (kind, kwargs) in enumerate(zip(kinds, options, strict=False))
         ]
+
+    def _policies(self, options: Sequence[dict[str, Any]]) -> list[EvictionPolicy | None]:
+        """The policy of each layer that has one of its own: numbered among the layers without a window."""
+        whole = [i for i, kwargs in enumerate(options) if kwargs.get("sliding_window") is None]
+        policies: list[EvictionPolicy | None] = [None] * len(options)
+        for place, i in enumerate(whole if self.policy is not None and self.policy.by_layer else ()):
+            policies[i] = self.policy.at(place, len(whole))  # type: ignore[union-attr]
+        return policies
 
     def is_paged(self, kind: str) -> bool:
         """Whether layers of a kind live in blocks."""

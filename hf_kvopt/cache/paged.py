@@ -30,10 +30,10 @@ from hf_kvopt.cache.hybrid import HybridLayer
 from hf_kvopt.cache.kinds import LayerMaker
 from hf_kvopt.cache.layer import PagedLayer
 from hf_kvopt.cache.loop import loop_of
-from hf_kvopt.cache.rows import FixedRows, GrowingRows, TableMaker
+from hf_kvopt.cache.rows import FixedRows, GrowingRows, Kind, TableMaker
 from hf_kvopt.cache.stats import CacheStats, measure
 from hf_kvopt.cache.watched import WatchedCache
-from hf_kvopt.cache.whole import require_undivided_layers
+from hf_kvopt.cache.whole import offloads, require_undivided_layers
 from hf_kvopt.config import CacheConfig
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.eviction.policy import EvictionPolicy
@@ -56,7 +56,7 @@ class PagedCache(WatchedCache):
         max_tokens: hard cap on the tokens over all rows, such as 32768 or "32k" (`OutOfBlocks` beyond it); None grows
             as needed.
         compileable: fixed capacity of `max_tokens`; see `CacheConfig`.
-        offloading: keep all layers but the one that computes in CPU memory (CUDA only), as `DynamicCache` does.
+        offloading: keep all layers but those that compute in CPU memory, as `DynamicCache` does; needs a GPU.
         offload_only_non_sliding: leave sliding layers on the device.
         policy: what full attention drops, e.g. `SinkRecent(sinks=4, recent=1024)`; needs hf_kvopt's attention.
         formats: how the layers are stored, native by default; see `QuantizedPagedCache`.
@@ -90,11 +90,11 @@ class PagedCache(WatchedCache):
         if compileable:
             formats.require_unsealed(FIXED_CAPACITY)
         self.formats = formats
-        self.policy = checked_policy(policy, self.cache_config)
+        self.policy = checked_policy(policy, self.cache_config, config)
         self._rows = self._make_rows()
         self.owner: weakref.ref[object] | None = None  # the enabled model that it was handed to
         self.epoch = 0  # counts how often it was emptied
-        kwargs: dict[str, Any] = {"offloading": offloading, "offload_only_non_sliding": offload_only_non_sliding}
+        kwargs: dict[str, Any] = offloads(offloading, offload_only_non_sliding)
         if config is None:
             Cache.__init__(self, layer_class_to_replicate=PagedLayer, **kwargs)  # DynamicCache's builds its own layers
         else:
@@ -207,7 +207,7 @@ class PagedCache(WatchedCache):
         # Forks keep the old allocator and its pools alive; without forks both go here.
         self._rows.forget_tables()
         for layer in self._paged_layers():
-            layer.pool, layer.table = None, self._rows.table_for(layer.table.window)
+            layer.pool, layer.table = None, self._rows.table_like(layer.table)
             layer.forget()
 
     def stats(self) -> CacheStats:
@@ -247,14 +247,14 @@ class PagedCache(WatchedCache):
         return self._layer_maker().attention(None, self.formats.at(len(self.layers), is_sliding=False))
 
     def _layer_maker(self) -> LayerMaker:
-        return LayerMaker(self._rows, self.formats)
+        return LayerMaker(self._rows, self.formats, self.policy)
 
     def _make_rows(self) -> GrowingRows:
         kind = FixedRows if self.cache_config.compileable else GrowingRows
         return kind(TableMaker(self.cache_config, self.policy, self.formats))
 
     @property
-    def _tables(self) -> dict[int | None, BlockTable]:
+    def _tables(self) -> dict[Kind, BlockTable]:
         return self._rows.tables
 
     def _paged_layers(self) -> list[PagedLayer]:
@@ -292,6 +292,6 @@ def fork(cache: PagedCache, memo: dict[int, Any]) -> Any:
     child.layers = []
     for layer in cache.layers:
         if isinstance(layer, PagedLayer):
-            memo[id(layer)] = layer.fork(child._rows.table_for(layer.table.window), memo)  # for others that refer to it
+            memo[id(layer)] = layer.fork(child._rows.table_like(layer.table), memo)  # for others that refer to it
         child.layers.append(copy.deepcopy(layer, memo))
     return child

@@ -24,6 +24,8 @@ from hf_kvopt.pool.tail import Tails
 from hf_kvopt.quant import FormatPolicy
 
 Layers = Sequence[PagedLayer]
+Kind = int | EvictionPolicy | None
+"""What layers with one table have in common: a window, none, or a policy of their own."""
 
 
 class TableMaker(NamedTuple):
@@ -33,27 +35,28 @@ class TableMaker(NamedTuple):
     policy: EvictionPolicy | None = None  # of tables without a window
     formats: FormatPolicy = FormatPolicy()
 
-    def __call__(self, window: int | None) -> BlockTable:
-        """Make the table of all layers with this window, or none."""
+    def __call__(self, window: int | None, policy: EvictionPolicy | None = None) -> BlockTable:
+        """Make the table of all layers with this window, or none; `policy` is one of single layers."""
         allocator = BlockAllocator(self.config.max_blocks, block_size=self.config.block_size)
         if self.formats.seals(window is not None):
             allocator.tails = Tails()
-        if self.policy is not None and window is None:
-            kind = ScoredTable if self.policy.scores_prompts else EvictingTable
-            return kind(allocator, self.config.block_size, self.policy)
+        policy = policy or self.policy
+        if policy is not None and window is None:
+            kind = ScoredTable if policy.scores_prompts else EvictingTable
+            return kind(allocator, self.config.block_size, policy)
         return BlockTable(allocator, self.config.block_size, window)
 
 
 class MakesTables(Protocol):
     """Whoever gives a table to the layers with a window (or none)."""
 
-    def __call__(self, window: int | None) -> BlockTable:
+    def __call__(self, window: int | None, policy: EvictionPolicy | None = None) -> BlockTable:
         """Make the table."""
         ...
 
 
 class GrowingRows:
-    """Block tables by window, each for all layers of a kind.
+    """Block tables by window, or by the policy of single layers, each for all layers of a kind.
 
     Args:
         make_table: makes a table when the first layer of its kind asks.
@@ -66,7 +69,7 @@ class GrowingRows:
     def __init__(self, make_table: MakesTables, lock: AbstractContextManager[Any] | None = None) -> None:
         self.make_table = make_table
         self.lock = lock if lock is not None else contextlib.nullcontext()
-        self.tables: dict[int | None, BlockTable] = {}
+        self.tables: dict[Kind, BlockTable] = {}
 
     @property
     def num_rows(self) -> int:
@@ -78,15 +81,22 @@ class GrowingRows:
         """Columns that were appended, as far as any layer has come."""
         return max((table.clock for table in self.tables.values()), default=0)
 
-    def table_for(self, window: int | None) -> BlockTable:
-        """The table that all layers with a window (or none) share."""
-        if window not in self.tables:
-            self.tables[window] = self.make_table(window)
-        return self.tables[window]
+    def table_for(self, window: int | None, policy: EvictionPolicy | None = None) -> BlockTable:
+        """The table that all layers with a window (or none), or with an equal policy of their own, share."""
+        kind = window if policy is None else policy
+        if kind not in self.tables:
+            made = self.make_table(window) if policy is None else self.make_table(window, policy)
+            made.kind = kind
+            self.tables[kind] = made
+        return self.tables[kind]
+
+    def table_like(self, table: BlockTable) -> BlockTable:
+        """The table of layers that have `table` in other rows, or had it here before all was given back."""
+        return self.table_for(table.window, table.kind if isinstance(table.kind, EvictionPolicy) else None)
 
     def owns(self, layer: PagedLayer) -> bool:
         """Whether a layer's rows are these."""
-        return self.tables.get(layer.table.window) is layer.table
+        return self.tables.get(layer.table.kind) is layer.table
 
     def lengths(self, table: BlockTable, layers: Layers) -> list[int]:
         """Tokens of each row of one table."""
@@ -147,7 +157,7 @@ class GrowingRows:
     def fork(self) -> Self:
         """Make rows over the same blocks; whoever writes first copies the block that is written."""
         child = type(self)(self.make_table, self.lock)
-        child.tables = {window: table.fork() for window, table in self.tables.items()}
+        child.tables = {kind: table.fork() for kind, table in self.tables.items()}
         return child
 
     def _live(self) -> list[BlockTable]:
@@ -170,7 +180,7 @@ class FixedRows(GrowingRows):
     is_fixed = True
     layer_class = FixedLayer
 
-    def table_for(self, window: int | None) -> BlockTable:
+    def table_for(self, window: int | None, policy: EvictionPolicy | None = None) -> BlockTable:
         return super().table_for(None)
 
     def lengths(self, table: BlockTable, layers: Layers) -> list[int]:

@@ -37,6 +37,8 @@ class PrefixStats(NamedTuple):
 
     `rows` prompts were looked up, `hits` of them found something; `hit_tokens` of their `prompt_tokens` were there.
     `evictions` counts blocks. `used_bytes` are those of blocks that the tree or a cache holds, `reserved_bytes` all.
+    Blocks that were `spilled` have a copy in a tier, `restored` ones came back from there; `host_bytes` and
+    `disk_bytes` are what the tiers hold.
     """
 
     rows: int
@@ -47,6 +49,10 @@ class PrefixStats(NamedTuple):
     num_blocks: int
     used_bytes: int
     reserved_bytes: int
+    spilled: int = 0
+    restored: int = 0
+    host_bytes: int = 0
+    disk_bytes: int = 0
 
 
 def measure(rows: GrowingRows, layers: Sequence[PagedLayer]) -> CacheStats:

@@ -12,6 +12,7 @@ sat out a forward) tell nothing about it.
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 
 from hf_kvopt.cache.fixed import FixedLayer
@@ -102,3 +103,17 @@ def _is_cheap_to_ask(layers: Sequence[Any], layer: PagedLayer, num_tokens: int) 
     """Whether the lengths of fixed capacity, which lie on the device, are read without a wait for a decode step."""
     assert isinstance(layer, FixedLayer)
     return layer is _in_step(layers) and (num_tokens > 1 or is_on_host(layer.length))
+
+
+def offloads(offloading: bool, only_non_sliding: bool) -> dict[str, bool]:
+    """Return the arguments by which transformers' cache moves layers to CPU memory.
+
+    Raises:
+        ValueError: there is no device beside the CPU that layers could be moved away from.
+    """
+    if offloading and not torch.cuda.is_available():
+        raise ValueError(
+            "offloading keeps layers in CPU memory while they wait for a CUDA device: got offloading=True on a machine "
+            "without one; drop it, or keep less with policy=..., a smaller format or enable(..., host_tier=...)"
+        )
+    return {"offloading": offloading, "offload_only_non_sliding": only_non_sliding}

@@ -56,6 +56,9 @@ from hf_kvopt.compat.names import (
     sdpa_mask,
     sliding_window_overlay,
 )
+from hf_kvopt.compat.rotary import (
+    rotation_of,
+)
 from hf_kvopt.compat.serving import (
     KEPT_MANAGER,
     LOAD_MODEL,
@@ -116,6 +119,7 @@ __all__ = [
     "prepare_padding_mask",
     "prompt_columns",
     "register_attention",
+    "rotation_of",
     "running_call",
     "sdpa_mask",
     "server_modules",

@@ -8,9 +8,27 @@ A policy is a pure function of a row's length. So a row keeps the same tokens al
 tell whether taking tokens back would need some that are gone. The block table drops whole blocks inside these ranges.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
+
+
+class PromptStates(NamedTuple):
+    """One row of a prompt in one layer, without padding, as it is scored.
+
+    `turn(states, positions, back)` rotates states [heads, n, head_dim] to positions [n] as the model does, or back
+    from there; it raises UnsupportedModel where the model has no rotary embedding that can be found.
+    """
+
+    q: Tensor  # [num_heads, tokens, head_dim], rotated
+    k: Tensor  # [num_kv_heads, tokens, head_dim], rotated
+    v: Tensor  # [num_kv_heads, tokens, v_head_dim]
+    scale: float  # of the softmax
+    turn: Callable[[Tensor, Tensor, bool], Tensor]
+    module: Any  # the attention module
+    row: int  # of the batch that the module was given
+    pads: int  # columns of padding before it
 
 
 class EvictionPolicy:
@@ -25,6 +43,7 @@ class EvictionPolicy:
     """
 
     scores_prompts = False  # whether `score` is asked; see `hf_kvopt.eviction.scores`
+    by_layer = False  # whether `at` is asked: then layers need not hold equally much
 
     def after_step(self, length: int) -> Sequence[range]:
         """Return the tokens that a row of `length` tokens need not hold, as ascending ranges with step 1.
@@ -50,6 +69,14 @@ class EvictionPolicy:
         Called for each row alone, without padding, once the prompt was read.
         """
         raise NotImplementedError
+
+    def score_states(self, states: PromptStates) -> Tensor:
+        """Return `score` of a prompt; to be overridden in its place where a score needs more than it is given."""
+        return self.score(states.q, states.k, states.v, states.scale)
+
+    def at(self, layer_idx: int, num_layers: int) -> "EvictionPolicy":
+        """Return the policy, hashable, of one layer among those without a window; equal ones share a block table."""
+        return self
 
     def check(self, block_size: int) -> None:
         """Raise ValueError where this policy cannot work with blocks of `block_size` tokens."""

@@ -7,6 +7,8 @@
     TOVA      weight that the last query gives, over all heads  arXiv:2401.06104
     SnapKV    weight that the last 32 queries give, smoothed    arXiv:2404.14469
 
+`ExpectedAttention` and `PyramidKV` are in files of their own.
+
 Heads keep unlike tokens, and equally many, so that one block table serves all of them. Tokens that are generated, and
 later turns, are all kept.
 """
@@ -61,7 +63,7 @@ class Knorm(PromptPolicy):
     keep: float = 0.5
 
     def __post_init__(self) -> None:
-        _check_share(self.keep)
+        check_share(self.keep)
 
     def score(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         return -k.float().norm(dim=-1)
@@ -83,7 +85,7 @@ class TOVA(PromptPolicy):
     keep: float = 0.5
 
     def __post_init__(self) -> None:
-        _check_share(self.keep)
+        check_share(self.keep)
 
     def score(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         weights = _weights(q[:, -1:], k, scale).mean(dim=(0, 1, 2))
@@ -116,7 +118,7 @@ class SnapKV(PromptPolicy):
     kernel: int = 5
 
     def __post_init__(self) -> None:
-        _check_share(self.keep)
+        check_share(self.keep)
         for name, value in (("window", self.window), ("kernel", self.kernel)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a number of tokens of at least 1: got {value!r}")
@@ -144,7 +146,7 @@ def _weights(q: Tensor, k: Tensor, scale: float) -> Tensor:
     return scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
 
 
-def _check_share(keep: object) -> None:
+def check_share(keep: object) -> None:
     if not isinstance(keep, int | float) or isinstance(keep, bool) or not 0 < keep <= 1:
         raise ValueError(
             f"keep must be a share of the prompt above 0 and at most 1: got {keep!r}; 0.25 keeps a quarter"

@@ -6,22 +6,9 @@ GB, MB  of bytes     powers of 1,000, as on datasheets     GiB, MiB  powers of 1
 
 import math
 
-from hf_kvopt.config import BadInput, parse_size, parse_tokens
+from hf_kvopt.config import BadInput, parse_bytes, parse_tokens
 
 __all__ = ["BadInput", "parse_bytes", "parse_tokens", "require_positive", "show_bytes", "show_number"]
-
-_BYTE_UNITS = {"": 1, "B": 1}
-for _power, _letter in enumerate("KMGT", start=1):
-    _BYTE_UNITS |= {f"{_letter}B": 1000**_power, f"{_letter}IB": 1024**_power}
-
-
-def parse_bytes(text: str | int, field: str = "budget") -> int:
-    """Return the bytes of a size such as `24GiB`, `80GB` or a plain number of bytes.
-
-    Raises:
-        BadInput: not a positive size with a known unit.
-    """
-    return parse_size(text, field, _BYTE_UNITS, "bytes such as 24GiB or 80GB")
 
 
 def require_positive(value: object, field: str, example: int) -> int:

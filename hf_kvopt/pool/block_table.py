@@ -14,6 +14,7 @@ before lags[i] (left padding, or what a row accepted less of than others) are ne
 from collections.abc import Sequence
 
 from hf_kvopt.errors import CacheStateError, OutOfBlocks
+from hf_kvopt.eviction.policy import EvictionPolicy
 from hf_kvopt.pool import tail
 from hf_kvopt.pool.allocator import BlockAllocator
 from hf_kvopt.pool.cuts import after_cut, require_held
@@ -35,6 +36,7 @@ class BlockTable(ExactRows, Unevicted):
     def __init__(self, allocator: BlockAllocator, block_size: int, window: int | None = None) -> None:
         super().__init__(allocator, block_size)
         self.window = window
+        self.kind: int | EvictionPolicy | None = window  # under which the rows of a cache know it
         self.record_past = False
         self.keeps_all = False  # a window hides what is behind it, but frees nothing: others may share it
         self.keep_contiguous = True
@@ -219,7 +221,7 @@ class BlockTable(ExactRows, Unevicted):
         """A second table over the same blocks; whoever writes first copies the block that is written."""
         self._drop_retired()
         child = self._empty_twin()
-        for name in ("clock", "base", "record_past", "keeps_all", "keep_contiguous"):
+        for name in ("clock", "base", "kind", "record_past", "keeps_all", "keep_contiguous"):
             setattr(child, name, getattr(self, name))
         child.rows[:] = [list(row) for row in self.rows]
         child.lags, child.exact, child.pins = list(self.lags), list(self.exact), list(self.pins)

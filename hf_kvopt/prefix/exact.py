@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hf_kvopt.prefix.index import Node
+    from hf_kvopt.prefix.node import Node
 
 
 def lengths_to_go_on_from(nodes: "Sequence[Node]", length: int, block_size: int) -> set[int]:

@@ -1,10 +1,6 @@
 """Prefix stores on disk: one safetensors file, with a manifest in its header that says what the tensors are.
 
-    "layer 0 keys"  [num_blocks, block_size, num_kv_heads, width]     the tree's blocks in the manifest's order
-    "layer 0 keys scale"  [num_blocks, block_size, num_kv_heads]      where the format has scales
-    "layer 0 keys centre"  [num_blocks, num_kv_heads, head_dim]       what was taken from coarse keys before
-    "layer 0 keys token", "... mean"                                  parameters of sealed blocks
-    "layer 0 keys exact"   [num_exact, block_size, num_kv_heads, dim] blocks that are kept as they were computed, too
+    "layer 0 keys", "layer 0 keys scale", ...     the tree's blocks in the manifest's order, see `pool.block_pieces`
 
 The manifest holds the tree (tokens and parent of each block), the model's fingerprint, format and versions, and a
 SHA-256 of itself and of every tensor: a truncated or changed file is refused before anything is allocated.
@@ -24,12 +20,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_kvopt.errors import CacheStateError
-from hf_kvopt.pool.plane import Plane
-from hf_kvopt.pool.sealed import SealedPlane
+from hf_kvopt.pool.block_pieces import describe, is_centre, pieces_of, put_centres, states_like
 from hf_kvopt.prefix.cache import PrefixSharedCache
 from hf_kvopt.prefix.identity import fingerprint
-from hf_kvopt.prefix.index import Node, descendants
-from hf_kvopt.prefix.shared_blocks import SharedBlocks
+from hf_kvopt.prefix.node import Node, descendants
+from hf_kvopt.prefix.shared_blocks import SharedBlocks, device_of
 
 VERSION = 1
 
@@ -48,21 +43,13 @@ def save(blocks: SharedBlocks, path: Path) -> None:
         if isinstance(root_key, tuple) and root_key[0] == key[0]
         for node in descendants(root)
     ]
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for layer_idx, pool in blocks.pools.items():
-        space = next(i for i, allocator in enumerate(blocks.allocators) if pool in allocator.pools)
-        numbers = torch.tensor([node.blocks[space] for node in nodes], dtype=torch.long)
-        planes: tuple[Plane | SealedPlane, ...] = pool.planes
-        for name, plane in zip(("keys", "values"), planes, strict=True):
-            for part, tensor in _parts(plane):
-                picked = _as_bytes(tensor)[numbers.to(tensor.device)].contiguous().cpu()
-                tensors[f"layer {layer_idx} {name}{part}"] = picked
-            if isinstance(plane, SealedPlane):
-                places = blocks.allocators[space].tails.places  # type: ignore[union-attr]
-                index = [places[node.blocks[space]] for node in nodes if node.is_exact]
-                tensors[f"layer {layer_idx} {name} exact"] = plane.exact[index].contiguous().cpu()
-            elif plane.centres is not None:
-                tensors[f"layer {layer_idx} {name} centre"] = plane.centres.of_blocks(numbers.tolist()).cpu()
+        space = blocks.space_of(pool)
+        tails = blocks.allocators[space].tails
+        exact = [] if tails is None else [tails.places[node.blocks[space]] for node in nodes if node.is_exact]
+        pieces = pieces_of(layer_idx, pool, [node.blocks[space] for node in nodes], exact)
+        tensors |= {piece.name: piece.typed(piece.read()).cpu() for piece in pieces}
     manifest = {
         "version": VERSION,
         "model": model,
@@ -73,7 +60,7 @@ def save(blocks: SharedBlocks, path: Path) -> None:
             "skip_layers": list(blocks.formats.skip_layers),
             "layer_formats": list(blocks.formats.layer_formats.items()),
         },
-        "pools": {str(idx): [_describe(plane) for plane in pool.planes] for idx, pool in blocks.pools.items()},
+        "pools": {str(idx): [describe(plane) for plane in pool.planes] for idx, pool in blocks.pools.items()},
         "nodes": _tree(blocks, nodes),
         "tensors": {name: _digest(tensor) for name, tensor in tensors.items()},
     }
@@ -149,40 +136,29 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return manifest, tensors
 
 
-def _fill_pools(shared: SharedBlocks, contents: Contents, cache: PrefixSharedCache, rows: list[list[int]]) -> None:
+def _fill_pools(blocks: SharedBlocks, contents: Contents, cache: PrefixSharedCache, rows: list[list[int]]) -> None:
     """Make the pools that the file had, and copy the blocks to their new places."""
     _, manifest, tensors = contents
     cache.append_passes()
     layers: list[Any] = cache.layers
-    model = shared.model
+    model = blocks.model
     assert model is not None  # `read` compared its fingerprint
-    spaces = shared.allocators
+    spaces = blocks.allocators
     exact = [i for i, entry in enumerate(manifest["nodes"]) if entry.get("exact")]
     for allocator, row in zip(spaces, rows, strict=True):
         if allocator.tails is not None:
             allocator.tails.give([row[i] for i in exact])
     for idx, planes in sorted(manifest["pools"].items(), key=lambda item: int(item[0])):
-        layer, allocator = layers[int(idx)], layers[int(idx)].table.allocator
-        device = _device_of(model, int(idx))
-        states = [
-            torch.empty(1, plane["num_heads"], 0, plane["dim"], dtype=getattr(torch, plane["dtype"]), device=device)
-            for plane in planes
-        ]
-        pool = layer.make_pool(*states)
-        pool.reads.is_first = not allocator.pools
-        blocks = torch.tensor(rows[spaces.index(allocator)], dtype=torch.long, device=device)
-        for name, plane in zip(("keys", "values"), pool.planes, strict=True):
-            for part, tensor in _parts(plane):
-                _as_bytes(tensor)[blocks] = tensors[f"layer {idx} {name}{part}"].to(device)
-            if isinstance(plane, SealedPlane):
-                numbers = [rows[spaces.index(allocator)][i] for i in exact]
-                plane.exact[[allocator.tails.places[block] for block in numbers]] = tensors[
-                    f"layer {idx} {name} exact"
-                ].to(device)
-            elif plane.centres is not None:
-                plane.centres.put_blocks(blocks.tolist(), tensors[f"layer {idx} {name} centre"])
-        allocator.pools.append(pool)
-        shared.pools[int(idx)] = pool
+        layer = layers[int(idx)]
+        pool = layer.make_pool(*states_like(planes, device_of(model, int(idx))))
+        blocks.keep_pool(int(idx), pool, layer.table.allocator)
+        numbers = rows[spaces.index(layer.table.allocator)]
+        tails = layer.table.allocator.tails
+        places = [] if tails is None else [tails.places[numbers[i]] for i in exact]
+        for piece in pieces_of(int(idx), pool, numbers, places):
+            if not is_centre(piece):
+                piece.write(tensors[piece.name].contiguous().view(torch.uint8).flatten(1))
+        put_centres(int(idx), pool, numbers, tensors)
 
 
 def _plant(blocks: SharedBlocks, entries: list[dict[str, Any]], rows: list[list[int]]) -> None:
@@ -222,34 +198,9 @@ def _tree(blocks: SharedBlocks, nodes: list[Node]) -> list[dict[str, Any]]:
     return entries
 
 
-def _parts(plane: Plane | SealedPlane) -> list[tuple[str, Tensor]]:
-    """The tensors of a plane's blocks, by the ending of their names."""
-    if isinstance(plane, SealedPlane):
-        return list(zip(("", " token", " mean"), plane.stored, strict=False))
-    return list(zip(("", " scale"), plane.tensors, strict=False))
-
-
-def _as_bytes(tensor: Tensor) -> Tensor:
-    """Float8 cannot be indexed: its bytes can."""
-    is_float8 = tensor.dtype.is_floating_point and tensor.itemsize == 1
-    return tensor.view(torch.uint8) if is_float8 else tensor
-
-
-def _describe(plane: Plane | SealedPlane) -> dict[str, Any]:
-    return {"num_heads": plane.num_heads, "dim": plane.dim, "dtype": str(plane.dtype).removeprefix("torch.")}
-
-
 def _digest(tensor: Tensor) -> str:
     head = f"{tensor.dtype} {tuple(tensor.shape)}".encode()
     return hashlib.sha256(head + tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
-
-
-def _device_of(model: PreTrainedModel, layer_idx: int) -> torch.device:
-    """Where a layer computes, also where layers lie on several devices."""
-    layers = getattr(model.get_decoder(), "layers", None)
-    if layers is None or layer_idx >= len(layers):
-        return model.device
-    return next(layers[layer_idx].parameters()).device
 
 
 def _refused(path: Path, reason: str) -> CacheStateError:

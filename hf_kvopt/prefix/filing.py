@@ -1,13 +1,44 @@
-"""Filing of rows that are still held: texts of a running batch are found by others before their row is done."""
+"""Filing of rows that are held: of a `generate` call that ended, and of a running batch, for others to find early."""
 
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
+from hf_kvopt.errors import CacheStateError
 from hf_kvopt.prefix.batch import BatchCache
+from hf_kvopt.prefix.cache import PrefixSharedCache
 from hf_kvopt.prefix.index import Match
+from hf_kvopt.prefix.shared_blocks import SharedBlocks
+from hf_kvopt.prefix.texts import end_tokens
+from hf_kvopt.prefix.tiers.restore import restore
 
 if TYPE_CHECKING:
     from hf_kvopt.prefix.store import PrefixStore
+
+
+def file_call(blocks: SharedBlocks, cache: PrefixSharedCache, output_ids: Tensor | None, *, close: bool) -> int:
+    """Keep what a `generate` call computed with `cache`; see `PrefixStore.keep`."""
+    with blocks.lock:
+        # A token was generated behind the prompts: their forward has ended.
+        is_prompt_whole = output_ids is not None and output_ids.shape[1] > cache.prompt_columns
+        rows, lengths = cache.rows_held(is_prompt_whole=is_prompt_whole)
+        texts = cache.texts or []
+        if output_ids is not None and not cache.is_reordered:
+            texts = cache.extended(output_ids, end_tokens(blocks.model)) or texts
+        blocks.require_unchanged(cache.key, cache.namespace)
+        if not cache.is_current:
+            raise CacheStateError(
+                "the store took other pools since this cache was made, for another dtype or device: got a cache "
+                "whose states nobody can go on from; drop it"
+            )
+        num_new = 0
+        for i, (text, length) in enumerate(zip(texts, lengths, strict=False)):
+            exact = cache.exact_blocks[i] if cache.exact_blocks else ()
+            num_new += blocks.index.insert(cache.key, text[:length], [table_rows[i] for table_rows in rows], exact)
+        if close:
+            cache.close()
+    return num_new
 
 
 def file_row(
@@ -37,6 +68,7 @@ def file_row(
 
 def open_row(store: "PrefixStore", text: Sequence[int], key: Hashable) -> BatchCache:
     """Make a cache of one row with what is known of `text`, less its last token, under a key of `key_of`."""
+    restore(store.blocks, key, [text[:-1]])
     cache = BatchCache(store.blocks)
     with store.lock:
         match = store.index.match(key, text[:-1]) if key is not None else Match([], 0)

@@ -106,7 +106,7 @@ class ModelIdentity:
             self.is_in_place = not walk.is_elsewhere
             # One that is put aside and stepped on is another where it comes back: see `_Described`.
             self._ids = {*map(id, walk.tensors)}
-            walk.texts.append(f"{self._steps} {_modes(model.device)}")
+            walk.texts.append(f"{self._steps} {modes(model.device)}")
             digest = hashlib.blake2b("\n".join(walk.texts).encode(), digest_size=16)
             for part in self._samples.read(walk.tensors):
                 digest.update(part)
@@ -126,15 +126,19 @@ def _is_fed_more(model: nn.Module) -> bool:
     return getattr(override, "__func__", None) is not getattr(type(model), compat.PREPARE_INPUTS, None)
 
 
-def _modes(device: torch.device) -> list[Any]:
+def modes(device: torch.device) -> list[Any]:
     """What torch is set to do in every operation."""
     kinds = sorted({"cpu", "cuda", device.type} - {"meta"})
     casts = [torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in kinds]
     return [torch.get_float32_matmul_precision(), *casts]
 
 
-def fingerprint(model: PreTrainedModel) -> str:
+def fingerprint(model: PreTrainedModel, *, whole: bool = False) -> str:
     """A digest of config, settings and evenly spread samples of every tensor: the same in another process.
+
+    Args:
+        model: the model.
+        whole: read every element of every tensor, not samples: a second for each gigabyte.
 
     Raises:
         CacheStateError: forward hooks or replaced methods, which nobody can tell from others there; weights that are
@@ -161,8 +165,8 @@ def fingerprint(model: PreTrainedModel) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         for part in parts_of([tensor]):
             flat = part.detach().flatten()
-            picked = flat[:: max(1, len(flat) // _SAMPLES)].to("cpu").contiguous()
-            digest.update(picked.view(torch.uint8).numpy().tobytes())
+            picked = (flat if whole else flat[:: max(1, len(flat) // _SAMPLES)]).to("cpu").contiguous()
+            digest.update(picked.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

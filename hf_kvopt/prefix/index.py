@@ -6,37 +6,17 @@
 
 A node holds one reference to its block in each block space (layers of different kinds have tables of their own), so a
 block lives while the index or a row holds it. What only the index holds is evicted from the leaves, the least recently
-used first; pinned nodes stay (RadixAttention, arXiv:2312.07104). Callers hold the allocators' lock.
+used first; pinned nodes stay (RadixAttention, arXiv:2312.07104). Where there are tiers below (`prefix.tiers`), blocks
+that have a copy there are evicted before those that wait for it. Callers hold the allocators' lock.
 """
 
 import heapq
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 from hf_kvopt.pool.allocator import BlockAllocator
 from hf_kvopt.prefix.exact import keep_marks, lengths_to_go_on_from, read_behind
-
-Tokens = tuple[int, ...]
-
-
-class Node:
-    """One block of a text: `tokens` fill it, or its first slots where the text ends in it."""
-
-    __slots__ = ("blocks", "children", "is_exact", "is_wanted", "parent", "pins", "stamp", "tokens")
-
-    def __init__(self, tokens: Tokens, blocks: list[int], parent: "Node | None") -> None:
-        self.tokens, self.blocks, self.parent = tokens, blocks, parent
-        # By first token, then by all: a match inside a block looks at few siblings.
-        self.children: dict[int, dict[Tokens, Node]] = {}
-        self.stamp = self.pins = 0
-        # Where blocks are sealed: whether this one is kept as it was computed, and whether a text that parts from this
-        # one would need it so.
-        self.is_exact = self.is_wanted = False
-
-    @property
-    def num_children(self) -> int:
-        """Nodes that go on from here."""
-        return sum(map(len, self.children.values()))
+from hf_kvopt.prefix.node import Node, Tokens, covering, descendants, longest_common
 
 
 class Match(NamedTuple):
@@ -60,6 +40,8 @@ class PrefixIndex:
         self.roots: dict[Hashable, Node] = {}
         self.num_nodes = self.num_evicted = self._stamp = 0
         self._evictable: tuple[list[int], int] = ([], 0)  # the count, and what it was counted at
+        # Told of the nodes of each text that was inserted, from its first block on.
+        self.on_insert: Callable[[Hashable, Sequence[Node]], None] | None = None
         self._holders = [_Holder(self, idx) for idx in range(len(allocators))]
         for allocator, holder in zip(allocators, self._holders, strict=True):
             allocator.add_holder(holder)
@@ -69,7 +51,7 @@ class PrefixIndex:
         node, nodes, length = self.roots.get(key), [], 0
         while node is not None:
             rest = tuple(tokens[length : length + self.block_size])
-            found = _longest_common(node, rest)
+            found = longest_common(node, rest)
             if found is None:
                 break
             node, count = found
@@ -114,7 +96,7 @@ class PrefixIndex:
         path, num_new = [], 0
         for idx in range(-(-len(tokens) // self.block_size)):
             chunk = tuple(tokens[idx * self.block_size : (idx + 1) * self.block_size])
-            child = _covering(node, chunk)
+            child = covering(node, chunk)
             if child is None:
                 child = self._add(node, chunk, [row[idx] for row in rows])
                 num_new += 1
@@ -127,6 +109,8 @@ class PrefixIndex:
             for one in path:
                 one.is_exact = self._has_places(one.blocks)
             keep_marks(path, exact)
+        if self.on_insert is not None:
+            self.on_insert(key, path)
         return num_new
 
     def _has_places(self, blocks: Sequence[int]) -> bool:
@@ -141,22 +125,22 @@ class PrefixIndex:
         for allocator, old, new in zip(self.allocators, node.blocks, blocks, strict=True):
             allocator.retain([new])
             allocator.release([old])
-        node.blocks = list(blocks)
+        node.blocks, node.is_queued = list(blocks), False
 
     def evict(self, num_blocks: int) -> int:
         """Let go of up to `num_blocks` blocks that nobody else holds and nobody pinned; returns how many."""
         for allocator in self.allocators:
             allocator.reclaim()
-        heap = [(node.stamp, id(node), node) for node in self.nodes() if self._is_free(node)]
+        heap = [(node.waits, node.stamp, id(node), node) for node in self.nodes() if self._is_free(node)]
         heapq.heapify(heap)
         count = 0
         while heap and count < num_blocks:
-            node = heapq.heappop(heap)[2]
+            node = heapq.heappop(heap)[-1]
             parent = node.parent
             self._remove(node)
             count += 1
             if parent is not None and self._is_free(parent):
-                heapq.heappush(heap, (parent.stamp, id(parent), parent))
+                heapq.heappush(heap, (parent.waits, parent.stamp, id(parent), parent))
         # Keys of models that have changed since would pile up.
         self.roots = {key: root for key, root in self.roots.items() if root.children}
         self.num_evicted += count
@@ -200,6 +184,8 @@ class PrefixIndex:
         for allocator, holder in zip(self.allocators, self._holders, strict=True):
             for row in holder.held_rows():
                 allocator.release(row)
+        for node in self.nodes():
+            node.is_gone = True
         self.roots.clear()
         self.num_nodes = 0
 
@@ -228,6 +214,7 @@ class PrefixIndex:
         del siblings[node.tokens]
         if not siblings:
             del node.parent.children[node.tokens[0]]
+        node.is_gone = True
         for allocator, block in zip(self.allocators, node.blocks, strict=True):
             allocator.release([block])
         self.num_nodes -= 1
@@ -260,40 +247,3 @@ class _Holder:
         """See `BlockHolder`."""
         for node in self.index.nodes():
             node.blocks[self.idx] = new_ids[node.blocks[self.idx]]
-
-
-def descendants(root: Node) -> Iterator[Node]:
-    """All nodes below `root`, parents before children."""
-    stack = [root]
-    while stack:
-        node = stack.pop()
-        if node is not root:
-            yield node
-        stack += [child for siblings in node.children.values() for child in siblings.values()]
-
-
-def _longest_common(node: Node, rest: Tokens) -> tuple[Node, int] | None:
-    """The child that shares most of its first tokens with `rest`, and how many; None where none shares any."""
-    siblings = node.children.get(rest[0], {}) if rest else {}
-    if rest in siblings:
-        return siblings[rest], len(rest)
-    shared = [(_num_common(child.tokens, rest), child) for child in siblings.values()]
-    if not shared:
-        return None
-    count, child = max(shared, key=lambda pair: (pair[0], pair[1].is_exact))
-    return child, count
-
-
-def _covering(node: Node, chunk: Tokens) -> Node | None:
-    """The child that holds all of `chunk`, and maybe more behind it."""
-    siblings = node.children.get(chunk[0], {})
-    if chunk in siblings:
-        return siblings[chunk]
-    return next((child for child in siblings.values() if child.tokens[: len(chunk)] == chunk), None)
-
-
-def _num_common(a: Tokens, b: Tokens) -> int:
-    for count, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return count
-    return min(len(a), len(b))

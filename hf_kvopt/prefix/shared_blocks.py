@@ -12,7 +12,9 @@ import inspect
 import threading
 import weakref
 from collections.abc import Collection, Hashable
+from typing import TYPE_CHECKING
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_kvopt import compat
@@ -29,6 +31,9 @@ from hf_kvopt.pool.tail import Tails
 from hf_kvopt.prefix.identity import ModelIdentity, require_shareable
 from hf_kvopt.prefix.index import PrefixIndex
 from hf_kvopt.quant import FormatPolicy
+
+if TYPE_CHECKING:
+    from hf_kvopt.prefix.tiers.tiers import Tiers
 
 # Kept at most where the caller names no cap; what is being generated may take more.
 DEFAULT_TOKENS = 65_536
@@ -71,6 +76,7 @@ class SharedBlocks:
         maker = LayerMaker(GrowingRows(self.table_for), formats).resolved(decoder)
         self.num_layers = len(maker.layers(decoder))
         self.index = PrefixIndex(self.allocators, self.block_size)
+        self.tiers: Tiers | None = None  # below the device
 
     @property
     def model(self) -> PreTrainedModel | None:
@@ -98,8 +104,9 @@ class SharedBlocks:
                 allocator.tails = Tails()
         return self._allocators[window]
 
-    def table_for(self, window: int | None) -> BlockTable:
-        """A new table over the block space of all layers with one window (or none)."""
+    def table_for(self, window: int | None, policy: object = None) -> BlockTable:
+        """A new table over the block space of all layers with one window (or none); texts stay whole."""
+        assert policy is None
         table = BlockTable(self.allocator_for(window), self.block_size, window)
         table.keeps_all = True
         return table
@@ -127,11 +134,13 @@ class SharedBlocks:
             raise CacheStateError("this prefix store was freed: got a further use of it; make a new PrefixStore")
 
     def clear(self) -> None:
-        """Forget all texts, pinned ones too; memory stays reserved, caches in use stay right."""
+        """Forget all texts, pinned ones and those in tiers too; memory stays reserved, caches in use stay right."""
         with self.lock:
             for allocator in self._allocators.values():
                 allocator.recount()
             self.index.clear()
+        if self.tiers is not None:
+            self.tiers.forget()
 
     def forget_pool(self, layer_idx: int) -> None:
         """Forget all texts, and let the next write to a layer make its pool anew; caches in use keep the old one."""
@@ -140,12 +149,24 @@ class SharedBlocks:
             self.pools.pop(layer_idx, None)
 
     def free(self) -> None:
-        """Forget all texts and give the memory back; any further use is refused."""
+        """Forget all texts and give the memory back; any further use is refused. Files of a disk tier stay."""
+        if self.tiers is not None:
+            self.tiers.close()
         with self.lock:
             self.index.clear()
             self.pools.clear()
             self._allocators.clear()
             self.is_freed = True
+
+    def space_of(self, pool: KVPool | SealedPool) -> int:
+        """Number of the block space that a pool follows."""
+        return next(i for i, allocator in enumerate(self.allocators) if pool in allocator.pools)
+
+    def keep_pool(self, layer_idx: int, pool: KVPool | SealedPool, allocator: BlockAllocator) -> None:
+        """Take a new pool, made before any forward wrote to its layer, for the one that later caches write to."""
+        pool.reads.is_first = not allocator.pools
+        allocator.pools.append(pool)
+        self.pools[layer_idx] = pool
 
     def check_integrity(self) -> None:
         """Raise KVOptError unless every block is free or held exactly as often as it is counted."""
@@ -173,3 +194,11 @@ class SharedBlocks:
         excess = allocator.num_blocks + missing - share
         if excess > 0:
             self.index.evict(excess)
+
+
+def device_of(model: PreTrainedModel, layer_idx: int) -> torch.device:
+    """Return where a layer computes, also where layers lie on several devices."""
+    layers = getattr(model.get_decoder(), "layers", None)
+    if layers is None or layer_idx >= len(layers):
+        return model.device
+    return next(layers[layer_idx].parameters()).device

@@ -20,10 +20,14 @@ from hf_kvopt.errors import CacheStateError
 from hf_kvopt.pool.allocator import BlockAllocator
 from hf_kvopt.prefix import file as prefix_file
 from hf_kvopt.prefix.cache import PrefixSharedCache
+from hf_kvopt.prefix.filing import file_call
 from hf_kvopt.prefix.fill import fill_from
 from hf_kvopt.prefix.index import PrefixIndex
 from hf_kvopt.prefix.shared_blocks import SharedBlocks
 from hf_kvopt.prefix.texts import as_text, end_tokens, require_mask, texts_of
+from hf_kvopt.prefix.tiers.restore import known_length, restore
+from hf_kvopt.prefix.tiers.settings import tier_settings
+from hf_kvopt.prefix.tiers.tiers import tiers_for
 from hf_kvopt.quant import FormatPolicy
 from hf_kvopt.quant.policy import LayerName
 
@@ -41,9 +45,12 @@ class PrefixStore:
         format: storage format, see `QuantizedPagedCache`; None stores what the model computes.
         skip_layers: layers that are not quantized; see `QuantizedPagedCache`.
         layer_formats: formats of single layers; see `QuantizedPagedCache`.
+        host_tier: memory of the host, such as "16 GiB", for copies of texts that the device has no room for.
+        disk_tier: folder of files for such copies, which other processes and later ones find; see `flush`.
+        disk_limit: cap on these files, such as "64 GiB"; None takes half of what the disk has free.
 
     Raises:
-        UnsupportedModel: the keys and values of a token depend on more than the tokens before it.
+        UnsupportedModel: keys and values depend on more than the tokens before; tiers for a model divided over ranks.
         ValueError, TypeError: an argument that cannot work.
 
     Threads may share a store; a cache belongs to one thread.
@@ -73,6 +80,9 @@ class PrefixStore:
         format: str | None = None,
         skip_layers: Collection[LayerName] = ("sliding",),
         layer_formats: Mapping[LayerName, str] | None = None,
+        host_tier: str | int | None = None,
+        disk_tier: str | Path | None = None,
+        disk_limit: str | int | None = None,
     ) -> None:
         if not isinstance(model_or_config, PreTrainedModel | PreTrainedConfig):
             raise TypeError(f"a store takes a transformers model or config: got {type(model_or_config).__name__}")
@@ -80,6 +90,7 @@ class PrefixStore:
         block_size = formats.block_size() if block_size is None else block_size
         limits = CacheConfig(block_size=block_size, max_tokens=max_tokens)
         self.blocks = SharedBlocks(model_or_config, limits, formats)
+        self.blocks.tiers = tiers_for(self.blocks, tier_settings(host_tier, disk_tier, disk_limit))
         self._rows = self._hits = self._prompt_tokens = self._hit_tokens = 0
 
     @property
@@ -159,6 +170,7 @@ class PrefixStore:
         key = self.key_of(namespace)
         if key is None:
             return False
+        restore(self.blocks, key, [text[:-1] for text in texts])
         cache.begin(key, namespace, texts, pads)
         known = fill_from(self.blocks, cache, input_ids.device, chunk_size)
         self._rows += len(texts)
@@ -192,26 +204,7 @@ class PrefixStore:
 
     def keep(self, cache: PrefixSharedCache, output_ids: Tensor | None, *, close: bool) -> int:
         """`commit`, where `close` is False leaving the cache usable; without ids the prompts alone are kept."""
-        with self.lock:
-            # A token was generated behind the prompts: their forward has ended.
-            is_prompt_whole = output_ids is not None and output_ids.shape[1] > cache.prompt_columns
-            rows, lengths = cache.rows_held(is_prompt_whole=is_prompt_whole)
-            texts = cache.texts or []
-            if output_ids is not None and not cache.is_reordered:
-                texts = cache.extended(output_ids, end_tokens(self.model)) or texts
-            self.blocks.require_unchanged(cache.key, cache.namespace)
-            if not cache.is_current:
-                raise CacheStateError(
-                    "the store took other pools since this cache was made, for another dtype or device: got a cache "
-                    "whose states nobody can go on from; drop it"
-                )
-            num_new = 0
-            for i, (text, length) in enumerate(zip(texts, lengths, strict=False)):
-                exact = cache.exact_blocks[i] if cache.exact_blocks else ()
-                num_new += self.index.insert(cache.key, text[:length], [table_rows[i] for table_rows in rows], exact)
-            if close:
-                cache.close()
-        return num_new
+        return file_call(self.blocks, cache, output_ids, close=close)
 
     def pin(self, input_ids: Tensor | Sequence[int], *, namespace: Hashable = None) -> int:
         """Never evict the known prefix of a text; returns how many of its tokens that is. `unpin` undoes it."""
@@ -222,9 +215,13 @@ class PrefixStore:
         return self._pin(input_ids, namespace, -1)
 
     def match_length(self, input_ids: Tensor | Sequence[int], *, namespace: Hashable = None) -> int:
-        """How many of the first tokens of a text the store knows."""
-        with self.lock:
-            return self.index.match(self.key_of(namespace), as_text(input_ids)).length
+        """How many of the first tokens of a text the store knows, in tiers below the device too."""
+        return known_length(self.blocks, self.key_of(namespace), as_text(input_ids))
+
+    def flush(self) -> None:
+        """Wait until copies of all texts lie in the tiers, as far as there is room; a process that ends does so too."""
+        if self.blocks.tiers is not None:
+            self.blocks.tiers.spiller.flush()
 
     def stats(self) -> PrefixStats:
         """What was found so far, and what is held now."""
@@ -239,10 +236,11 @@ class PrefixStore:
                 num_blocks=self.index.num_nodes,
                 used_bytes=used,
                 reserved_bytes=reserved,
+                **({} if self.blocks.tiers is None else self.blocks.tiers.stats()._asdict()),
             )
 
     def clear(self) -> None:
-        """Forget all texts, pinned ones too; memory stays reserved, caches in use stay right."""
+        """Forget all texts, pinned ones and this model's files too; memory stays reserved, caches in use stay right."""
         self.blocks.clear()
 
     def free(self) -> None:
@@ -285,8 +283,10 @@ class PrefixStore:
         return self.blocks.key_of(namespace)
 
     def _pin(self, input_ids: Tensor | Sequence[int], namespace: Hashable, count: int) -> int:
+        key, text = self.key_of(namespace), as_text(input_ids)
+        restore(self.blocks, key, [text])
         with self.lock:
-            match = self.index.match(self.key_of(namespace), as_text(input_ids))
+            match = self.index.match(key, text)
             self.index.pin(match, count)
             return match.length
 

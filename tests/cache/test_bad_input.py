@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_kvopt import CACHE_KEYWORD, CacheConfig, CacheStateError, OutOfBlocks, PagedCache
+from hf_kvopt import CACHE_KEYWORD, CacheConfig, CacheStateError, OutOfBlocks, PagedCache, enable
 from tests.helpers import (
     KINDS,
     assert_usable,
@@ -252,3 +252,11 @@ def test_a_forward_that_broke_off_is_taken_back_and_said(kind: str, layer_idx: i
     with pytest.raises(CacheStateError, match=r"half way.*taken back and \d+ are left, so call the model again"):
         generate(model, longer, cache)
     assert_as_before(cache, kind, model)
+
+
+def test_offloading_without_a_gpu_is_refused_when_the_cache_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"offloading=True on a machine without one; drop it"):
+        PagedCache(offloading=True)
+    with pytest.raises(ValueError, match=r"offloading=True on a machine without one; drop it"):
+        enable(tiny_model(), cache="int8", offloading=True)

@@ -5,7 +5,7 @@ import torch
 
 from hf_kvopt import CACHE_KEYWORD, PrefixStore, QuantizedPagedCache
 from hf_kvopt.prefix.exact import columns_in_common, lengths_to_go_on_from, read_behind
-from hf_kvopt.prefix.index import Node
+from hf_kvopt.prefix.node import Node
 from tests.cache.sealed import FORMATS
 from tests.helpers import generate, tiny_model
 from tests.prefix.prefixes import batch, counted, text, turn

@@ -1,0 +1,1 @@
+"""Losses of eviction policies, by the memory that they hold."""
