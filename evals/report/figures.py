@@ -21,6 +21,7 @@ _CACHES = {
     "paged+hf_kvopt": "**paged**",
     "int8+hf_kvopt": "**int8**",
     "int4+hf_kvopt": "**int4**",
+    "int4/int4+hf_kvopt": "**int4/int4**",
 }
 _METRICS = {"step_ms": "decode step", "prefill_ms": "prefill"}
 _DRAFTS = {
@@ -60,9 +61,11 @@ def _speed(rows: Sequence[Found]) -> str:
     mine = _fields(rows, "speed", "side", "context", "batch", model="random-bench", batch=1)
     by_place = {(f["side"], f["context"]): f for f in mine}
 
+    shown = {side: name for side, name in _CACHES.items() if "int4" not in side or (side, 8192) in by_place}
+
     def line(what: str, context: int, show: Callable[[Fields], str]) -> list[str]:
-        cells = [show(by_place[side, context]) for side in _CACHES]
-        return [what, *(f"**{c}**" if "**" in name else c for c, name in zip(cells, _CACHES.values(), strict=True))]
+        cells = [show(by_place[side, context]) for side in shown]
+        return [what, *(f"**{c}**" if "**" in name else c for c, name in zip(cells, shown.values(), strict=True))]
 
     lines = [
         line("decode step at 8,192 tokens, ms", 8192, lambda f: f"{f['step_ms']:.1f}"),
@@ -81,7 +84,7 @@ def _speed(rows: Sequence[Found]) -> str:
         )
         for f in sorted(bars, key=lambda f: (-f["context"], f["side"], f["metric"]))
     ]
-    return _table(["", *_CACHES.values()], lines) + "\n\n" + _table(["time of", "at most", "measured", ""], goals)
+    return _table(["", *shown.values()], lines) + "\n\n" + _table(["time of", "at most", "measured", ""], goals)
 
 
 def _loss(rows: Sequence[Found]) -> str:
@@ -98,7 +101,7 @@ def _loss(rows: Sequence[Found]) -> str:
         bars = (_bar(one, "delta") for one in (f, other))
         goal, harder = (f"{_percent(bar['limit'])}, {_verdict(bar['met'])}" if bar else "" for bar in bars)
         behind = f" (goal {harder})" if harder else ""
-        lines.append([name, f"{f['bf16_share']:.2f}", loss, goal, _percent(other["delta"]) + behind])
+        lines.append([name, f"{share(f):.2f}", loss, goal, _percent(other["delta"]) + behind])
     columns = [
         "cache",
         "bytes, of bfloat16",

@@ -59,5 +59,5 @@ def test_the_formats_lose_little_and_in_their_order(tmp_path: Path) -> None:
     baseline, int8, k8v4, int4 = json.loads(out.read_text())
     assert 2 < baseline["perplexity"] < 30  # of programs: a model whose weights were read wrongly is far above
     assert 0 < int8["kl_mean"] < 2e-3
-    assert int8["kl_mean"] < k8v4["kl_mean"] < int4["kl_mean"] < 0.1
+    assert 0 < k8v4["kl_mean"] < int4["kl_mean"] < 7e-3  # the bar of int4
     assert {bar["metric"] for bar in int8["bars"]} == {"delta", "kl_mean", "bf16_share"}
