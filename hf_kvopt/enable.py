@@ -49,7 +49,7 @@ _STATE = "_hf_kvopt_state"
 
 @dataclass(frozen=True)
 class Enabled:
-    """What `enable` set on a model; its repr says it in one line."""
+    """State that `enable` set on a model; its repr says it in one line."""
 
     cache: str | None  # as named in the call, or as a preset chose it
     attention: bool  # whether our attention was set
@@ -252,7 +252,7 @@ def _sharing(
     options: dict[str, Any],
     tiers: dict[str, Any],
 ) -> Sharing | None:
-    """What shares the prefixes of `model`, checked; None where nothing does."""
+    """Return what shares the prefixes of `model`, checked; None where nothing does."""
     if tiers and prefix_sharing is not True:
         raise ValueError(
             f"{', '.join(tiers)} keep shared prompts below the device: got prefix_sharing="

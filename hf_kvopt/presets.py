@@ -36,7 +36,7 @@ PRESETS = {
 
 
 class Resolved(NamedTuple):
-    """What a preset stands for on this model and machine."""
+    """Choice that a preset stands for on this model and machine."""
 
     cache: str
     options: dict[str, Any]  # keyword arguments of `enable`

@@ -23,7 +23,7 @@ _RANDOM_NEEDLE = 8
 
 
 class Needle(NamedTuple):
-    """What is planted, and what is asked for at the end."""
+    """Needle that is planted, and the question at the end."""
 
     planted: list[int]
     question: list[int]

@@ -1,1 +1,1 @@
-"""What does a cache cost in perplexity? `python -m evals.perplexity`."""
+"""Perplexity that a cache costs: `python -m evals.perplexity`."""

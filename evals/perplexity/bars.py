@@ -1,4 +1,4 @@
-"""What the quantized caches have to reach: a bar for each format, on each model that has some.
+"""Bars that the quantized caches have to reach: one for each format, on each model that has some.
 
 Losses are judged at any chunk size and on any text; a model is known by the name it was asked for. Memory is judged by
 the arithmetic of `hf_kvopt.plan.memory` at 32k tokens in bfloat16, which `evals.memory` holds to the allocator.

@@ -37,7 +37,7 @@ class FixedLayer(PagedLayer):
 
     @property
     def centres(self) -> FixedCentres | None:
-        """What the rows' keys are stored less, where they are guarded."""
+        """Holds what is taken from the rows' keys before they are stored, where they are guarded."""
         return None if self.pool is None else self.pool.keys.row_centres
 
     @torch.compiler.disable(
@@ -65,7 +65,7 @@ class FixedLayer(PagedLayer):
             self._make_tensors(key_states)
 
     def _make_tensors(self, key_states: Tensor) -> None:
-        """What the rows have beside their tokens, at addresses that stay."""
+        """Holds what the rows have beside their tokens, at addresses that stay."""
         assert self.pool is not None
         batch, device = key_states.shape[0], key_states.device
         self.length = self.length.to(device)
@@ -177,7 +177,7 @@ class FixedLayer(PagedLayer):
                 self.centres.restart()
 
     def keep(self, num_tokens: int, path: Sequence[int]) -> None:
-        """Of the last `num_tokens` tokens of every row keep those numbered in `path`, in that order."""
+        """Keep those of the last `num_tokens` tokens of every row that `path` numbers, in that order."""
         assert self.pool is not None
         first = self.held - num_tokens
         moved = [(node, place) for place, node in enumerate(path) if node != place]

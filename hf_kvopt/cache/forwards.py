@@ -38,15 +38,15 @@ class ForwardLog:
 
     @property
     def has_only_read(self) -> bool:
-        """Whether this forward has written nothing yet."""
+        """Return whether this forward has written nothing yet."""
         return all(part.startswith(READ) for _, part in self.written)
 
     def begins(self, place: int, part: str = KEYS) -> bool:
-        """Whether `part` of the layer at `place` is the first one of a forward."""
+        """Return whether `part` of the layer at `place` is the first one of a forward."""
         return not self.written or place < self.last or (place, part) in self.written
 
     def follows_half(self, place: int, part: str = KEYS) -> bool:
-        """Whether a forward before the one that comes to this part stopped half way."""
+        """Return whether a forward before the one that comes to this part stopped half way."""
         if self.is_broken:
             return True
         begins = bool(self.written) and self.begins(place, part)
@@ -88,5 +88,5 @@ class ForwardLog:
 
 
 def _is_steady(part: str) -> bool:
-    """Whether every forward comes to a part: states are written by the cache in some, in place in others."""
+    """Return whether every forward comes to a part: states are written by the cache in some, in place in others."""
     return part == KEYS or part.startswith(READ)

@@ -22,7 +22,7 @@ _HYBRID = ("hybrid", "hybrid_sliding")
 
 
 class LayerMaker(NamedTuple):
-    """What all layers of a cache have in common."""
+    """Makes the layers of a cache, of what all of them have in common."""
 
     rows: GrowingRows  # gives the table that all layers with a window (or None) share
     formats: FormatPolicy
@@ -69,11 +69,11 @@ class LayerMaker(NamedTuple):
         return policies
 
     def is_paged(self, kind: str) -> bool:
-        """Whether layers of a kind live in blocks."""
+        """Return whether layers of a kind live in blocks."""
         return kind == "full_attention" or kind in _WINDOWED or (kind in _HYBRID and not self.rows.is_fixed)
 
     def resolved(self, config: PreTrainedConfig) -> "LayerMaker":
-        """The same with the layers that the formats name from the end numbered; raises ValueError for one too many."""
+        """Number the layers that the formats name from the end; raises ValueError for one too many."""
         kinds = [kind for kind, _ in zip(*compat.layer_types(config), strict=False)]
         paged = [i for i, kind in enumerate(kinds) if self.is_paged(kind)] or [0]
         return self._replace(formats=self.formats.resolve(len(kinds), paged[0], paged[-1]))

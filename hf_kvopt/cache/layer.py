@@ -49,32 +49,32 @@ class PagedLayer(CacheLayerMixin):
 
     @property
     def is_initialized(self) -> bool:  # type: ignore[override]
-        """Whether the pool exists."""
+        """Return whether the pool exists."""
         return self.pool is not None
 
     @property
     def record_past(self) -> bool:
-        """Whether blocks behind the window are kept until the next crop."""
+        """Return whether blocks behind the window are kept until the next crop."""
         return self.table.record_past
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
-        """[batch, num_kv_heads, tokens held, head_dim], by reference; None before there is a pool."""
+        """Return [batch, num_kv_heads, tokens held, head_dim], by reference; None before there is a pool."""
         return self._stored("keys")
 
     @property
     def values(self) -> Tensor | None:  # type: ignore[override]
-        """Like `keys`."""
+        """Return the values held, [batch, num_kv_heads, tokens held, v_head_dim]; see `keys`."""
         return self._stored("values")
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """Of the states as the model sees them."""
+        """Return the dtype of the states as the model sees them."""
         return self.pool.keys.dtype if self.pool else None
 
     @property
     def device(self) -> torch.device | None:
-        """Where the layer computes, also while its pool is offloaded."""
+        """Return the device on which the layer computes, also while its pool is offloaded."""
         return self.pool.keys.home if self.pool else None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -145,7 +145,7 @@ class PagedLayer(CacheLayerMixin):
 
     @property
     def is_empty(self) -> bool:
-        """Whether the layer holds no token of any row."""
+        """Return whether the layer holds no token of any row."""
         return self.clock <= min(self.table.lags, default=0)
 
     def forget(self) -> None:
@@ -236,13 +236,13 @@ class PagedLayer(CacheLayerMixin):
         return KVHandle(view, self.pool.reads)
 
     def _as_read(self, pool: KVPool, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        """What a query of this step sees of its own states."""
+        """Return what a query of this step sees of its own states."""
         if self.exact_prefill:
             return key_states, value_states
         return pool.as_stored(key_states, value_states, self.table)
 
     def _past_dense(self, pool: KVPool, first: int) -> tuple[Tensor, ...] | None:
-        """What a query sees of the past, copied before the table lets go of it; the first layer of a step finds it in
+        """Return what a query sees of the past, copied before the table drops it; the first layer of a step finds it in
         the table, the others in what that layer retired."""
         table = self.table if self.table.clock == self.clock else self.table.retired
         if table is None or not table.rows:

@@ -14,7 +14,7 @@ from hf_kvopt import compat
 
 
 class Loop(NamedTuple):
-    """Where the appended layers stand in a forward."""
+    """Place of the appended layers in a forward."""
 
     end: int  # the first layer behind those that are passed several times
     num_layers: int  # that the config names

@@ -110,7 +110,7 @@ class PagedCache(WatchedCache):
 
     @property
     def layer_class_to_replicate(self) -> Any:
-        """What makes a layer that is missing, where the config is not known.
+        """Return what makes a layer that is missing, where the config is not known.
 
         Computed: a bound method kept on the cache would make a cycle, and a dropped fork would keep its blocks until
         the next garbage collection.
@@ -148,7 +148,7 @@ class PagedCache(WatchedCache):
         self._rows.crop_rows(lengths, self._paged_layers())
 
     def keep_paths(self, num_tokens: int, paths: Sequence[Sequence[int]]) -> None:
-        """Of the last `num_tokens` tokens of row i keep those numbered in `paths[i]`, in that order: an accepted draft.
+        """Keep of the last `num_tokens` tokens of row i those that `paths[i]` numbers, in its order: an accepted draft.
 
         What is kept moves together inside the newest blocks, in its stored form; rows that keep less than others begin
         at a later column. With fixed capacity all rows must keep the same path.

@@ -1,4 +1,4 @@
-"""What a cache does to the rows of all its layers together: `GrowingRows`, or `FixedRows` of one capacity.
+"""Rows of all layers of a cache together: `GrowingRows`, or `FixedRows` of one capacity.
 
     PagedCache ─► GrowingRows   a block table for each kind of layer; rows share blocks, and end where they like
               └─► FixedRows     one table that never changes; lengths live on the device, with each layer
@@ -95,7 +95,7 @@ class GrowingRows:
         return self.table_for(table.window, table.kind if isinstance(table.kind, EvictionPolicy) else None)
 
     def owns(self, layer: PagedLayer) -> bool:
-        """Whether a layer's rows are these."""
+        """Return whether a layer's rows are these."""
         return self.tables.get(layer.table.kind) is layer.table
 
     def lengths(self, table: BlockTable, layers: Layers) -> list[int]:
@@ -122,7 +122,7 @@ class GrowingRows:
         self._sync(layers)
 
     def keep(self, num_tokens: int, paths: Sequence[Sequence[int]], layers: Layers) -> None:
-        """Of the last tokens of each row keep those on its path; see `PagedCache.keep_paths`."""
+        """Keep those of the last tokens of each row that are on its path; see `PagedCache.keep_paths`."""
         for table in self._live():
             table.keep(num_tokens, paths)
         self._sync(layers)

@@ -1,4 +1,4 @@
-"""What a paged cache holds, counted from its tables and pools."""
+"""Statistics of a paged cache, counted from its tables and pools."""
 
 from collections import Counter
 from collections.abc import Sequence

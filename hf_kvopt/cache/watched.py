@@ -109,7 +109,7 @@ class WatchedCache(DynamicCache):
         return states
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
-        """Whether a layer has states; before transformers 5.20 what a layer asks that then changes them in place."""
+        """Return whether a layer has states; before transformers 5.20 a layer asks before it changes them in place."""
         if layer_idx is not None and not compat.HANDS_OUT_STATES:
             self._before_change(layer_idx, f"{READ} {state_idx}", is_once=state_idx is None)
         return bool(super().has_previous_state(layer_idx, state_idx))
@@ -121,7 +121,7 @@ class WatchedCache(DynamicCache):
 
     @property
     def has_columns(self) -> bool:
-        """Whether any layer holds keys and values of tokens, and not states alone."""
+        """Return whether any layer holds keys and values of tokens, and not states alone."""
         return self.layer_class_to_replicate is not None or any(isinstance(layer, PagedLayer) for layer in self.layers)
 
     def _layer_for(self, layer_idx: int) -> Any:
@@ -183,7 +183,7 @@ class WatchedCache(DynamicCache):
         log.note(place, part)
 
     def _place(self, layer_idx: int) -> int:
-        """How many layers a forward writes before this one."""
+        """Return how many layers a forward writes before this one."""
         return layer_idx if self._loop is None else self._loop.place(layer_idx)
 
     def _first(self) -> int | None:

@@ -1,4 +1,4 @@
-"""Whether the forward before this one reached all layers of a cache: judged by the layers that were ever written.
+"""Wholeness of the forward before this one: it reached all layers of a cache that were ever written, or it did not.
 
     a whole forward      layers 0 1 2 3 at column 20         4 and 5, which only the config names, were never written
     the next breaks off  layers 0 1     at column 25         the last layer that was ever written, 3, is behind
@@ -100,7 +100,7 @@ def _comes_behind(layers: Sequence[Any], layer: PagedLayer, last: PagedLayer) ->
 
 
 def _is_cheap_to_ask(layers: Sequence[Any], layer: PagedLayer, num_tokens: int) -> bool:
-    """Whether the lengths of fixed capacity, which lie on the device, are read without a wait for a decode step."""
+    """Return whether the lengths of fixed capacity, which lie on the device, are read without waiting for a step."""
     assert isinstance(layer, FixedLayer)
     return layer is _in_step(layers) and (num_tokens > 1 or is_on_host(layer.length))
 

@@ -1,4 +1,4 @@
-"""What a backend is asked to do, as frozen values: one attention over what a layer holds, or one write to it.
+"""Calls of a backend as frozen values: one attention over what a layer holds, or one write to it.
 
     AttentionCall ─► q, pattern, k and v ─► KVView ─► plane (codes, scale)   rows (block table)   columns
     StoreCall     ─► new states and their slots ─► plane
@@ -59,11 +59,11 @@ class Rows(Protocol):
         ...
 
     def numbers(self, numbers: Sequence[int], device: torch.device) -> Tensor:
-        """[len(numbers)] int32 on a device."""
+        """Return [len(numbers)] int32 on a device."""
         ...
 
     def read(self, x: Tensor, skip: int, kv_len: int) -> Tensor:
-        """[batch, num_kv_heads, kv_len, ...]: columns `skip` to `skip + kv_len` of a tensor of the plane."""
+        """Return [batch, num_kv_heads, kv_len, ...]: columns `skip` to `skip + kv_len` of a tensor of the plane."""
         ...
 
 
@@ -165,7 +165,7 @@ class KVView(NamedTuple):
         return Quantized(*parts)
 
     def dense(self) -> Tensor:
-        """[batch, num_kv_heads, kv_len, head_dim]: a view of the pool where rows lie evenly in it, else a copy."""
+        """Return [batch, num_kv_heads, kv_len, head_dim]: a view of the pool where rows lie evenly, else a copy."""
         self.check_valid()
         # A window has let go of the first of these tokens already, or they are wanted as they came.
         if self.states is not None and (self.skip < 0 or self.plane.scale is not None):
@@ -196,7 +196,7 @@ class AttentionCall(NamedTuple):
 
     @property
     def needs_centre(self) -> bool:
-        """Whether it matters that all scores of a row are shifted alike: beside a sink, or under a cap."""
+        """Return whether it matters that all scores of a row are shifted alike: beside a sink, or under a cap."""
         is_shifted = isinstance(self.k, KVView) and self.k.centre is not None
         return is_shifted and (self.pattern.sinks is not None or self.pattern.softcap is not None)
 

@@ -12,14 +12,14 @@ from hf_kvopt.quant import Format
 
 
 def runs_kernel(tensor: Tensor) -> bool:
-    """Whether an op over this tensor runs the Triton kernel; raises UnsupportedDevice on CUDA without Triton."""
+    """Return whether an op over this tensor runs the Triton kernel; raises UnsupportedDevice on CUDA without Triton."""
     if tensor.is_cuda and not HAS_TRITON:
         raise UnsupportedDevice("kernels on CUDA need Triton: got none installed; pip install triton, or use the CPU")
     return tensor.is_cuda or (INTERPRET and tensor.device.type == "cpu")
 
 
 def is_on_host(tensor: Tensor) -> bool:
-    """Whether reading a value of this tensor waits for nothing; a step must not read what lies on a device."""
+    """Return whether reading a value of this tensor waits for nothing; a step must not read what lies on a device."""
     return tensor.device.type == "cpu"
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Packed(NamedTuple):
-    """Where each sequence of the row begins and ends: sequence i is [cu_seqlens[i], cu_seqlens[i + 1])."""
+    """Bounds of the sequences of a packed row: sequence i is [cu_seqlens[i], cu_seqlens[i + 1])."""
 
     cu_seqlens_q: Tensor  # [num_seqs + 1] int32
     cu_seqlens_k: Tensor  # [num_seqs + 1] int32

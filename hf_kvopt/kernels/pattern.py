@@ -1,4 +1,4 @@
-"""What an attention op computes beyond softmax(scale * q k^T) v, as one frozen value that every op takes.
+"""Pattern of an attention: what it computes beyond softmax(scale * q k^T) v, as one frozen value that every op takes.
 
 Query i of a row sits at position p = kv_len - q_len + i and sees kv index j where
 
@@ -32,10 +32,10 @@ class Pattern(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
-        """Whether causal or full attention is all there is."""
+        """Return whether causal or full attention is all there is."""
         return all(extra is None for extra in self[2:])
 
     @property
     def has_mask(self) -> bool:
-        """Whether an explicit mask is read."""
+        """Return whether an explicit mask is read."""
         return self.mask is not None

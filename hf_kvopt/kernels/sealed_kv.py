@@ -35,7 +35,7 @@ class BothForms(NamedTuple):
 
 
 class SealedKV(NamedTuple):
-    """What a layer holds of a batch of rows."""
+    """View of what a layer holds of a batch of rows."""
 
     k: BothForms
     v: BothForms

@@ -45,11 +45,11 @@ class SealedRows(Rows, Protocol):
 
     @property
     def is_ragged(self) -> bool:
-        """Whether some row begins later than the first column."""
+        """Return whether some row begins later than the first column."""
         ...
 
     def exact_table(self, device: torch.device) -> Tensor:
-        """[batch, max_blocks] int32: where the exact ones of each row's blocks lie."""
+        """Return [batch, max_blocks] int32: where the exact ones of each row's blocks lie."""
         ...
 
 
@@ -62,7 +62,7 @@ class SealedStorage(Protocol):
 
     @property
     def sealed_place(self) -> SealedPlace | None:
-        """Where the tensors lie, for the compiled kernel of a CPU."""
+        """Return where the tensors lie, for the compiled kernel of a CPU."""
         ...
 
     def both_forms(self, new: Tensor | None = None) -> BothForms:
@@ -70,11 +70,11 @@ class SealedStorage(Protocol):
         ...
 
     def unsealed(self, blocks: Tensor) -> Tensor:
-        """What stored blocks [n] stand for, [n, num_kv_heads, block_size, head_dim] float32."""
+        """Return what stored blocks [n] stand for, [n, num_kv_heads, block_size, head_dim] float32."""
         ...
 
     def read(self, table: Any, kv_len: int, skip: int = 0) -> Tensor:
-        """What a query at the last token of each row reads, [batch, num_kv_heads, kv_len, head_dim]."""
+        """Return what a query at the last token of each row reads, [batch, num_kv_heads, kv_len, head_dim]."""
         ...
 
     def read_blocks(self, table: Any, rows: Sequence[int], first: int, stop: int, tile: int) -> Tensor:
@@ -133,7 +133,7 @@ class SealedView(KVView):
         raise CacheStateError("sealed and exact blocks are not one tensor of codes: got codes(); use dense()")
 
     def dense(self) -> Tensor:
-        """[batch, num_kv_heads, kv_len, head_dim] as a query at the last token of each row reads it."""
+        """Return [batch, num_kv_heads, kv_len, head_dim] as a query at the last token of each row reads it."""
         self.check_valid()
         if self.states is not None:
             return self.states
@@ -141,7 +141,7 @@ class SealedView(KVView):
 
 
 def depths(pattern: Pattern, q_len: int) -> Tensor | None:
-    """[q_len] int32: by how much each query's position is behind that of the first, where it is not its number.
+    """Return [q_len] int32: by how much each query's position is behind that of the first, where it is not its number.
 
     Nodes of a tree of drafts stand behind one another in the cache, and see their ancestors among them alone.
     """

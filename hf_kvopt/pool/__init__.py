@@ -1,1 +1,1 @@
-"""Where keys and values live: blocks, who owns them, and how their bytes encode tensors. Torch only."""
+"""Storage of keys and values: blocks, who owns them, and how their bytes encode tensors. Torch only."""

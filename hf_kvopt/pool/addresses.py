@@ -1,4 +1,4 @@
-"""Where the tokens of a block table lie: slots, device tensors and strides of its rows, made once for all layers.
+"""Addresses of the tokens of a block table: slots, device tensors and strides of its rows, made once for all layers.
 
 What is asked is kept until the rows or their lengths change: all layers of a step ask the same.
 """
@@ -58,7 +58,7 @@ class Addresses:
 
     @property
     def is_ragged(self) -> bool:
-        """Whether some row begins later than the first column."""
+        """Return whether some row begins later than the first column."""
         return any(self.lags)
 
     def starts(self, skip: int, num_columns: int) -> list[int] | None:
@@ -77,7 +77,7 @@ class Addresses:
 
     @property
     def layout(self) -> RowLayout:
-        """How the rows lie in memory."""
+        """Return how the rows lie in memory."""
         if self._layout is None:
             self._layout = RowLayout(self.rows, self.block_size)
         return self._layout
@@ -101,7 +101,7 @@ class Addresses:
         return (rows[0], (rows[1] - late).clamp(min=0), rows[2]) if late else rows
 
     def read(self, x: Tensor, skip: int, kv_len: int) -> Tensor:
-        """[batch, num_kv_heads, kv_len, ...] of x [num_blocks, block_size, num_kv_heads, ...], from column `skip` on: a
+        """Return [batch, num_kv_heads, kv_len, ...] of x [num_blocks, block_size, num_kv_heads, ...], from `skip` on: a
         view where rows lie evenly, else a copy."""
         span = self.span()
         if span is None:
@@ -109,16 +109,16 @@ class Addresses:
         return strided(x, span[0] + skip, span[1], self.batch_size, kv_len)
 
     def slots(self, start: int, stop: int, device: torch.device) -> Tensor:
-        """[batch, stop - start] int64 slots of the columns `start` to `stop`; -1 where a row has no token."""
+        """Return [batch, stop - start] int64 slots of the columns `start` to `stop`; -1 where a row has no token."""
         key = ("slots", device, start, stop)
         return self._tensors.of(key, lambda: self._column_slots(start, stop), torch.int64)
 
     def numbers(self, numbers: Sequence[int], device: torch.device) -> Tensor:
-        """[len(numbers)] int32 on a device, copied there once a step for all layers."""
+        """Return [len(numbers)] int32 on a device, copied there once a step for all layers."""
         return self._tensors.of(("numbers", device, *numbers), lambda: list(numbers), torch.int32)
 
     def gather_slots(self, skip: int, num_columns: int, device: torch.device) -> Tensor:
-        """[batch, num_columns] int64 slots from column base + `skip` on; some slot of the row where it has no token."""
+        """Return int64 slots [batch, num_columns] from column base + `skip` on; any one where a row has none."""
         key = ("gather", device, skip, num_columns)
         return self._tensors.get(key, lambda: self._picked(skip, num_columns, device))
 
@@ -132,7 +132,7 @@ class Addresses:
         return slots
 
     def _picked(self, skip: int, num_columns: int, device: torch.device) -> Tensor:
-        """[batch, num_columns] int64 slots from column base + `skip` on; some slot of the row where it has no token."""
+        """Return int64 slots [batch, num_columns] from column base + `skip` on; any one where a row has none."""
         block_table, _, lags = self.rows_on(device)
         tokens = torch.arange(skip, skip + num_columns, device=device).expand(len(block_table), -1)
         if lags is not None:

@@ -129,7 +129,7 @@ class BlockAllocator:
             return pieces
 
     def can_extend(self, last: int, num_blocks: int) -> bool:
-        """Whether the `num_blocks` blocks right behind block `last` are free."""
+        """Return whether the `num_blocks` blocks right behind block `last` are free."""
         return self.free.room_behind(last) >= num_blocks
 
     def require_free(self, num_blocks: int) -> None:
@@ -276,7 +276,7 @@ class BlockAllocator:
             self.free.check(self.refcounts, self._held())
 
     def _held(self) -> Counter[int]:
-        """How often each block is held."""
+        """Return how often each block is held."""
         # Holders first: one that is collected meanwhile has left its rows with `abandoned` before.
         rows = [*(row for holder in list(self.holders) for row in holder.held_rows()), *self.abandoned]
         return Counter(block for row in rows for block in row)

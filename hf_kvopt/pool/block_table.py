@@ -167,7 +167,7 @@ class BlockTable(ExactRows, Unevicted):
         self._rows_changed()
 
     def keep(self, num_tokens: int, paths: Sequence[Sequence[int]]) -> None:
-        """Of the last `num_tokens` tokens of row i keep those numbered in `paths[i]`, moved together, in that order.
+        """Keep those of the last `num_tokens` tokens of row i that `paths[i]` numbers, moved together, in that order.
 
         Columns that no row has any more go.
         """

@@ -50,7 +50,7 @@ class Centres:
         self._last: tuple[tuple[int, ...], Tensor] | None = None
 
     def of_rows(self, table: BlockTable) -> Tensor | None:
-        """[batch, num_kv_heads, head_dim] float32; None where no row has a shift."""
+        """Return [batch, num_kv_heads, head_dim] float32; None where no row has a shift."""
         return self._gathered([self.ids[row[-1]] if row else 0 for row in table.rows])
 
     @property
@@ -107,7 +107,7 @@ class Centres:
                 self.early.pop(row[-1], None)
 
     def of_blocks(self, blocks: list[int]) -> Tensor:
-        """[len(blocks), num_kv_heads, head_dim] float32."""
+        """Return [len(blocks), num_kv_heads, head_dim] float32."""
         return self.vectors[[self.ids[block] for block in blocks]]
 
     def put_blocks(self, blocks: list[int], vectors: Tensor) -> None:

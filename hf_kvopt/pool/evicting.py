@@ -287,7 +287,7 @@ class EvictingTable(BlockTable):
 
 
 def _is_inside(blocks: range, ranges: Sequence[range]) -> bool:
-    """Whether one of the ascending `ranges` covers `blocks`."""
+    """Return whether one of the ascending `ranges` covers `blocks`."""
     place = bisect_right(ranges, blocks.start, key=lambda one: one.start) - 1
     return place >= 0 and blocks.stop <= ranges[place].stop
 

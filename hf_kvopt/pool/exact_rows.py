@@ -27,5 +27,5 @@ class ExactRows(BlockRows):
         return tail.numbers_of(self)
 
     def exact_table(self, device: torch.device) -> Tensor:
-        """[batch, max_blocks] int32: where the exact ones of each row's blocks lie; see `tail.exact_table`."""
+        """Return [batch, max_blocks] int32: where the exact ones of each row's blocks lie; see `tail.exact_table`."""
         return tail.exact_table(self, device)

@@ -22,7 +22,7 @@ from hf_kvopt.quant import CENTRE_TOKENS, SCALE_DTYPE, centre_of, format_of, gua
 
 
 def is_on_host(tensor: Tensor) -> bool:
-    """Whether reading a value of this tensor waits for nothing; see `kernels.devices`."""
+    """Return whether reading a value of this tensor waits for nothing; see `kernels.devices`."""
     return devices.is_on_host(tensor)
 
 
@@ -108,7 +108,7 @@ class FixedCentres:
         return self.vectors, self.early, self.is_open
 
     def of_rows(self) -> Tensor | None:
-        """[batch, num_kv_heads, head_dim] float32; None where no row has a shift."""
+        """Return [batch, num_kv_heads, head_dim] float32; None where no row has a shift."""
         if self.may_learn:
             self._shift = self.vectors if bool(self.vectors.any()) else None
         return self._shift
@@ -239,7 +239,7 @@ def _learn_centres_of_next(
     scale: Tensor | None,
     rotates: bool,
 ) -> None:
-    """The same for one token a row, without waiting for the device: all is computed, and kept where it is due."""
+    """Learn from one token a row, without waiting for the device: all is computed, and kept where it is due."""
     is_first, is_last = length == 0, length == CENTRE_TOKENS - 1
     columns = torch.arange(CENTRE_TOKENS, device=length.device)
     early.copy_(torch.where((columns == length)[:, None], states, early))

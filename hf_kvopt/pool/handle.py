@@ -72,7 +72,7 @@ class KVHandle(LazyTensor):
 
     @property
     def is_all_new(self) -> bool:
-        """Whether all that is held came with the last update, and no fork holds anything of before."""
+        """Return whether all that is held came with the last update, and no fork holds anything of before."""
         return self.table is not None and not self.table.step_start and len(self.table.allocator.holders) == 1
 
     @property

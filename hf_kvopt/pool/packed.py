@@ -47,7 +47,7 @@ class Cut:
             self._kept = torch.tensor(kept, device=device)
 
     def rows_of(self, states: Tensor) -> Tensor:
-        """[num_rows, num_heads, q_len, dim] of packed states [1, num_heads, tokens, dim]."""
+        """Return [num_rows, num_heads, q_len, dim] of packed states [1, num_heads, tokens, dim]."""
         if self._places is None:
             mine = states[0, :, self.first : self.first + self.num_tokens]
         else:
@@ -55,7 +55,7 @@ class Cut:
         return mine.unflatten(1, (self.num_rows, self.q_len)).transpose(0, 1)
 
     def packed(self, out: Tensor) -> Tensor:
-        """[1, num_tokens, num_heads, dim] of the attention of each row, out [num_rows, q_len, num_heads, dim]."""
+        """Pack the attention of each row, out [num_rows, q_len, num_heads, dim], to [1, num_tokens, num_heads, dim]."""
         flat = out.flatten(0, 1)
         return (flat if self._kept is None else flat.index_select(0, self._kept))[None]
 

@@ -65,12 +65,12 @@ class Plane:
 
     @property
     def codes(self) -> Tensor:
-        """[num_blocks, block_size, num_kv_heads, width]."""
+        """Return [num_blocks, block_size, num_kv_heads, width]."""
         return self.stored.codes
 
     @property
     def scale(self) -> Tensor | None:
-        """[num_blocks, block_size, num_kv_heads, *scale_shape]; None for native storage."""
+        """Return [num_blocks, block_size, num_kv_heads, *scale_shape]; None for native storage."""
         return self.stored.scale
 
     @property
@@ -90,7 +90,7 @@ class Plane:
         return sum(tensor.untyped_storage().nbytes() for tensor in (*self.tensors, *beside))
 
     def no_tokens(self, batch: int) -> Tensor:
-        """[batch, num_kv_heads, 0, head_dim]: states such as this plane holds, but none."""
+        """Return [batch, num_kv_heads, 0, head_dim]: states such as this plane holds, but none."""
         return torch.empty(batch, self.num_heads, 0, self.dim, dtype=self.dtype, device=self.home)
 
     def write_of(self, states: Tensor, centre: Tensor | None = None) -> PlaneWrite:
@@ -98,11 +98,11 @@ class Plane:
         return PlaneWrite(self.stored, self.format, states, centre)
 
     def centre_of(self, table: BlockTable) -> Tensor | None:
-        """[batch, num_kv_heads, head_dim] that was taken from each row of `table`; None where nothing was."""
+        """Return [batch, num_kv_heads, head_dim] that was taken from each row of `table`; None where nothing was."""
         return None if self.centres is None else self.centres.of_rows(table)
 
     def read(self, table: BlockTable, kv_len: int, skip: int = 0) -> Tensor:
-        """[batch, num_kv_heads, kv_len, head_dim], from the column `skip` behind the table's base on.
+        """Return [batch, num_kv_heads, kv_len, head_dim], from the column `skip` behind the table's base on.
 
         A view of native storage where rows lie evenly in the pool, else a copy; a column without a token reads as some
         other, finite one.
@@ -110,7 +110,7 @@ class Plane:
         return self.view(table, kv_len, skip).dense()
 
     def read_even(self, batch: int, tokens: int, centre: Tensor | None) -> Tensor:
-        """[batch, num_kv_heads, tokens, head_dim] of rows that lie one behind the other from slot 0 on."""
+        """Return [batch, num_kv_heads, tokens, head_dim] of rows that lie one behind the other from slot 0 on."""
         parts = [strided(x, 0, tokens, batch, tokens) for x in self.tensors]
         spec = KVSpec((batch, self.num_heads, tokens, self.dim), self.dtype, self.format.name, self.rotates)
         return restored(Quantized(*parts), spec, centre)
@@ -184,7 +184,7 @@ class Plane:
         return codes, self._zeros(num_blocks, self.format.scale_shape, SCALE_DTYPE, device)
 
     def _zeros(self, num_blocks: int, tail: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """[num_blocks, block_size, num_kv_heads, *tail]."""
+        """Return [num_blocks, block_size, num_kv_heads, *tail]."""
         # A tensor made in inference mode could not be written outside of it. Zeros, because a masked slot is still
         # multiplied by its zero probability, and zero times an old NaN is NaN.
         with torch.inference_mode(False):

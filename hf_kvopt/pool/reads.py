@@ -1,4 +1,4 @@
-"""What those who read a layer leave with its pool, and the step guard that its cache gives them."""
+"""Notes that those who read a layer leave with its pool, and the step guard that its cache gives them."""
 
 import weakref
 from typing import Protocol
@@ -7,7 +7,7 @@ from hf_kvopt.pool.block_table import BlockTable
 
 
 class LayerReads:
-    """What is known of the reads of one layer's pool; caches that share the pool share this.
+    """Notes on the reads of one layer's pool; caches that share the pool share them.
 
     Args:
         is_first: the pool is the first one of its cache: at its layer a whole forward is checked.

@@ -133,7 +133,7 @@ class ScoredTable(EvictingTable):
 
 
 def _aligned(rows: Sequence[Tensor], num_columns: int) -> Tensor:
-    """[batch, num_kv_heads, num_columns, head_dim] of rows [num_kv_heads, count, head_dim] that end together."""
+    """Return [batch, num_kv_heads, num_columns, head_dim] of rows [num_kv_heads, count, head_dim] that end together."""
     out = rows[0].new_zeros(len(rows), rows[0].shape[0], num_columns, rows[0].shape[2])
     for states, row in zip(out, rows, strict=True):
         states[:, num_columns - row.shape[1] :] = row

@@ -73,7 +73,7 @@ class SealedPlane:
 
     @property
     def sealed_place(self) -> SealedPlace | None:
-        """Where the tensors lie, for the compiled kernel of a CPU; None where it cannot read them."""
+        """Return where the tensors lie, for the compiled kernel of a CPU; None where it cannot read them."""
         if self._place is None:
             self._place = sealed_place(self.exact, self.stored, self.codec)
         return self._place
@@ -94,7 +94,7 @@ class SealedPlane:
         return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors)
 
     def no_tokens(self, batch: int) -> Tensor:
-        """[batch, num_kv_heads, 0, head_dim]: states such as this plane holds, but none."""
+        """Return [batch, num_kv_heads, 0, head_dim]: states such as this plane holds, but none."""
         return torch.empty(batch, self.num_heads, 0, self.dim, dtype=self.dtype, device=self.home)
 
     def write(self, states: Tensor, table: BlockTable, start: int, stop: int) -> None:
@@ -137,7 +137,7 @@ class SealedPlane:
         return unseal(SealedBlocks(*picked), self.codec, self.dim)
 
     def read(self, table: BlockTable, kv_len: int, skip: int = 0) -> Tensor:
-        """[batch, num_kv_heads, kv_len, head_dim] as a query at the last token of each row reads it, from the column
+        """Return [batch, num_kv_heads, kv_len, head_dim] as a query at the last token reads it, from the column
         `skip` behind the table's base on; a column without a token reads as some other, finite one."""
         rows = [self._row(table, i, kv_len, skip) for i in range(len(table.rows))]
         return torch.cat(rows) if len(rows) != 1 else rows[0]
@@ -242,7 +242,7 @@ class SealedPlane:
         self._seal(numbers, parts)
 
     def _row(self, table: BlockTable, row: int, kv_len: int, skip: int) -> Tensor:
-        """[1, num_kv_heads, kv_len, head_dim] of one row; see `read`."""
+        """Return [1, num_kv_heads, kv_len, head_dim] of one row; see `read`."""
         size, length = self.block_size, max(0, table.lengths[row] - table.origin)
         stop, first = -(-length // size), table.first_block
         if stop <= first:
@@ -265,7 +265,7 @@ class SealedPlane:
         return self._zeros(capacity, self.dim, self.dtype, device)
 
     def _zeros(self, num_blocks: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """[num_blocks, block_size, num_kv_heads, width]; on a CPU the heads are outermost in memory, see `Plane`."""
+        """Make [num_blocks, block_size, num_kv_heads, width]; on a CPU the heads are outermost, see `Plane`."""
         # A tensor made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
             if runs_kernel(torch.empty(0, device=device)):

@@ -46,7 +46,7 @@ class SealedPool:
         return self.keys, self.values
 
     def matches(self, key_states: Tensor, value_states: Tensor) -> bool:
-        """Whether states come from a layer of the same geometry and dtype, on the device where this one computes."""
+        """Return whether states come from a layer of equal geometry and dtype, on the device of this one."""
         given = zip(self.planes, (key_states, value_states), strict=True)
         return all(
             (x.shape[1], x.shape[3], x.dtype, x.device) == (plane.num_heads, plane.dim, plane.dtype, plane.home)

@@ -37,12 +37,12 @@ def shared_runs(src: list[int], dst: list[int]) -> list[tuple[int, int]]:
 
 
 def is_one_run(row: Sequence[int]) -> bool:
-    """Whether the blocks of `row` follow each other in memory."""
+    """Return whether the blocks of `row` follow each other in memory."""
     return row[-1] - row[0] == len(row) - 1 and row == list(range(row[0], row[-1] + 1))
 
 
 class Step(NamedTuple):
-    """What one forward adds to a table, in columns; the same for all layers that have written as many."""
+    """Step of a table: what one forward adds, in columns; the same for all layers that have written as many."""
 
     start: int  # first column that is written: what a window drops at once is not
     stop: int
@@ -57,14 +57,14 @@ class Memo:
         self._known: dict[tuple[Any, ...], Tensor] = {}
 
     def get(self, key: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
-        """What is known as `key`, or what `make` gives."""
+        """Return what is known as `key`, or what `make` gives."""
         tensor = self._known.get(key)
         if tensor is None:
             tensor = self._known[key] = make()
         return tensor
 
     def of(self, key: tuple[Any, ...], data: Callable[[], list[Any]], dtype: torch.dtype) -> Tensor:
-        """The same for numbers, on the device `key[1]`."""
+        """Return the numbers known as `key`, or those that `make` gives, on the device `key[1]`."""
         return self.get(key, lambda: torch.tensor(data(), dtype=dtype, device="cpu").to(key[1], non_blocking=True))
 
     def forget(self, name: str) -> None:
@@ -77,7 +77,7 @@ class Memo:
 
 
 class RowLayout:
-    """How rows of blocks lie in memory; valid until a row changes."""
+    """Layout of rows of blocks in memory; valid until a row changes."""
 
     def __init__(self, rows: Sequence[Sequence[int]], block_size: int) -> None:
         self.rows, self.block_size = rows, block_size

@@ -76,7 +76,7 @@ class KVPool:
         return self.keys, self.values
 
     def matches(self, key_states: Tensor, value_states: Tensor) -> bool:
-        """Whether states come from a layer of the same geometry and dtype, on the device where this one computes."""
+        """Return whether states come from a layer of equal geometry and dtype, on the device of this one."""
         k, v = self.keys, self.values
         _, k_heads, _, k_dim = key_states.shape
         _, v_heads, _, v_dim = value_states.shape

@@ -97,7 +97,7 @@ def completed(table: "BlockTable | ExactRows", start: int, stop: int) -> list[tu
 def full_blocks(
     table: "BlockTable | ExactRows", full: Sequence[tuple[int, int]], start: int, stop: int, device: torch.device
 ) -> Full:
-    """What `completed` found for the columns `start` to `stop`, whose states are given, as kernels take it."""
+    """Return what `completed` found for the columns `start` to `stop`, whose states are given, as kernels take it."""
     known = table.memo.of(("full", device, start, stop, "exact"), lambda: _full_rows(table, full, start), torch.int64)
     return Full(*known.unbind())
 
@@ -182,12 +182,12 @@ def used_bytes(allocator: "BlockAllocator") -> int:
 
 
 def exact_table(table: "BlockTable | ExactRows", device: torch.device) -> Tensor:
-    """[batch, max_blocks] int32: place of each block of `table.rows_on` in the exact storage; 0 where it has none."""
+    """Return [batch, max_blocks] int32: place of each block of `table.rows_on` in the exact storage; 0: none."""
     return table.memo.of(("table", device, "exact"), lambda: _padded_places(table), torch.int32)
 
 
 def exact_slots(table: "BlockTable | ExactRows", start: int, stop: int, device: torch.device) -> Tensor:
-    """[batch, stop - start] int64 slots of the exact storage for these columns; -1 where they are not kept there."""
+    """Return [batch, stop - start] int64 slots of the exact storage for these columns; -1: not kept there."""
     return table.memo.of(("slots", device, start, stop, "exact"), lambda: _slots(table, start, stop), torch.int64)
 
 

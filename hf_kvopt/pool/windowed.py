@@ -17,11 +17,11 @@ class Windowed:
 
     @property
     def _starts_in_window(self) -> bool:
-        """Whether a step begins with what it leaves behind; not where blocks are sealed, from whole ones of a row."""
+        """Return whether a step begins with what it leaves behind; sealed blocks begin with whole ones of a row."""
         return self._drops_past and self.window is not None and self.allocator.tails is None
 
     def replaces_window(self, num_tokens: int) -> bool:
-        """Whether a step of `num_tokens` leaves nothing of what is held now, so that it starts on new blocks."""
+        """Return whether a step of `num_tokens` leaves nothing of what is held now, so that it starts on new blocks."""
         return self._starts_in_window and self.window is not None and num_tokens >= self.window
 
     def visible_start(self, clock: int) -> int:

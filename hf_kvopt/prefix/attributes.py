@@ -1,4 +1,4 @@
-"""What the attributes of a model's modules and configs say, as text: equal text where a forward reads equal values.
+"""Text of the attributes of a model's modules and configs: equal text where a forward reads equal values.
 
     module ──► its class, settings (scaling, eps, training, ...), forward hooks, children, parameters, buffers, tensors
     config ──► its values, and the attention functions that its implementation names
@@ -50,7 +50,7 @@ _PLACES = ("_parameters", "_buffers", "_modules")
 
 
 class Walk(NamedTuple):
-    """What one look at a model found.
+    """Findings of one look at a model.
 
     `texts` say all that is not in a tensor. `tensors` are its parameters, buffers and other tensors; one that is used
     twice is named twice. With `is_rowwise` a hook sends the rows of a batch through adapters of their own.
@@ -113,7 +113,7 @@ class _Described:
         return [values[i] for i in self._tensors], [values[i] for i in self._owners]
 
     def _values_of(self, owner: Any) -> tuple[list[Any], list[Any]]:
-        """How many attributes there are, the names of children and tensors, and what attributes and they refer to."""
+        """Return the number of attributes, the names of children and tensors, and what attributes and they refer to."""
         attributes = owner.__dict__
         try:
             read = self._read(attributes)
@@ -237,7 +237,7 @@ def _weights_elsewhere(hook: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def _attributes(owner: Any) -> Iterator[tuple[str, Any]]:
-    """What a forward may read from a module or config beside its children and tensors, by name."""
+    """Return what a forward may read from a module or config beside its children and tensors, by name."""
     hidden: Collection[str] = _INTERNAL | _UNREAD if isinstance(owner, nn.Module) else WITHOUT_MEANING
     if isinstance(owner, PreTrainedModel):
         hidden = {*hidden, *_OF_LOADING}

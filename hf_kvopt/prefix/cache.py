@@ -28,7 +28,7 @@ Row = list[int]  # of blocks
 
 
 class PrefixSharedCache(PagedCache):
-    """What `PrefixStore.cache` returns; hand it to `generate` once, then to `PrefixStore.commit`.
+    """Cache that `PrefixStore.cache` returns; hand it to `generate` once, then to `PrefixStore.commit`.
 
     Between calls: every row holds references on its blocks, and gives them back when the cache is committed or
     dropped. Its own last block is copied before it is written where anybody shares it.
@@ -61,12 +61,12 @@ class PrefixSharedCache(PagedCache):
 
     @property
     def is_blank(self) -> bool:
-        """Whether it belongs to no prompt yet and holds nothing."""
+        """Return whether it belongs to no prompt yet and holds nothing."""
         return self.texts is None and not self.get_seq_length()
 
     @property
     def is_only_filled(self) -> bool:
-        """Whether it holds a part of its prompt, and no forward has written to it."""
+        """Return whether it holds a part of its prompt, and no forward has written to it."""
         return self._filled > 0 and not self._is_used
 
     def begin(self, key: Hashable, namespace: Hashable, texts: list[list[int]], pads: list[int]) -> None:
@@ -159,12 +159,12 @@ class PrefixSharedCache(PagedCache):
         self.is_to_check = self.is_reordered = self.is_committed = self._is_used = False
 
     def free(self) -> None:
-        """Like `reset`: the memory is the store's."""
+        """Forget all tokens, as `reset` does: the memory is the store's."""
         self.reset()
 
     @property
     def is_current(self) -> bool:
-        """Whether what this cache wrote lies where the store's other caches would look for it."""
+        """Return whether what this cache wrote lies where the store's other caches would look for it."""
         return all(layer.pool is self.blocks.pools.get(idx) for idx, layer in self._written())
 
     def rows_held(self, *, is_prompt_whole: bool) -> tuple[list[list[Row]], list[int]]:

@@ -1,4 +1,4 @@
-"""Where a text can be gone on from, in a store whose full blocks are sealed.
+"""Places from which a text can be gone on, in a store whose full blocks are sealed.
 
     text      [0: exact][1][2]...[k-2][k-1: exact][k: exact, half full]
     lengths   1 ... block_size            k * block_size ... (all of block k that is known)

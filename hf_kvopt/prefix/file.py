@@ -75,7 +75,7 @@ def save(blocks: SharedBlocks, path: Path) -> None:
 
 
 class Contents(NamedTuple):
-    """What a file holds: the options of its store, what the manifest says, and the tensors."""
+    """Contents of a file: the options of its store, what the manifest says, and the tensors."""
 
     options: dict[str, Any]
     manifest: dict[str, Any]

@@ -72,7 +72,7 @@ def _level(blocks: SharedBlocks, cache: PrefixSharedCache, matches: Sequence[Mat
 
 
 def _is_worthwhile(blocks: SharedBlocks, texts: Sequence[list[int]], pads: Sequence[int], known: Sequence[int]) -> bool:
-    """Whether computing rows apart takes clearly fewer tokens than one forward over all missing columns."""
+    """Return whether computing rows apart takes clearly fewer tokens than one forward over all missing columns."""
     columns = pads[0] + len(texts[0])
     together = len(texts) * (columns - min(pad + n for pad, n in zip(pads, known, strict=True)))
     planned: Trie = {}

@@ -1,4 +1,4 @@
-"""What the keys and values of a text depend on beside the text: the model, its adapters, its very weights.
+"""Identity of a model: what the keys and values of a text depend on beside the text, its very weights included.
 
 `ModelIdentity` is for one process and cheap, asked at every prompt; `fingerprint` is for files and reads more of the
 weights.
@@ -119,7 +119,7 @@ class ModelIdentity:
 
 
 def _is_fed_more(model: nn.Module) -> bool:
-    """Whether another method than the model's own makes the inputs of a forward from a prompt."""
+    """Return whether another method than the model's own makes the inputs of a forward from a prompt."""
     override = model.__dict__.get(compat.PREPARE_INPUTS)
     if override is None or getattr(override, "adds_nothing", False):
         return False
@@ -127,7 +127,7 @@ def _is_fed_more(model: nn.Module) -> bool:
 
 
 def modes(device: torch.device) -> list[Any]:
-    """What torch is set to do in every operation."""
+    """Return what torch is set to do in every operation."""
     kinds = sorted({"cpu", "cuda", device.type} - {"meta"})
     casts = [torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in kinds]
     return [torch.get_float32_matmul_precision(), *casts]

@@ -63,7 +63,7 @@ class PrefixIndex:
 
     @property
     def is_sealed(self) -> bool:
-        """Whether layers of some block space seal their blocks."""
+        """Return whether layers of some block space seal their blocks."""
         return any(allocator.tails is not None for allocator in self.allocators)
 
     def _to_go_on_from(self, nodes: list[Node], length: int) -> Match:
@@ -114,7 +114,7 @@ class PrefixIndex:
         return num_new
 
     def _has_places(self, blocks: Sequence[int]) -> bool:
-        """Whether these blocks are exact in each space that seals."""
+        """Return whether these blocks are exact in each space that seals."""
         spaces = zip(self.allocators, blocks, strict=True)
         return all(space.tails is None or block in space.tails.places for space, block in spaces)
 
@@ -156,7 +156,7 @@ class PrefixIndex:
 
     @property
     def num_evictable(self) -> int:
-        """How many blocks `evict` could let go of now; counted anew only where holders of blocks have changed."""
+        """Return how many blocks `evict` could let go of now; counted anew where holders of blocks have changed."""
         state = [allocator.num_changes for allocator in self.allocators]
         if self._evictable[0] != state:
             # A parent can go where all below it can: children come before their parents here.
@@ -169,7 +169,7 @@ class PrefixIndex:
         return self._evictable[1]
 
     def is_held(self, node: Node) -> bool:
-        """Whether somebody beside this index holds the block of a node."""
+        """Return whether somebody beside this index holds the block of a node."""
         held = zip(self.allocators, node.blocks, strict=True)
         return any(allocator.refcounts[block] > 1 for allocator, block in held)
 

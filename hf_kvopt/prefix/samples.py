@@ -22,7 +22,7 @@ TensorKey = tuple[int, int, int]
 
 
 class _TensorLayout(NamedTuple):
-    """What tensors of one dtype, device, shape and stride have in common."""
+    """Layout that tensors of one dtype, device, shape and stride have in common."""
 
     number: int
     group: tuple[torch.device, torch.dtype] | None  # what is read together; None where nothing can be read
@@ -112,7 +112,7 @@ def _zero_lines(values: Tensor, counts: Sequence[int]) -> list[int]:
 
 
 def _find_nonzero(tensor: Tensor) -> int | None:
-    """Where in its storage a tensor holds a value that is not zero; reads all of it."""
+    """Return where in its storage a tensor holds a value that is not zero; reads all of it."""
     is_set = _as_integers(tensor).bool().reshape(-1).byte()
     position = int(is_set.argmax())
     if not is_set[position]:

@@ -112,7 +112,7 @@ class SharedBlocks:
         return table
 
     def key_of(self, namespace: Hashable) -> tuple[Hashable, Hashable] | None:
-        """What texts are filed under: equal tokens give equal keys and values under equal keys alone.
+        """Return what texts are filed under: equal tokens give equal keys and values under equal keys alone.
 
         None where tokens alone do not decide what is computed: nothing is found then, and nothing kept.
         """

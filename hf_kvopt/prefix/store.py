@@ -105,7 +105,7 @@ class PrefixStore:
 
     @property
     def formats(self) -> FormatPolicy:
-        """How the layers are stored."""
+        """Return how the layers are stored."""
         return self.blocks.formats
 
     @property
@@ -215,7 +215,7 @@ class PrefixStore:
         return self._pin(input_ids, namespace, -1)
 
     def match_length(self, input_ids: Tensor | Sequence[int], *, namespace: Hashable = None) -> int:
-        """How many of the first tokens of a text the store knows, in tiers below the device too."""
+        """Return how many of the first tokens of a text the store knows, in tiers below the device too."""
         return known_length(self.blocks, self.key_of(namespace), as_text(input_ids))
 
     def flush(self) -> None:
@@ -224,7 +224,7 @@ class PrefixStore:
             self.blocks.tiers.spiller.flush()
 
     def stats(self) -> PrefixStats:
-        """What was found so far, and what is held now."""
+        """Return what was found so far, and what is held now."""
         with self.lock:
             used, reserved = self.blocks.num_bytes()
             return PrefixStats(
@@ -279,7 +279,7 @@ class PrefixStore:
         return PrefixSharedCache(self.blocks)
 
     def key_of(self, namespace: Hashable) -> tuple[Hashable, Hashable] | None:
-        """What texts are filed under; see `SharedBlocks.key_of`."""
+        """Return what texts are filed under; see `SharedBlocks.key_of`."""
         return self.blocks.key_of(namespace)
 
     def _pin(self, input_ids: Tensor | Sequence[int], namespace: Hashable, count: int) -> int:

@@ -17,17 +17,6 @@ from tests.docs.pages import MODEL, as_run
 ROOT = Path(__file__).parents[2]
 # Openings that lean on the docstring above or leave out the subject; a shape stands beside its name, not in its place.
 LEANING = re.compile(r"\[|(The same|Of|Like|What|Whether|As|How|Why|That|Where|Only|And|Also)\b")
-# Rooms whose docstrings are still to be rewritten.
-PENDING = (
-    "hf_kvopt/cache",
-    "hf_kvopt/enable.py",
-    "hf_kvopt/kernels",
-    "hf_kvopt/pool",
-    "hf_kvopt/prefix",
-    "hf_kvopt/presets.py",
-    "evals/needle",
-    "evals/perplexity",
-)
 
 
 def _found() -> dict[str, doctest.DocTest]:
@@ -85,11 +74,5 @@ def leaning(room: str) -> list[str]:
 
 @pytest.mark.parametrize("folder", ["hf_kvopt", "evals"])
 def test_a_docstring_names_its_subject(folder: str) -> None:
-    rooms = tuple(f"{room}/" if (ROOT / room).is_dir() else f"{room}:" for room in PENDING)
-    faults = [fault for fault in leaning(folder) if not fault.startswith(rooms)]
+    faults = leaning(folder)
     assert not faults, "begin with a verb, or name the subject:\n" + "\n".join(faults)
-
-
-@pytest.mark.parametrize("room", PENDING)
-def test_a_pending_room_still_has_such_docstrings(room: str) -> None:
-    assert leaning(room), f"{room} is done: take it out of PENDING"

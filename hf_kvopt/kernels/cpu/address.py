@@ -1,4 +1,4 @@
-"""Where a pool lies in memory, as the compiled kernels of a CPU take it."""
+"""Address of a pool in memory, as the compiled kernels of a CPU take it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MIN_BLOCK = 16  # a unit of keys lies in one block
 
 
 class PoolAddress(NamedTuple):
-    """Where a pool lies, as the kernel takes it; holds as long as the pool's tensors stay."""
+    """Address of a pool, as the kernel takes it; holds as long as the pool's tensors stay."""
 
     arguments: tuple[int, ...]  # address and strides in bytes: of blocks, tokens and heads, of scales' blocks and heads
     code: str  # how it is stored, a name in decoder.CODECS
@@ -29,7 +29,7 @@ def address_of(
     codes: Tensor,  # [num_blocks, block_size, num_kv_heads, width]
     scale: Tensor | None,  # [num_blocks, block_size, num_kv_heads, *scale_shape]
 ) -> PoolAddress | None:
-    """Where this pool lies; None where the kernel cannot read it."""
+    """Return where this pool lies; None where the kernel cannot read it."""
     num_blocks, block_size, num_heads, width = codes.shape
     is_power = block_size >= _MIN_BLOCK and not block_size & (block_size - 1)
     if codes.device.type != "cpu" or type(codes) is not Tensor or not is_power or not _is_readable(codes, scale):
@@ -47,7 +47,7 @@ def address_of(
 
 
 def _is_readable(codes: Tensor, scale: Tensor | None) -> bool:
-    """Whether a token's channels, and the scales of a block's tokens, lie beside one another."""
+    """Return whether a token's channels, and the scales of a block's tokens, lie beside one another."""
     if codes.dtype not in NAMES or codes.shape[3] > MAX_DIM or codes.stride(3) != 1:
         return False
     if scale is None:

@@ -91,7 +91,7 @@ def _cut(scale: Tensor | None, tile: slice) -> Tensor | None:
 
 
 def _scores(q: Tensor, codes: Tensor, scale: Tensor | None, fmt: Format) -> Tensor:
-    """[batch, num_kv_heads, group, tile] of q [batch, num_kv_heads, group, head_dim]."""
+    """Return [batch, num_kv_heads, group, tile] of q [batch, num_kv_heads, group, head_dim]."""
     if scale is None:
         return torch.matmul(q, codes.float().transpose(2, 3))
     if fmt.codes_per_byte == 1:
@@ -108,7 +108,7 @@ def _scores(q: Tensor, codes: Tensor, scale: Tensor | None, fmt: Format) -> Tens
 
 
 def _weighted(p: Tensor, codes: Tensor, scale: Tensor | None, fmt: Format) -> Tensor:
-    """[batch, num_kv_heads, group, v_head_dim] of p [batch, num_kv_heads, group, tile]."""
+    """Return [batch, num_kv_heads, group, v_head_dim] of p [batch, num_kv_heads, group, tile]."""
     if scale is None:
         return torch.matmul(p, codes.float())
     if fmt.codes_per_byte == 1:

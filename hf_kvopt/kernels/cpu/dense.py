@@ -147,7 +147,7 @@ def _is_long(q: Tensor, k: Tensor) -> bool:
 
 
 def _tile(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scoring: _Scoring) -> Tensor:
-    """[batch, num_heads, tile, v_head_dim] of a tile of queries against the keys that it is given."""
+    """Return [batch, num_heads, tile, v_head_dim] of a tile of queries against the keys that it is given."""
     scale, softcap, sinks, dropout = scoring
     batch, num_heads, rows, dim = q.shape
     num_kv_heads = k.shape[1]

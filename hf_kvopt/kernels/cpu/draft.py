@@ -55,7 +55,7 @@ class DraftWeights(NamedTuple):
 
     @property
     def matrices(self) -> tuple[Tensor, ...]:
-        """What is stored in one dtype."""
+        """Tensors of a head that are stored in one dtype."""
         return self[:9] if self.fc is None else (*self[:9], self.fc)
 
 
@@ -79,7 +79,7 @@ class Held(NamedTuple):
 
 
 def can_draft(weights: DraftWeights) -> bool:
-    """Whether `Drafting` takes such a head here."""
+    """Return whether `Drafting` takes such a head here."""
     matrices = weights.matrices
     sizes = (*(size for matrix in matrices for size in matrix.shape), weights.head_dim)
     if not can_compile() or any(size % _MULTIPLE for size in sizes) or len({x.dtype for x in matrices}) > 1:
@@ -91,7 +91,7 @@ def can_draft(weights: DraftWeights) -> bool:
 
 
 def _is_within(weights: DraftWeights) -> bool:
-    """Whether all that is looked up is there: torch would raise where a kernel reads what lies behind a tensor."""
+    """Return whether all that is looked up is there: torch would raise, a kernel reads behind the tensor."""
     hidden, vocab, d2t = weights.embeds.shape[1], len(weights.lm_head), weights.d2t
     if weights.lm_head.shape[1] != hidden or len(weights.norm) != hidden:
         return False
@@ -104,7 +104,7 @@ def _is_within(weights: DraftWeights) -> bool:
 
 
 def _is_readable(x: Tensor) -> bool:
-    """Whether its numbers lie where it says: those of another class, as of quantized weights, need not."""
+    """Return whether its numbers lie where it says: those of another class, as of quantized weights, need not."""
     return type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.is_contiguous()
 
 

@@ -59,7 +59,7 @@ def can_attend(
     k: PoolAddress,
     v: PoolAddress,
 ) -> bool:
-    """Whether `attend_blocks` takes this call."""
+    """Return whether `attend_blocks` takes this call."""
     if torch.compiler.is_compiling() or not can_compile():
         return False
     if type(q) is not Tensor or q.device.type != "cpu" or (q.requires_grad and torch.is_grad_enabled()):

@@ -38,7 +38,7 @@ _PROCESS = os.getpid()
 
 @cache
 def can_compile() -> bool:
-    """Whether this machine has what it takes."""
+    """Return whether this machine has what it takes."""
     if importlib.util.find_spec("llvmlite") is None:
         logger.info("llvmlite is not installed: the CPU takes torch's operations instead of kernels of its own")
         return False

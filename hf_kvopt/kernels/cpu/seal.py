@@ -17,7 +17,7 @@ _SERIAL_WORK = 1 << 15
 
 
 def can_seal(place: SealedPlace, sources: Sequence[Tensor]) -> bool:
-    """Whether `seal_blocks` takes this call."""
+    """Return whether `seal_blocks` takes this call."""
     group = place.dim // place.codec.num_groups(place.dim)
     if not can_compile() or torch.compiler.is_compiling() or (group < place.dim and group % lanes()):
         return False

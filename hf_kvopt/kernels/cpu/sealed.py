@@ -40,7 +40,7 @@ def can_attend_sealed(
     k: SealedPlace,
     v: SealedPlace,
 ) -> bool:
-    """Whether `attend_sealed_blocks` takes this call; the caller knows that all blocks that are to be exact are."""
+    """Return whether `attend_sealed_blocks` takes this call, all of whose blocks that are to be exact are."""
     if not can_compile() or k.codec.num_groups(k.dim) != 1:
         return False
     if type(q) is not Tensor or q.device.type != "cpu" or (q.requires_grad and torch.is_grad_enabled()):

@@ -1,4 +1,4 @@
-"""Where a layer's sealed and exact blocks lie in memory, as the compiled kernel takes them."""
+"""Address of a layer's sealed and exact blocks in memory, as the compiled kernel takes them."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ _MIN_BLOCK = 16  # a unit of keys lies in one block
 
 
 class SealedPlace(NamedTuple):
-    """Where the keys or values of a layer lie, as the kernel takes them; holds as long as the tensors stay."""
+    """Address of the keys or values of a layer, as the kernel takes them; holds as long as the tensors stay."""
 
     exact: tuple[int, ...]  # address, strides of places, tokens and heads in bytes; no scales
     sealed: tuple[int, ...]  # addresses and strides of codes, parameters of tokens and means
@@ -23,7 +23,7 @@ class SealedPlace(NamedTuple):
 
 
 def sealed_place(exact: Tensor, stored: list[Tensor], codec: BlockCodec) -> SealedPlace | None:
-    """Where these tensors of a `SealedPlane` lie; None where the kernel cannot read them."""
+    """Return where these tensors of a `SealedPlane` lie; None where the kernel cannot read them."""
     _, block_size, num_heads, dim = exact.shape
     is_power = block_size >= _MIN_BLOCK and not block_size & (block_size - 1)
     if exact.device.type != "cpu" or exact.dtype not in NAMES or dim > MAX_DIM or not is_power:

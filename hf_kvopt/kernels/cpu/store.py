@@ -57,7 +57,7 @@ def can_store(
     states: Tensor,  # [batch, num_kv_heads, tokens, head_dim]
     address: PoolAddress,
 ) -> bool:
-    """Whether `store_states` takes this call."""
+    """Return whether `store_states` takes this call."""
     return (
         (address.code in _CODES or address.code == NAMES.get(states.dtype))
         and states.device.type == "cpu"

@@ -1,1 +1,1 @@
-"""What every kernel computes, in float32 torch."""
+"""Reference of every kernel, in float32 torch."""

@@ -1,4 +1,4 @@
-"""What a call's values become as arguments of a kernel: one dictionary by parameter name for each part of a call."""
+"""Arguments of a kernel, from the values of a call: one dictionary by parameter name for each part of a call."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def debug_enabled() -> bool:
-    """Whether device-side values are to be checked."""
+    """Return whether device-side values are to be checked."""
     return os.environ.get("HF_KVOPT_DEBUG", "0") == "1"
 
 

@@ -222,7 +222,7 @@ def _descriptor(tensor: Tensor, block_n: int, block_d: int) -> Any:
 
 
 def _suits_descriptor(tensor: Tensor) -> bool:
-    """Whether the tensor memory accelerator can read it: 16-byte strides and address, no empty axis."""
+    """Return whether the tensor memory accelerator can read it: 16-byte strides and address, no empty axis."""
     aligned = tensor.is_meta or tensor.data_ptr() % 16 == 0
     strides = all(s * tensor.element_size() % 16 == 0 and s > 0 for s in tensor.stride()[:3])
     return aligned and strides and tensor.numel() > 0

@@ -1,4 +1,4 @@
-"""What a launcher hands to the device: the GPU families that configurations are keyed by, and one Launch.
+"""Launches: the GPU families that configurations are keyed by, and what is handed to the device.
 
 A launcher first writes its launches down (`plan_*`, which works on meta tensors too) and then runs them, so
 that `evals/kernels.py` compiles ahead of time exactly what a launch would compile.

@@ -14,7 +14,7 @@ _SHARE = 2
 
 @dataclass(frozen=True)
 class TierSettings:
-    """What a store keeps below the device.
+    """Tiers that a store keeps below the device.
 
     Args:
         host_bytes: cap on memory of the host; 0 keeps nothing there.

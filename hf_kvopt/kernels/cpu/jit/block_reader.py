@@ -14,7 +14,7 @@ _LEAST_FLOAT = -3.4028234663852886e38
 
 
 class BlockReader:
-    """Where the keys or values of one task lie."""
+    """Address of the keys or values of one task."""
 
     def __init__(self, e: Body, name: str, codec: Codec, row: ir.Value, head: ir.Value) -> None:
         self.e, self.codec = e, codec

@@ -1,4 +1,4 @@
-"""What the functions of attention share: its arguments, and where a row's queries and partial sums lie."""
+"""Parts that the functions of attention share: its arguments, and where a row's queries and partial sums lie."""
 
 from __future__ import annotations
 

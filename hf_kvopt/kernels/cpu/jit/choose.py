@@ -74,7 +74,7 @@ class TokenChoice(Phase):
         self.b.store(self.fold(total.get(), "add"), sum_at)
 
     def _merge(self) -> None:
-        """Of each row the first token with the greatest logit, and what the drafter believes of the chain so far."""
+        """Choose the first token of the greatest logit of each row, and note what the drafter believes of the chain."""
         belief, rows = self.var(ir.Constant(F32, 0.0)), self.number("num_rows")
         with self.loop(self.integer(0), rows, 1) as row:
             greatest, token = self.var(ir.Constant(F32, NEG_INF)), self.var(ir.Constant(I32, 0))

@@ -11,7 +11,7 @@ from hf_kvopt.kernels.cpu.jit.emitter import F16, F32, I8, I16, I32, Emitter
 
 
 class Codec(NamedTuple):
-    """How `count` channels are read.
+    """Plan by which `count` channels are read.
 
     Args:
         bits: of a channel.

@@ -14,7 +14,7 @@ from hf_kvopt.quant.reference import INT4_DIVISORS
 
 
 class Coder(NamedTuple):
-    """How a vector of channels is quantized.
+    """Plan by which a vector of channels is quantized.
 
     Args:
         pack: (emitter, steps) -> codes of a vector's lanes, one after the other, as bytes.
@@ -34,7 +34,7 @@ class Coder(NamedTuple):
 
     @property
     def chooses(self) -> bool:
-        """Whether scales are signed and several of them tried, with codes rounded before they are cut."""
+        """Return whether scales are signed and several of them tried, with codes rounded before they are cut."""
         return len(self.divisors) > 1
 
     def steps(self, e: Emitter, channels: ir.Value, scale: ir.Value) -> ir.Value:

@@ -1,4 +1,4 @@
-"""What a decoder layer of a few tokens is made of: RMS norm, products with a weight's rows, barriers between phases.
+"""Parts of a decoder layer of a few tokens: RMS norm, products with a weight's rows, barriers between phases.
 
 All threads of a team run the same function and divide each phase's outputs among them; a barrier ends a phase whose
 outputs others read. Weights pass by once for up to four tokens, in the type that they are stored in; sums are float32.

@@ -53,7 +53,7 @@ def emit(spec: DraftSpec) -> ir.Module:
 
 
 def _emit_work(e: Kernel, combine: ir.Function, layer: ir.Function, choose: ir.Function) -> None:
-    """What every thread does."""
+    """Emit what every thread does."""
     thread, threads = team(e)
     first, rows, zero = e.number("num_first"), e.number("num_rows"), e.integer(0)
     with e.b.if_then(e.b.icmp_signed(">", first, zero)):

@@ -206,7 +206,7 @@ class Emitter:
         return self.lane0(self.folded(vector, self.b.fadd if op == "add" else self.larger))
 
     def folded(self, vector: ir.Value, op: Callable[[ir.Value, ir.Value], ir.Value], period: int = 1) -> ir.Value:
-        """What `op` makes of every `period`-th lane, in each of these lanes."""
+        """Return what `op` makes of every `period`-th lane, in each of these lanes."""
         distance = self.lanes // 2
         while distance >= period:
             vector = op(vector, self.shuffle(vector, vector, [lane ^ distance for lane in range(self.lanes)]))

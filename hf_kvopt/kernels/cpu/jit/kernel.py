@@ -1,4 +1,4 @@
-"""What all compiled kernels are made of: named arguments, and tasks that threads take as they come free."""
+"""Parts of all compiled kernels: named arguments, and tasks that threads take as they come free."""
 
 from __future__ import annotations
 

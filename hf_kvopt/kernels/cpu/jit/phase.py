@@ -1,4 +1,4 @@
-"""What the phases of a drafting kernel share: scratch, norms, and outputs that threads take in turn."""
+"""Parts that the phases of a drafting kernel share: scratch, norms, and outputs that threads take in turn."""
 
 from __future__ import annotations
 

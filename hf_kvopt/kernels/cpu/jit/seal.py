@@ -118,7 +118,7 @@ class Seal(Kernel):
         return self.b.select(self.b.fcmp_ordered("<", x, self.splat(0.0)), self.b.fneg(x), x)
 
     def _is_sound(self, channels: list[ir.Value]) -> ir.Value:
-        """Whether no channel is NaN, or beyond what float16 parameters reach."""
+        """Return whether no channel is NaN, or beyond what float16 parameters reach."""
         odd = self.splat(0.0)
         for x in channels:
             is_fine = self.b.fcmp_ordered("<=", self._magnitude(x), self.splat(LIMIT))

@@ -1,4 +1,4 @@
-"""What a compiled attention is specialised for, and the arguments that it takes at run time."""
+"""Specialisation of a compiled attention, and the arguments that it takes at run time."""
 
 from typing import NamedTuple
 
@@ -195,7 +195,7 @@ class DraftSpec(NamedTuple):
 
     @property
     def attention(self) -> Spec:
-        """Of one query a row."""
+        """Arguments of an attention of one query a row."""
         rows = min(self.num_heads // self.num_kv_heads, 4)
         return Spec(rows, self.head_dim, self.head_dim, self.store, self.store, 16, self.lanes)
 

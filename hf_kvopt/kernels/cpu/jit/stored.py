@@ -76,7 +76,7 @@ def _within(e: Emitter, x: ir.Value, half: int) -> ir.Value:
 
 
 class Stored:
-    """Where the sealed keys or values of one task lie: codes, the parameters of tokens, and means."""
+    """Address of the sealed keys or values of one task: codes, the parameters of tokens, and means."""
 
     def __init__(self, e: Body, name: str, codec: BlockCodec, dim: int, head: ir.Value) -> None:
         self.e, self.name, self.codec, self.dim = e, name, codec, dim

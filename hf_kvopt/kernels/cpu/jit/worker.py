@@ -262,7 +262,7 @@ class Worker(Body):
         return self.b.trunc(low, I32), self.b.trunc(high, I32)
 
     def _is_seen(self, bounds: list[tuple[ir.Value, ir.Value]]) -> ir.Value:
-        """Whether some query sees some token of the tile."""
+        """Return whether some query sees some token of the tile."""
         first, stop = self.b.trunc(self.first, I32), self.b.trunc(self.stop, I32)
         seen = ir.Constant(ir.IntType(1), 0)
         for low, high in bounds:
