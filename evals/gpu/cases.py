@@ -170,6 +170,9 @@ def sweep(card_has_e4m3: bool, full: bool) -> list[Case]:
     cases += [Case("flash_prefill", pattern="everything", q_len=4096)]
     cases += [Case("store_kv", k_format=f, v_format=f) for f in ("native", *formats[1:])]
     cases += [Case("merge_state", pattern="sinks")]
+    cases += [Case("sealed_decode", k_format=f, v_format=f) for f in SEALED]
+    cases += [Case("sealed_prefill", k_format=f, v_format=f, q_len=512) for f in SEALED]
+    cases += [Case("seal_blocks", k_format="int4", v_format="int4")]
     if full:
         cases += _full_sweep(formats)
     return list(dict.fromkeys(cases))

@@ -83,7 +83,7 @@ _SEALED = {
     "interpret": (_INTERPRET,) * 6,
     "sm80": (
         Config(16, 64, 4, 3), Config(16, 32, 4, 3), Config(16, 16, 4, 2),
-        Config(64, 16, 8, 1), Config(16, 16, 4, 2), Config(16, 16, 4, 1),
+        Config(16, 32, 4, 2), Config(16, 16, 4, 2), Config(16, 16, 4, 1),
     ),
     "sm90": (
         Config(16, 64, 4, 3), Config(16, 32, 4, 3), Config(16, 16, 4, 2),
@@ -91,7 +91,7 @@ _SEALED = {
     ),
     "sm100": (
         Config(16, 64, 4, 3), Config(16, 32, 4, 3), Config(16, 16, 4, 2),
-        Config(64, 16, 8, 2), Config(16, 16, 4, 2), Config(16, 16, 4, 1),
+        Config(64, 16, 8, 1), Config(16, 16, 4, 2), Config(16, 16, 4, 1),
     ),
     "cdna3": (
         Config(16, 64, 4, 1), Config(16, 32, 4, 1), Config(16, 16, 4, 1),
