@@ -17,7 +17,6 @@ from hf_kvopt.kernels.triton.launch import Launch, next_power_of_two
 from hf_kvopt.kernels.triton.optional import tl, triton
 from hf_kvopt.kernels.triton.seal_tile import seal_one
 from hf_kvopt.kernels.triton.sealed_arguments import check_forms
-from hf_kvopt.quant.reference import FLOAT16_NUDGE
 from hf_kvopt.quant.sealed import LIMIT, RANGES
 from hf_kvopt.quant.sealed_formats import BlockCodec
 
@@ -78,7 +77,6 @@ def _seal_blocks_kernel(
     V_GROUP: tl.constexpr,
     K_BITS: tl.constexpr,
     V_BITS: tl.constexpr,
-    NUDGE: tl.constexpr,
     LIMIT: tl.constexpr,
     K_TURN: tl.constexpr,
     V_TURN: tl.constexpr,
@@ -98,7 +96,7 @@ def _seal_blocks_kernel(
             seal_one(
                 block, place, kv_head, k_ptr + row * stride_k_b + kv_head * stride_k_h + first * stride_k_m,
                 stride_k_m, k_exact_ptr, k_codes_ptr, k_token_ptr, k_mean_ptr, k_turn_scale, turned_ptr, scratch_ptr,
-                k_r0, k_r1, k_r2, k_r3, k_r4, NUM_KV_HEADS, SIZE, K_DIM, K_BLOCK, K_GROUP, K_BITS, NUDGE, LIMIT, K_TURN,
+                k_r0, k_r1, k_r2, k_r3, k_r4, NUM_KV_HEADS, SIZE, K_DIM, K_BLOCK, K_GROUP, K_BITS, LIMIT, K_TURN,
                 BLOCK_T,
             )  # fmt: skip
         else:
@@ -106,7 +104,7 @@ def _seal_blocks_kernel(
                 block, place, kv_head, v_ptr + row * stride_v_b + kv_head * stride_v_h + first * stride_v_m,
                 stride_v_m, v_exact_ptr, v_codes_ptr, v_token_ptr, v_mean_ptr, v_turn_scale,
                 turned_ptr + SIZE * K_DIM, scratch_ptr + SIZE * K_DIM,
-                v_r0, v_r1, v_r2, v_r3, v_r4, NUM_KV_HEADS, SIZE, V_DIM, V_BLOCK, V_GROUP, V_BITS, NUDGE, LIMIT, V_TURN,
+                v_r0, v_r1, v_r2, v_r3, v_r4, NUM_KV_HEADS, SIZE, V_DIM, V_BLOCK, V_GROUP, V_BITS, LIMIT, V_TURN,
                 BLOCK_T,
             )  # fmt: skip
 
@@ -126,7 +124,6 @@ def plan_seal_blocks(k: BothForms, v: BothForms, full: Full) -> Launch:
         "scratch_ptr": torch.empty(room, dtype=torch.uint8, device=k.exact.device),
         "NUM_KV_HEADS": num_kv_heads,
         "SIZE": size,
-        "NUDGE": FLOAT16_NUDGE,
         "LIMIT": LIMIT,
         "BLOCK_T": 16,
         **_side_args("k", k),

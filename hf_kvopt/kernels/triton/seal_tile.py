@@ -1,4 +1,4 @@
-"""One head of one block on its way into sealed storage: turned, centred, quantized by the nearest of ranges, packed.
+"""One head of one block on its way into sealed storage: turned, centred, quantized in the nearest direction, packed.
 
 Tokens are taken a few at a time, and what was made of them waits in scratch memory for the next step.
 
@@ -13,26 +13,25 @@ from hf_kvopt.kernels.triton.store_tile import _round_even as round_even
 
 
 @triton.jit
-def _try(y, reach, share, MIDDLE: tl.constexpr, NUDGE: tl.constexpr, DIM: tl.constexpr):
-    """Return (codes, s, squared error) of y [BLOCK_SIZE, groups, GROUP] where codes span `share` of the range."""
-    s = (reach * share + NUDGE).to(tl.float16).to(tl.float32)
-    codes = tl.clamp(tl.div_rn(y, tl.zeros_like(y) + s[:, :, None]) + MIDDLE, 0.0, 2 * MIDDLE)
-    # Where all channels are 0 s may be 0 as well: any code will do.
+def _try(y, reach, share, MIDDLE: tl.constexpr, DIM: tl.constexpr):
+    """Return (codes, y along them, nearness) of y [BLOCK_T, groups, GROUP] whose codes span `share` of the range."""
+    codes = tl.clamp(tl.div_rn(y, tl.zeros_like(y) + (reach * share)[:, :, None]) + MIDDLE, 0.0, 2 * MIDDLE)
+    # Where all channels are 0 any code will do.
     codes = round_even(tl.where(codes == codes, codes, 0.0))
-    error = (codes - MIDDLE) * s[:, :, None] - y
+    levels = (codes - MIDDLE).to(tl.float64)
     if y.shape[1] == 1 and y.shape[2] > DIM:
-        error = tl.where(tl.arange(0, y.shape[2])[None, None, :] < DIM, error, 0.0)
-    error = error.to(tl.float64)
-    return codes, s, tl.sum(error * error, 2)
+        levels = tl.where(tl.arange(0, y.shape[2])[None, None, :] < DIM, levels, 0.0)
+    along = tl.sum(levels * y.to(tl.float64), 2)
+    return codes, along, along * along / tl.sum(levels * levels, 2)
 
 
 @triton.jit
-def _nearer(y, reach, share, codes, s, error, MIDDLE: tl.constexpr, NUDGE: tl.constexpr, DIM: tl.constexpr):
-    """Return the nearer of what was found and of what `share` gives."""
-    other, other_s, other_error = _try(y, reach, share, MIDDLE, NUDGE, DIM)
-    is_nearer = other_error < error
+def _nearer(y, reach, share, codes, along, nearness, MIDDLE: tl.constexpr, DIM: tl.constexpr):
+    """Return what was found, or what `share` gives where its direction is nearer."""
+    other, other_along, other_nearness = _try(y, reach, share, MIDDLE, DIM)
+    is_nearer = other_nearness > nearness
     codes = tl.where(is_nearer[:, :, None], other, codes)
-    return codes, tl.where(is_nearer, other_s, s), tl.where(is_nearer, other_error, error)
+    return codes, tl.where(is_nearer, other_along, along), tl.where(is_nearer, other_nearness, nearness)
 
 
 @triton.jit
@@ -106,7 +105,6 @@ def seal_one(
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
     BITS: tl.constexpr,
-    NUDGE: tl.constexpr,
     LIMIT: tl.constexpr,
     TURN: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -143,11 +141,13 @@ def seal_one(
         y = tl.reshape(y - mean.to(tl.float32)[None, :], [BLOCK_T, BLOCK // GROUP, GROUP])
         greatest = tl.max(tl.abs(y), 2)
         reach = tl.div_rn(greatest, tl.zeros_like(greatest) + MIDDLE)
-        codes, s, error = _try(y, reach, r0, MIDDLE, NUDGE, DIM)
-        codes, s, error = _nearer(y, reach, r1, codes, s, error, MIDDLE, NUDGE, DIM)
-        codes, s, error = _nearer(y, reach, r2, codes, s, error, MIDDLE, NUDGE, DIM)
-        codes, s, error = _nearer(y, reach, r3, codes, s, error, MIDDLE, NUDGE, DIM)
-        codes, s, error = _nearer(y, reach, r4, codes, s, error, MIDDLE, NUDGE, DIM)
+        codes, along, nearness = _try(y, reach, r0, MIDDLE, DIM)
+        codes, along, nearness = _nearer(y, reach, r1, codes, along, nearness, MIDDLE, DIM)
+        codes, along, nearness = _nearer(y, reach, r2, codes, along, nearness, MIDDLE, DIM)
+        codes, along, nearness = _nearer(y, reach, r3, codes, along, nearness, MIDDLE, DIM)
+        codes, along, nearness = _nearer(y, reach, r4, codes, along, nearness, MIDDLE, DIM)
+        wide = y.to(tl.float64)
+        s = tl.where(along > 0, tl.sum(wide * wide, 2) / along, 0.0).to(tl.float32)
         s = tl.where((is_unsound > 0)[:, None], float("nan"), s)
         rows = (block * SIZE + offs_t) * NUM_KV_HEADS + kv_head
         tl.store(token_ptr + rows * GROUPS + offs_g, s.to(tl.float16), mask=offs_g < GROUPS)
