@@ -26,7 +26,7 @@ from hf_kvopt.prefix.identity import fingerprint
 from hf_kvopt.prefix.node import Node, descendants
 from hf_kvopt.prefix.shared_blocks import SharedBlocks, device_of
 
-VERSION = 1
+VERSION = 2
 
 
 def save(blocks: SharedBlocks, path: Path) -> None:
@@ -35,7 +35,7 @@ def save(blocks: SharedBlocks, path: Path) -> None:
         raise CacheStateError(
             "a store is saved with the identity of its model: got one made from a config; make it from the model"
         )
-    model, key = fingerprint(blocks.model), blocks.key_of(None)
+    model, key = fingerprint(blocks.model, whole=True), blocks.key_of(None)
     assert key is not None  # a model without a key has no fingerprint
     nodes = [
         node
@@ -85,7 +85,7 @@ class Contents(NamedTuple):
 def read(path: Path, model: PreTrainedModel) -> Contents:
     """Return the contents of a file that was written for `model`."""
     manifest, tensors = _read(path)
-    if manifest["model"] != fingerprint(model):
+    if manifest["model"] != fingerprint(model, whole=True):
         raise _refused(path, "it was written for another model, or for other weights")
     formats = manifest["formats"]
     options = {

@@ -159,7 +159,7 @@ def fingerprint(model: PreTrainedModel, *, whole: bool = False) -> str:
     for name, tensor in sorted(tensors.items()):
         if tensor.is_meta:
             raise CacheStateError(
-                f"a file is told from those of other models by samples of all weights: got {name}, which is offloaded; "
+                f"a file is told from those of other models by all weights: got {name}, which is offloaded; "
                 "save and load stores with the whole model in memory"
             )
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

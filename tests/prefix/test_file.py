@@ -106,13 +106,16 @@ def test_a_store_of_a_config_has_no_identity_to_save(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("change", ["other weights", "one tensor", "other dtype", "other model"])
+@pytest.mark.parametrize("change", ["other weights", "one tensor", "one number", "other dtype", "other model"])
 def test_another_model_is_refused(change: str, tmp_path: Path) -> None:
     path = saved(tmp_path)
     model = tiny_model(seed=1 if change == "other weights" else 0, kind="mixed" if change == "other model" else "full")
     if change == "one tensor":
         with torch.no_grad():
             model.model.layers[1].self_attn.k_proj.weight.add_(1e-3)
+    if change == "one number":  # which no sample of the weights would meet
+        with torch.no_grad():
+            model.model.embed_tokens.weight.view(-1)[1] += 1e-3
     if change == "other dtype":
         model = model.to(torch.bfloat16)
     with pytest.raises(CacheStateError, match="another model"):
