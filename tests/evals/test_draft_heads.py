@@ -5,7 +5,8 @@ import torch
 
 import hf_kvopt
 from evals.reference_model import MODEL_PATH, heldout_texts, load
-from hf_kvopt.speculation.training.losses import RolledOutLoss, accepted_lengths, look, walk
+from hf_kvopt.speculation.training.features import look
+from hf_kvopt.speculation.training.losses import RolledOutLoss, accepted_lengths, walk
 
 FOLDER = MODEL_PATH.parent
 # Tokens a step of simulated greedy chains of three; far below what is measured, far above what a broken head gives.
@@ -23,7 +24,7 @@ def test_a_shipped_head_drafts_what_the_model_writes(name, least):
     rows = model.generate(
         prompt, attention_mask=mask, max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0
     )
-    seen = look(model, head, rows)
+    seen = look(model, head.feature_layers, rows)
     accepted = accepted_lengths(RolledOutLoss(head, 3)(rows, seen), rows, seen.best)
     gains = walk(accepted.tolist(), 96)
     assert sum(gains) / len(gains) > least

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -90,16 +91,15 @@ class EagleHead(HeadBase):
 
     def _rows_of(self, lm_head: Any) -> Tensor:
         """Copy the rows of the target's LM head that the draft vocabulary names, in the head's dtype."""
-        weight: Any = getattr(lm_head, "weight", None)
-        expected = (self.config.vocab_size, self.config.hidden_size)
-        got = tuple(weight.shape) if isinstance(weight, Tensor) else None
-        is_plain = got == expected and weight.is_floating_point() and weight.device.type != "meta"
-        if not is_plain or getattr(lm_head, "bias", None) is not None:
-            self._refuse(
-                f"an LM head of {expected}, in memory, not quantized, without bias", f"{type(lm_head).__name__} {got}"
-            )
-        ids = self.to_target(torch.arange(self.config.draft_vocab_size, device=self.device))
-        with torch.no_grad():
+        with align_module_device(lm_head), torch.no_grad():  # brings weights that are offloaded here
+            weight: Any = getattr(lm_head, "weight", None)
+            expected = (self.config.vocab_size, self.config.hidden_size)
+            got = tuple(weight.shape) if isinstance(weight, Tensor) else None
+            if got != expected or not weight.is_floating_point() or getattr(lm_head, "bias", None) is not None:
+                self._refuse(
+                    f"an LM head of {expected}, not quantized, without bias", f"{type(lm_head).__name__} {got}"
+                )
+            ids = self.to_target(torch.arange(self.config.draft_vocab_size, device=self.device))
             rows: Tensor = weight[ids.to(weight.device)].to(self.device, self.dtype)
         return rows
 
