@@ -1,6 +1,6 @@
 """lm-evaluation-harness over every cache: the same scores as transformers' own cache, with less memory.
 
-pip install 'hf-kvopt[neighbours]'; python examples/lm_eval_harness.py [MODEL]
+pip install 'hf-kvopt[neighbours]'; python examples/lm_eval_harness.py [MODEL [CACHE ...]]
 
 One task chooses how three lines of Python go on, the other writes it, which counts where it is word for word as
 expected. Put tasks of the harness, such as ["arc_easy"], in the place of `tasks()` where the hub can be reached.
@@ -25,8 +25,8 @@ ROWS = [
     {"context": "import os, sys\n\nfor line in sys.", "choices": ["zebra", "stdin"], "label": 1},
     {"context": "class Stack:\n    def __init__(", "choices": ["self", "banana"], "label": 0},
 ]
-# None is transformers' own cache.
-CACHES = [None, "paged", *(name for name, fmt in hf_kvopt.KV_FORMATS.items() if not fmt.is_native)]
+# The first one is transformers' own.
+CACHES = ["DynamicCache", "paged", *(name for name, fmt in hf_kvopt.KV_FORMATS.items() if not fmt.is_native)]
 
 
 def tasks(folder: str) -> list[ConfigurableTask]:
@@ -70,11 +70,11 @@ def main() -> None:
     name = hf_kvopt.model_source(name)
     model = AutoModelForCausalLM.from_pretrained(name).eval()
     tokenizer = AutoTokenizer.from_pretrained(name)
-    for cache in CACHES:
-        if cache is not None:
+    for cache in sys.argv[2:] or CACHES:
+        if cache != "DynamicCache":
             hf_kvopt.enable(model, cache=cache)
         scores = evaluate(model, tokenizer)
-        print(f"{cache or 'DynamicCache':<14}" + "".join(f"{task} {score:.3f}  " for task, score in scores.items()))
+        print(f"{cache:<14}" + "".join(f"{task} {score:.3f}  " for task, score in scores.items()))
         hf_kvopt.disable(model)
 
 
