@@ -23,7 +23,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         bars = left.bar(places, [speed / unit for speed in speeds.values()], width=0.8 / len(models), label=model)
         left.bar_label(bars, [f"{speed:.0f}/s" for speed in speeds.values()], fontsize="small")
         loaded = sorted((row for row in rows if row["model"] == model and row["rate_per_s"]), key=_rate)
-        for share in ("p50", "p99"):
+        for share in ("p50", "p99") if loaded else ():
             values = [row[f"first_token_{share}_s"] for row in loaded]
             right.plot([_rate(row) for row in loaded], values, marker="o", label=f"{model}, {share}")
     left.set_xticks([place + 0.4 - 0.4 / max(1, len(models)) for place in range(len(sides))], sides, fontsize="small")
