@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from hf_kvopt import compat
 from hf_kvopt.batching.job import Job
 from hf_kvopt.batching.request import Request
-from hf_kvopt.batching.rules import Rules, rules_for
+from hf_kvopt.batching.rules import Rules
 from hf_kvopt.batching.settings import BatchConfig, Runtime
 from hf_kvopt.batching.stats import BatchStats
 from hf_kvopt.compat.ranks import text_group
@@ -159,12 +159,10 @@ class Batcher:
     def _prepared(self, input_ids: list[int] | Tensor, **settings: Any) -> tuple[list[int], Rules]:
         worker = self._worker
         worker.require_open()
-        model = worker.runtime.model
-        if model.training:
+        if worker.runtime.model.training:
             raise CacheStateError("the model is in training mode: got a request for it; call model.eval() first")
         prompt = worker.runtime.prompt(input_ids)
-        rules = rules_for(model, prompt, **settings)
-        return prompt, rules._replace(max_new_tokens=worker.runtime.require_room(len(prompt), rules.max_new_tokens))
+        return prompt, worker.runtime.rules(prompt, **settings)
 
 
 def _require_whole(model: PreTrainedModel) -> None:

@@ -1,7 +1,6 @@
 """`generate_many`: any number of prompts through one running batch, in the calling thread."""
 
 from collections.abc import Iterable, Iterator, Sized
-from dataclasses import fields
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -11,8 +10,7 @@ from transformers import PreTrainedModel
 from hf_kvopt import ranks
 from hf_kvopt.batching.job import Job
 from hf_kvopt.batching.request import Request
-from hf_kvopt.batching.rules import rules_for
-from hf_kvopt.batching.settings import BatchConfig, Runtime
+from hf_kvopt.batching.settings import BatchConfig, Runtime, split_settings
 from hf_kvopt.compat.ranks import text_group
 from hf_kvopt.errors import OutOfBlocks
 
@@ -52,7 +50,7 @@ def generate_many(
         >>> [len(tokens) for tokens in outputs]
         [4, 4]
     """
-    own = {name: settings.pop(name) for name in {field.name for field in fields(BatchConfig)} & set(settings)}
+    own, settings = split_settings(settings)
     runtime = Runtime(model, BatchConfig(cache=cache, **own))
     requests: list[Request] = []
     try:
@@ -95,7 +93,9 @@ def run_jobs(runtime: Runtime, jobs: Iterator[Job]) -> Iterator[Request]:
 
 def _require_alike(runtime: Runtime, job: Job) -> None:
     """Raise where ranks that share a model would not run the same forwards."""
-    if job.rules.deadline is not None and text_group(runtime.model) is not None:
+    if text_group(runtime.model) is None:
+        return
+    if job.rules.deadline is not None:
         raise ValueError(
             "max_time ends requests by each rank's own clock: got it for a model that ranks share; omit it"
         )
@@ -116,8 +116,7 @@ def _jobs(
         prompt = runtime.prompt(input_ids)
         for _ in range(num_samples):
             drawn = None if seed is None else seed + len(requests)
-            rules = rules_for(runtime.model, prompt, seed=drawn, **settings)
-            rules = rules._replace(max_new_tokens=runtime.require_room(len(prompt), rules.max_new_tokens))
+            rules = runtime.rules(prompt, seed=drawn, **settings)
             requests.append(Request(prompt))
             yield runtime.engine.job(requests[-1], rules)
 

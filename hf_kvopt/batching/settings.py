@@ -1,7 +1,7 @@
 """Settings of a batcher, and the engine that is made of them."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
 
@@ -14,6 +14,7 @@ from hf_kvopt.batching.engine import Engine
 from hf_kvopt.batching.graph import GraphStep
 from hf_kvopt.batching.probe import require_equal
 from hf_kvopt.batching.requirements import as_prompt, num_positions, require_packable
+from hf_kvopt.batching.rules import Rules, rules_for
 from hf_kvopt.cache.divided import require_followed
 from hf_kvopt.config import CacheConfig
 from hf_kvopt.errors import nearest
@@ -55,6 +56,13 @@ class BatchConfig:
                 raise ValueError(f"{name} must be an integer of at least 1: got {value!r}")
         if not isinstance(self.compile, (bool, CompileConfig)):
             raise TypeError(f"compile must be True, False or a CompileConfig of transformers: got {self.compile!r}")
+
+
+def split_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings that are those of a `BatchConfig`, and the others, which are of requests."""
+    names = {one.name for one in fields(BatchConfig)}
+    own = {name: value for name, value in settings.items() if name in names}
+    return own, {name: value for name, value in settings.items() if name not in names}
 
 
 def _drafter(model: PreTrainedModel, draft: Any) -> Drafter | None:
@@ -121,6 +129,15 @@ class Runtime:
                 f"{len(prompt):,} tokens; shorten it"
             )
         return prompt
+
+    def rules(self, prompt: list[int], **settings: Any) -> Rules:
+        """The rules of a request for `prompt`, by settings of `rules_for`, with no more new tokens than there may be.
+
+        Raises:
+            ValueError, TypeError: see `rules_for` and `require_room`.
+        """
+        rules = rules_for(self.model, prompt, **settings)
+        return rules._replace(max_new_tokens=self.require_room(len(prompt), rules.max_new_tokens))
 
     def require_room(self, prompt_len: int, max_new_tokens: int) -> int:
         """Return how many new tokens a prompt may get at most.

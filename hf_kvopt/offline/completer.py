@@ -5,7 +5,6 @@ rows ──► prompts ──► jobs of one running batch ──► completions
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,7 +15,7 @@ from hf_kvopt.batching.job import Job
 from hf_kvopt.batching.many import run_jobs
 from hf_kvopt.batching.request import Request
 from hf_kvopt.batching.rules import rules_for
-from hf_kvopt.batching.settings import BatchConfig, Runtime
+from hf_kvopt.batching.settings import BatchConfig, Runtime, split_settings
 from hf_kvopt.offline.prompts import encode, prompt_columns
 
 ADDED = ("completion", "num_tokens", "finish_reason", "error")
@@ -71,7 +70,7 @@ class Completer:
             raise ValueError(f"num_return_sequences must be an integer of at least 1: got {num_return_sequences!r}")
         if isinstance(model, str):
             model, tokenizer = _loaded(model, tokenizer)
-        own = {name: settings.pop(name) for name in {field.name for field in fields(BatchConfig)} & set(settings)}
+        own, settings = split_settings(settings)
         self.tokenizer, self.column = tokenizer, column
         self.num_samples, self._seed, self._settings = num_return_sequences, seed, settings
         if tokenizer is not None and settings.get("stop_strings"):
@@ -79,7 +78,9 @@ class Completer:
         self._num_called = 0
         self._runtime = Runtime(model, BatchConfig(cache=cache, **own))
         try:
-            rules_for(model, [0], seed=seed, **self._settings)  # a setting that no row could take is refused here
+            rules_for(
+                self._runtime.model, [0], seed=seed, **self._settings
+            )  # a setting that no row could take is refused here
         except BaseException:
             self.close()
             raise
@@ -160,8 +161,7 @@ class Completer:
         prompt = runtime.prompt(encode(self.tokenizer, value))
         for sample in range(self.num_samples):
             seed = self._seed + number * self.num_samples + sample
-            rules = rules_for(runtime.model, prompt, seed=seed, **self._settings)
-            rules = rules._replace(max_new_tokens=runtime.require_room(len(prompt), rules.max_new_tokens))
+            rules = runtime.rules(prompt, seed=seed, **self._settings)
             jobs.append(runtime.engine.job(Request(prompt), rules))
         return jobs
 
