@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import CompileConfig
 
 from hf_kvopt import compat
+from hf_kvopt.batching.packed import EmptyLooking
 from hf_kvopt.cache.layer import PagedLayer
 from hf_kvopt.pool.block_table import BlockTable
 from hf_kvopt.pool.handle import KVHandle, KVSpec, KVView, Stored, TableRows
@@ -46,7 +46,7 @@ class Places(NamedTuple):
     mask: Tensor  # [rows, 1, 1, blocks * block_size] bool: what each row holds and sees
 
 
-class StepCache(DynamicCache):
+class StepCache(EmptyLooking):
     """Stands for the cache that the model takes: writes each layer's token to its slot, and hands out the rows.
 
     Args:
@@ -55,8 +55,7 @@ class StepCache(DynamicCache):
     """
 
     def __init__(self, layers: Sequence[PagedLayer], places: Sequence[Places]) -> None:
-        # Past DynamicCache's __init__, which would build its own layers.
-        Cache.__init__(self, layers=list(layers))
+        super().__init__(layers)
         self.pools = [layer.pool for layer in layers]
         self.places = list(places)
 
@@ -68,15 +67,6 @@ class StepCache(DynamicCache):
         assert isinstance(pool, KVPool)
         pool.store(key_states, value_states, None, lambda: places.slots)
         return _handle(pool.keys, places), _handle(pool.values, places)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return query_length, 0
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        return 0
 
 
 class Bucket:

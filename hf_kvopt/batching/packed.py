@@ -18,18 +18,36 @@ class Segment(NamedTuple):
     cut: Cut
 
 
-class PackedCache(DynamicCache):
-    """Hands each token of a packed text to the cache of its row.
+class EmptyLooking(DynamicCache):
+    """A cache that looks empty to the model: positions are passed along, and the attention makes the masks.
 
-    To the model it looks empty: positions are passed along, and masks are made from the caches by the attention.
+    Args:
+        layers: of the caches behind it.
+    """
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        # Past DynamicCache's __init__, which would build its own layers.
+        Cache.__init__(self, layers=list(layers))
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return 0
+
+
+class PackedCache(EmptyLooking):
+    """Hands each token of a packed text to the cache of its row.
 
     Args:
         segments: the caches, and which tokens are theirs.
     """
 
     def __init__(self, segments: Sequence[Segment]) -> None:
-        # Past DynamicCache's __init__, which would build its own layers.
-        Cache.__init__(self, layers=segments[0].cache.layers)
+        super().__init__(segments[0].cache.layers)
         self.segments = list(segments)
 
     def update(
@@ -43,15 +61,6 @@ class PackedCache(DynamicCache):
             values.append(v)
         cuts = [cut for _, cut in self.segments]
         return PackedKV(keys, cuts), PackedKV(values, cuts)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return query_length, 0
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        return 0
 
 
 def pack(parts: Sequence[tuple[PagedCache, Sequence[int]]], device: torch.device) -> list[Segment]:

@@ -19,12 +19,13 @@ from hf_kvopt.kernels.paged_kv import PagedKV, empty_results
 from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.kernels.reference.attention import AttentionOut, paged_reference
 from hf_kvopt.kernels.triton.arguments import paged_args, pattern_args
-from hf_kvopt.kernels.triton.checks import check_contiguous, check_dtype, check_paged
+from hf_kvopt.kernels.triton.checks import check_paged
 from hf_kvopt.kernels.triton.configs import decode_config, least_decode_tile
 from hf_kvopt.kernels.triton.launch import Config, Launch, Target, cdiv, next_power_of_two, target_of
 from hf_kvopt.kernels.triton.merge_state import plan_merge_state
 from hf_kvopt.kernels.triton.optional import tl, triton
 from hf_kvopt.kernels.triton.paged_tile import attend_tile, load_query, load_scales
+from hf_kvopt.kernels.triton.splits import of_splits
 from hf_kvopt.kernels.triton.tile import add_sink, log_sum, reciprocal, store_output
 
 paged_decode_reference = paged_reference
@@ -219,12 +220,7 @@ def plan_paged_decode(
     """Write the launches down: the splits, and their merge if there is more than one."""
     batch, num_heads, q_len, _ = q.shape
     row_tiles = cdiv(q_len * num_heads // kv.num_kv_heads, config.block_m)
-    parts, part_lse = (out, lse) if num_splits == 1 else _split_scratch(scratch, out, lse, num_splits)
-    # Sinks must be counted once: with several splits they join at the merge.
-    own = pattern if num_splits == 1 else pattern._replace(sinks=None)
-    if q_len == 1:
-        # The last token sees all that come before: nothing to compare.
-        own = own._replace(is_causal=False)
+    parts, part_lse, own = of_splits(pattern, q_len, scratch, out, lse, num_splits)
     args = {
         **paged_args(q, kv, config, target),
         **pattern_args(own),
@@ -242,22 +238,6 @@ def plan_paged_decode(
     if num_splits > 1:
         launches.append(plan_merge_state(parts, part_lse, pattern.sinks, out, lse))
     return launches
-
-
-def _split_scratch(scratch: Tensor | None, out: Tensor, lse: Tensor, num_splits: int) -> tuple[Tensor, Tensor]:
-    """Return the parts' output and lse, views of the scratch."""
-    needed = num_splits * (out.numel() + lse.numel())
-    if scratch is None:
-        scratch = lse.new_empty(needed)
-    check_dtype("scratch", scratch, torch.float32)
-    check_contiguous("scratch", scratch)
-    if scratch.numel() < needed:
-        raise ValueError(
-            f"scratch must hold {needed} float32 elements: got {scratch.numel()}; size it with decode_scratch"
-        )
-    flat = scratch.view(-1)
-    parts = flat[: num_splits * out.numel()].view(num_splits, *out.shape)
-    return parts, flat[num_splits * out.numel() : needed].view(num_splits, *lse.shape)
 
 
 def decode_scratch(

@@ -17,9 +17,9 @@ from hf_kvopt.kernels.triton.configs import sealed_config
 from hf_kvopt.kernels.triton.launch import Config, Launch, Target, cdiv, next_power_of_two, target_of
 from hf_kvopt.kernels.triton.merge_state import plan_merge_state
 from hf_kvopt.kernels.triton.paged_decode import MIN_TILES, WORKERS_PER_SM, choose_splits
-from hf_kvopt.kernels.triton.paged_decode import _split_scratch as split_scratch
 from hf_kvopt.kernels.triton.sealed_arguments import check_sealed, sealed_args
 from hf_kvopt.kernels.triton.sealed_kernel import sealed_attention_kernel
+from hf_kvopt.kernels.triton.splits import of_splits
 
 
 def plan_sealed(
@@ -35,12 +35,7 @@ def plan_sealed(
     """Write the launches down: the splits, and their merge if there is more than one."""
     batch, num_heads, q_len, _ = q.shape
     row_tiles = cdiv(q_len * num_heads // kv.num_kv_heads, config.block_m)
-    parts, part_lse = (out, lse) if num_splits == 1 else split_scratch(None, out, lse, num_splits)
-    # Sinks must be counted once: with several splits they join at the merge.
-    own = pattern if num_splits == 1 else pattern._replace(sinks=None)
-    if q_len == 1:
-        # The last token sees all that come before: nothing to compare.
-        own = own._replace(is_causal=False)
+    parts, part_lse, own = of_splits(pattern, q_len, None, out, lse, num_splits)
     means = None
     if num_splits > 1 and kv.k.mean is not None:
         means = lse.new_empty(lse.numel() * kv.block_table.stride(0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from llvmlite import ir
@@ -12,6 +12,18 @@ from hf_kvopt.kernels.cpu.jit.emitter import F32, I32, I64, PTR, Emitter
 VOID = ir.VoidType()
 # libgomp's entry: (function, its argument, threads, flags); LLVM's and Intel's OpenMP have it as well.
 FORK = "GOMP_parallel"
+
+
+def module_of(emit_work: Callable[[ir.Function], None], lanes: int, names: Sequence[str]) -> ir.Module:
+    """A module with one function `run(arguments)`, all of whose threads do what `emit_work` writes into a function."""
+    module = ir.Module("hf_kvopt")
+    work, run = (ir.Function(module, ir.FunctionType(VOID, [PTR]), name) for name in ("work", "run"))
+    work.linkage = "internal"
+    emit_work(work)
+    e = Kernel(run, lanes, names)
+    e.share_out(work)
+    e.b.ret_void()
+    return module
 
 
 class Kernel(Emitter):

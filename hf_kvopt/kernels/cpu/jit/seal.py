@@ -14,7 +14,7 @@ from llvmlite import ir
 
 from hf_kvopt.kernels.cpu.jit.codec import CODECS
 from hf_kvopt.kernels.cpu.jit.emitter import F16, F32, I8, I32, I64, PTR
-from hf_kvopt.kernels.cpu.jit.kernel import VOID, Kernel
+from hf_kvopt.kernels.cpu.jit.kernel import Kernel, module_of
 from hf_kvopt.kernels.cpu.jit.spec import SEAL_ARGUMENTS, SealSpec
 from hf_kvopt.kernels.cpu.jit.stored import rotated
 from hf_kvopt.quant.sealed import LIMIT, RANGES
@@ -25,14 +25,7 @@ _BYTES = 16  # packed at a time
 
 def emit(spec: SealSpec) -> ir.Module:
     """A module with one function `run(arguments)`."""
-    module = ir.Module("hf_kvopt")
-    work, run = (ir.Function(module, ir.FunctionType(VOID, [PTR]), name) for name in ("work", "run"))
-    work.linkage = "internal"
-    Seal(work, spec).emit()
-    e = Kernel(run, spec.lanes, SEAL_ARGUMENTS)
-    e.share_out(work)
-    e.b.ret_void()
-    return module
+    return module_of(lambda work: Seal(work, spec).emit(), spec.lanes, SEAL_ARGUMENTS)
 
 
 class Seal(Kernel):

@@ -16,8 +16,8 @@ from llvmlite import ir
 
 from hf_kvopt.kernels.cpu.jit.codec import CODECS
 from hf_kvopt.kernels.cpu.jit.coder import CODERS, stored
-from hf_kvopt.kernels.cpu.jit.emitter import F16, I32, I64, PTR
-from hf_kvopt.kernels.cpu.jit.kernel import VOID, Kernel
+from hf_kvopt.kernels.cpu.jit.emitter import F16, I32, I64
+from hf_kvopt.kernels.cpu.jit.kernel import Kernel, module_of
 from hf_kvopt.kernels.cpu.jit.spec import STORE_ARGUMENTS, STORE_CHUNK, StoreSpec
 from hf_kvopt.kernels.cpu.jit.stored import rotated
 from hf_kvopt.quant.reference import FLOAT16_NUDGE
@@ -25,14 +25,7 @@ from hf_kvopt.quant.reference import FLOAT16_NUDGE
 
 def emit(spec: StoreSpec) -> ir.Module:
     """A module with one function `run(arguments)`."""
-    module = ir.Module("hf_kvopt")
-    work, run = (ir.Function(module, ir.FunctionType(VOID, [PTR]), name) for name in ("work", "run"))
-    work.linkage = "internal"
-    Store(work, spec).emit()
-    e = Kernel(run, spec.lanes, STORE_ARGUMENTS)
-    e.share_out(work)
-    e.b.ret_void()
-    return module
+    return module_of(lambda work: Store(work, spec).emit(), spec.lanes, STORE_ARGUMENTS)
 
 
 class Store(Kernel):
