@@ -40,6 +40,13 @@ def test_samples_depend_on_the_number_of_a_row_alone() -> None:
     assert together[1]["num_tokens"] == [6, 6]
 
 
+def test_rows_of_one_prompt_have_samples_of_their_own() -> None:
+    settings: dict[str, Any] = {"max_new_tokens": 6, "do_sample": True, "num_return_sequences": 2, "temperature": 3.0}
+    with Completer(tiny_model(), **settings) as completer:
+        rows = completer({"input_ids": [PROMPTS[0]] * 3})
+    assert len({tuple(tokens) for samples in rows["completion"] for tokens in samples}) == 6
+
+
 def test_a_row_that_cannot_be_used_has_an_error_and_the_others_go_on() -> None:
     prompts = [PROMPTS[0], [], [1, 500], None, "text", PROMPTS[1], list(range(90))]
     with Completer(tiny_model(), max_tokens=64, **GREEDY) as completer:
