@@ -117,11 +117,8 @@ class Spiller:
                     node.waits = False
 
     def _keep(self, batch: _Batch, rows: dict[int, Tensor], kept: Sequence[Node]) -> None:
-        records: dict[bytes, Record] = {}
-        depth: dict[bytes, int] = {}
-        for node in kept:
-            records[node.digest] = Record(node.tokens, batch.is_exact, batch.layout, rows[id(node)])
-            depth |= _ancestors(node)
+        records = {node.digest: Record(node.tokens, batch.is_exact, batch.layout, rows[id(node)]) for node in kept}
+        depth = _depths(kept)
         path = sorted(depth, key=depth.__getitem__, reverse=True)
         self.tiers.put(batch.key, records, path, batch.epoch)
         self.num_spilled += len(kept)
@@ -149,11 +146,15 @@ class Spiller:
         return _Batch(key, nodes, held, is_exact, self.tiers.layout(is_exact), pieces, self.tiers.epoch)
 
 
-def _ancestors(node: Node) -> dict[bytes, int]:
-    """Return the digests of a node and of the blocks before it, with their depth."""
-    path: list[bytes] = []
-    at: Node | None = node
-    while at is not None and at.digest:
-        path.append(at.digest)
-        at = at.parent
-    return {digest: len(path) - i for i, digest in enumerate(path)}
+def _depths(nodes: Sequence[Node]) -> dict[bytes, int]:
+    """Return the digests of nodes and of the blocks before them, each looked at once, with their depth."""
+    depth: dict[bytes, int] = {}
+    for node in nodes:
+        path: list[bytes] = []
+        at: Node | None = node
+        while at is not None and at.digest and at.digest not in depth:
+            path.append(at.digest)
+            at = at.parent
+        before = depth[at.digest] if at is not None and at.digest else 0
+        depth |= {digest: before + i for i, digest in enumerate(reversed(path), 1)}
+    return depth
