@@ -15,6 +15,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_kvopt.errors import CacheStateError
+from hf_kvopt.files import write_whole
 from hf_kvopt.packaged import home_folder
 from hf_kvopt.prefix.identity import fingerprint
 from hf_kvopt.quant import KV_FORMATS
@@ -69,11 +70,7 @@ class Calibration:
         Raises:
             CacheStateError: hooks, replaced methods or offloaded weights, by which no model can be told from others.
         """
-        path = _path(model)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(".part")
-        scratch.write_text(json.dumps(asdict(self), indent=1), encoding="utf8")
-        return scratch.replace(path)
+        return write_whole(_path(model), json.dumps(asdict(self), indent=1))
 
 
 def stored(model: PreTrainedModel) -> Calibration | None:

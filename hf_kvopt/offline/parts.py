@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from hf_kvopt.errors import KVOptError
+from hf_kvopt.files import write_whole
 
 INDEX = "index"
 """Column that numbers the rows of the input."""
@@ -99,9 +100,7 @@ class Parts:
     def _require_same(self, about: dict[str, Any]) -> None:
         path = self.folder / "run.json"
         if not path.exists():
-            scratch = path.with_suffix(".tmp")
-            scratch.write_text(json.dumps(about, indent=1, sort_keys=True))
-            scratch.replace(path)
+            write_whole(path, json.dumps(about, indent=1, sort_keys=True))
         found = json.loads(path.read_text())
         said = json.loads(json.dumps(about))
         unlike = sorted(name for name in {*found, *said} if found.get(name) != said.get(name))

@@ -24,10 +24,8 @@ logger = logging.getLogger(__name__)
 
 NOTHING = Plan(0, 0)
 _READ_GROWTH = 0.1  # guess until it was measured: twice the tokens take a tenth longer
-_PROBE, _LONGEST_PROBE = (
-    16,
-    256,
-)  # plain steps until one token is tried again, doubled each time; at once if all rows accept it
+_PROBE = 16  # plain steps until one token is tried again, doubled each time; at once if all rows accept it
+_LONGEST_PROBE = 256
 _MOST_SAMPLINGS = 16  # sampling settings with an acceptance of their own
 _SAID_AFTER = 8  # drafts before which it is not said that they lose
 

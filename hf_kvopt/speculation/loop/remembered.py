@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import platform
-import tempfile
 import weakref
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from hf_kvopt.files import write_whole
 from hf_kvopt.packaged import home_folder
 from hf_kvopt.speculation.drafters.base import Drafter
 from hf_kvopt.speculation.loop.policy import Policy
@@ -64,12 +64,8 @@ class Remembered:
         if not self._facts or num_steps < self._saved + _SAVE_EVERY:
             return
         self._saved = num_steps
-        path = _path(self._facts)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as new:
-                json.dump({"facts": self._facts, "learned": self._policy.learned()}, new)
-            Path(new.name).replace(path)
+            write_whole(_path(self._facts), json.dumps({"facts": self._facts, "learned": self._policy.learned()}))
         except OSError as error:
             logger.info("what speculation learned is not kept: %s", error)
 
