@@ -38,7 +38,7 @@ ALLOWED = {
     "offline": ("offline", "batching", "files"),
     "pool": ("pool", "eviction.policy", "kernels", "quant"),
     "eviction": ("eviction", "config"),
-    "kernels": ("kernels", "quant"),
+    "kernels": ("kernels", "quant", "files"),
     "quant": ("quant",),
     "speculation": (
         "speculation",
@@ -59,7 +59,7 @@ ALLOWED = {
     "config": (),
     "errors": (),
     "files": (),
-    "packaged": (),
+    "packaged": ("files",),
     "calibration": (
         "calibration",
         "cache",
