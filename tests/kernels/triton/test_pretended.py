@@ -182,3 +182,16 @@ def test_padding_that_is_not_on_the_left_stays_a_mask(monkeypatch: pytest.Monkey
     assert torch.allclose(got[is_text], want[is_text], atol=1e-5)
     without = model(ids, attention_mask=text()[1], **{CACHE_KEYWORD: cache_for(model, "growing")}).logits
     assert not torch.allclose(got[1, -1], without[1, -1], atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_prompt_of_rows_that_begin_later_hides_padding_behind_their_start_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = llama(1)
+    ids, mask = text()
+    mask[0, :2] = 0  # the table knows of row 1 alone
+    want = model(ids, attention_mask=mask, **{CACHE_KEYWORD: cache_for(model, "ragged")}).logits
+    with pretended(monkeypatch):
+        got = model(ids, attention_mask=mask, **{CACHE_KEYWORD: cache_for(model, "ragged")}).logits
+    assert torch.allclose(got[mask.bool()], want[mask.bool()], atol=1e-5)
