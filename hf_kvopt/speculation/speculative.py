@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers.generation import (
 from transformers.generation.streamers import BaseStreamer
 
 from hf_kvopt import compat
+from hf_kvopt.cache import recording
 from hf_kvopt.cache.mark import Mark
 from hf_kvopt.errors import nearest
 from hf_kvopt.speculation.drafters.assistant import AssistantDrafter
@@ -34,6 +36,7 @@ from hf_kvopt.speculation.loop.remembered import Remembered
 from hf_kvopt.speculation.loop.requirements import cache_for, require_steady_rope, require_supported
 from hf_kvopt.speculation.loop.scores import NodeScores
 from hf_kvopt.speculation.loop.stats import SpeculationStats
+from hf_kvopt.speculation.loop.stepwise import stepwise
 
 logger = logging.getLogger(__name__)
 
@@ -150,15 +153,17 @@ class SpeculativeDecoding:
         try:
             layers = self.drafter.feature_layers
             ready = prefill(model, input_ids, config, kwargs, cache, layers, "position_ids" in names)
-            cache.activate_past_recording()
+            recording.begin(cache)
             self.stats.calls += 1
             run = Speculation(
                 ready.reader, self.drafter, self.policy, output, scores, config, self.is_typical, rows_may_leave
             )
-            run.run(ready.outputs, ready.prompt, session)
-            if not rows_may_leave:
-                run.align()
+            with stepwise(model) if cache.records_states else nullcontext():
+                run.run(ready.outputs, ready.prompt, session)
+                if not rows_may_leave:
+                    run.align()
         finally:
+            recording.end(cache)
             session.close()
 
     def _check(self, model: PreTrainedModel, input_ids: Tensor, config: GenerationConfig) -> None:
