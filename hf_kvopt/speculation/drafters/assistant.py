@@ -73,7 +73,10 @@ class _AssistantSession(DraftSession):
 
     def extend(self, read: Read) -> None:
         following = read.following.tolist()
-        kept = [_common(mine, new[: n - 1]) for mine, new, n in zip(self._tried(), following, read.counts, strict=True)]
+        kept = [
+            common_prefix(mine, new[: n - 1])
+            for mine, new, n in zip(self._tried(), following, read.counts, strict=True)
+        ]
         if self.drafted:
             num_tried = len(self.drafted)
             self.reader.read_lens = [length - num_tried for length in self.reader.read_lens]
@@ -150,6 +153,6 @@ def is_sure(logits: Tensor, token: Tensor, q: Tensor | None, threshold: float) -
     return sure
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Return the length of the common prefix."""
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Return the length of the common prefix of two lists of ids."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
