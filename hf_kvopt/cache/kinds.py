@@ -9,9 +9,10 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import LinearAttentionLayer
 
 from hf_kvopt import compat
-from hf_kvopt.cache.hybrid import HybridLayer, StateLayer
+from hf_kvopt.cache.hybrid import HybridLayer
 from hf_kvopt.cache.layer import PagedLayer
 from hf_kvopt.cache.rows import GrowingRows
+from hf_kvopt.cache.states import StateLayer
 from hf_kvopt.eviction.policy import EvictionPolicy
 from hf_kvopt.quant import LATENTS, FormatPolicy, KVFormat, require_unsealed
 
