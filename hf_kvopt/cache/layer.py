@@ -16,6 +16,7 @@ from hf_kvopt.pool.block_table import BlockTable
 from hf_kvopt.pool.fixed_rows import is_on_host
 from hf_kvopt.pool.handle import KVHandle
 from hf_kvopt.pool.plane import Plane
+from hf_kvopt.pool.reads import FindsTables
 from hf_kvopt.pool.sealed_pool import SealedPool
 from hf_kvopt.pool.storage import KVPool
 from hf_kvopt.quant import NATIVE_KV, KVFormat
@@ -51,6 +52,11 @@ class PagedLayer(CacheLayerMixin):
     def is_initialized(self) -> bool:  # type: ignore[override]
         """Return whether the pool exists."""
         return self.pool is not None
+
+    @property
+    def pools(self) -> list[KVPool | SealedPool]:
+        """Return all storage of this layer."""
+        return [] if self.pool is None else [self.pool]
 
     @property
     def record_past(self) -> bool:
@@ -133,11 +139,16 @@ class PagedLayer(CacheLayerMixin):
         """
         self.clock = self.table.advance(batch_size, self.clock, num_tokens).stop
 
-    def fork(self, table: BlockTable, memo: dict[int, Any]) -> "PagedLayer":
-        """Make a layer over the same pool whose rows are those of `table`, a fork of this layer's."""
-        twin = self._empty_twin(table, memo)
+    def fork(self, table_like: FindsTables, memo: dict[int, Any]) -> "PagedLayer":
+        """Make a layer over the same pool whose rows are those of `table_like(table)`, a fork of this layer's."""
+        twin = self._empty_twin(table_like(self.table), memo)
         twin.follow(self)
         return twin
+
+    def begin_anew(self, table_like: FindsTables) -> None:
+        """Give the pool back, and hold nothing over the table that takes the place of this layer's."""
+        self.pool, self.table = None, table_like(self.table)
+        self.forget()
 
     def follow(self, other: "PagedLayer") -> None:
         """Hold what `other` holds, in the same pool."""

@@ -74,9 +74,17 @@ class EvictionPolicy:
         """Return `score` of a prompt; to be overridden in its place where a score needs more than it is given."""
         return self.score(states.q, states.k, states.v, states.scale)
 
-    def at(self, layer_idx: int, num_layers: int) -> "EvictionPolicy":
+    def at(self, layer_idx: int, num_layers: int) -> "EvictionPolicy | HeadPolicies":
         """Return the policy, hashable, of one layer among those without a window; equal ones share a block table."""
         return self
 
     def check(self, block_size: int) -> None:
         """Raise ValueError where this policy cannot work with blocks of `block_size` tokens."""
+
+
+class HeadPolicies(NamedTuple):
+    """Policies of one layer some of whose KV heads keep more than the others."""
+
+    heads: tuple[int, ...]  # ascending
+    own: EvictionPolicy  # of these heads
+    others: EvictionPolicy  # of all other heads

@@ -1,9 +1,13 @@
 """Notes that those who read a layer leave with its pool, and the step guard that its cache gives them."""
 
 import weakref
+from collections.abc import Callable
 from typing import Protocol
 
 from hf_kvopt.pool.block_table import BlockTable
+
+FindsTables = Callable[[BlockTable], BlockTable]
+"""Gives the table of other rows, or of a cache that begins anew, in the place of a table."""
 
 
 class LayerReads:
