@@ -28,6 +28,7 @@ from hf_kvopt.eviction.heads import DuoAttention
 from hf_kvopt.eviction.policy import EvictionPolicy
 from hf_kvopt.eviction.press import PressPolicy
 from hf_kvopt.eviction.pyramid import PyramidKV
+from hf_kvopt.eviction.quest import Quest
 from hf_kvopt.eviction.recent import SinkRecent, SinkRecentPeriodic
 from hf_kvopt.eviction.scores import TOVA, Knorm, PromptPolicy, SnapKV
 from hf_kvopt.offline.completer import Completer
@@ -72,6 +73,7 @@ __all__ = [
     "PromptPolicy",
     "PyramidKV",
     "QuantizedPagedCache",
+    "Quest",
     "Request",
     "RequestStats",
     "SinkRecent",

@@ -15,6 +15,7 @@ from hf_kvopt.attention.masking import add_bias, hide_before, select_keys, take_
 from hf_kvopt.attention.mla import LatentKV, attend_latent, is_absorbable
 from hf_kvopt.attention.packed import attend_packed
 from hf_kvopt.attention.sealed import aligned
+from hf_kvopt.attention.selection import select_blocks
 from hf_kvopt.errors import KVOptError, UnsupportedModel
 from hf_kvopt.kernels.attention import attend
 from hf_kvopt.kernels.calls import AttentionCall
@@ -86,6 +87,9 @@ def attention_forward(
         return attend_latent(query, key, pattern), None
     if isinstance(key, LatentKV) and isinstance(value, LatentKV):
         key, value = key.expand_both()
+    selected = select_blocks(module, query, key, value, pattern) if table is not None else None
+    if selected is not None:
+        return attend(AttentionCall(query, *selected, dropout)), None
     k = view_of(key) if isinstance(key, KVHandle) else key
     v = view_of(value) if isinstance(value, KVHandle) else value
     return attend(AttentionCall(query, k, v, pattern, dropout)), None

@@ -76,10 +76,6 @@ class HeadwiseLayer(PagedLayer):
         super().forget()
         self.others.forget()
 
-    def offload(self) -> None:
-        super().offload()
-        self.others.offload()
-
     def prefetch(self) -> None:
         super().prefetch()
         self.others.prefetch()

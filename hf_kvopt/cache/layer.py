@@ -13,6 +13,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.pool.block_table import BlockTable
+from hf_kvopt.pool.bounds import bounds_for, require_tokens
 from hf_kvopt.pool.fixed_rows import is_on_host
 from hf_kvopt.pool.handle import KVHandle
 from hf_kvopt.pool.plane import Plane
@@ -50,7 +51,6 @@ class PagedLayer(CacheLayerMixin):
 
     @property
     def is_initialized(self) -> bool:  # type: ignore[override]
-        """Return whether the pool exists."""
         return self.pool is not None
 
     @property
@@ -95,8 +95,11 @@ class PagedLayer(CacheLayerMixin):
         """Storage for states [batch, num_kv_heads, any, head_dim] of this layer's format, over its table's blocks."""
         allocator = self.table.allocator
         if self.format.sealed is not None:
+            require_tokens(self.table.policy)
             return SealedPool(key_states, value_states, allocator, self.format.sealed)
-        return KVPool(key_states, value_states, self.table.block_size, allocator.num_blocks, self.format)
+        pool = KVPool(key_states, value_states, self.table.block_size, allocator.num_blocks, self.format)
+        pool.reads.bounds = bounds_for(self.table.policy, pool.keys)
+        return pool
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write [batch, num_kv_heads, q_len, head_dim] behind what is held, and hand back all that a query may see.
@@ -113,8 +116,8 @@ class PagedLayer(CacheLayerMixin):
         self._check(key_states, value_states)
         if self.pool is None:
             self.lazy_initialization(key_states, value_states)
+        assert self.pool is not None
         pool, table, start = self.pool, self.table, self.clock
-        assert pool is not None
         batch, _, num_tokens, _ = key_states.shape
         replaces = table.window is not None and table.replaces_window(num_tokens)
         past = self._past_dense(pool, table.visible_start(start)) if replaces and isinstance(pool, KVPool) else None
@@ -203,8 +206,8 @@ class PagedLayer(CacheLayerMixin):
         return -1 if self.table.window is None else self.table.window
 
     def offload(self) -> None:
-        if self.pool is not None:
-            self.pool.to(torch.device("cpu"))
+        for pool in self.pools:
+            pool.to(torch.device("cpu"))
 
     def prefetch(self) -> None:
         if self.pool is not None:
@@ -221,11 +224,9 @@ class PagedLayer(CacheLayerMixin):
         self._refuse("reorder_cache")
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """See `crop`."""
         self._refuse("batch_repeat_interleave")
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """See `crop`."""
         self._refuse("batch_select_indices")
 
     def _empty_twin(self, table: BlockTable, memo: dict[int, Any]) -> Self:
@@ -253,8 +254,7 @@ class PagedLayer(CacheLayerMixin):
         return pool.as_stored(key_states, value_states, self.table)
 
     def _past_dense(self, pool: KVPool, first: int) -> tuple[Tensor, ...] | None:
-        """Return what a query sees of the past, copied before the table drops it; the first layer of a step finds it in
-        the table, the others in what that layer retired."""
+        """Return a copy of what a query sees of the past: in the table, or for later layers in what it retired."""
         table = self.table if self.table.clock == self.clock else self.table.retired
         if table is None or not table.rows:
             return None
