@@ -21,7 +21,16 @@ PACKAGE = "hf_kvopt"
 ALLOWED = {
     "prefix": ("prefix", "cache", "pool", "quant", "config", "compat"),
     "cache": ("cache", "pool", "eviction.policy", "quant", "config", "compat"),
-    "attention": ("attention", "eviction.policy", "pool.handle", "pool.lazy", "pool.packed", "kernels", "compat"),
+    "attention": (
+        "attention",
+        "eviction.policy",
+        "pool.handle",
+        "pool.headwise",
+        "pool.lazy",
+        "pool.packed",
+        "kernels",
+        "compat",
+    ),
     "batching": (
         "batching",
         "speculation",
@@ -63,6 +72,7 @@ ALLOWED = {
     "calibration": (
         "calibration",
         "cache",
+        "eviction",
         "plan",
         "quant",
         "packaged",

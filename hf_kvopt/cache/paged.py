@@ -208,8 +208,7 @@ class PagedCache(WatchedCache):
         # Forks keep the old allocator and its pools alive; without forks both go here.
         self._rows.forget_tables()
         for layer in self._paged_layers():
-            layer.pool, layer.table = None, self._rows.table_like(layer.table)
-            layer.forget()
+            layer.begin_anew(self._rows.table_like)
 
     def stats(self) -> CacheStats:
         """Blocks, tokens and bytes held now."""
@@ -293,6 +292,6 @@ def fork(cache: PagedCache, memo: dict[int, Any]) -> Any:
     child.layers = []
     for layer in cache.layers:
         if isinstance(layer, PagedLayer):
-            memo[id(layer)] = layer.fork(child._rows.table_like(layer.table), memo)  # for others that refer to it
+            memo[id(layer)] = layer.fork(child._rows.table_like, memo)  # for others that refer to it
         child.layers.append(copy.deepcopy(layer, memo))
     return child

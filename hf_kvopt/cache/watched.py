@@ -24,6 +24,7 @@ from hf_kvopt.cache.rows import CacheStep, GrowingRows
 from hf_kvopt.cache.whole import columns_left, note_step, refusal, text_columns
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.pool.handle import KVHandle
+from hf_kvopt.pool.headwise import HeadwiseKV
 
 
 class WatchedCache(DynamicCache):
@@ -70,6 +71,8 @@ class WatchedCache(DynamicCache):
                 for handle in states:
                     if isinstance(handle, KVHandle):
                         handle.guard = guard
+                    elif isinstance(handle, HeadwiseKV):
+                        handle.set_guard(guard)
             return states
         except BaseException:
             # The layer that refused, or broke off, has not advanced: its clock is where this forward began. One that
