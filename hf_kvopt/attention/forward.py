@@ -87,9 +87,10 @@ def attention_forward(
         return attend_latent(query, key, pattern), None
     if isinstance(key, LatentKV) and isinstance(value, LatentKV):
         key, value = key.expand_both()
-    selected = select_blocks(module, query, key, value, pattern) if table is not None else None
-    if selected is not None:
-        return attend(AttentionCall(query, *selected, dropout)), None
+    if table is not None and table.policy is not None:
+        selected = select_blocks(module, query, key, value, pattern)
+        if selected is not None:
+            return attend(AttentionCall(query, *selected, dropout)), None
     k = view_of(key) if isinstance(key, KVHandle) else key
     v = view_of(value) if isinstance(value, KVHandle) else value
     return attend(AttentionCall(query, k, v, pattern, dropout)), None
