@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 from transformers import Cache, PreTrainedModel
 
@@ -10,15 +11,16 @@ import hf_kvopt
 
 WHOLE = "whole"
 
-_HEADS: dict[tuple[int, float], list[list[int]]] = {}  # of a model by identity, measured once a share
+# Of a model by share, measured once.
+_HEADS: WeakKeyDictionary[PreTrainedModel, dict[float, list[list[int]]]] = WeakKeyDictionary()
 
 
 def _duo(budget: float, context: int, model: PreTrainedModel) -> hf_kvopt.DuoAttention:
     """Make the policy in which a share of the KV heads keeps all, the others an eighth of the text."""
-    key = id(model), budget
-    if key not in _HEADS:
-        _HEADS[key] = hf_kvopt.retrieval_heads(model, share=budget)
-    return hf_kvopt.DuoAttention(_HEADS[key], sinks=16, recent=max(16, context // 8 - 32))
+    measured = _HEADS.setdefault(model, {})
+    if budget not in measured:
+        measured[budget] = hf_kvopt.retrieval_heads(model, share=budget)
+    return hf_kvopt.DuoAttention(measured[budget], sinks=16, recent=max(16, context // 8 - 32))
 
 
 # Makes a policy for a share of a text of so many tokens.

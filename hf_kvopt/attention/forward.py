@@ -87,7 +87,7 @@ def attention_forward(
         return attend_latent(query, key, pattern), None
     if isinstance(key, LatentKV) and isinstance(value, LatentKV):
         key, value = key.expand_both()
-    if table is not None and table.policy is not None:
+    if table is not None and table.policy is not None and table.policy.selects_blocks:
         selected = select_blocks(module, query, key, value, pattern)
         if selected is not None:
             return attend(AttentionCall(query, *selected, dropout)), None

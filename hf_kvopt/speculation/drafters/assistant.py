@@ -63,9 +63,7 @@ class _AssistantSession(DraftSession):
     """Session of an assistant, whose cache holds the tokens of `extend` except those in `unread`."""
 
     def __init__(self, model: PreTrainedModel, vocab_size: int, batch_size: int) -> None:
-        cache = PagedCache(config=model.config.get_text_config(decoder=True))
-        cache.activate_past_recording()
-        self.reader = Reader(model, cache, [0] * batch_size, None, [0] * batch_size, torch.device("cpu"))
+        self.reader = empty_reader(model, batch_size)
         self.vocab_size = vocab_size
         self.threshold = threshold_of(model)
         self.unread: list[list[int]] = [[] for _ in range(batch_size)]  # not fed yet; ends with the root
@@ -139,6 +137,13 @@ class _AssistantSession(DraftSession):
         if missing > 0:
             return torch.nn.functional.pad(logits, (0, missing), value=float("-inf"))
         return logits[:, : self.vocab_size]
+
+
+def empty_reader(model: PreTrainedModel, batch_size: int) -> Reader:
+    """Return a reader of an assistant over an empty cache from which drafted tokens can be taken back."""
+    cache = PagedCache(config=model.config.get_text_config(decoder=True))
+    cache.activate_past_recording()
+    return Reader(model, cache, [0] * batch_size, None, [0] * batch_size, torch.device("cpu"))
 
 
 def threshold_of(model: PreTrainedModel) -> float:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_kvopt.cache.paged import PagedCache
-from hf_kvopt.speculation.drafters.assistant import common_prefix, is_sure, threshold_of
+from hf_kvopt.speculation.drafters.assistant import common_prefix, empty_reader, is_sure, threshold_of
 from hf_kvopt.speculation.drafters.base import Draft, Drafter, DraftSession, Plan, Read, Sampler
 from hf_kvopt.speculation.loop.reader import Reader
 
@@ -110,10 +109,7 @@ class _RetokenizedSession(DraftSession):
         self.reader = self._new_reader()
 
     def _new_reader(self) -> Reader:
-        model, zeros = self.drafter.model, [0] * len(self.texts)
-        cache = PagedCache(config=model.config.get_text_config(decoder=True))
-        cache.activate_past_recording()
-        return Reader(model, cache, zeros, None, zeros, torch.device("cpu"))
+        return empty_reader(self.drafter.model, len(self.texts))
 
     def _drafted(self, ids: list[list[int]], gamma: int) -> list[list[int]]:
         """Return up to `gamma` ids of the assistant after each row of `ids`."""
