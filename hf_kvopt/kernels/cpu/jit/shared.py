@@ -1,0 +1,85 @@
+"""Emits attention of rows to the tokens that they have in common, read once for all of them (cascade attention).
+
+A task is one KV head, CHUNK of the tokens that a run of rows shares, and `piece` of these rows. It leaves what a task
+of each row alone would leave of these tokens, (acc, m, l) of each query in the row's own part, to the last bit: tiles,
+their order and the steps on them are those of `Worker`. The rows' own tasks then go on from there. Hydragen: Juravsky
+et al., 2024.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+
+from hf_kvopt.kernels.cpu.jit.emitter import F32, I32, I64, PTR
+from hf_kvopt.kernels.cpu.jit.kernel import module_of
+from hf_kvopt.kernels.cpu.jit.spec import CHUNK, SharedSpec, part_items
+from hf_kvopt.kernels.cpu.jit.worker import Worker
+
+
+def emit(spec: SharedSpec) -> ir.Module:
+    """A module with one function `run(arguments)`."""
+    return module_of(lambda function: SharedWorker(function, spec).emit(), spec.lanes, spec.arguments)
+
+
+class SharedWorker(Worker):
+    """Takes tasks until none is left, each of several rows; all queries see all tokens of a task."""
+
+    spec: SharedSpec
+
+    def emit(self) -> None:
+        self.parts = self.allocate(self.b.mul(self._most_queries(), self.integer(8)))  # an address for each query
+        self.spare = self.alloca(F32, part_items(self.spec))  # for queries that fill up what is computed together
+        super().emit()
+
+    def _task(self, task: ir.Value) -> None:
+        splits, num_kv_heads, run = (self.number(name) for name in ("shared_splits", "num_kv_heads", "run"))
+        self.split, rest = self.b.urem(task, splits), self.b.udiv(task, splits)
+        self.kv_head, piece = self.b.urem(rest, num_kv_heads), self.b.udiv(rest, num_kv_heads)
+        size = self.number("piece")
+        pieces = self._parts_of(run, size)
+        number, piece = self.b.udiv(piece, pieces), self.b.urem(piece, pieces)
+        first = self.b.mul(piece, size)
+        self.row = self.b.add(self.b.mul(number, run), first)
+        self.count = self.b.mul(self.least(self.b.sub(run, first), size), self.num_rows())
+        tokens = self.b.sext(self.b.load(self.item(self.pointer("shared"), I32, number), typ=I32), I64)
+        self.begin = self.b.mul(self.split, self.integer(CHUNK))
+        self.end = self.least(tokens, self.b.add(self.begin, self.integer(CHUNK)))
+        with self.b.if_then(self.b.icmp_signed("<", self.begin, self.end)):
+            self._open(self.row, self.kv_head)
+            self._prepare()
+            self._read()
+
+    def _prepare(self) -> None:
+        num_rows, last = self.num_rows(), self.b.sub(self.count, self.integer(1))
+        with self.loop(self.integer(0), self._num_queries(), 1) as query:
+            source = self.least(query, last)
+            row, own = self.b.add(self.row, self.b.udiv(source, num_rows)), self.b.urem(source, num_rows)
+            self._scale(query, (row, self.kv_head), own)
+            pair = self.b.add(self.b.mul(row, self.number("num_kv_heads")), self.kv_head)
+            part = self.part_row(self.part(pair, self.split), own)
+            part = self.b.select(self.b.icmp_signed("<=", query, last), part, self.spare)
+            self.b.store(self.b.ptrtoint(part, I64), self.item(self.parts, I64, query))
+            self._clear(part)
+
+    def _parts_of(self, count: ir.Value, size: ir.Value) -> ir.Value:
+        """The parts of `size` that `count` is cut in, the last one maybe smaller."""
+        return self.b.udiv(self.b.add(count, self.b.sub(size, self.integer(1))), size)
+
+    def _padded(self, count: ir.Value) -> ir.Value:
+        rows = self.integer(self.spec.rows)
+        return self.b.mul(self._parts_of(count, rows), rows)
+
+    def _most_queries(self) -> ir.Value:
+        return self._padded(self.b.mul(self.number("piece"), self.num_rows()))
+
+    def _num_queries(self) -> ir.Value:
+        return self._padded(self.count)
+
+    def _part_row(self, query: ir.Value) -> ir.Value:
+        return self.b.inttoptr(self.b.load(self.item(self.parts, I64, query), typ=I64), PTR)
+
+    def _seen(self, query: ir.Value) -> tuple[ir.Value, ir.Value]:
+        return self.b.trunc(self.begin, I32), self.b.trunc(self.end, I32)
+
+    def _cap_and_mask(self, query: ir.Value) -> None:
+        self._cap_all()
