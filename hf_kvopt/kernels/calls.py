@@ -51,7 +51,8 @@ class SharedBlocks(NamedTuple):
 
     Args:
         tokens: [runs] int32, a multiple of `SHARED_TILE`: how many leading tokens all rows of each run share. A run is
-            batch // runs rows after one another; every query sees these tokens.
+            batch // runs rows after one another. Every query sees these tokens by its position, and the rows of a run
+            have the same first token that is not hidden by the pattern's `starts`.
         most: the greatest of `tokens`.
         saved: tokens that need not be read again.
     """
@@ -190,7 +191,7 @@ class KVView(NamedTuple):
         """Return the tokens that rows share and that all of their last `q_len` queries see; None for nothing."""
         batch, _, kv_len, _ = self.spec.shape
         is_narrow = pattern.window is not None and pattern.window < kv_len
-        if batch == 1 or self.skip or is_narrow or pattern.mask is not None:
+        if batch == 1 or self.skip or is_narrow:
             return None
         return self.rows.shared_blocks(kv_len, q_len, pattern.starts, self.plane.codes.device)
 

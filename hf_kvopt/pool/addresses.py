@@ -107,10 +107,8 @@ class Addresses:
     def shared_blocks(
         self, columns: int, q_len: int, starts: Tensor | Sequence[int] | None, device: torch.device
     ) -> SharedBlocks | None:
-        """Return what rows share of the tokens that all of their last `q_len` queries see; None for nothing.
-
-        Nothing is shared either where `starts` hide more than the columns before each row.
-        """
+        """Return what rows share of the tokens that all of their last `q_len` queries see; None for nothing, or where
+        `starts` are known to the device alone or hide unlike many tokens of a run."""
         if self._runs is None:
             self._runs = Runs.of(self.rows)
         if self._runs.size == 1 or isinstance(starts, Tensor):
@@ -124,8 +122,11 @@ class Addresses:
         self, columns: int, q_len: int, starts: Sequence[int] | None, device: torch.device
     ) -> SharedBlocks | None:
         assert self._runs is not None
-        if starts is not None and list(starts) != (self.starts(0, columns) or [0] * self.batch_size):
-            return None
+        size = self._runs.size
+        if starts is not None:
+            hidden = [max(0, start - lag) for start, lag in zip(starts, self.lags, strict=True)]
+            if any(len(set(hidden[i : i + size])) > 1 for i in range(0, len(hidden), size)):
+                return None
         late = self.clock - columns  # `base` is part of both
         seen = [length - late - q_len for length in self.lengths]
         return shared_tokens(self._runs, self.block_size, seen, device)

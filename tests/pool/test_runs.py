@@ -96,7 +96,7 @@ def test_other_rows_are_asked_for_anew_only_when_they_change():
     assert table.shared_blocks(201, 1, None, CPU) is not first
 
 
-def test_rows_that_begin_later_share_by_token_and_padding_in_blocks_does_not():
+def test_rows_that_begin_later_share_by_token_and_padding_must_be_the_same():
     table = table_of(1, 200)
     table.select([0, 0])
     table.crop_rows([200, 150])
@@ -105,11 +105,15 @@ def test_rows_that_begin_later_share_by_token_and_padding_in_blocks_does_not():
     assert asked(table, starts=table.starts(0, 201)) == [128]
     assert asked(table) == [128]
     assert asked(table, starts=[0, 60]) is None
+    assert asked(table, starts=[10, 60]) == [128]
     assert asked(table, starts=torch.tensor([0, 50])) is None
     even = table_of(1, 200)
     even.select([0, 0])
     assert asked(even, starts=[0, 0]) == [192]
+    assert asked(even, starts=[3, 3]) == [192]
     assert asked(even, starts=[0, 3]) is None
+    even.select([0, 0, 0, 0])
+    assert asked(even, starts=[3, 3, 0, 0]) is None
 
 
 def test_a_layer_that_holds_less_shares_less():
@@ -118,7 +122,7 @@ def test_a_layer_that_holds_less_shares_less():
     assert table.shared_blocks(100, 1, None, CPU).tokens.tolist() == [64]
 
 
-def test_windows_and_masks_are_read_row_by_row():
+def test_what_windows_hide_is_read_row_by_row():
     table = table_of(1, 200)
     table.select([0, 0])
     codes = torch.zeros(20, 16, 1, 8)
@@ -126,5 +130,4 @@ def test_windows_and_masks_are_read_row_by_row():
     assert view.shared_blocks(1, Pattern(1.0)).tokens.tolist() == [192]
     assert view.shared_blocks(1, Pattern(1.0, window=200)).tokens.tolist() == [192]
     assert view.shared_blocks(1, Pattern(1.0, window=199)) is None
-    assert view.shared_blocks(1, Pattern(1.0, mask=torch.ones(1, 1, 1, 200, dtype=torch.bool))) is None
     assert view._replace(skip=1).shared_blocks(1, Pattern(1.0)) is None

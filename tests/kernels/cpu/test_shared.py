@@ -29,11 +29,11 @@ def make_runs(shared, lengths, **options) -> tuple[Rows, SharedBlocks]:
     return rows, SharedBlocks(tokens, max(shared), (size - 1) * sum(shared))
 
 
-def attend(rows: Rows, shared: SharedBlocks | None, formats=("native", "native"), **pattern):
+def attend(rows: Rows, shared: SharedBlocks | None, formats=("native", "native"), lags=None, **pattern):
     k, v = (stored(pool, name, torch.float16) for pool, name in zip((rows.k, rows.v), formats, strict=True))
     places = address_of(*k), address_of(*v)
     return cpu_jit.attend_blocks(
-        rows.q, *places, rows.block_table, rows.seq_lens, None, Pattern(0.2, **pattern), shared=shared
+        rows.q, *places, rows.block_table, rows.seq_lens, lags, Pattern(0.2, **pattern), shared=shared
     )
 
 
@@ -90,6 +90,30 @@ def test_caps_and_sinks_are_equal():
     check(*rows, sinks=torch.linspace(-2, 2, 4), window=300)
     by_row = {"sinks": torch.linspace(-2, 2, 12).view(3, 4, 1, 1)}
     assert torch.equal(attend(*rows, **by_row), attend(rows[0], None, **by_row))
+
+
+@pytest.mark.parametrize("shape", [(4, 4, 3, 250), (1, 1, 1, 250), (4, 1, 1, 250), (1, 4, 3, 250)], ids=str)
+def test_masks_are_those_of_each_row(shape):
+    rows, shared = make_runs([64, 192], (200, 77, 220, 250), q_len=3)
+    lags = torch.tensor([50, 173, 30, 0], dtype=torch.int32)
+    bias = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    for mask in (bias > 0, bias, bias.masked_fill(bias > 0.5, -torch.inf)):
+        for options in ({"mask": mask}, {"mask": mask, "lags": lags}, {"mask": mask, "lags": lags, "softcap": 2.0}):
+            assert torch.equal(attend(rows, shared, **options), attend(rows, None, **options))
+
+
+@pytest.mark.parametrize("hidden", [1, 64, 100, CHUNK + 1, CHUNK + 129], ids="{} tokens".format)
+def test_padding_that_a_run_shares_is_not_even_read(hidden):
+    rows, shared = make_runs([0, CHUNK + 128], (40, 30, CHUNK + 130, CHUNK + 150))
+    lags = torch.tensor([0, 0, 20, 0], dtype=torch.int32)
+    starts = torch.tensor([0, 3, hidden + 20, hidden], dtype=torch.int32)
+    want = attend(rows, None, starts=starts, lags=lags)
+    assert torch.equal(attend(rows, shared, starts=starts, lags=lags), want)
+    for token in range(hidden):
+        for pool in (rows.k, rows.v):
+            pool[rows.block_table[2, token // 16], token % 16] = torch.nan
+    if hidden < CHUNK + 128:
+        assert torch.equal(attend(rows, shared, starts=starts, lags=lags), want)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 16], ids="{} threads".format)

@@ -34,6 +34,10 @@ class Body(Kernel):
             value.set(self.per_row(name, row))
         return value.get()
 
+    def column0_of(self, row: ir.Value) -> ir.Value:
+        """The token of a row that stands in the first column."""
+        return self.b.sub(self.number("skip"), self.per_row("lags", row, 0))
+
     def part(self, pair: ir.Value, split: ir.Value) -> ir.Value:
         """(acc, m, l) of the rows of a task."""
         index = self.b.add(self.b.mul(pair, self.number("splits")), split)

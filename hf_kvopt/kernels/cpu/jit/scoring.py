@@ -71,16 +71,19 @@ class Scoring(Body):
 
     def _mask(self, query: ir.Value, kind: int, item: int) -> None:
         """Apply the mask, whose memory ends with the last token: whole vectors first, then one token at a time."""
-        last = self.b.sub(self.num_rows(), self.integer(1))
         count = self.b.sub(self.stop, self.first)
         middle = self.b.add(self.first, self.round_down(count, self.lanes))
         for q in self._rows:
-            offset = self.locate(self.where, "mask", self.least(self.b.add(query, self.integer(q)), last))
-            row = self.at(self.pointer("mask"), offset)
+            row = self._mask_row(self.b.add(query, self.integer(q)), item)
             for lanes, first, stop in ((self.lanes, self.first, middle), (1, middle, self.stop)):
                 with self.loop(first, stop, lanes) as token:
-                    column = self.b.sub(token, self.column0)
-                    self._mask_some(self.at(row, self.b.mul(column, self.integer(item))), q, token, kind, lanes)
+                    self._mask_some(self.at(row, self.b.mul(token, self.integer(item))), q, token, kind, lanes)
+
+    def _mask_row(self, query: ir.Value, item: int) -> ir.Value:
+        """Address of the mask of a query of this task and token 0, which may lie before the mask's first column."""
+        last = self.b.sub(self.num_rows(), self.integer(1))
+        row = self.at(self.pointer("mask"), self.locate(self.where, "mask", self.least(query, last)))
+        return self.at(row, self.b.mul(self.column0, self.integer(-item)))
 
     def _mask_some(self, address: ir.Value, q: int, token: ir.Value, kind: int, lanes: int) -> None:
         scores = self.load(self._score(q, token), F32, lanes)

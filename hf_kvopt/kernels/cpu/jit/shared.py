@@ -1,6 +1,7 @@
 """Emits attention of rows to the tokens that they have in common, read once for all of them (cascade attention).
 
-A task is one KV head, CHUNK of the tokens that a run of rows shares, and `piece` of these rows. It leaves what a task
+A task is one KV head, CHUNK of the tokens that a run of rows shares, and `piece` of these rows, which are hidden the
+same tokens of before a first one. It leaves what a task
 of each row alone would leave of these tokens, (acc, m, l) of each query in the row's own part, to the last bit: tiles,
 their order and the steps on them are those of `Worker`. The rows' own tasks then go on from there. Hydragen: Juravsky
 et al., 2024.
@@ -12,7 +13,7 @@ from llvmlite import ir
 
 from hf_kvopt.kernels.cpu.jit.emitter import F32, I32, I64, PTR
 from hf_kvopt.kernels.cpu.jit.kernel import module_of
-from hf_kvopt.kernels.cpu.jit.spec import CHUNK, SharedSpec, part_items
+from hf_kvopt.kernels.cpu.jit.spec import BOOL_MASK, CHUNK, SharedSpec, part_items
 from hf_kvopt.kernels.cpu.jit.worker import Worker
 
 
@@ -22,12 +23,13 @@ def emit(spec: SharedSpec) -> ir.Module:
 
 
 class SharedWorker(Worker):
-    """Takes tasks until none is left, each of several rows; all queries see all tokens of a task."""
+    """Takes tasks until none is left, each of several rows; by its position, every query sees all tokens of a task."""
 
     spec: SharedSpec
 
     def emit(self) -> None:
-        self.parts = self.allocate(self.b.mul(self._most_queries(), self.integer(8)))  # an address for each query
+        # An address for each query.
+        self.parts, self.masks = (self.allocate(self.b.mul(self._most_queries(), self.integer(8))) for _ in range(2))
         self.spare = self.alloca(F32, part_items(self.spec))  # for queries that fill up what is computed together
         super().emit()
 
@@ -42,15 +44,20 @@ class SharedWorker(Worker):
         self.row = self.b.add(self.b.mul(number, run), first)
         self.count = self.b.mul(self.least(self.b.sub(run, first), size), self.num_rows())
         tokens = self.b.sext(self.b.load(self.item(self.pointer("shared"), I32, number), typ=I32), I64)
-        self.begin = self.b.mul(self.split, self.integer(CHUNK))
-        self.end = self.least(tokens, self.b.add(self.begin, self.integer(CHUNK)))
-        with self.b.if_then(self.b.icmp_signed("<", self.begin, self.end)):
+        chunk = self.b.mul(self.split, self.integer(CHUNK))
+        start = self.b.add(self.column0_of(self.row), self.per_row("starts", self.row, 0))
+        self.begin = self.greatest(start, chunk)
+        self.end = self.least(tokens, self.b.add(chunk, self.integer(CHUNK)))
+        # Parts are begun wherever a row's own task leaves that out, also where all of these tokens are hidden.
+        with self.b.if_then(self.b.icmp_signed("<", chunk, self.end)):
             self._open(self.row, self.kv_head)
             self._prepare()
             self._read()
 
     def _prepare(self) -> None:
         num_rows, last = self.num_rows(), self.b.sub(self.count, self.integer(1))
+        is_bool = self.b.icmp_signed("==", self.number("mask_kind"), self.integer(BOOL_MASK))
+        item = self.b.select(is_bool, self.integer(-1), self.integer(-4))
         with self.loop(self.integer(0), self._num_queries(), 1) as query:
             source = self.least(query, last)
             row, own = self.b.add(self.row, self.b.udiv(source, num_rows)), self.b.urem(source, num_rows)
@@ -60,6 +67,9 @@ class SharedWorker(Worker):
             part = self.b.select(self.b.icmp_signed("<=", query, last), part, self.spare)
             self.b.store(self.b.ptrtoint(part, I64), self.item(self.parts, I64, query))
             self._clear(part)
+            mask = self.at(self.pointer("mask"), self.locate((row, self.kv_head), "mask", own))
+            mask = self.at(mask, self.b.mul(self.column0_of(row), item))
+            self.b.store(self.b.ptrtoint(mask, I64), self.item(self.masks, I64, query))
 
     def _parts_of(self, count: ir.Value, size: ir.Value) -> ir.Value:
         """The parts of `size` that `count` is cut in, the last one maybe smaller."""
@@ -81,5 +91,5 @@ class SharedWorker(Worker):
     def _seen(self, query: ir.Value) -> tuple[ir.Value, ir.Value]:
         return self.b.trunc(self.begin, I32), self.b.trunc(self.end, I32)
 
-    def _cap_and_mask(self, query: ir.Value) -> None:
-        self._cap_all()
+    def _mask_row(self, query: ir.Value, item: int) -> ir.Value:
+        return self.b.inttoptr(self.b.load(self.item(self.masks, I64, query), typ=I64), PTR)

@@ -90,9 +90,8 @@ class Worker(Scoring):
         """The tokens of this task: those that some query sees, and that were not attended to before."""
         self.seq_len = self.per_row("seq_lens", row)
         self.past = self.b.sub(self.seq_len, self.number("q_len"))
-        column0 = self.b.sub(self.number("skip"), self.per_row("lags", row, 0))
-        self.column0 = column0  # the token that stands in the first column
-        start = self.b.add(column0, self.per_row("starts", row, 0))
+        self.column0 = self.column0_of(row)
+        start = self.b.add(self.column0, self.per_row("starts", row, 0))
         window_start = self.b.add(self.b.sub(self.past, self.number("window")), self.integer(1))
         lowest = self.greatest(self.greatest(start, window_start), self.integer(0))
         chunk = self.b.mul(split, self.integer(CHUNK))
