@@ -146,11 +146,12 @@ def shared_config(
 ) -> Config:
     """Return the configuration of one KV head's work for many rows over the same keys; see `decode_config`.
 
-    64 rows a tile, with a chunk's keys, where a chunk has as many: then half as many programs read a key.
+    64 rows a tile, with a chunk's keys, where a chunk has as many: then half as many programs read a key. Not of codes:
+    on sm_100 that spills.
     """
     few = decode_config(head_dim, dtype, formats, num_rows, has_mask, target)
     many = paged_prefill_config(head_dim, dtype, formats, num_rows, has_mask, target)
-    if num_rows <= few.block_m or many.block_m < 64:
+    if num_rows <= few.block_m or many.block_m < 64 or any(fmt.has_scale for fmt in formats):
         return few
     return many._replace(block_m=64)
 
