@@ -21,8 +21,12 @@ from hf_kvopt.kernels.triton.checks import check_paged
 from hf_kvopt.kernels.triton.configs import decode_config, shared_config
 from hf_kvopt.kernels.triton.launch import Launch, Target, cdiv, target_of
 from hf_kvopt.kernels.triton.merge_state import plan_merge_state
-from hf_kvopt.kernels.triton.paged_decode import choose_splits, plan_splits
+from hf_kvopt.kernels.triton.paged_decode import WORKERS_PER_SM, choose_splits, plan_splits
 from hf_kvopt.kernels.triton.splits import of_splits
+
+# Working programs per multiprocessor where a tile has as many rows: each split writes the output of all of them, which
+# at eight (64 splits of 8,192 tokens) would be more bytes than the keys and values.
+TALL, TALL_WORKERS_PER_SM = 64, 2
 
 
 def cascade(
@@ -70,7 +74,7 @@ def plan_cascade(
         _of_runs(own, runs, size),
         parts[:s].view(s, runs, size * q_len, num_heads, -1),
         by_query[:s].view(s, runs, size * q_len, num_heads).transpose(2, 3),
-        target, tiles[0], s,
+        target, tiles[0], s, WORKERS_PER_SM if tiles[0].block_m < TALL else TALL_WORKERS_PER_SM,
     )  # fmt: skip
     part_lse = by_query.transpose(2, 3)
     own_part = plan_splits(q, kv, own, parts[s:], part_lse[s:], target, tiles[1], splits[1])

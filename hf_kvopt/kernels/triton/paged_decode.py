@@ -249,6 +249,7 @@ def plan_splits(
     target: Target,
     config: Config,
     num_splits: int,
+    workers_per_sm: int = WORKERS_PER_SM,
 ) -> Launch:
     """Write down the launch that computes the parts, of each row behind the tokens that it shares."""
     batch, num_heads, q_len, _ = q.shape
@@ -267,7 +268,7 @@ def plan_splits(
         "num_splits": num_splits,
         "BLOCK_BATCH": next_power_of_two(batch),
         "MIN_SPLIT_TILES": 1 if target.family == "interpret" else MIN_TILES,
-        "NUM_WORKERS": WORKERS_PER_SM * target.num_sms,
+        "NUM_WORKERS": workers_per_sm * target.num_sms,
     }
     return Launch(_paged_decode_kernel, (batch * row_tiles, kv.num_kv_heads, num_splits), args, config.options)
 
