@@ -24,7 +24,7 @@ MAX_QUERY_BYTES = 1 << 19
 # Queries of one task over shared tokens: with their sums, of 128 channels, 128 KiB that stay in the second-level cache.
 MAX_SHARED_QUERIES = 128
 # Reads of shared tokens below which a second call is not worth its 3 to 8 us (2 cores, AVX-512).
-MIN_SAVED_BYTES = 1 << 18
+MIN_SAVED_BYTES = 1 << 20
 QUERY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NO_MASK, _NO_SINKS = (NO_MASK, 0, 0, 0, 0), (0, 0, 0, 0)
 _KEPT_SCRATCH = 1 << 16  # float32 values: what decoding takes
