@@ -106,7 +106,7 @@ class BlockRows(Addresses):
     def __getstate__(self) -> dict[str, object]:
         state = self.__dict__.copy()
         del state["_finalizer"]
-        state["_tensors"], state["_rows_on"] = Memo(), None
+        state["_tensors"], state["_rows_on"], state["_shared_of"] = Memo(), None, None
         return state
 
     def __setstate__(self, state: dict[str, object]) -> None:
