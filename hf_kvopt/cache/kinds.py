@@ -30,7 +30,8 @@ class LayerMaker(NamedTuple):
 
     def attention(self, window: int | None, format: KVFormat, policy: EvictionPolicy | None = None) -> PagedLayer:
         """A layer that holds keys and values only, with a policy of its own or that of all."""
-        return self.rows.layer_class(self.rows.table_for(window, policy), format, self.formats.exact_prefill)
+        table = self.rows.table_for(window, policy)
+        return self.rows.class_for(format)(table, format, self.formats.exact_prefill)
 
     def layer(
         self, kind: str, options: dict[str, Any], layer_idx: int, is_latent: bool, policy: EvictionPolicy | None = None

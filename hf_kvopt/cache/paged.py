@@ -38,7 +38,7 @@ from hf_kvopt.config import CacheConfig
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.eviction.policy import EvictionPolicy
 from hf_kvopt.pool.block_table import BlockTable
-from hf_kvopt.quant import FIXED_CAPACITY, FormatPolicy
+from hf_kvopt.quant import FormatPolicy, require_one_storage
 
 _NATIVE = FormatPolicy()
 
@@ -87,8 +87,6 @@ class PagedCache(WatchedCache):
             raise TypeError(f"config must be a model's config, e.g. model.config: got {type(config).__name__}")
         block_size = formats.block_size() if block_size is None else block_size
         self.cache_config = CacheConfig(block_size=block_size, max_tokens=max_tokens, compileable=compileable)
-        if compileable:
-            formats.require_unsealed(FIXED_CAPACITY)
         self.formats = formats
         self.policy = checked_policy(policy, self.cache_config, config)
         self._rows = self._make_rows()
@@ -102,7 +100,10 @@ class PagedCache(WatchedCache):
             config = config.get_text_config(decoder=True)
             maker = self._layer_maker().resolved(config)
             self.formats = maker.formats
-            Cache.__init__(self, layers=require_decoder(policy, config, maker.layers(config)), **kwargs)
+            layers = require_decoder(policy, config, maker.layers(config))
+            if compileable:
+                require_one_storage([layer.format for layer in layers if isinstance(layer, PagedLayer)])
+            Cache.__init__(self, layers=layers, **kwargs)
             if self._stock_layers():
                 self._log = ForwardLog()
             self._states_elsewhere = compat.keeps_states_in_modules(config)

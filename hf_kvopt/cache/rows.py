@@ -12,16 +12,18 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol, Self
 
 from hf_kvopt.cache.fixed import FixedLayer
+from hf_kvopt.cache.fixed_sealed import FixedSealedLayer
 from hf_kvopt.cache.layer import PagedLayer
 from hf_kvopt.config import CacheConfig
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.eviction.policy import EvictionPolicy
+from hf_kvopt.pool.ahead import AheadTable
 from hf_kvopt.pool.allocator import BlockAllocator
 from hf_kvopt.pool.block_table import BlockTable
 from hf_kvopt.pool.evicting import EvictingTable
 from hf_kvopt.pool.scored import ScoredTable
 from hf_kvopt.pool.tail import Tails
-from hf_kvopt.quant import FormatPolicy
+from hf_kvopt.quant import FormatPolicy, KVFormat
 
 Layers = Sequence[PagedLayer]
 Kind = int | EvictionPolicy | None
@@ -44,6 +46,8 @@ class TableMaker(NamedTuple):
         if policy is not None and window is None:
             kind = ScoredTable if policy.scores_prompts else EvictingTable
             return kind(allocator, self.config.block_size, policy)
+        if self.config.compileable and allocator.tails is not None:
+            return AheadTable(allocator, self.config.block_size, window)
         return BlockTable(allocator, self.config.block_size, window)
 
 
@@ -64,12 +68,15 @@ class GrowingRows:
     """
 
     is_fixed = False
-    layer_class: type[PagedLayer] = PagedLayer
 
     def __init__(self, make_table: MakesTables, lock: AbstractContextManager[Any] | None = None) -> None:
         self.make_table = make_table
         self.lock = lock if lock is not None else contextlib.nullcontext()
         self.tables: dict[Kind, BlockTable] = {}
+
+    def class_for(self, format: KVFormat) -> type[PagedLayer]:
+        """Return the class of layers that are stored in `format`."""
+        return PagedLayer
 
     @property
     def num_rows(self) -> int:
@@ -178,7 +185,9 @@ class FixedRows(GrowingRows):
     """
 
     is_fixed = True
-    layer_class = FixedLayer
+
+    def class_for(self, format: KVFormat) -> type[PagedLayer]:
+        return FixedSealedLayer if format.sealed is not None else FixedLayer
 
     def table_for(self, window: int | None, policy: EvictionPolicy | None = None) -> BlockTable:
         return super().table_for(None)
@@ -219,7 +228,10 @@ class FixedRows(GrowingRows):
             layer.forget()
 
     def undo(self, clock: int, layers: Layers) -> None:
-        """Nothing: a layer that refuses, or breaks off, has not written, and reads no further than its own length."""
+        """Take sealed layers back; others that refuse, or break off, have not written, and read up to their length."""
+        for layer in layers:
+            if isinstance(layer, FixedSealedLayer) and int(layer.length) > clock:
+                layer.set_length(clock)
 
     def take_back(self, clock: int, layers: Layers) -> None:
         for layer in self._fixed(layers):

@@ -19,16 +19,16 @@ from hf_kvopt.plan.geometry import LayerKV
 from hf_kvopt.plan.inputs import BadInput
 from hf_kvopt.quant import (
     CENTRE_TOKENS,
-    FIXED_CAPACITY,
     LATENTS,
     NATIVE_KV,
     SCALE_DTYPE,
     FormatPolicy,
     KVFormat,
     guard_for,
+    require_one_storage,
     require_unsealed,
 )
-from hf_kvopt.quant.sealed_formats import SEALED_BLOCK
+from hf_kvopt.quant.sealed_formats import MAX_TAIL_BLOCKS, SEALED_BLOCK
 
 _NATIVE = FormatPolicy()
 CACHES = ("paged", "dynamic", "static")
@@ -81,16 +81,22 @@ class CacheSpec:
         except ValueError as error:
             raise BadInput(str(error)) from error
         numbers = [i if layer.copy_of is None else layer.copy_of for i, layer in enumerate(layers)]
-        return [self._format(policy, number, layer) for number, layer in zip(numbers, layers, strict=True)]
+        found = [self._format(policy, number, layer) for number, layer in zip(numbers, layers, strict=True)]
+        if self.compileable:
+            try:
+                require_one_storage([fmt for fmt, layer in zip(found, layers, strict=True) if layer.is_paged])
+            except ValueError as error:
+                raise BadInput(str(error)) from error
+        return found
 
     def _format(self, policy: FormatPolicy, idx: int, layer: LayerKV) -> KVFormat:
         if self.cache != "paged" or not layer.is_paged:
             return NATIVE_KV
         chosen = policy.at(idx, is_sliding=layer.window is not None)
         is_latent = layer.attention == "MLA"
-        if self.compileable or is_latent:
+        if is_latent:
             try:
-                require_unsealed(chosen, FIXED_CAPACITY if self.compileable else LATENTS)
+                require_unsealed(chosen, LATENTS)
             except ValueError as error:
                 raise BadInput(str(error)) from error
         # Latents: the rotary part of the keys is stored in place of the values.
@@ -202,7 +208,8 @@ def kv_bytes(
         used += blocks.used * (held // max(1, blocks.reserved))
         if table.exact_block:
             places = tail_places(batch, length, prompt, window, spec.block_size)
-            reserved += places.reserved * table.exact_block
+            num_places = batch * MAX_TAIL_BLOCKS if spec.compileable else places.reserved
+            reserved += num_places * table.exact_block
             used += places.used * table.exact_block
     if spec.compileable:
         is_within_cap = spec.row_blocks(batch) * spec.block_size >= length

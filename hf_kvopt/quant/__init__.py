@@ -1,7 +1,6 @@
 """Storage formats of keys and values, and their quantization in torch."""
 
 from hf_kvopt.quant.formats import (
-    FIXED_CAPACITY,
     FORMATS,
     KV_FORMATS,
     LATENTS,
@@ -14,6 +13,7 @@ from hf_kvopt.quant.formats import (
     get_format,
     get_kv_format,
     is_pair,
+    require_one_storage,
     require_unsealed,
 )
 from hf_kvopt.quant.guard import (
@@ -32,7 +32,6 @@ from hf_kvopt.quant.reference import Quantized, dequantize, quantize, unpack_int
 
 __all__ = [
     "CENTRE_TOKENS",
-    "FIXED_CAPACITY",
     "FORMATS",
     "KV_FORMATS",
     "LATENTS",
@@ -55,6 +54,7 @@ __all__ = [
     "hadamard",
     "is_pair",
     "quantize",
+    "require_one_storage",
     "require_unsealed",
     "rotate",
     "unguarded",

@@ -125,6 +125,8 @@ def tail_blocks(
 # A step of no more blocks than this keeps all of its own blocks exact until the next one, so that drafts are cut back
 # without a loss; a longer one is a prompt.
 _DRAFT_BLOCKS = 4
+# The most that `tail_blocks` returns: of a short step the first block and all of its own, of a prompt no more.
+MAX_TAIL_BLOCKS = _DRAFT_BLOCKS + 2
 # How a code's bits are cut, low ones first, so that each piece divides a byte.
 _PARTS = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 

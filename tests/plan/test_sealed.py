@@ -8,7 +8,7 @@ from hf_kvopt import CACHE_KEYWORD, QuantizedPagedCache
 from hf_kvopt.plan.inputs import BadInput
 from hf_kvopt.plan.memory import memory
 from tests.cache.sealed import FORMATS
-from tests.helpers import prompt, tiny_model
+from tests.helpers import generate, prompt, tiny_model
 
 
 @pytest.mark.parametrize("name", FORMATS[:2])
@@ -35,12 +35,20 @@ def test_blocks_of_64_are_chosen_where_they_are_sealed():
     assert QuantizedPagedCache(model.config, format="int3").cache_config.block_size == 64
 
 
-@pytest.mark.parametrize("options", [{"format": "int4"}, {"layer_formats": {1: "k8v4"}}], ids=str)
-def test_fixed_capacity_is_refused_alike_by_the_cache_and_by_arithmetic(options):
+def test_fixed_capacity_reserves_what_arithmetic_says():
+    model, fixed = tiny_model("full"), {"max_tokens": 256, "compileable": True}
+    cache = QuantizedPagedCache(model.config, format="int4", **fixed)
+    generate(model, prompt(70), cache, disable_compile=True, max_new_tokens=3)
+    told = memory(model, context=72, format="int4", dtype="float32", weights=False, **fixed)
+    assert cache.stats().reserved_bytes == told.reserved_bytes
+
+
+@pytest.mark.parametrize("options", [{"layer_formats": {1: "k8v4"}}], ids=str)
+def test_layers_of_unlike_storage_of_fixed_capacity_are_refused_alike_by_the_cache_and_by_arithmetic(options):
     model, fixed = tiny_model("full"), {"max_tokens": 256, "compileable": True}
     name = options.get("format", "k8v4")
     said = (
-        rf"a cache of fixed capacity \(compileable=True\) stores each token by itself: got format '{name}'.*'int4/int4'"
+        rf"layers of a cache of fixed capacity \(compileable=True\) seal their blocks all or none: got .*{name}.*'int8'"
     )
     with pytest.raises(ValueError, match=said):
         QuantizedPagedCache(model.config, **options, **fixed)

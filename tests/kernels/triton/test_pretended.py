@@ -21,6 +21,7 @@ CACHES: dict[str, dict[str, Any]] = {
     "fixed": {"max_tokens": 2 * ROW, "compileable": True},
     "int8": {"format": "int8"},
     "sealed": {"format": "int4", "block_size": 16},
+    "fixed sealed": {"format": "int4", "block_size": 16, "max_tokens": 2 * ROW, "compileable": True},
     "fixed int8": {"format": "int8", "max_tokens": 2 * ROW, "compileable": True},
 }
 
