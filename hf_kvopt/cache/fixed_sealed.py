@@ -64,9 +64,9 @@ class FixedSealedLayer(FixedLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self._is_static(key_states.shape[2]):
             return _read_on_host(self, key_states, value_states)
-        self._check(key_states, value_states)
         if not torch.compiler.is_compiling() and is_on_host(self.length):
             self.clock = int(self.length)
+        self._check(key_states, value_states)
         pool, table = self.pool, self.table
         assert pool is not None
         planes = [part for plane in pool.planes for part in _parts(plane)]
@@ -81,8 +81,8 @@ class FixedSealedLayer(FixedLayer):
     def _append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """Write and read by the host's table, behind what steps on the device wrote."""
         table = self.table
-        self._check(key_states, value_states)
         self.clock = int(self.length)
+        self._check(key_states, value_states)
         if self.is_first or not table.allocator.pools:
             self._take_table_back()
         handles = super()._append(key_states, value_states)

@@ -69,6 +69,11 @@ class AheadTable(BlockTable):
         """Let steps on the device go on from here: hand out what they will write, and tell the device."""
         if self.is_published or not self.rows:
             return
+        size = self.block_size
+        self.exact = [
+            tuple(block for block in exact if block * size < length)
+            for exact, length in zip(self.exact, self.lengths, strict=True)
+        ]
         self._extend_rows(self.capacity)
         self.cycles = [self._cycle(row) for row in range(len(self.rows))]
         num_columns = self.block_table.shape[1]

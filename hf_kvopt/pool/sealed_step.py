@@ -25,6 +25,7 @@ from hf_kvopt.kernels.store import sealer_for
 from hf_kvopt.pool.fixed_rows import require_room
 from hf_kvopt.pool.sealed import SealedPlane
 from hf_kvopt.quant import get_kv_format
+from hf_kvopt.quant.sealed import seal
 
 
 class StepRows:
@@ -140,12 +141,22 @@ def _write_sealed(
         if sealer is not None:
             sealer.run(call)
             return
-    rows = is_full.nonzero()[:, 0].tolist()
+    is_held, index = (slots >= 0)[:, None, None], numbers.clamp(min=0)
+    rows = is_full.nonzero()[:, 0].tolist() if on_host else []
     for plane, states in zip(planes, (k, v), strict=True):
-        kept = slots >= 0
-        plane.exact.view(-1, plane.num_heads, plane.dim)[slots[kept]] = states[kept, :, 0]
+        flat = plane.exact.view(-1, plane.num_heads, plane.dim)
+        written = slots.clamp(min=0)
+        flat[written] = torch.where(is_held, states[:, :, 0], flat[written])
         if rows:
             plane.seal_places(numbers[rows].tolist(), places[rows].tolist())
+        if not on_host:
+            # Rows whose block is not full write back what block 0 holds, which is a first block and never sealed.
+            codes, token, mean = seal(plane.exact[places].transpose(1, 2), plane.codec)
+            made = [codes.transpose(1, 2), token.transpose(1, 2), mean]
+            for held, new in zip(plane.stored, made, strict=False):
+                assert new is not None
+                due = is_full.view(-1, *[1] * (new.dim() - 1))
+                held[index] = torch.where(due, new, held[index])
 
 
 def _attend_sealed(

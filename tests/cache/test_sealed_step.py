@@ -88,7 +88,6 @@ def test_a_second_turn_a_cut_and_a_new_text_go_on_as_in_a_growing_cache() -> Non
 
     with torch.no_grad():
         for got, want in zip(texts(fixed), texts(growing), strict=True):
-            # A dense mask over the capacity and a causal pattern are summed alike up to rounding.
             assert torch.equal(got, want)
 
 
@@ -124,6 +123,7 @@ def test_a_token_past_the_capacity_is_refused_and_the_rest_is_kept() -> None:
     cache.check_integrity()
 
 
+@torch.no_grad()
 def test_rows_that_change_places_and_copies_are_refused_in_one_sentence() -> None:
     model = tiny_model()
     cache = new_cache(model, "int4")
