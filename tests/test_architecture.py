@@ -21,7 +21,16 @@ PACKAGE = "hf_kvopt"
 ALLOWED = {
     "prefix": ("prefix", "cache", "pool", "quant", "config", "compat"),
     "cache": ("cache", "pool", "eviction.policy", "quant", "config", "compat"),
-    "attention": ("attention", "eviction.policy", "pool.handle", "pool.lazy", "pool.packed", "kernels", "compat"),
+    "attention": (
+        "attention",
+        "eviction.policy",
+        "pool.handle",
+        "pool.headwise",
+        "pool.lazy",
+        "pool.packed",
+        "kernels",
+        "compat",
+    ),
     "batching": (
         "batching",
         "speculation",
@@ -38,7 +47,7 @@ ALLOWED = {
     "offline": ("offline", "batching", "files"),
     "pool": ("pool", "eviction.policy", "kernels", "quant"),
     "eviction": ("eviction", "config"),
-    "kernels": ("kernels", "quant"),
+    "kernels": ("kernels", "quant", "files"),
     "quant": ("quant",),
     "speculation": (
         "speculation",
@@ -59,10 +68,11 @@ ALLOWED = {
     "config": (),
     "errors": (),
     "files": (),
-    "packaged": (),
+    "packaged": ("files",),
     "calibration": (
         "calibration",
         "cache",
+        "eviction",
         "plan",
         "quant",
         "packaged",

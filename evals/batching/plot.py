@@ -6,6 +6,7 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -26,13 +27,19 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         for share in ("p50", "p99") if loaded else ():
             values = [row[f"first_token_{share}_s"] for row in loaded]
             right.plot([_rate(row) for row in loaded], values, marker="o", label=f"{model}, {share}")
-    left.set_xticks([place + 0.4 - 0.4 / max(1, len(models)) for place in range(len(sides))], sides, fontsize="small")
+    left.set_xticks(
+        [place + 0.4 - 0.4 / max(1, len(models)) for place in range(len(sides))],
+        [side.replace(", ", ",\n") for side in sides],
+        fontsize="small",
+    )
     left.set(ylabel="tokens a second, over static batches", title="all requests at once")
     right.set(xlabel="requests a second", ylabel="time to first token, s", yscale="log", title="Poisson arrivals")
     right.yaxis.set_major_formatter("{x:g}")
-    right.yaxis.set_minor_formatter("{x:g}")
+    right.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    right.yaxis.set_minor_formatter(NullFormatter())
     for axes in (left, right):
-        axes.legend(fontsize="small")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 

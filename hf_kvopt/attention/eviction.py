@@ -39,7 +39,7 @@ def check_eviction(
             f"{type(module).__name__} weighs or selects keys by their place in the text: got a cache with "
             f"{table.policy}, which closes gaps; use the cache without a policy"
         )
-    if table.policy.scores_prompts and hasattr(module, compat.EXPAND_KV):
+    if (table.policy.scores_prompts or table.policy.selects_blocks) and hasattr(module, compat.EXPAND_KV):
         raise UnsupportedModel(
             f"{table.policy} scores keys by head: got {type(module).__name__}, whose heads share one latent; use "
             "SinkRecent, or the cache without a policy"

@@ -10,15 +10,18 @@ from torch import Tensor, nn
 
 from hf_kvopt.attention.checks import check_ownership, check_weights, check_window
 from hf_kvopt.attention.eviction import check_eviction, choose_prompt, mask_of_layer
+from hf_kvopt.attention.headwise import attend_headwise
 from hf_kvopt.attention.masking import add_bias, hide_before, select_keys, take_apart
 from hf_kvopt.attention.mla import LatentKV, attend_latent, is_absorbable
 from hf_kvopt.attention.packed import attend_packed
 from hf_kvopt.attention.sealed import aligned
+from hf_kvopt.attention.selection import select_blocks
 from hf_kvopt.errors import KVOptError, UnsupportedModel
 from hf_kvopt.kernels.attention import attend
 from hf_kvopt.kernels.calls import AttentionCall
 from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.pool.handle import KVHandle, view_of
+from hf_kvopt.pool.headwise import HeadwiseKV
 from hf_kvopt.pool.packed import PackedKV
 
 
@@ -47,10 +50,12 @@ def attention_forward(
         ValueError: weights were asked for, dropout outside of training, or a mask of an invalid shape.
         CacheStateError: the cache belongs to another model, or already holds this prompt.
     """
-    if isinstance(key, PackedKV) and isinstance(value, PackedKV):
+    if isinstance(key, PackedKV | HeadwiseKV):  # and so are the values
         kwargs |= {"is_causal": is_causal, "sliding_window": sliding_window, "position_bias": position_bias}
         kwargs |= {"dropout": dropout, "scaling": scaling, "softcap": softcap, "s_aux": s_aux}
-        return attend_packed(attention_forward, module, query, key, value, attention_mask, **kwargs)
+        attend_parts: Any = attend_packed if isinstance(key, PackedKV) else attend_headwise
+        out: tuple[Tensor, None] = attend_parts(attention_forward, module, query, key, value, attention_mask, **kwargs)
+        return out
     handle = key.latent if isinstance(key, LatentKV) else key
     if isinstance(handle, KVHandle) and handle.mask is not None:
         attention_mask = handle.mask
@@ -82,6 +87,10 @@ def attention_forward(
         return attend_latent(query, key, pattern), None
     if isinstance(key, LatentKV) and isinstance(value, LatentKV):
         key, value = key.expand_both()
+    if table is not None and table.policy is not None and table.policy.selects_blocks:
+        selected = select_blocks(module, query, key, value, pattern)
+        if selected is not None:
+            return attend(AttentionCall(query, *selected, dropout)), None
     k = view_of(key) if isinstance(key, KVHandle) else key
     v = view_of(value) if isinstance(value, KVHandle) else value
     return attend(AttentionCall(query, k, v, pattern, dropout)), None

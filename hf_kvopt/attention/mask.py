@@ -58,14 +58,20 @@ class LazyMask(LazyTensor):
 
     @cached_property
     def starts(self) -> list[int] | None:
-        """First key position of each row if padding is on the left only, else None."""
+        """First key position of each row if padding is on the left only, else None; waits for the device once."""
         if self.padding is None:
             return [0] * self.shape[0]
-        first = self.padding.int().argmax(-1)
         columns = torch.arange(self.shape[-1], device=self.padding.device)
         # In a row of padding only, argmax returns 0 although there is no first token.
-        is_left = (columns >= first[:, None]).eq(self.padding).all()
-        return first.tolist() if bool(is_left) else None
+        is_left = (columns >= self.device_starts[:, None]).eq(self.padding).all()
+        *first, is_left = torch.cat([self.device_starts, is_left[None].int()]).tolist()
+        return first if is_left else None
+
+    @cached_property
+    def device_starts(self) -> Tensor:
+        """Column of each row's first token where there is padding, [batch] int32 on the mask's device."""
+        assert self.padding is not None
+        return self.padding.int().argmax(-1).int()
 
     @cached_property
     def key_mask(self) -> Tensor | None:

@@ -36,14 +36,19 @@ def take_apart(
         if attention_mask.padding is None:
             # A copy at every layer and step would be a tenth of what attention costs beside its products.
             return scoring if causal and window is None else scoring._replace(is_causal=causal, window=window)
-        # Where the mask's rows begin is known to the device alone: a decode step must not wait to be told.
-        may_ask = q_len > 1 or devices.is_on_host(query)
-        starts = key.starts if may_ask and isinstance(key, KVHandle) and key.scale is None else None
-        if starts is not None and starts == attention_mask.starts:
+        # Where the mask's rows begin is known to the device alone: a decode step must not wait to be told, a prompt
+        # looks once for all layers.
+        is_host = devices.is_on_host(query)
+        may_ask = q_len > 1 or is_host
+        held = key.starts if may_ask and isinstance(key, KVHandle) and key.scale is None else None
+        if held is not None and held == attention_mask.starts:
             return _ordered(scoring, causal, window)  # columns that the table does not hold need no mask
         # In a prefill, padding is skipped row by row; for a few queries one mask over the keys is cheaper.
-        if q_len > 1 and causal and devices.is_on_host(query) and attention_mask.starts is not None:
-            return scoring._replace(is_causal=causal, window=window, starts=attention_mask.starts)
+        if q_len > 1 and causal and attention_mask.starts is not None:
+            if not any(attention_mask.starts):
+                return _ordered(scoring, causal, window)  # on a device a mask without padding is passed on, too
+            starts = attention_mask.starts if is_host else attention_mask.device_starts
+            return scoring._replace(is_causal=causal, window=window, starts=starts)
         return scoring._replace(is_causal=causal, window=window, mask=attention_mask.key_mask)
     if isinstance(key, KVHandle) and key.table is None and attention_mask.shape[-1] > kv_len:
         attention_mask = attention_mask[..., :kv_len]  # fixed capacity: columns count from the first one
@@ -105,10 +110,12 @@ def _ordered(scoring: Pattern, is_causal: bool, window: int | None) -> Pattern:
 
 def hide_before(key: KVHandle, pattern: Pattern, kv_len: int) -> Pattern:
     """Hide in `pattern` the columns of `key` before each row's first token, which hold nothing."""
-    mask, starts = pattern.mask, key.starts or []
+    mask, starts, given = pattern.mask, key.starts or [], pattern.starts
     assert key.table is not None
     if mask is None:
-        given = [0] * len(starts) if pattern.starts is None else pattern.starts
+        if isinstance(given, Tensor):
+            return pattern._replace(starts=given.maximum(key.table.numbers(starts, given.device)))
+        given = [0] * len(starts) if given is None else given
         return pattern._replace(starts=[max(pair) for pair in zip(starts, given, strict=True)])
     first = key.table.numbers(starts, mask.device)
     held = (torch.arange(kv_len, device=mask.device) >= first[:, None])[:, None, None]

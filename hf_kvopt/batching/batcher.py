@@ -4,6 +4,7 @@ submit ──► inbox ──► worker thread: engine.step() until nothing is l
 """
 
 import logging
+import math
 import threading
 import weakref
 from collections import deque
@@ -100,6 +101,7 @@ class Batcher:
             ValueError, TypeError: a setting that cannot work, an empty prompt, or one that can never fit.
             CacheStateError: the batcher is closed, or the model in training mode.
         """
+        _require_place(priority, namespace)
         prompt, rules = self._prepared(input_ids, seed=seed, logprobs=logprobs, **settings)
         request = Request(prompt, keeps=self)
         self._worker.put(self._worker.runtime.engine.job(request, rules, priority, namespace))
@@ -163,6 +165,16 @@ class Batcher:
             raise CacheStateError("the model is in training mode: got a request for it; call model.eval() first")
         prompt = worker.runtime.prompt(input_ids)
         return prompt, worker.runtime.rules(prompt, **settings)
+
+
+def _require_place(priority: float, namespace: Hashable) -> None:
+    """Raise for what gives a request no place in the queue, or its text none among the known ones."""
+    if not isinstance(priority, (int, float)) or not math.isfinite(priority):
+        raise ValueError(f"priority must be a finite number of seconds: got {priority!r}")
+    try:
+        hash(namespace)
+    except TypeError as error:
+        raise TypeError(f"a namespace must be hashable, such as a name: got {namespace!r:.80}") from error
 
 
 def _require_whole(model: PreTrainedModel) -> None:

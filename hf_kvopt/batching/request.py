@@ -6,12 +6,15 @@ caller          for token in request        result()        await request       
 
 import asyncio
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from typing import Any, NamedTuple
 
 from hf_kvopt.batching.rules import TokenLogprob
+
+logger = logging.getLogger(__name__)
 
 
 class RequestStats(NamedTuple):
@@ -152,17 +155,27 @@ class Request:
             self._tell()
 
     def on_change(self, listener: Callable[[], None]) -> None:
-        """Call `listener`, in the batcher's thread, at every token and at the end; now, where it is done."""
+        """Call `listener`, in the batcher's thread, at every token and at the end; now, where it is done.
+
+        An exception of a listener is logged, and changes nothing.
+        """
         with self._changed:
             self._listeners.append(listener)
             is_done = self.is_done
         if is_done:
-            listener()
+            self._call(listener)
 
     def _tell(self) -> None:
         self._changed.notify_all()
-        for listener in self._listeners:
+        for listener in list(self._listeners):
+            self._call(listener)
+
+    def _call(self, listener: Callable[[], None]) -> None:
+        """Call a listener; one that raises must not end what others wait for."""
+        try:
             listener()
+        except Exception:
+            logger.exception("a listener of a request failed")
 
     async def _whole(self) -> list[int]:
         while not self.is_done:

@@ -66,7 +66,12 @@ class Rules(NamedTuple):
         """The token behind `text`, of its logits [vocab] in float32."""
         scores = logits[None]
         if self.processors:
-            scores = self.processors(torch.tensor([text], device=logits.device), scores)  # type: ignore[arg-type]
+            # A copy, as some write into what they are given.
+            scores = self.processors(torch.tensor([text], device=logits.device), scores.clone())  # type: ignore[arg-type]
+            if scores.numel() != logits.numel():
+                raise ValueError(
+                    f"logits processors must return one row of {logits.numel():,} scores: got {list(scores.shape)}"
+                )
         if not self.do_sample:
             return int(scores.argmax())
         p = torch.softmax(scores, dim=-1)
@@ -103,7 +108,8 @@ class _Prepared(NamedTuple):
     config: GenerationConfig
     processors: LogitsProcessorList
     criteria: StoppingCriteriaList
-    num_rows: int
+    input_ids: Tensor
+    extras: dict[str, Any]  # what the model's forward would be given beside the text
 
 
 def rules_for(
@@ -128,10 +134,10 @@ def rules_for(
         settings["generation_config"] = GenerationConfig(**{**config.to_dict(), "stop_strings": None})
     if stop_strings is not None and tokenizer is None:
         raise ValueError("stop_strings need the tokenizer: got none; pass tokenizer= as well")
-    if logprobs is not None and (not isinstance(logprobs, int) or isinstance(logprobs, bool) or logprobs < 0):
-        raise ValueError(f"logprobs must be a number of alternatives, 0 for the token alone: got {logprobs!r}")
     made = _prepare(model, prompt, settings)
     _require_one_row(made)
+    _require_text_alone(made, prompt, settings)
+    _require_alternatives(model, logprobs)
     criteria = [one for one in made.criteria if type(one) not in _OWN]
     if stop_strings is not None:
         assert tokenizer is not None
@@ -163,9 +169,9 @@ def _prepare(model: PreTrainedModel, prompt: Sequence[int], settings: dict[str, 
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
-        **_: Any,
+        **extras: Any,
     ) -> Tensor:
-        made.append(_Prepared(generation_config, logits_processor, stopping_criteria, len(input_ids)))
+        made.append(_Prepared(generation_config, logits_processor, stopping_criteria, input_ids, extras))
         return input_ids
 
     wrong = sorted(name for name in _NOT_HERE if settings.get(name) is not None)
@@ -185,10 +191,10 @@ def _require_one_row(made: _Prepared) -> None:
     config, mode = made.config, made.config.get_generation_mode()
     if mode not in _MODES:
         raise ValueError(f"a batcher decodes greedily or samples: got settings of {mode.value}; use model.generate")
-    if made.num_rows != 1:
+    if len(made.input_ids) != 1:
         raise ValueError(
-            f"a request is one row: got num_return_sequences={made.num_rows}; use submit_samples(input_ids, n), whose "
-            "requests share their prompt"
+            f"a request is one row: got num_return_sequences={len(made.input_ids)}; use "
+            "submit_samples(input_ids, n), whose requests share their prompt"
         )
     if config.guidance_scale not in (None, 1, 1.0):
         raise ValueError(
@@ -200,6 +206,29 @@ def _require_one_row(made: _Prepared) -> None:
         raise ValueError(f"a request gives tokens alone: got {', '.join(asked)}; pass logprobs=, or use model.generate")
     if config.use_cache is False:
         raise ValueError("a batcher always keeps keys and values: got use_cache=False; use model.generate")
+
+
+def _require_text_alone(made: _Prepared, prompt: Sequence[int], settings: dict[str, Any]) -> None:
+    """Raise ValueError where generate() would read more, or another text, than the tokens of the prompt."""
+    read = sorted(name for name in settings if name in made.extras and settings[name] is not None)
+    if read:
+        raise ValueError(f"a request is token ids alone: got {', '.join(read)}, read beside them; use model.generate")
+    if made.input_ids[0].tolist() != list(prompt):
+        raise ValueError(
+            "a request goes on from its prompt as it is: got settings by which generate() changes the prompt, such as "
+            "token_healing; change it before, or use model.generate"
+        )
+
+
+def _require_alternatives(model: PreTrainedModel, logprobs: int | None) -> None:
+    """Raise ValueError for a number of likeliest tokens that there cannot be."""
+    if logprobs is None:
+        return
+    vocab = model.config.get_text_config(decoder=True).vocab_size
+    if not isinstance(logprobs, int) or isinstance(logprobs, bool) or not 0 <= logprobs <= vocab:
+        raise ValueError(
+            f"logprobs must be a number of alternatives up to {vocab}, 0 for the token alone: got {logprobs!r}"
+        )
 
 
 def _generator(model: PreTrainedModel, seed: int | None) -> torch.Generator:

@@ -16,6 +16,7 @@ from hf_kvopt.errors import CacheStateError, OutOfBlocks
 from hf_kvopt.pool.block_table import BlockTable
 from hf_kvopt.pool.fixed_rows import FixedCentres, held_tokens, is_on_host, next_slots, require_room
 from hf_kvopt.pool.handle import EqualRows, KVHandle, KVSpec, KVView, Stored
+from hf_kvopt.pool.reads import FindsTables
 from hf_kvopt.pool.slots import writable
 from hf_kvopt.pool.storage import KVPool, Plane
 from hf_kvopt.quant import NATIVE_KV, KVFormat
@@ -120,9 +121,9 @@ class FixedLayer(PagedLayer):
         )
         return keys, values
 
-    def fork(self, table: BlockTable, memo: dict[int, Any]) -> "FixedLayer":
+    def fork(self, table_like: FindsTables, memo: dict[int, Any]) -> "FixedLayer":
         """A copy with its own memory: addresses are fixed, so nothing can be shared."""
-        twin = FixedLayer(table, self.format, self.exact_prefill)
+        twin = FixedLayer(table_like(self.table), self.format, self.exact_prefill)
         if self.pool is not None:
             # Bytes, not states: those that are read from quantized storage need not be quantized to the same again.
             twin.lazy_initialization(*(plane.no_tokens(self.table.batch_size) for plane in self.pool.planes))

@@ -19,6 +19,7 @@ from hf_kvopt.pool import sealed_step  # noqa: F401 - registers the ops
 from hf_kvopt.pool.ahead import AheadTable
 from hf_kvopt.pool.fixed_rows import is_on_host, require_room
 from hf_kvopt.pool.handle import EqualRows, KVHandle, KVSpec, KVView, SealedStep, Stored
+from hf_kvopt.pool.reads import FindsTables
 from hf_kvopt.pool.sealed import SealedPlane
 from hf_kvopt.pool.sealed_pool import SealedPool
 from hf_kvopt.pool.slots import writable
@@ -98,14 +99,14 @@ class FixedSealedLayer(FixedLayer):
             new.__dict__.update(old.__dict__)
         return KVHandle(k, self.pool.reads, True), KVHandle(v, self.pool.reads, True)
 
-    def fork(self, table: Any, memo: dict[int, Any]) -> "FixedSealedLayer":
+    def fork(self, table_like: FindsTables, memo: dict[int, Any]) -> "FixedSealedLayer":
         """Make an empty layer; raises CacheStateError where this one holds tokens."""
         if self.pool is not None:
             raise CacheStateError(
                 "a cache of fixed capacity whose blocks are sealed cannot be copied: got one that holds tokens; leave "
                 "out compileable=True"
             )
-        return FixedSealedLayer(table, self.format, self.exact_prefill)
+        return FixedSealedLayer(table_like(self.table), self.format, self.exact_prefill)
 
     def set_length(self, length: int | Tensor) -> None:
         """Forget everything behind the first `length` tokens of each row; waits for the device."""

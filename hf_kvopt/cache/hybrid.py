@@ -6,32 +6,12 @@ For layers that hold both (Falcon-H1, Zamba2, ...). The states have no token axi
 import copy
 from typing import Any, Self
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
 from hf_kvopt.cache.layer import PagedLayer
 from hf_kvopt.pool.block_table import BlockTable
 from hf_kvopt.quant import NATIVE_KV, KVFormat
-
-
-class StateLayer(LinearAttentionLayer):
-    """transformers' convolution and recurrent states, which may be made in inference mode and written outside of it."""
-
-    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        with torch.inference_mode(False):
-            super().lazy_initialization(*args, **kwargs)
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        with torch.inference_mode(False):
-            super().reorder_cache(beam_idx)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "StateLayer":
-        twin = self.__class__.__new__(self.__class__)
-        memo[id(self)] = twin
-        with torch.inference_mode(False):
-            twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return twin
 
 
 class HybridLayer(PagedLayer):

@@ -9,16 +9,20 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import LinearAttentionLayer
 
 from hf_kvopt import compat
-from hf_kvopt.cache.hybrid import HybridLayer, StateLayer
+from hf_kvopt.cache.headwise import HeadwiseLayer
+from hf_kvopt.cache.hybrid import HybridLayer
 from hf_kvopt.cache.layer import PagedLayer
 from hf_kvopt.cache.rows import GrowingRows
-from hf_kvopt.eviction.policy import EvictionPolicy
+from hf_kvopt.cache.states import StateLayer
+from hf_kvopt.errors import UnsupportedModel
+from hf_kvopt.eviction.policy import EvictionPolicy, HeadPolicies
 from hf_kvopt.quant import LATENTS, FormatPolicy, KVFormat, require_unsealed
 
 logger = logging.getLogger(__name__)
 
 _WINDOWED = ("sliding_attention", "chunked_attention")
 _HYBRID = ("hybrid", "hybrid_sliding")
+LayerPolicy = EvictionPolicy | HeadPolicies | None
 
 
 class LayerMaker(NamedTuple):
@@ -28,18 +32,28 @@ class LayerMaker(NamedTuple):
     formats: FormatPolicy
     policy: EvictionPolicy | None = None  # of layers without a window
 
-    def attention(self, window: int | None, format: KVFormat, policy: EvictionPolicy | None = None) -> PagedLayer:
+    def attention(self, window: int | None, format: KVFormat, policy: LayerPolicy = None) -> PagedLayer:
         """A layer that holds keys and values only, with a policy of its own or that of all."""
+        if isinstance(policy, HeadPolicies):
+            others = self.attention(None, format, policy.others)
+            whole = self.rows.table_for(None, policy.own)
+            exact = self.formats.exact_prefill
+            return HeadwiseLayer(whole, others, policy.heads, format, exact) if policy.heads else others
         table = self.rows.table_for(window, policy)
         return self.rows.class_for(format)(table, format, self.formats.exact_prefill)
 
     def layer(
-        self, kind: str, options: dict[str, Any], layer_idx: int, is_latent: bool, policy: EvictionPolicy | None = None
+        self, kind: str, options: dict[str, Any], layer_idx: int, is_latent: bool, policy: LayerPolicy = None
     ) -> Any:
         """A layer of a kind that `is_paged`."""
         window = options.get("sliding_window")
         format = self.formats.at(layer_idx, is_sliding=window is not None)
         if is_latent:
+            if isinstance(policy, HeadPolicies):
+                raise UnsupportedModel(
+                    f"a policy by heads needs keys of each head: got {policy.own} for a model whose heads share one "
+                    "latent; use SinkRecent, or the cache without a policy"
+                )
             require_unsealed(format, LATENTS)
             # What stands in the place of the values is the rotary part of the keys. A guard would be in the way of
             # absorbing the up-projections.
@@ -61,10 +75,10 @@ class LayerMaker(NamedTuple):
             for i, (kind, kwargs) in enumerate(zip(kinds, options, strict=False))
         ]
 
-    def _policies(self, options: Sequence[dict[str, Any]]) -> list[EvictionPolicy | None]:
+    def _policies(self, options: Sequence[dict[str, Any]]) -> list[LayerPolicy]:
         """The policy of each layer that has one of its own: numbered among the layers without a window."""
         whole = [i for i, kwargs in enumerate(options) if kwargs.get("sliding_window") is None]
-        policies: list[EvictionPolicy | None] = [None] * len(options)
+        policies: list[LayerPolicy] = [None] * len(options)
         for place, i in enumerate(whole if self.policy is not None and self.policy.by_layer else ()):
             policies[i] = self.policy.at(place, len(whole))  # type: ignore[union-attr]
         return policies

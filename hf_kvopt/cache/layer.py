@@ -13,9 +13,11 @@ from transformers.cache_utils import CacheLayerMixin
 
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.pool.block_table import BlockTable
+from hf_kvopt.pool.bounds import bounds_for, require_tokens
 from hf_kvopt.pool.fixed_rows import is_on_host
 from hf_kvopt.pool.handle import KVHandle
 from hf_kvopt.pool.plane import Plane
+from hf_kvopt.pool.reads import FindsTables
 from hf_kvopt.pool.sealed_pool import SealedPool
 from hf_kvopt.pool.storage import KVPool
 from hf_kvopt.quant import NATIVE_KV, KVFormat
@@ -49,8 +51,12 @@ class PagedLayer(CacheLayerMixin):
 
     @property
     def is_initialized(self) -> bool:  # type: ignore[override]
-        """Return whether the pool exists."""
         return self.pool is not None
+
+    @property
+    def pools(self) -> list[KVPool | SealedPool]:
+        """Return all storage of this layer."""
+        return [] if self.pool is None else [self.pool]
 
     @property
     def record_past(self) -> bool:
@@ -89,8 +95,11 @@ class PagedLayer(CacheLayerMixin):
         """Storage for states [batch, num_kv_heads, any, head_dim] of this layer's format, over its table's blocks."""
         allocator = self.table.allocator
         if self.format.sealed is not None:
+            require_tokens(self.table.policy)
             return SealedPool(key_states, value_states, allocator, self.format.sealed)
-        return KVPool(key_states, value_states, self.table.block_size, allocator.num_blocks, self.format)
+        pool = KVPool(key_states, value_states, self.table.block_size, allocator.num_blocks, self.format)
+        pool.reads.bounds = bounds_for(self.table.policy, pool.keys)
+        return pool
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write [batch, num_kv_heads, q_len, head_dim] behind what is held, and hand back all that a query may see.
@@ -107,8 +116,8 @@ class PagedLayer(CacheLayerMixin):
         self._check(key_states, value_states)
         if self.pool is None:
             self.lazy_initialization(key_states, value_states)
+        assert self.pool is not None
         pool, table, start = self.pool, self.table, self.clock
-        assert pool is not None
         batch, _, num_tokens, _ = key_states.shape
         replaces = table.window is not None and table.replaces_window(num_tokens)
         past = self._past_dense(pool, table.visible_start(start)) if replaces and isinstance(pool, KVPool) else None
@@ -133,11 +142,16 @@ class PagedLayer(CacheLayerMixin):
         """
         self.clock = self.table.advance(batch_size, self.clock, num_tokens).stop
 
-    def fork(self, table: BlockTable, memo: dict[int, Any]) -> "PagedLayer":
-        """Make a layer over the same pool whose rows are those of `table`, a fork of this layer's."""
-        twin = self._empty_twin(table, memo)
+    def fork(self, table_like: FindsTables, memo: dict[int, Any]) -> "PagedLayer":
+        """Make a layer over the same pool whose rows are those of `table_like(table)`, a fork of this layer's."""
+        twin = self._empty_twin(table_like(self.table), memo)
         twin.follow(self)
         return twin
+
+    def begin_anew(self, table_like: FindsTables) -> None:
+        """Give the pool back, and hold nothing over the table that takes the place of this layer's."""
+        self.pool, self.table = None, table_like(self.table)
+        self.forget()
 
     def follow(self, other: "PagedLayer") -> None:
         """Hold what `other` holds, in the same pool."""
@@ -192,8 +206,8 @@ class PagedLayer(CacheLayerMixin):
         return -1 if self.table.window is None else self.table.window
 
     def offload(self) -> None:
-        if self.pool is not None:
-            self.pool.to(torch.device("cpu"))
+        for pool in self.pools:
+            pool.to(torch.device("cpu"))
 
     def prefetch(self) -> None:
         if self.pool is not None:
@@ -210,11 +224,9 @@ class PagedLayer(CacheLayerMixin):
         self._refuse("reorder_cache")
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """See `crop`."""
         self._refuse("batch_repeat_interleave")
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """See `crop`."""
         self._refuse("batch_select_indices")
 
     def _empty_twin(self, table: BlockTable, memo: dict[int, Any]) -> Self:
@@ -242,8 +254,7 @@ class PagedLayer(CacheLayerMixin):
         return pool.as_stored(key_states, value_states, self.table)
 
     def _past_dense(self, pool: KVPool, first: int) -> tuple[Tensor, ...] | None:
-        """Return what a query sees of the past, copied before the table drops it; the first layer of a step finds it in
-        the table, the others in what that layer retired."""
+        """Return a copy of what a query sees of the past: in the table, or for later layers in what it retired."""
         table = self.table if self.table.clock == self.clock else self.table.retired
         if table is None or not table.rows:
             return None

@@ -7,9 +7,12 @@ alone: what slides out of a window, and rows so young that their keys may be sto
 these the mark holds the blocks, unless the pool is capped: there they might be the ones that the call lacks.
 """
 
+import copy
+
 from hf_kvopt.cache.fixed import FixedLayer
 from hf_kvopt.cache.layer import PagedLayer
 from hf_kvopt.cache.paged import PagedCache
+from hf_kvopt.cache.recording import state_layers
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.pool.block_table import BlockTable
 from hf_kvopt.quant import CENTRE_TOKENS
@@ -21,7 +24,7 @@ class Mark:
     """State of a cache that `restore` goes back to; `release` ends it.
 
     Args:
-        cache: all its layers are paged ones.
+        cache: all its layers are paged ones, or hold states.
     """
 
     def __init__(self, cache: PagedCache) -> None:
@@ -33,6 +36,8 @@ class Mark:
         self._clocks = [layer.clock for layer in layers]
         self._fixed = [layer for layer in layers if isinstance(layer, FixedLayer)]
         self._lengths = [layer.length.clone() for layer in self._fixed]
+        self._states = [(layer, [layer.copy_of(i) for i in layer.conv_states]) for layer in state_layers(cache) or []]
+        self._log = copy.copy(cache._log)
         learns = any(_has_centre(layer) for layer in layers)
         self._is_young = learns and bool(self._lengths) and 0 < int(self._lengths[0]) < CENTRE_TOKENS
         self._tables = [] if self._lengths else [_TableMark(table, learns) for table in cache._tables.values()]
@@ -49,6 +54,10 @@ class Mark:
             return False
         for name, value in self._attributes.items():
             setattr(cache, name, value)
+        cache._log = self._log
+        for layer, states in self._states:
+            for idx, state in enumerate(states):
+                layer.put(idx, state)
         return True
 
     def release(self) -> None:

@@ -17,11 +17,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import (
-    Cache,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionCacheLayerMixin,
-)
+from transformers.cache_utils import Cache, LinearAttentionAndFullAttentionLayer, LinearAttentionCacheLayerMixin
 
 from hf_kvopt import compat
 from hf_kvopt.cache.bounded import checked_policy, forbid, require_decoder
@@ -152,14 +148,19 @@ class PagedCache(WatchedCache):
         """Keep of the last `num_tokens` tokens of row i those that `paths[i]` numbers, in its order: an accepted draft.
 
         What is kept moves together inside the newest blocks, in its stored form; rows that keep less than others begin
-        at a later column. With fixed capacity all rows must keep the same path.
+        at a later column. Fixed capacity: all rows keep the same path. States (see `recording`): first tokens only.
 
         Raises:
             CacheStateError: rows differ where they cannot, or the window before the cut is gone.
         """
-        if not self._rows.is_fixed:
+        states = self._stock_layers() if self.records_states else []
+        if not self._rows.is_fixed and not states:
             self._require_no_states("keep_paths")
+        for layer in states:
+            layer.require_recorded(num_tokens, paths)
         self._rows.keep(num_tokens, paths, self._paged_layers())
+        for layer in states:
+            layer.keep(num_tokens, [len(path) for path in paths])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let row i be what row `beam_idx[i]` was; beams share blocks until they write."""
@@ -208,8 +209,7 @@ class PagedCache(WatchedCache):
         # Forks keep the old allocator and its pools alive; without forks both go here.
         self._rows.forget_tables()
         for layer in self._paged_layers():
-            layer.pool, layer.table = None, self._rows.table_like(layer.table)
-            layer.forget()
+            layer.begin_anew(self._rows.table_like)
 
     def stats(self) -> CacheStats:
         """Blocks, tokens and bytes held now."""
@@ -293,6 +293,6 @@ def fork(cache: PagedCache, memo: dict[int, Any]) -> Any:
     child.layers = []
     for layer in cache.layers:
         if isinstance(layer, PagedLayer):
-            memo[id(layer)] = layer.fork(child._rows.table_like(layer.table), memo)  # for others that refer to it
+            memo[id(layer)] = layer.fork(child._rows.table_like, memo)  # for others that refer to it
         child.layers.append(copy.deepcopy(layer, memo))
     return child

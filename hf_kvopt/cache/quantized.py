@@ -36,8 +36,8 @@ class QuantizedPagedCache(PagedCache):
         layer_formats: formats of single layers by the same names, such as {"first": "int8", -1: "native"}; they go
             before `skip_layers`, and a number before a name.
         guard: "auto" takes from keys the shift of loud channels, as Qwen2.5's biases make them, and
-            rotates int4 keys of a pair, so that few channels do not spoil the rest; "off" leaves keys alone; see
-            `quant.guard`. Sealed blocks need none.
+            rotates integer keys of single tokens, so that few channels do not spoil the rest; "off" leaves keys alone;
+            see `quant.guard`. Sealed blocks need none.
         exact_prefill: let the first prompt attend to its own states as they came. By default it attends to what is
             stored, so that a token sees the same keys however the text is cut into chunks, shared or read again. Exact
             states save 1 to 11 % of the KL divergence behind a prompt of 512 tokens (the most in int4) and cost no time

@@ -57,7 +57,7 @@ class PrefixStats(NamedTuple):
 
 def measure(rows: GrowingRows, layers: Sequence[PagedLayer]) -> CacheStats:
     """Count what the tables of `rows` and the pools of `layers` hold; nothing is changed."""
-    pools = [layer.pool for layer in layers if layer.pool is not None]
+    pools = [pool for layer in layers for pool in layer.pools]
     num_blocks = used = shared = tokens = waste = used_bytes = 0
     for table in rows.tables.values():
         alloc = table.allocator

@@ -24,6 +24,7 @@ from hf_kvopt.cache.rows import CacheStep, GrowingRows
 from hf_kvopt.cache.whole import columns_left, note_step, refusal, text_columns
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.pool.handle import KVHandle
+from hf_kvopt.pool.headwise import HeadwiseKV
 
 
 class WatchedCache(DynamicCache):
@@ -37,6 +38,8 @@ class WatchedCache(DynamicCache):
     _states_elsewhere = False  # the model keeps states that this cache never sees
     _first_paged: int | None = None  # the first layer with blocks, once there is one
     _call: weakref.ref[GenerationConfig] | None = None  # the generate() call that was checked last
+    records_states = False  # states are copied before each token of a draft, see `recording`
+    is_in_token = False  # a layer is being handed its second token of this forward, or a later one, by itself
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -68,6 +71,8 @@ class WatchedCache(DynamicCache):
                 for handle in states:
                     if isinstance(handle, KVHandle):
                         handle.guard = guard
+                    elif isinstance(handle, HeadwiseKV):
+                        handle.set_guard(guard)
             return states
         except BaseException:
             # The layer that refused, or broke off, has not advanced: its clock is where this forward began. One that
@@ -114,6 +119,11 @@ class WatchedCache(DynamicCache):
             self._before_change(layer_idx, f"{READ} {state_idx}", is_once=state_idx is None)
         return bool(super().has_previous_state(layer_idx, state_idx))
 
+    def note_token(self, layer_idx: int, state_idx: int | None) -> None:
+        """Copy a state of a layer, or all of them, before a token of a draft changes it; see `StateLayer.note`."""
+        layer: Any = self.layers[layer_idx]
+        getattr(layer, "states", layer).note(state_idx)
+
     @property
     def num_columns(self) -> int:
         """Columns of the text that are held; not those of an image that some layers read instead."""
@@ -152,7 +162,7 @@ class WatchedCache(DynamicCache):
 
     def _before_write(self, layer_idx: int, part: str, num_tokens: int, batch: int = 0) -> None:
         """Refuse a write that would give a wrong token."""
-        if torch.compiler.is_compiling():
+        if self.is_in_token or torch.compiler.is_compiling():
             return
         log, place = self._log, self._place(layer_idx)
         if log is not None and log.follows_half(place, part):
@@ -176,7 +186,9 @@ class WatchedCache(DynamicCache):
             is_once: whether a forward asks once for this part.
         """
         log, place = self._log, self._place(layer_idx)
-        if log is None or torch.compiler.is_compiling() or (not is_once and (place, part) in log.written):
+        if log is None or self.is_in_token or torch.compiler.is_compiling():
+            return
+        if not is_once and (place, part) in log.written:
             return
         if log.follows_half(place, part):
             self._require_whole(0)

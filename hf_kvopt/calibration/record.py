@@ -15,8 +15,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_kvopt.errors import CacheStateError
-from hf_kvopt.files import write_whole
-from hf_kvopt.packaged import home_folder
+from hf_kvopt.files import home_folder, write_whole
 from hf_kvopt.prefix.identity import fingerprint
 from hf_kvopt.quant import KV_FORMATS
 

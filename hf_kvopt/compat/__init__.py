@@ -16,6 +16,7 @@ from hf_kvopt.compat.generation import (
     running_call,
 )
 from hf_kvopt.compat.models import (
+    STATE_WRITES,
     WITHOUT_KV,
     appended_layers,
     holds_nothing,
@@ -89,6 +90,7 @@ __all__ = [
     "PREPARE_INPUTS",
     "READING_HOOKS",
     "READ_SETTINGS",
+    "STATE_WRITES",
     "TOKEN_TYPES",
     "VERSION",
     "WITHOUT_KV",

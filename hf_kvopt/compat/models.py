@@ -10,6 +10,8 @@ from hf_kvopt.compat.names import _cache_keyword, find
 _LONGROPES = ("longrope", "su")  # one scaling; "su" in older configs
 WITHOUT_KV = ("conv", "linear_attention", "dummy")
 """Kinds of layers without keys and values: states instead, or those of another layer."""
+STATE_WRITES = frozenset({"update_conv_state", "update_recurrent_state"})
+"""Methods of a cache by which a module writes states; a module that has none names neither."""
 _STATES_IN_MODULES = ("recurrent_gemma",)  # model types whose states lie in the modules and not in a cache
 _layer_types_and_kwargs = find(cache_utils, "get_layer_types_and_kwargs")
 

@@ -43,6 +43,7 @@ class EvictionPolicy:
     """
 
     scores_prompts = False  # whether `score` is asked; see `hf_kvopt.eviction.scores`
+    selects_blocks = False  # whether `read_tokens` is asked at each step of one token
     by_layer = False  # whether `at` is asked: then layers need not hold equally much
 
     def after_step(self, length: int) -> Sequence[range]:
@@ -74,9 +75,21 @@ class EvictionPolicy:
         """Return `score` of a prompt; to be overridden in its place where a score needs more than it is given."""
         return self.score(states.q, states.k, states.v, states.scale)
 
-    def at(self, layer_idx: int, num_layers: int) -> "EvictionPolicy":
+    def at(self, layer_idx: int, num_layers: int) -> "EvictionPolicy | HeadPolicies":
         """Return the policy, hashable, of one layer among those without a window; equal ones share a block table."""
         return self
 
+    def read_tokens(self, layer_idx: int) -> int | None:
+        """Return how many tokens each KV head of a layer reads in a step of one token; None for all."""
+        return None
+
     def check(self, block_size: int) -> None:
         """Raise ValueError where this policy cannot work with blocks of `block_size` tokens."""
+
+
+class HeadPolicies(NamedTuple):
+    """Policies of one layer some of whose KV heads keep more than the others."""
+
+    heads: tuple[int, ...]  # ascending
+    own: EvictionPolicy  # of these heads
+    others: EvictionPolicy  # of all other heads

@@ -200,6 +200,18 @@ class KVView(NamedTuple):
             return self.states
         return restored(self.codes(), self.spec, self.centre)
 
+    def picked(
+        self,
+        slots: Tensor,  # [batch, num_kv_heads, n] int64
+    ) -> Tensor:  # [batch, num_kv_heads, n, head_dim]
+        """Return the tokens in the slots of each head, as a model sees them: a copy."""
+        heads, parts = torch.arange(slots.shape[1], device=slots.device)[:, None], []
+        for held in self.plane.tensors:
+            # Not every device indexes float8: its bytes are picked.
+            flat = (held.view(torch.uint8) if held.element_size() == 1 else held).flatten(0, 1)
+            parts.append(flat[slots, heads].view(held.dtype))
+        return restored(Quantized(*parts), self.spec, self.centre)
+
     def for_codes(self, q: Tensor) -> Tensor:
         """Return a query [..., head_dim] as it is to be multiplied with the codes of keys."""
         return rotate(q) if self.spec.rotates else q

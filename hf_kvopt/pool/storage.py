@@ -87,7 +87,8 @@ class KVPool:
     @property
     def num_bytes(self) -> int:
         """Bytes held, free blocks included."""
-        return sum(plane.num_bytes for plane in self.planes)
+        bounds = 0 if self.reads.bounds is None else self.reads.bounds.num_bytes
+        return sum(plane.num_bytes for plane in self.planes) + bounds
 
     def write(self, key_states: Tensor, value_states: Tensor, table: BlockTable, start: int, stop: int) -> None:
         """Store the states of the columns `start` to `stop`, the last ones given; rows that begin with the first one
@@ -100,6 +101,8 @@ class KVPool:
         even = None if span is None else (span[0] + start - table.base, span[1])
         slots = partial(table.slots, start, stop, key_states.device)
         self.store(key_states, value_states, centre, slots, even)
+        if self.reads.bounds is not None:
+            self.reads.bounds.note(self.keys, table, start, stop)
 
     def store(
         self,
@@ -163,6 +166,8 @@ class KVPool:
         """See `Plane.resize`; the transient is one plane."""
         for plane in self.planes:
             plane.resize(num_blocks, src, dst)
+        if self.reads.bounds is not None:
+            self.reads.bounds.resize(num_blocks, src, dst)
 
     def copy_blocks(self, src: list[int], dst: list[int]) -> None:
         """Copy block `src[i]` to `dst[i]`; see `Plane.copy_blocks`."""
@@ -171,6 +176,8 @@ class KVPool:
             plane.copy_blocks(index[0], index[1])
             if plane.centres is not None:
                 plane.centres.copy_blocks(src, dst)
+        if self.reads.bounds is not None:
+            self.reads.bounds.copy_blocks(src, dst)
 
     def move_slots(self, src: list[int], dst: list[int]) -> None:
         """See `Plane.move_slots`."""

@@ -26,7 +26,7 @@ from hf_kvopt.prefix.identity import fingerprint
 from hf_kvopt.prefix.node import Node, descendants
 from hf_kvopt.prefix.shared_blocks import SharedBlocks, device_of
 
-VERSION = 2
+VERSION = 3
 
 
 def save(blocks: SharedBlocks, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from transformers.generation import (
 from transformers.generation.streamers import BaseStreamer
 
 from hf_kvopt import compat
+from hf_kvopt.cache import recording
 from hf_kvopt.cache.mark import Mark
 from hf_kvopt.errors import nearest
 from hf_kvopt.speculation.drafters.assistant import AssistantDrafter
 from hf_kvopt.speculation.drafters.base import Drafter
 from hf_kvopt.speculation.drafters.lookahead import Lookahead
 from hf_kvopt.speculation.drafters.prompt_lookup import PromptLookup
+from hf_kvopt.speculation.drafters.retokenized import RetokenizedDrafter
 from hf_kvopt.speculation.drafters.suffix import SuffixLookup
 from hf_kvopt.speculation.heads.auto import DraftHead
 from hf_kvopt.speculation.loop.decode import Speculation
@@ -34,6 +37,7 @@ from hf_kvopt.speculation.loop.remembered import Remembered
 from hf_kvopt.speculation.loop.requirements import cache_for, require_steady_rope, require_supported
 from hf_kvopt.speculation.loop.scores import NodeScores
 from hf_kvopt.speculation.loop.stats import SpeculationStats
+from hf_kvopt.speculation.loop.stepwise import stepwise
 
 logger = logging.getLogger(__name__)
 
@@ -150,15 +154,17 @@ class SpeculativeDecoding:
         try:
             layers = self.drafter.feature_layers
             ready = prefill(model, input_ids, config, kwargs, cache, layers, "position_ids" in names)
-            cache.activate_past_recording()
+            recording.begin(cache)
             self.stats.calls += 1
             run = Speculation(
                 ready.reader, self.drafter, self.policy, output, scores, config, self.is_typical, rows_may_leave
             )
-            run.run(ready.outputs, ready.prompt, session)
-            if not rows_may_leave:
-                run.align()
+            with stepwise(model) if cache.records_states else nullcontext():
+                run.run(ready.outputs, ready.prompt, session)
+                if not rows_may_leave:
+                    run.align()
         finally:
+            recording.end(cache)
             session.close()
 
     def _check(self, model: PreTrainedModel, input_ids: Tensor, config: GenerationConfig) -> None:
@@ -190,7 +196,7 @@ def speculative(
     The output is the target's own: greedy tokens are equal, samples have its distribution (arXiv:2211.17192).
 
     Args:
-        draft: a draft head, its folder or repository, an assistant model of the same tokenizer, "suffix",
+        draft: a draft head, its folder or repository, an assistant model, "suffix",
             "prompt_lookup" or "lookahead".
         gamma: depth of a draft in tokens; None chooses it from measurements.
         num_nodes: tokens of a draft tree (batch 1, heads that support trees); None or 0 drafts chains.
@@ -199,7 +205,8 @@ def speculative(
         fallback: decode plainly where speculation is measured to be slower.
         streamer: gets the tokens; generate() does not pass its own on to a custom_generate.
         tokenizer: the target's, for `stop_strings` and for comparison with the assistant's.
-        assistant_tokenizer: the assistant's, needed if vocabulary sizes differ by padding only.
+        assistant_tokenizer: the assistant's, needed if vocabulary sizes differ. Where it is another tokenizer than
+            `tokenizer`, drafts pass as text (universal assisted generation).
         stop_strings: strings that end a row, as in generate(), which refuses them here.
 
     Returns:
@@ -251,5 +258,8 @@ def _drafter_of(
         made: Drafter = draft.drafter()
         return made
     if isinstance(draft, PreTrainedModel):
+        has_both = tokenizer is not None and assistant_tokenizer is not None
+        if has_both and tokenizer.get_vocab() != assistant_tokenizer.get_vocab():  # type: ignore[union-attr]
+            return RetokenizedDrafter(draft, tokenizer, assistant_tokenizer)  # type: ignore[arg-type]
         return AssistantDrafter(draft, tokenizer, assistant_tokenizer)
     raise TypeError(f"draft must be a head, a model or one of {sorted(_BY_NAME)}: got {type(draft).__name__}")

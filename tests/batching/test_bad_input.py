@@ -235,3 +235,51 @@ def test_a_table_of_positions_bounds_the_text() -> None:
         request = batcher.submit(text(20), max_new_tokens=50, do_sample=False)
         assert len(request.result(60)) == 12
         assert request.finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "words"),
+    [
+        ({"labels": torch.zeros(1, 5)}, ValueError, "token ids alone: got labels"),
+        ({"logprobs": VOCAB + 1}, ValueError, f"up to {VOCAB}"),
+        ({"priority": float("nan")}, ValueError, "priority must be a finite number"),
+        ({"priority": "high"}, ValueError, "priority must be a finite number"),
+        ({"namespace": ["a"]}, TypeError, "a namespace must be hashable"),
+    ],
+    ids=["read beside", "logprobs", "nan", "text", "namespace"],
+)
+def test_what_would_be_ignored_or_hit_others_is_refused(
+    batcher: Batcher, settings: dict, error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        batcher.submit(PROMPTS[0], **settings)
+    assert len(batcher.submit(PROMPTS[0], max_new_tokens=3).result(60)) == 3
+
+
+def test_scores_of_another_size_fail_their_request_alone(batcher: Batcher) -> None:
+    def widen(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return torch.cat([scores, torch.full((1, 9), 1e4)], dim=1)
+
+    request = batcher.submit(PROMPTS[0], max_new_tokens=5, logits_processor=LogitsProcessorList([widen]))
+    with pytest.raises(ValueError, match="one row of"):
+        request.result(60)
+    assert len(batcher.submit(PROMPTS[0], max_new_tokens=3).result(60)) == 3
+
+
+def test_a_listener_that_raises_ends_nothing(batcher: Batcher, caplog: pytest.LogCaptureFixture) -> None:
+    request = batcher.submit(PROMPTS[0], max_new_tokens=5, do_sample=False)
+    request.on_change(lambda: 1 // 0)
+    assert len(request.result(60)) == 5
+    assert len(batcher.submit(PROMPTS[0], max_new_tokens=3).result(60)) == 3
+
+
+def test_a_processor_that_writes_in_place_does_not_change_log_probabilities(batcher: Batcher) -> None:
+    def forbid(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores[:, :50] = -1e9
+        return scores
+
+    settings = {"max_new_tokens": 1, "do_sample": False, "logprobs": 2}
+    plain = batcher.submit(PROMPTS[0], **settings)
+    forbidden = batcher.submit(PROMPTS[0], logits_processor=LogitsProcessorList([forbid]), **settings)
+    plain.result(60), forbidden.result(60)
+    assert forbidden.logprobs[0].top == plain.logprobs[0].top

@@ -205,7 +205,7 @@ def test_sinks_caps_and_latents_are_as_outside_of_a_graph(type_name: str, name: 
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize(("attention", "name"), [("sdpa", "int8"), ("eager", "int4/int4")])
+@pytest.mark.parametrize(("attention", "name"), [("sdpa", "native"), ("eager", "int8"), ("eager", "int4/int4")])
 def test_transformers_own_attention_reads_a_compiled_cache(attention: str, name: str) -> None:
     model = loud(tiny_model("full", attention))
     step, counter = compiled(model)

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from filelock import FileLock
+from transformers import LlamaForCausalLM
 
 from tests.attention.models import case_named
 from tests.devices.jobs import MODELS
 from tests.devices.ranks import run
-from tests.helpers import tiny_model
+from tests.helpers import tiny_config, tiny_model
 from tests.models.tiny import build
 
 Groups = Callable[..., list[dict[str, Any]]]
@@ -32,6 +34,10 @@ def models(shared_folder: Path) -> Path:
     with FileLock(shared_folder / "models.lock"):
         if not made.exists():
             tiny_model("full", "eager").save_pretrained(made / "full")
+            four = tiny_config("full")
+            four.update({"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16})
+            torch.manual_seed(0)
+            LlamaForCausalLM(four).save_pretrained(made / "four heads")
             for name in MODELS:
                 build(case_named(name)).save_pretrained(made / name)
     return made

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hf_kvopt
-from hf_kvopt import PagedCache
+from hf_kvopt import PagedCache, QuantizedPagedCache
 from hf_kvopt.speculation.drafters.prompt_lookup import PromptLookup
 from tests.helpers import generate, prompt
 from tests.speculation.heads import tiny_head
@@ -69,6 +69,28 @@ def matrix_of(folder: Path, num_ranks: int) -> dict[str, Any]:
     found["beams"] = generate(model, INPUTS, PagedCache(config=model.config), num_beams=3).tolist()
     torch.manual_seed(7)
     found["sampling"] = generate(model, INPUTS, PagedCache(config=model.config), do_sample=True).tolist()
+    return found
+
+
+def four_heads(folder: Path, rank: int, num_ranks: int) -> dict[str, Any]:
+    """Return the tokens of a model that has four heads of keys and values."""
+    return matrix_of(folder / "four heads", num_ranks)
+
+
+def policies(folder: Path, rank: int, num_ranks: int) -> dict[str, Any]:
+    """Return the tokens under policies that drop blocks, and how many they dropped."""
+    model = load(folder / "full", num_ranks)
+    found: dict[str, Any] = {}
+    kept: tuple[tuple[str, Any], ...] = (
+        ("sinks and recent", hf_kvopt.SinkRecent(sinks=4, recent=16)),
+        ("snapkv", hf_kvopt.SnapKV(keep=0.5)),
+        ("pyramid", hf_kvopt.PyramidKV(keep=0.5)),
+    )
+    for name, policy in kept:
+        for kind, options in ((PagedCache, {}), (QuantizedPagedCache, {"format": "int8"})):
+            cache = kind(config=model.config, policy=policy, block_size=16, **options)
+            tokens = generate(model, prompt(96, 71), cache).tolist()
+            found[f"{name}, {kind.__name__}"] = [tokens, cache.stats().evicted]
     return found
 
 
@@ -234,8 +256,8 @@ def pipeline_cache(folder: Path, rank: int, num_ranks: int) -> Any:
 
 
 JOBS: tuple[Callable[[Path, int, int], Any], ...] = (
-    matrix, heads, batch, batch_errors, local_heads, slow_rank, unlike_options, unlike_prompts, unlike_stores,
-    saved_store, absent_rank, dead_rank, too_few_heads, pipeline, pipeline_cache,
+    matrix, four_heads, policies, heads, batch, batch_errors, local_heads, slow_rank, unlike_options, unlike_prompts,
+    unlike_stores, saved_store, absent_rank, dead_rank, too_few_heads, pipeline, pipeline_cache,
 )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from tests.helpers import generate, tiny_model
 pytestmark = pytest.mark.usefixtures("one_thread")
 # Jobs after which the ranks can go on together share one group of processes.
 TOGETHER = (
-    "heads,batch,batch_errors,local_heads,slow_rank,unlike_options,unlike_prompts,unlike_stores,saved_store,pipeline,"
+    "heads,policies,batch,batch_errors,local_heads,slow_rank,unlike_options,unlike_prompts,unlike_stores,saved_store,pipeline,"
     "pipeline_cache"
 )
 
@@ -26,6 +26,18 @@ def test_two_ranks_give_the_tokens_of_one_process(name: str, group: Groups, mode
     assert want["paged"] == [tokens, tokens]
     for rank, got in enumerate(returned(group("matrix"), "matrix")):
         assert [case for case in want if got[name][case] != want[case]] == [], f"rank {rank}"
+
+
+def test_four_ranks_give_the_tokens_of_one_process(group: Groups, models: Path) -> None:
+    want = jobs.four_heads(models, 0, 1)
+    for rank, got in enumerate(returned(group("four_heads", num_ranks=4), "four_heads")):
+        assert [case for case in want if got[case] != want[case]] == [], f"rank {rank}"
+
+
+def test_policies_drop_on_each_rank_what_they_drop_in_one_process(group: Groups, models: Path) -> None:
+    want = jobs.policies(models, 0, 1)
+    assert all(evicted > 0 for _, evicted in want.values())
+    assert returned(group(TOGETHER), "policies") == [want, want]
 
 
 def test_draft_heads_share_the_embeddings_of_a_divided_target(group: Groups, models: Path) -> None:

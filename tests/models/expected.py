@@ -60,10 +60,11 @@ MISMASKED = set() if _TELLS_STATES else {"recurrent_gemma"}
 NEED_CONFIG = {"moshi"}
 
 
-# Models of keys and values alone for which reading several tokens at once is not what reading them one by one is, or
-# of which transformers feeds more than tokens at every step.
+# Models whose layers can be taken back, but which keep their past elsewhere, for which reading several tokens at once
+# is not what reading them one by one is, or of which transformers feeds more than tokens at every step.
 NOT_DRAFTED = {
-    **_all("openai-gpt reformer rwkv xlm xlnet xlstm cpmant", OWN_CACHE),
+    **_all("openai-gpt reformer rwkv xlm xlnet xlstm cpmant falcon_mamba mamba mamba2 minimax", OWN_CACHE),
+    **_all("recurrent_gemma", "keeps states in its modules"),
     **_all("moshi", "slides by what its cache forgets"),
     **_all("doge", "chooses among equal values by how many there are"),
     **_all("prophetnet", "takes one token at a time"),

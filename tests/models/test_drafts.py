@@ -13,7 +13,7 @@ from tests.models.tiny import build
 from tests.speculation.drafters import Forest, Oracle
 
 # Kinds of layers whose past can be taken back token by token.
-TAKEN_BACK = {"full", "sliding", "chunked", "latents", "none"}
+TAKEN_BACK = {"full", "sliding", "chunked", "latents", "none", "states", "full with states", "sliding with states"}
 TEXTS = [case for case in covered_cases() if case.modality in ("text", "image")]
 REFUSED = [case for case in TEXTS if case.name in expected.NOT_DRAFTED or not set(layer_kinds(case)) <= TAKEN_BACK]
 DRAFTED = [case for case in TEXTS if case not in REFUSED]

@@ -138,7 +138,9 @@ def test_a_drafter_that_breaks_leaves_the_cache_as_it_was() -> None:
     assert torch.equal(generate(model, prompt(9, 6), cache), eager_tokens("full", 9, 6))
 
 
-@pytest.mark.parametrize(("name", "said"), [("lfm2", "keeps states"), ("T5ForConditionalGeneration", "for decoders")])
+@pytest.mark.parametrize(
+    ("name", "said"), [("recurrent_gemma", "keeps states"), ("T5ForConditionalGeneration", "for decoders")]
+)
 def test_models_whose_past_cannot_be_taken_back(name: str, said: str) -> None:
     case = next(case for case in covered_cases() if case.name == name)
     model = build(case, "sdpa")

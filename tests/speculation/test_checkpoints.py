@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 import hf_kvopt
 from hf_kvopt.speculation.heads.eagle import EagleHead
 from hf_kvopt.speculation.heads.medusa import MedusaHead
-from tests.helpers import VOCAB, prompt, tiny_model
+from tests.helpers import VOCAB, eager_tokens, generate, prompt, tiny_model
 from tests.speculation.heads import DRAFT_VOCAB, HIDDEN, features_of, tiny_head
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -178,6 +178,40 @@ def test_the_speculators_norms(tmp_path):
     write(tmp_path, config, unfused(head, "layers.0"))
     loaded = assert_same(tmp_path, head)
     assert loaded.config.qk_norm
+
+
+def publish(layout, folder):
+    """Write a tiny EAGLE-3 head in the layout of `speculators` or of SpecForge, and return its weights."""
+    weights = unfused(tiny_head(), "layers.0" if layout == "speculators" else "midlayer")
+    specforge = {
+        **LLAMA,
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "draft_vocab_size": DRAFT_VOCAB,
+        # Numbers of blocks whose output is read: hidden states 0, 1 and 2.
+        "eagle_config": {"eagle_aux_hidden_state_layer_ids": [-1, 0, 1], "use_aux_hidden_state": True},
+    }
+    write(folder, speculators_config() if layout == "speculators" else specforge, weights)
+    return weights
+
+
+@pytest.mark.parametrize("lengths", [(9,), (9, 6, 14)], ids=["batch 1", "batch 3, padded"])
+@pytest.mark.parametrize("layout", ["speculators", "specforge"])
+def test_a_published_head_gives_the_tokens_of_plain_decoding(layout, lengths, tmp_path):
+    publish(layout, tmp_path)
+    spec = hf_kvopt.speculative(hf_kvopt.DraftHead.from_pretrained(tmp_path), gamma=3, fallback=False)
+    tokens = generate(tiny_model(), prompt(*lengths), custom_generate=spec, max_new_tokens=24)
+    assert torch.equal(tokens, eager_tokens("full", *lengths, max_new_tokens=24))
+    assert sum(spec.stats.proposed_by_depth) > 0
+
+
+@pytest.mark.parametrize("layout", ["speculators", "specforge"])
+def test_a_head_without_one_of_its_weights_is_a_value_error(layout, tmp_path):
+    weights = publish(layout, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for name in weights.keys() - {"t2d"}:
+        write(tmp_path, config, {n: x for n, x in weights.items() if n != name})
+        with pytest.raises(ValueError, match=r"needs|missing|known layout|EagleHead"):
+            hf_kvopt.DraftHead.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("has_bias", [True, False])

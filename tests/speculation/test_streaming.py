@@ -62,11 +62,11 @@ def test_stop_strings_end_a_row_where_plain_decoding_ends() -> None:
     assert got.shape[1] < 9 + 20
 
 
-def test_tokenizers_that_differ_are_noticed_though_the_vocabularies_are_as_large() -> None:
+def test_an_assistant_whose_tokenizer_has_more_tokens_than_the_model_is_refused() -> None:
     other = tokenizer()
     other.add_tokens(["\u4e00"])
-    with pytest.raises(ValueError, match="target's tokenizer"):
-        speculative(noisy(), tokenizer=tokenizer(), assistant_tokenizer=other)
+    with pytest.raises(ValueError, match="must be that of the assistant: got 98 tokens for a model of 97"):
+        speculative(noisy().model, tokenizer=tokenizer(), assistant_tokenizer=other)
 
 
 def test_an_enabled_model_speculates_in_plain_generate() -> None:

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from hf_kvopt.kernels.cpu import kept
+
 logger = logging.getLogger(__name__)
 
 MAX_DIM = 256
@@ -30,8 +32,6 @@ NAMES = {
     torch.float8_e4m3fn: "float8_e4m3fn",
     torch.float8_e5m2: "float8_e5m2",
 }
-# What kernels call of OpenMP, by the names of libgomp; LLVM's and Intel's have these as well.
-_OPENMP = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
 # In a child of a fork the team's threads are missing, and whoever waits for them waits for ever.
 _PROCESS = os.getpid()
 
@@ -52,11 +52,18 @@ def lanes() -> int:
 
 
 def compiled(kernel: str, spec: Any) -> Any:
-    """The module jit/<kernel>.py compiled for `spec`: its `run` takes the address of the arguments."""
+    """The module jit/<kernel>.py compiled for `spec`: its `run` takes the address of the arguments.
+
+    Compiling takes up to some seconds: what an earlier process compiled is taken from the user's cache folder.
+    """
     start = time.perf_counter()
-    module = importlib.import_module(f"{__package__}.jit.{kernel}").emit(spec)
-    program = _machine().Program(module, spec.lanes, _openmp())
-    logger.debug("compiled %s for %s in %.2f s", kernel, spec, time.perf_counter() - start)
+    path = kept.path_of(f"{kernel} {spec} {_machine().compiler_here()}")
+    code = kept.read(path)
+    if code is None:
+        code = _machine().machine_code(importlib.import_module(f"{__package__}.jit.{kernel}").emit(spec), spec.lanes)
+        kept.write(path, code)
+    program = _machine().Program(code, _openmp(), spec.lanes)
+    logger.debug("made %s for %s in %.2f s", kernel, spec, time.perf_counter() - start)
     return program
 
 
@@ -82,6 +89,6 @@ def _openmp() -> dict[str, int]:
     """Addresses of the functions of the OpenMP library that torch is linked with; none where it is of another kind."""
     try:
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        return {name: ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0 for name in _OPENMP}
+        return {name: ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0 for name in _machine().OPENMP}
     except (OSError, AttributeError):
         return {}

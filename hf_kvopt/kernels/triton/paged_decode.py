@@ -25,7 +25,7 @@ from hf_kvopt.kernels.triton.launch import Config, Launch, Target, cdiv, next_po
 from hf_kvopt.kernels.triton.merge_state import plan_merge_state
 from hf_kvopt.kernels.triton.optional import tl, triton
 from hf_kvopt.kernels.triton.paged_tile import attend_tile, load_query, load_scales
-from hf_kvopt.kernels.triton.splits import of_splits
+from hf_kvopt.kernels.triton.splits import most_keys, of_splits
 from hf_kvopt.kernels.triton.tile import add_sink, log_sum, reciprocal, store_output
 
 paged_decode_reference = paged_reference
@@ -45,16 +45,20 @@ def _split_bounds(
     num_splits,
     kv_lo,
     kv_hi,
+    reach,  # tokens at the end of a row that its queries see at most; read under a window only
     BLOCK_BATCH: tl.constexpr,
     MIN_SPLIT_TILES: tl.constexpr,
     NUM_WORKERS: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
 ):
     """Return the kv range [start, end) of this split, aligned to BLOCK_N at its start; empty if end <= start."""
     first_tile = kv_lo // BLOCK_N
     num_tiles = tl.cdiv(kv_hi, BLOCK_N) - first_tile
     offs_b = tl.arange(0, BLOCK_BATCH)
     lens = tl.load(seq_lens_ptr + offs_b, mask=offs_b < num_batch, other=0)
+    if HAS_WINDOW:
+        lens = tl.minimum(lens, reach)
     all_tiles = tl.sum(tl.cdiv(lens, BLOCK_N).to(tl.int64), 0) * programs_per_row
     share = tl.maximum(tl.cdiv(all_tiles, NUM_WORKERS), MIN_SPLIT_TILES)
     splits = tl.minimum(tl.cdiv(num_tiles, share), num_splits)
@@ -139,7 +143,7 @@ def _paged_decode_kernel(
     kv_lo = tl.minimum(kv_lo, seq_len)
     start, end = _split_bounds(
         seq_lens_ptr, num_batch, NUM_KV_HEADS * row_tiles, pid_split, num_splits, kv_lo, seq_len,
-        BLOCK_BATCH, MIN_SPLIT_TILES, NUM_WORKERS, BLOCK_N,
+        window + q_len - 1, BLOCK_BATCH, MIN_SPLIT_TILES, NUM_WORKERS, BLOCK_N, HAS_WINDOW,
     )  # fmt: skip
 
     num_heads = NUM_KV_HEADS * GROUP
@@ -195,15 +199,15 @@ def choose_splits(
     batch: int,
     num_kv_heads: int,
     row_tiles: int,
-    capacity: int,  # tokens that the table can hold
+    num_keys: int,  # of a row that its queries can see: what the table can hold, or a window of it
     block_n: int,
     target: Target,
 ) -> int:
-    """Return the splits of the grid: fixed by capacity, never by a length."""
+    """Return the splits of the grid: fixed by capacity and window, never by a length."""
     if target.family == "interpret":
-        return max(1, min(3, cdiv(capacity, block_n)))
+        return max(1, min(3, cdiv(num_keys, block_n)))
     by_grid = max(1, GRID_PER_SM * target.num_sms // max(1, batch * num_kv_heads * row_tiles))
-    return max(1, min(MAX_SPLITS, by_grid, cdiv(capacity, block_n * MIN_TILES)))
+    return max(1, min(MAX_SPLITS, by_grid, cdiv(num_keys, block_n * MIN_TILES)))
 
 
 def plan_paged_decode(
@@ -274,7 +278,8 @@ def paged_decode(
     config = config or decode_config(max(k_dim, kv.v_dim), q.dtype, kv.formats, num_rows, pattern.has_mask, target)
     if num_splits is None:
         row_tiles = cdiv(num_rows, config.block_m)
-        num_splits = choose_splits(batch, kv.num_kv_heads, row_tiles, kv.capacity, config.block_n, target)
+        keys = most_keys(pattern, q_len, kv.capacity)
+        num_splits = choose_splits(batch, kv.num_kv_heads, row_tiles, keys, config.block_n, target)
     for launch in plan_paged_decode(q, kv, pattern, out, lse, scratch, target, config, num_splits):
         launch.run()
     return AttentionOut(out, lse)

@@ -19,7 +19,7 @@ from hf_kvopt.kernels.triton.merge_state import plan_merge_state
 from hf_kvopt.kernels.triton.paged_decode import MIN_TILES, WORKERS_PER_SM, choose_splits
 from hf_kvopt.kernels.triton.sealed_arguments import check_sealed, sealed_args
 from hf_kvopt.kernels.triton.sealed_kernel import sealed_attention_kernel
-from hf_kvopt.kernels.triton.splits import of_splits
+from hf_kvopt.kernels.triton.splits import most_keys, of_splits
 
 
 def plan_sealed(
@@ -94,7 +94,8 @@ def sealed_attention(
     )
     if num_splits is None:
         row_tiles = cdiv(num_rows, config.block_m)
-        splits = choose_splits(batch, kv.num_kv_heads, row_tiles, kv.capacity, config.block_n, target)
+        keys = most_keys(pattern, q_len, kv.capacity)
+        splits = choose_splits(batch, kv.num_kv_heads, row_tiles, keys, config.block_n, target)
         num_splits = splits if few else 1
     for launch in plan_sealed(q, kv, pattern, out, lse, target, config, num_splits):
         launch.run()

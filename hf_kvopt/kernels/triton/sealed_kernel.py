@@ -131,7 +131,7 @@ def sealed_attention_kernel(
     if IS_SPLIT:
         start, end = split_bounds(
             seq_lens_ptr, num_batch, NUM_KV_HEADS * row_tiles, pid_split, num_splits, kv_lo, kv_hi,
-            BLOCK_BATCH, MIN_SPLIT_TILES, NUM_WORKERS, BLOCK_N,
+            window + q_len - 1, BLOCK_BATCH, MIN_SPLIT_TILES, NUM_WORKERS, BLOCK_N, HAS_WINDOW,
         )  # fmt: skip
 
     num_heads = NUM_KV_HEADS * GROUP

@@ -20,6 +20,11 @@ def of_splits(
     return parts, part_lse, own._replace(is_causal=False) if q_len == 1 else own
 
 
+def most_keys(pattern: Pattern, q_len: int, capacity: int) -> int:
+    """Return the most keys of a row that `q_len` queries at its end see, where its table holds `capacity` tokens."""
+    return capacity if pattern.window is None else min(capacity, pattern.window + q_len - 1)
+
+
 def _split_scratch(scratch: Tensor | None, out: Tensor, lse: Tensor, num_splits: int) -> tuple[Tensor, Tensor]:
     """Return the parts' output and lse, views of the scratch."""
     needed = num_splits * (out.numel() + lse.numel())

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from hf_kvopt.prefix.tiers.record import Record
 
 logger = logging.getLogger(__name__)
-VERSION = 1
+VERSION = 2
 _SUFFIX = ".safetensors"
 _RECOUNT = 256  # writes after which the files of other processes are counted
 _ABANDONED = 3600  # seconds after which a file that was never finished belongs to nobody

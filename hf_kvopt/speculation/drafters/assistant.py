@@ -17,6 +17,9 @@ from hf_kvopt.speculation.loop.reader import Reader
 class AssistantDrafter(Drafter):
     """Drafter that runs a whole model.
 
+    The draft of a row ends behind a token less probable than `assistant_confidence_threshold` of the assistant's
+    generation config, if that is set (transformers' dynamic speculation, arXiv:2405.04304).
+
     Args:
         model: the assistant.
         tokenizer, assistant_tokenizer: tokenizers of the target and of the assistant; with both given, vocabulary sizes
@@ -60,16 +63,18 @@ class _AssistantSession(DraftSession):
     """Session of an assistant, whose cache holds the tokens of `extend` except those in `unread`."""
 
     def __init__(self, model: PreTrainedModel, vocab_size: int, batch_size: int) -> None:
-        cache = PagedCache(config=model.config.get_text_config(decoder=True))
-        cache.activate_past_recording()
-        self.reader = Reader(model, cache, [0] * batch_size, None, [0] * batch_size, torch.device("cpu"))
+        self.reader = empty_reader(model, batch_size)
         self.vocab_size = vocab_size
+        self.threshold = threshold_of(model)
         self.unread: list[list[int]] = [[] for _ in range(batch_size)]  # not fed yet; ends with the root
         self.drafted: list[Tensor] = []  # for each depth [batch]: drafted tokens in the cache
 
     def extend(self, read: Read) -> None:
         following = read.following.tolist()
-        kept = [_common(mine, new[: n - 1]) for mine, new, n in zip(self._tried(), following, read.counts, strict=True)]
+        kept = [
+            common_prefix(mine, new[: n - 1])
+            for mine, new, n in zip(self._tried(), following, read.counts, strict=True)
+        ]
         if self.drafted:
             num_tried = len(self.drafted)
             self.reader.read_lens = [length - num_tried for length in self.reader.read_lens]
@@ -84,6 +89,7 @@ class _AssistantSession(DraftSession):
     def propose(self, plan: Plan, sample: Sampler) -> Draft:
         logits = self._catch_up()
         tokens, qs = [], []  # type: tuple[list[Tensor], list[Tensor | None]]
+        lengths, goes_on = [0] * len(self.unread), [True] * len(self.unread)
         for depth in range(plan.gamma):
             if depth:
                 logits = self._logits(self.reader.forward(tokens[-1][:, None]).logits[:, -1])
@@ -92,8 +98,15 @@ class _AssistantSession(DraftSession):
             token, q = sample(logits)
             tokens.append(token)
             qs.append(q)
+            lengths = [n + stays for n, stays in zip(lengths, goes_on, strict=True)]
+            if self.threshold:
+                sure = is_sure(logits, token, q, self.threshold)
+                goes_on = [a and b for a, b in zip(goes_on, sure, strict=True)]
+                if not any(goes_on):
+                    break
         has_q = qs[0] is not None
-        return Draft(torch.stack(tokens, dim=1), q=torch.stack(qs, dim=1) if has_q else None)  # type: ignore[arg-type]
+        q = torch.stack(qs, dim=1) if has_q else None  # type: ignore[arg-type]
+        return Draft(torch.stack(tokens, dim=1), q=q, lengths=lengths if self.threshold else None)
 
     def select(self, rows: Sequence[int]) -> None:
         self.unread = [self.unread[row] for row in rows]
@@ -126,6 +139,25 @@ class _AssistantSession(DraftSession):
         return logits[:, : self.vocab_size]
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Return the length of the common prefix."""
+def empty_reader(model: PreTrainedModel, batch_size: int) -> Reader:
+    """Return a reader of an assistant over an empty cache from which drafted tokens can be taken back."""
+    cache = PagedCache(config=model.config.get_text_config(decoder=True))
+    cache.activate_past_recording()
+    return Reader(model, cache, [0] * batch_size, None, [0] * batch_size, torch.device("cpu"))
+
+
+def threshold_of(model: PreTrainedModel) -> float:
+    """Return the probability below which a draft of the assistant ends, 0 where none is set."""
+    return float(getattr(model.generation_config, "assistant_confidence_threshold", None) or 0)
+
+
+def is_sure(logits: Tensor, token: Tensor, q: Tensor | None, threshold: float) -> list[bool]:
+    """Return for each row whether its token [batch], drawn from q or the best of logits, is at least that probable."""
+    p = logits.float().softmax(-1) if q is None else q
+    sure: list[bool] = (p.gather(-1, token[:, None].to(p.device))[:, 0] >= threshold).tolist()
+    return sure
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Return the length of the common prefix of two lists of ids."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -70,7 +70,13 @@ def build(config: dict[str, Any], weights: Weights) -> HeadBase:
     weights = {name.removeprefix("model."): x for name, x in weights.items() if not _OF_THE_TARGET.search(name)}
     for is_it, convert in _LAYOUTS:
         if is_it(config, weights):
-            head_config, converted = convert(config, weights)
+            try:
+                head_config, converted = convert(config, weights)
+            except KeyError as error:
+                raise ValueError(
+                    f"a draft head of this layout needs {error}, in its weights or in config.json: got neither; "
+                    "download the checkpoint again"
+                ) from error
             return _fill(head_config, converted)
     raise ValueError(
         "no draft head of a known layout (EAGLE-3, speculators, EAGLE-1/2, Medusa): got weights named "

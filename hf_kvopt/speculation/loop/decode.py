@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers.generation import GenerationConfig
 
+from hf_kvopt.cache import recording
 from hf_kvopt.errors import OutOfBlocks
 from hf_kvopt.speculation.drafters.base import Draft, Drafter, DraftSession, Plan, Read
 from hf_kvopt.speculation.loop.lockstep import walk
@@ -75,9 +76,9 @@ class Speculation:
     ) -> None:
         self.reader, self.drafter, self.policy, self.output, self.scores = reader, drafter, policy, output, scores
         self.do_sample, self.is_typical = bool(config.do_sample), is_typical
-        self.in_lockstep = self._needs_lockstep()
+        self.in_lockstep = self._needs_lockstep(rows_may_leave)
         self.rows_may_leave = rows_may_leave and not self.in_lockstep
-        self.reads_trees = reads_trees(reader.model)
+        self.reads_trees = reads_trees(reader.model) and not reader.cache.records_states
         self.num_skipped = reader.read_lens[0] - output.prompt_len  # columns before those of `input_ids`
         reader.last_column = output.max_length - 2 + self.num_skipped
         # Drafting the arg max is best where a token is drawn from the target's scores alone.
@@ -117,6 +118,7 @@ class Speculation:
             if fed.shape[1] == 1:
                 raise
             # A capped pool has room for the tokens that will stay, not for those that are only tried.
+            recording.undo(self.reader.cache)
             draft, shape, fed = Draft(fed[:, :0]), None, fed[:, :1]
             outputs = self.reader.forward(fed, None, **self.extra)
         accepted = self._accept(draft, shape, fed, self._logits(outputs))
@@ -172,7 +174,7 @@ class Speculation:
         if shape is None:
             return sampled_chain(draft.tokens, p, draft.q, draft.lengths)
         if self.is_typical:
-            return typical_tree(draft.tokens[0].tolist(), shape, p[0], _draw_one)
+            return typical_tree(draft.tokens[0].tolist(), shape, p[0], lambda p: torch.multinomial(p, 1)[:, 0])
         return sampled_tree(draft.tokens[0].tolist(), shape, p[0])
 
     def _accept(self, draft: Draft, shape: TreeShape | None, fed: Tensor, logits: Tensor) -> Accepted:
@@ -240,11 +242,13 @@ class Speculation:
         """Return logits [batch, q_len, vocab] float32 on the device of the output."""
         return outputs.logits.to(self.output.ids.device, torch.float32)
 
-    def _needs_lockstep(self) -> bool:
+    def _needs_lockstep(self, rows_may_leave: bool) -> bool:
         """Return whether processors, criteria or the model can tell rows of different lengths from plain decoding."""
         output, is_fixed = self.output, self.reader.cache.cache_config.compileable
         sees_scores = bool(output.others) and output.scores is not None
-        is_tied = is_fixed or sees_scores or counts_columns(self.reader.model)
+        # A cache that is handed back has read padding behind ended rows, which states cannot be made to sum up later.
+        is_summed = self.reader.cache.records_states and not rows_may_leave
+        is_tied = is_fixed or is_summed or sees_scores or counts_columns(self.reader.model)
         return not self.is_typical and (self.scores.needs_lockstep or (len(output.lens) > 1 and is_tied))
 
     def align(self) -> None:
@@ -288,11 +292,6 @@ class Speculation:
             if self.pending:
                 session.extend(self.pending.take())
             session.select(left)
-
-
-def _draw_one(p: Tensor) -> Tensor:
-    """Draw [rows] tokens from p [rows, vocab]."""
-    return torch.multinomial(p, 1)[:, 0]
 
 
 def _on(draft: Draft, device: torch.device) -> Draft:

@@ -85,8 +85,8 @@ class Reader:
         """Keep, of the last `q_len` tokens of each row, those numbered in `paths`, in that order."""
         kept = [len(path) for path in paths]
         if self._keeps_past is None:
-            self._keeps_past = any(self.cache.is_sliding)
-        # Where all stays, only what lies behind a window is left to drop.
+            self._keeps_past = any(self.cache.is_sliding) or self.cache.records_states
+        # Where all stays, only what lies behind a window, and copies of states, are left to drop.
         if self._keeps_past or min(kept) < q_len:
             self.cache.keep_paths(q_len, paths)
         self.read_lens = [length + n for length, n in zip(self.read_lens, kept, strict=True)]

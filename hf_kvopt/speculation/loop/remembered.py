@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hf_kvopt.files import write_whole
-from hf_kvopt.packaged import home_folder
+from hf_kvopt.files import home_folder, write_whole
 from hf_kvopt.speculation.drafters.base import Drafter
 from hf_kvopt.speculation.loop.policy import Policy
 

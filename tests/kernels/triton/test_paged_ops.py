@@ -10,9 +10,10 @@ import torch
 
 from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.kernels.reference.attention import attention_reference, visible_pairs
-from hf_kvopt.kernels.triton.launch import Config
-from hf_kvopt.kernels.triton.paged_decode import decode_scratch, paged_decode
+from hf_kvopt.kernels.triton.launch import INTERPRETER, Config
+from hf_kvopt.kernels.triton.paged_decode import decode_scratch, paged_decode, plan_paged_decode
 from hf_kvopt.kernels.triton.paged_prefill import paged_prefill
+from hf_kvopt.kernels.triton.splits import most_keys
 from tests.kernels.triton.conftest import assert_close, assert_lse, make_paged, make_query, same_dtype_torch
 
 OPS = pytest.mark.parametrize("op", [paged_decode, paged_prefill], ids=["decode", "prefill"])
@@ -289,3 +290,17 @@ def test_row_is_bit_equal_alone_and_beside_a_larger_one():
     first = paged.kv._replace(block_table=paged.block_table[:1], seq_lens=paged.seq_lens[:1])
     alone = paged_prefill(q[:1], first, Pattern(SCALE))
     assert torch.equal(both.out[:1], alone.out)
+
+
+def test_splits_are_shared_out_by_what_a_window_shows():
+    """Of a row of 64 tiles, a window of 4 is spread over as many programs as a row of 4 tiles."""
+    paged, q = make_paged((1024,), num_kv_heads=1), make_query(1, 2, 1, 32)
+    out, lse = torch.empty(1, 1, 2, 32), torch.empty(1, 2, 1)
+    scratch = torch.full((5 * (out.numel() + lse.numel()),), torch.nan)
+    pattern, config = Pattern(SCALE, window=64), Config(16, 16, 4, 1)
+    splits = plan_paged_decode(q, paged.kv, pattern, out, lse, scratch, INTERPRETER, config, 5)[0]
+    splits.run()
+    assert int((splits.args["lse_ptr"][:, 0, 0, 0] != -torch.inf).sum()) == 4
+    check(paged_decode, q, paged, window=64, num_splits=5)
+    assert most_keys(pattern, 3, 1024) == 66
+    assert most_keys(pattern._replace(window=None), 3, 1024) == most_keys(pattern, 3000, 1024) == 1024

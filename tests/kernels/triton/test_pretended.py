@@ -8,6 +8,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import hf_kvopt
 from hf_kvopt import CACHE_KEYWORD, OutOfBlocks, PagedCache, QuantizedPagedCache
+from hf_kvopt.kernels import attention
+from hf_kvopt.kernels.triton import attention as triton
 from tests.kernels.triton.pretended import pretended
 
 SHAPE = {
@@ -138,3 +140,59 @@ def test_a_fork_of_many_rows_copies_blocks_at_once(monkeypatch: pytest.MonkeyPat
             model(token, attention_mask=mask, position_ids=positions, **{CACHE_KEYWORD: cache})
         counts.append(len(costs.copies))
     assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "is_padded"), [("growing", True), ("fixed", True), ("int8", True), ("growing", False)], ids=str
+)
+@torch.no_grad()
+def test_a_prompt_looks_once_at_its_padding_and_reads_no_mask(
+    name: str, is_padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = []
+    for layers in (1, 2):
+        model, seen = llama(layers), []
+
+        def noted(call: Any, seen: list[Any] = seen) -> torch.Tensor:
+            seen.append(call.pattern)
+            return triton.run(call)
+
+        ids, mask = text()
+        mask = mask if is_padded else torch.ones_like(mask)
+        with pretended(monkeypatch) as costs, monkeypatch.context() as patch:
+            patch.setattr(attention, "READERS", (attention.READERS[0]._replace(run=noted), *attention.READERS[1:]))
+            model(ids, attention_mask=mask, **{CACHE_KEYWORD: cache_for(model, name)})
+        assert len(seen) == layers
+        assert all(pattern.mask is None for pattern in seen)
+        for pattern in seen:
+            starts = pattern.starts
+            assert (starts.tolist() == [0, 3] and starts.dtype == torch.int32) if is_padded else starts is None
+        looks.append([place for place in costs.syncs if "attention.mask" in place])
+    assert len(looks[0]) == len(looks[1]) == 1, looks
+
+
+@torch.no_grad()
+def test_padding_that_is_not_on_the_left_stays_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    ids, mask = text()
+    mask[1, 6] = 0
+    want = model(ids, attention_mask=mask, **{CACHE_KEYWORD: cache_for(model, "growing")}).logits
+    with pretended(monkeypatch):
+        got = model(ids, attention_mask=mask, **{CACHE_KEYWORD: cache_for(model, "growing")}).logits
+    is_text = mask.bool()
+    assert torch.allclose(got[is_text], want[is_text], atol=1e-5)
+    without = model(ids, attention_mask=text()[1], **{CACHE_KEYWORD: cache_for(model, "growing")}).logits
+    assert not torch.allclose(got[1, -1], without[1, -1], atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_prompt_of_rows_that_begin_later_hides_padding_behind_their_start_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = llama(1)
+    ids, mask = text()
+    mask[0, :2] = 0  # the table knows of row 1 alone
+    want = model(ids, attention_mask=mask, **{CACHE_KEYWORD: cache_for(model, "ragged")}).logits
+    with pretended(monkeypatch):
+        got = model(ids, attention_mask=mask, **{CACHE_KEYWORD: cache_for(model, "ragged")}).logits
+    assert torch.allclose(got[mask.bool()], want[mask.bool()], atol=1e-5)

@@ -7,36 +7,52 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+import llvmlite
 import llvmlite.binding as llvm
 from llvmlite import ir
 
+# What kernels call of OpenMP, by the names of libgomp; LLVM's and Intel's have these as well.
+OPENMP = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
 # Lanes by what the processor must have, best first. F16C is for float16 and the float8 codes.
 _LEVELS = {16: ("avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c"), 8: ("avx2", "fma", "f16c")}
 
 
 class Program:
-    """A compiled kernel; owns its machine code.
+    """A kernel in machine code, which it owns.
 
     Args:
-        module: with one function `run(arguments)`.
-        lanes: float32 values in the vectors that it was written for.
+        code: an object file that `machine_code` made on a processor like this one.
         openmp: addresses of OpenMP's functions; without them the kernel must be called for one thread.
+        lanes: float32 values in the vectors that it was written for.
     """
 
-    def __init__(self, module: ir.Module, lanes: int, openmp: Mapping[str, int]) -> None:
-        machine = _target_machine(lanes)
-        parsed = llvm.parse_assembly(str(module))
-        parsed.verify()
-        passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
-        passes.getModulePassManager().run(parsed, passes)
-        self._engine: Any = llvm.create_mcjit_compiler(parsed, machine)
-        for function in parsed.functions:
-            if function.is_declaration and not function.name.startswith("llvm."):
-                # Without one, any address will do: it is not called.
-                self._engine.add_global_mapping(function, openmp.get(function.name, 1))
+    def __init__(self, code: bytes, openmp: Mapping[str, int], lanes: int) -> None:
+        # Symbols are found by the names of a module's declarations.
+        names = llvm.parse_assembly("".join(f"declare void @{name}()\n" for name in OPENMP))
+        self._engine: Any = llvm.create_mcjit_compiler(names, _target_machine(lanes))
+        for function in names.functions:
+            # Without an address, any will do: it is not called.
+            self._engine.add_global_mapping(function, openmp.get(function.name, 1))
+        self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
         self._engine.finalize_object()
         # A ctypes call does not hold the interpreter's lock.
         self.run = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._engine.get_function_address("run"))
+
+
+def machine_code(module: ir.Module, lanes: int) -> bytes:
+    """Compile a module with one function `run(arguments)` to an object file for this processor."""
+    machine = _target_machine(lanes)
+    parsed = llvm.parse_assembly(str(module))
+    parsed.verify()
+    passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
+    passes.getModulePassManager().run(parsed, passes)
+    code: bytes = machine.emit_object(parsed)
+    return code
+
+
+def compiler_here() -> str:
+    """Name the compiler and the processor that it compiles for: code of another pair must not be run."""
+    return f"{llvmlite.__version__} {llvm.get_host_cpu_name()} {llvm.get_host_cpu_features().flatten()}"
 
 
 @cache
