@@ -100,22 +100,30 @@ class FixedSealedLayer(FixedLayer):
         return KVHandle(k, self.pool.reads, True), KVHandle(v, self.pool.reads, True)
 
     def fork(self, table_like: FindsTables, memo: dict[int, Any]) -> "FixedSealedLayer":
-        """Make an empty layer; raises CacheStateError where this one holds tokens."""
-        if self.pool is not None:
-            raise CacheStateError(
-                "a cache of fixed capacity whose blocks are sealed cannot be copied: got one that holds tokens; leave "
-                "out compileable=True"
-            )
-        return FixedSealedLayer(table_like(self.table), self.format, self.exact_prefill)
+        """A copy with its own memory: addresses are fixed, so nothing can be shared."""
+        table = table_like(self.table)
+        assert isinstance(table, AheadTable)
+        twin = FixedSealedLayer(table, self.format, self.exact_prefill)
+        if self.pool is None:
+            return twin
+        twin.lazy_initialization(*(plane.no_tokens(len(self.table.block_table)) for plane in self.pool.planes))
+        if not table.rows:
+            table.become(self.table)
+        assert twin.pool is not None
+        for mine, theirs in zip(self.pool.planes, twin.pool.planes, strict=True):
+            for old, new in zip(mine.tensors, theirs.tensors, strict=True):
+                new.copy_(old)
+        twin.length.copy_(self.length)
+        return twin
 
     def set_length(self, length: int | Tensor) -> None:
         """Forget everything behind the first `length` tokens of each row; waits for the device."""
         length = int(length)
-        if self.is_first and self.pool is not None:
+        if self.is_first and not length:
+            self.table.clear()
+        elif self.is_first and self.pool is not None:
             self._take_table_back()
-            if not length:
-                self.table.clear()
-            elif length < self.table.clock:
+            if length < self.table.clock:
                 self.table.crop(self.table.clock - length)
             self.table.publish()
         self.length.fill_(length)
@@ -131,12 +139,14 @@ class FixedSealedLayer(FixedLayer):
         self.length.fill_(first + len(path))
 
     def select_rows(self, indices: list[int]) -> None:
-        """Raise CacheStateError unless each row stays where it is."""
-        if self.pool is not None and indices != list(range(len(self.table.rows))):
-            raise CacheStateError(
-                f"rows of a cache of fixed capacity whose blocks are sealed stay where they are: got the order "
-                f"{indices}; use format='int8', or leave out compileable=True"
-            )
+        """Let row i be what row `indices[i]` was; addresses are fixed, so the rows are copied."""
+        if self.pool is None or not self.is_first or not self.table.rows:
+            return
+        self._require_batch(len(indices))
+        if indices != list(range(len(indices))):
+            self._take_table_back()
+            self.table.select(indices)
+            self.table.publish()
 
     def _take_table_back(self) -> None:
         """Let the host's table stand where the device does; a step that broke off is undone."""

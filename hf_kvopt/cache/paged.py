@@ -34,7 +34,7 @@ from hf_kvopt.config import CacheConfig
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.eviction.policy import EvictionPolicy
 from hf_kvopt.pool.block_table import BlockTable
-from hf_kvopt.quant import FormatPolicy, require_one_storage
+from hf_kvopt.quant import FormatPolicy
 
 _NATIVE = FormatPolicy()
 
@@ -96,10 +96,7 @@ class PagedCache(WatchedCache):
             config = config.get_text_config(decoder=True)
             maker = self._layer_maker().resolved(config)
             self.formats = maker.formats
-            layers = require_decoder(policy, config, maker.layers(config))
-            if compileable:
-                require_one_storage([layer.format for layer in layers if isinstance(layer, PagedLayer)])
-            Cache.__init__(self, layers=layers, **kwargs)
+            Cache.__init__(self, layers=require_decoder(policy, config, maker.layers(config)), **kwargs)
             if self._stock_layers():
                 self._log = ForwardLog()
             self._states_elsewhere = compat.keeps_states_in_modules(config)

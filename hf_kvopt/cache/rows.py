@@ -26,8 +26,9 @@ from hf_kvopt.pool.tail import Tails
 from hf_kvopt.quant import FormatPolicy, KVFormat
 
 Layers = Sequence[PagedLayer]
-Kind = int | EvictionPolicy | None
-"""What layers with one table have in common: a window, none, or a policy of their own."""
+Kind = int | str | EvictionPolicy | None
+"""What layers with one table have in common: a window, none, a policy of their own, or that they seal blocks."""
+_SEALED = "sealed"
 
 
 class TableMaker(NamedTuple):
@@ -40,15 +41,19 @@ class TableMaker(NamedTuple):
     def __call__(self, window: int | None, policy: EvictionPolicy | None = None) -> BlockTable:
         """Make the table of all layers with this window, or none; `policy` is one of single layers."""
         allocator = BlockAllocator(self.config.max_blocks, block_size=self.config.block_size)
-        if self.formats.seals(window is not None):
+        if self.formats.seals(window is not None) and not self.config.compileable:
             allocator.tails = Tails()
         policy = policy or self.policy
         if policy is not None and window is None:
             kind = ScoredTable if policy.scores_prompts else EvictingTable
             return kind(allocator, self.config.block_size, policy)
-        if self.config.compileable and allocator.tails is not None:
-            return AheadTable(allocator, self.config.block_size, window)
         return BlockTable(allocator, self.config.block_size, window)
+
+    def ahead(self) -> AheadTable:
+        """Make the table of all layers of fixed capacity that seal their blocks."""
+        allocator = BlockAllocator(self.config.max_blocks, block_size=self.config.block_size)
+        allocator.tails = Tails()
+        return AheadTable(allocator, self.config.block_size)
 
 
 class MakesTables(Protocol):
@@ -74,9 +79,11 @@ class GrowingRows:
         self.lock = lock if lock is not None else contextlib.nullcontext()
         self.tables: dict[Kind, BlockTable] = {}
 
-    def class_for(self, format: KVFormat) -> type[PagedLayer]:
-        """Return the class of layers that are stored in `format`."""
-        return PagedLayer
+    def make_layer(
+        self, window: int | None, policy: EvictionPolicy | None, format: KVFormat, exact_prefill: bool
+    ) -> PagedLayer:
+        """Make a layer of keys and values over the table of its kind."""
+        return PagedLayer(self.table_for(window, policy), format, exact_prefill)
 
     @property
     def num_rows(self) -> int:
@@ -179,22 +186,40 @@ class GrowingRows:
 
 
 class FixedRows(GrowingRows):
-    """One table that never changes: row r owns the r-th equal share of the blocks.
+    """Rows of one capacity, in one table that never changes: row r owns the r-th equal share of the blocks.
 
-    All layers keep all tokens, those with a window too; each knows its length.
+    All layers keep all tokens, those with a window too; each knows its length. Layers that seal their blocks have a
+    table of their own, of equal capacity.
     """
 
     is_fixed = True
 
-    def class_for(self, format: KVFormat) -> type[PagedLayer]:
-        return FixedSealedLayer if format.sealed is not None else FixedLayer
+    make_table: TableMaker
+
+    def make_layer(
+        self, window: int | None, policy: EvictionPolicy | None, format: KVFormat, exact_prefill: bool
+    ) -> PagedLayer:
+        if format.sealed is not None:
+            return FixedSealedLayer(self._sealed_table(), format, exact_prefill)
+        return FixedLayer(self.table_for(None), format, exact_prefill)
 
     def table_for(self, window: int | None, policy: EvictionPolicy | None = None) -> BlockTable:
         return super().table_for(None)
 
+    def table_like(self, table: BlockTable) -> BlockTable:
+        return self._sealed_table() if isinstance(table, AheadTable) else self.table_for(None)
+
+    def _sealed_table(self) -> AheadTable:
+        table = self.tables.get(_SEALED)
+        if not isinstance(table, AheadTable):
+            table = self.make_table.ahead()
+            table.kind = _SEALED
+            self.tables[_SEALED] = table
+        return table
+
     def lengths(self, table: BlockTable, layers: Layers) -> list[int]:
-        lengths = [layer.held for layer in self._fixed(layers)]
-        return [max(lengths, default=0)] * table.batch_size
+        lengths = [layer.held for layer in self._fixed(layers) if layer.table is table]
+        return [max(0, max(lengths, default=0) - lag) for lag in table.lags]
 
     def require_croppable(self, num_tokens: int) -> None:
         """Any number can be removed: more than are held leave none."""
@@ -228,9 +253,8 @@ class FixedRows(GrowingRows):
             layer.forget()
 
     def undo(self, clock: int, layers: Layers) -> None:
-        """Take sealed layers back; others that refuse, or break off, have not written, and read up to their length."""
-        for layer in layers:
-            if isinstance(layer, FixedSealedLayer) and int(layer.length) > clock:
+        for layer in self._fixed(layers):
+            if int(layer.length) > clock:
                 layer.set_length(clock)
 
     def take_back(self, clock: int, layers: Layers) -> None:

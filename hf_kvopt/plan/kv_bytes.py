@@ -25,7 +25,6 @@ from hf_kvopt.quant import (
     FormatPolicy,
     KVFormat,
     guard_for,
-    require_one_storage,
     require_unsealed,
 )
 from hf_kvopt.quant.sealed_formats import MAX_TAIL_BLOCKS, SEALED_BLOCK
@@ -81,13 +80,7 @@ class CacheSpec:
         except ValueError as error:
             raise BadInput(str(error)) from error
         numbers = [i if layer.copy_of is None else layer.copy_of for i, layer in enumerate(layers)]
-        found = [self._format(policy, number, layer) for number, layer in zip(numbers, layers, strict=True)]
-        if self.compileable:
-            try:
-                require_one_storage([fmt for fmt, layer in zip(found, layers, strict=True) if layer.is_paged])
-            except ValueError as error:
-                raise BadInput(str(error)) from error
-        return found
+        return [self._format(policy, number, layer) for number, layer in zip(numbers, layers, strict=True)]
 
     def _format(self, policy: FormatPolicy, idx: int, layer: LayerKV) -> KVFormat:
         if self.cache != "paged" or not layer.is_paged:
@@ -179,7 +172,7 @@ def kv_bytes(
 
     With `prompt=None` sliding layers count the most that they hold at any time up to `length`.
     """
-    tables: dict[int | None, _Table] = {}
+    tables: dict[tuple[int | None, bool], _Table] = {}
     content = stock = 0
     for layer, fmt in zip(layers, formats, strict=True):
         if not layer.has_kv:
@@ -190,15 +183,16 @@ def kv_bytes(
             continue
         content += batch * _held(spec, length, layer.window) * size // spec.block_size
         exact = spec.block_size * _vector_bytes(layer, NATIVE_KV, spec.dtype) if fmt.sealed is not None else 0
-        window = None if spec.compileable else layer.window  # one table for all layers
-        table = tables.setdefault(window, _Table(0, 0, 0))
+        # Of fixed capacity: one table for all layers that seal their blocks, and one for all others.
+        kind = (None, fmt.sealed is not None) if spec.compileable else (layer.window, False)
+        table = tables.setdefault(kind, _Table(0, 0, 0))
         beside = fixed_centre_bytes(layer, fmt, batch, spec.dtype) if spec.compileable else centre_bytes(layer, fmt)
-        tables[window] = _Table(table.block + size, table.beside + beside, table.exact_block + exact)
+        tables[kind] = _Table(table.block + size, table.beside + beside, table.exact_block + exact)
     if spec.cache != "paged":
         return KVBytes(content, content, content, stock)
     used = reserved = 0
     is_within_cap = True
-    for window, table in tables.items():
+    for (window, _), table in tables.items():
         blocks = _blocks(spec, batch, length, prompt, window)
         # Each table has its own block space, and the cap applies to each.
         is_within_cap &= blocks.used <= blocks.reserved

@@ -69,12 +69,9 @@ class AheadTable(BlockTable):
         """Let steps on the device go on from here: hand out what they will write, and tell the device."""
         if self.is_published or not self.rows:
             return
-        size = self.block_size
-        self.exact = [
-            tuple(block for block in exact if block * size < length)
-            for exact, length in zip(self.exact, self.lengths, strict=True)
-        ]
+        self._keep_exact()
         self._extend_rows(self.capacity)
+        self._tails.hold(self.allocator)
         self.cycles = [self._cycle(row) for row in range(len(self.rows))]
         num_columns = self.block_table.shape[1]
         places = [[0] * num_columns for _ in self.rows]
@@ -115,11 +112,36 @@ class AheadTable(BlockTable):
             self.resume(self.clock)
         super().clear()
 
+    def select(self, indices: Sequence[int]) -> None:
+        """Let row i be what row `indices[i]` was, in blocks of its own."""
+        super().select(indices)
+        self._tails.hold(self.allocator)
+        self.unshare(0, self.clock)
+
+    def become(self, other: "AheadTable") -> None:
+        """Hold the rows of `other`, of equal capacity, by the same numbers in the block space of this empty table."""
+        self.rows[:] = [list(row) for row in other.rows]
+        self.lags, self.exact, self.cycles = list(other.lags), list(other.exact), list(other.cycles)
+        self.clock, self.step_start, self.is_approximate = other.clock, other.step_start, other.is_approximate
+        self.allocator.recount()
+        self._tails.copy_from(other._tails)
+        for mine, theirs in zip(self.tensors, other.tensors, strict=True):
+            mine.copy_(theirs)
+        self.is_published = other.is_published
+        self._rows_changed()
+
     def fork(self) -> BlockTable:
-        """Raise CacheStateError: addresses are fixed, and exact places are handed out ahead."""
-        raise CacheStateError(
-            "a cache of fixed capacity whose blocks are sealed cannot be copied: got a fork; leave out compileable=True"
-        )
+        """Raise CacheStateError: addresses are fixed, so rows cannot share their blocks; see `become`."""
+        raise CacheStateError("rows of fixed capacity cannot share blocks: got a fork; use copy.deepcopy(cache)")
+
+    def _keep_exact(self) -> None:
+        """Give a place to the blocks that the next tokens read exact, the first one of a row without a token among
+        them; those that a cut took lose theirs."""
+        size = self.block_size
+        self.exact = [
+            tuple(block for block in exact if block * size < length) or (0,)
+            for exact, length in zip(self.exact, self.lengths, strict=True)
+        ]
 
     @property
     def _tails(self) -> Tails:

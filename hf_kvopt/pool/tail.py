@@ -88,6 +88,10 @@ class Tails:
         """Take back places that belong to no block."""
         self._free += places
 
+    def copy_from(self, other: "Tails") -> None:
+        """Become equal to `other`, of the same capacity."""
+        self.places, self._free = dict(other.places), list(other._free)
+
     def assign(self, block: int, place: int) -> None:
         """Give a block that has none a certain free place."""
         self._free.remove(place)

@@ -13,7 +13,6 @@ from hf_kvopt.quant.formats import (
     get_format,
     get_kv_format,
     is_pair,
-    require_one_storage,
     require_unsealed,
 )
 from hf_kvopt.quant.guard import (
@@ -54,7 +53,6 @@ __all__ = [
     "hadamard",
     "is_pair",
     "quantize",
-    "require_one_storage",
     "require_unsealed",
     "rotate",
     "unguarded",

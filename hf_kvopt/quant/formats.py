@@ -18,7 +18,7 @@ channels at head_dim 64.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -158,16 +158,6 @@ def is_pair(name: str) -> bool:
 
 # What has no blocks to seal, for `require_unsealed`.
 LATENTS = "latent attention"
-
-
-def require_one_storage(formats: Sequence[KVFormat]) -> None:
-    """Raise ValueError where some layers of a cache of fixed capacity seal their blocks, and others do not."""
-    if len({format.sealed is not None for format in formats}) > 1:
-        raise ValueError(
-            "layers of a cache of fixed capacity (compileable=True) seal their blocks all or none: got "
-            f"{', '.join(sorted({format.name for format in formats}))}; pass skip_layers=() and layer_formats of one "
-            "kind, or use format='int8'"
-        )
 
 
 def require_unsealed(format: KVFormat, what: str) -> None:

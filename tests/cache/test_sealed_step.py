@@ -124,13 +124,92 @@ def test_a_token_past_the_capacity_is_refused_and_the_rest_is_kept() -> None:
 
 
 @torch.no_grad()
-def test_rows_that_change_places_and_copies_are_refused_in_one_sentence() -> None:
+def followed(
+    forward: Callable[..., Any], model: PreTrainedModel, cache: QuantizedPagedCache, ids: Tensor, steps: int
+) -> Tensor:
+    """Feed ids [batch, tokens], then decode greedily; returns logits [steps + 1, batch, vocab]."""
+    out = model(ids, **{CACHE_KEYWORD: cache})
+    found = [out.logits[:, -1].clone()]
+    for _ in range(steps):
+        out = forward(found[-1].argmax(-1)[:, None], **{CACHE_KEYWORD: cache})
+        found.append(out.logits[:, -1].clone())
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("place", [3, 17, 40])
+def test_rows_that_change_places_stay_one_graph_and_equal_those_of_a_growing_cache(place: int) -> None:
+    model = tiny_model()
+    step, counter = compiled(model)
+    ids, found = prompt(40, 40, 40, seed=2)["input_ids"], []
+    for fixed in (False, True):
+        cache = new_cache(model, "int4", fixed=fixed)
+        forward = step if fixed else model
+        parts = [followed(forward, model, cache, ids, place)]
+        for order in ([1, 1, 0], [2, 0, 1]):
+            cache.reorder_cache(torch.tensor(order))
+            parts.append(followed(forward, model, cache, ids[:, :2], 20))
+        cache.check_integrity()
+        found.append(torch.cat(parts))
+    assert torch.equal(*found)
+    assert counter.frame_count == 1
+
+
+def test_beams_give_the_tokens_of_a_growing_cache() -> None:
+    model, options = tiny_model(), {"num_beams": 3, "max_new_tokens": 40, "disable_compile": True}
+    want = generate(model, prompt(30), new_cache(model, "int4", fixed=False), **options)
+    cache = new_cache(model, "int4")
+    assert torch.equal(generate(model, prompt(30), cache, **options), want)
+    cache.check_integrity()
+
+
+@pytest.mark.parametrize("is_compiled", [True, False])
+def test_a_copy_goes_on_by_itself_in_memory_of_its_own(is_compiled: bool) -> None:
+    model = tiny_model()
+    forward = compiled(model)[0] if is_compiled else model
+    ids = prompt(40, 40, 40)["input_ids"]
+    growing, fixed = new_cache(model, "k4v2", fixed=False), new_cache(model, "k4v2")
+    assert torch.equal(followed(forward, model, fixed, ids, 25), followed(model, model, growing, ids, 25))
+    twins = copy.deepcopy(fixed), copy.deepcopy(growing)
+    others = prompt(20, 20, 20, seed=3)["input_ids"], prompt(7, 7, 7, seed=4)["input_ids"]
+    for more in others:
+        for one, other in ((fixed, growing), twins):
+            got, want = followed(forward, model, one, more, 20), followed(model, model, other, more, 20)
+            assert torch.equal(got, want)
+            one.check_integrity()
+        fixed, growing = twins
+
+
+@pytest.mark.parametrize("name", ["int4", "k8v4"])
+def test_layers_that_seal_and_layers_that_do_not_are_one_graph(name: str) -> None:
+    model, found = tiny_model("mixed"), []
+    step, counter = compiled(model)
+    for fixed in (False, True):
+        capacity: dict[str, Any] = {"max_tokens": 3 * ROW, "compileable": True} if fixed else {}
+        cache = QuantizedPagedCache(model.config, format=name, block_size=BLOCK, **capacity)
+        found.append(logits_of(step if fixed else model, model, cache))
+        assert sum(layer.format.sealed is not None for layer in cache.layers) == 1
+        cache.check_integrity()
+    assert torch.equal(found[0].argmax(-1), found[1].argmax(-1))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-4)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("lengths", [(37, 0, 5), (16, 15, 17), (1, 33, 2)], ids=str)
+def test_short_and_empty_rows_equal_those_of_a_growing_cache(lengths: tuple[int, ...]) -> None:
+    model = tiny_model()
+    want = logits_of(model, model, new_cache(model, "int4", fixed=False), lengths)
+    assert torch.equal(logits_of(model, model, new_cache(model, "int4"), lengths), want)
+
+
+@torch.no_grad()
+def test_another_batch_is_refused_in_one_sentence() -> None:
     model = tiny_model()
     cache = new_cache(model, "int4")
     logits_of(model, model, cache, steps=1)
-    with pytest.raises(CacheStateError, match="stay where they are: got the order"):
-        cache.reorder_cache(torch.tensor([1, 0, 2]))
-    with pytest.raises(CacheStateError, match="cannot be copied"):
-        copy.deepcopy(cache)
     with pytest.raises(CacheStateError, match=r"holds 3 rows: got a batch of 1; free\(\)"):
         model(prompt(4)["input_ids"], **{CACHE_KEYWORD: cache})
+    with pytest.raises(CacheStateError, match=r"keeps its batch size of 3: got 2 rows"):
+        cache.reorder_cache(torch.tensor([0, 1]))
+    cache.free()
+    want = logits_of(model, model, new_cache(model, "int4", 1, fixed=False), (5,), 20)
+    assert torch.equal(logits_of(model, model, cache, (5,), 20), want)
