@@ -137,10 +137,6 @@ class FixedLayer(PagedLayer):
         return twin
 
     @property
-    def end(self) -> int:
-        return int(self.length)
-
-    @property
     def held(self) -> int:
         """Tokens of each row; see `held_tokens` for what is raised."""
         return held_tokens(self.length, self.row_capacity)

@@ -158,11 +158,6 @@ class PagedLayer(CacheLayerMixin):
         self.pool, self.clock, self.num_new, self.in_step = other.pool, other.clock, other.num_new, other.in_step
 
     @property
-    def end(self) -> int:
-        """Return the columns that the layer has written; waits for the device where only that knows them."""
-        return self.clock
-
-    @property
     def is_empty(self) -> bool:
         """Return whether the layer holds no token of any row."""
         return self.clock <= min(self.table.lags, default=0)
