@@ -135,11 +135,10 @@ class AheadTable(BlockTable):
         raise CacheStateError("rows of fixed capacity cannot share blocks: got a fork; use copy.deepcopy(cache)")
 
     def _keep_exact(self) -> None:
-        """Give a place to the blocks that the next tokens read exact, the first one of a row without a token among
-        them; those that a cut took lose theirs."""
+        """Keep no block exact that a cut took, but for the first one of a row without a token."""
         size = self.block_size
         self.exact = [
-            tuple(block for block in exact if block * size < length) or (0,)
+            tuple(block for block in exact if block * size < max(1, length))
             for exact, length in zip(self.exact, self.lengths, strict=True)
         ]
 

@@ -127,7 +127,8 @@ def _write_sealed(
     blocks, offsets = (tokens // size)[:, None], tokens % size
     places = exact_table.gather(1, blocks)[:, 0].long()
     is_full = (offsets == size - 1) & (blocks[:, 0] > 0) & (length < capacity)
-    numbers = torch.where(is_full, block_table.gather(1, blocks)[:, 0].long(), -1)
+    index = block_table.gather(1, blocks)[:, 0].long()
+    numbers = torch.where(is_full, index, -1)
     slots = torch.where(length < capacity, places * size + offsets, -1)
     planes = (
         _plane(k_codes, k_token, k_mean, k_exact, format, True),
@@ -141,7 +142,7 @@ def _write_sealed(
         if sealer is not None:
             sealer.run(call)
             return
-    is_held, index = (slots >= 0)[:, None, None], numbers.clamp(min=0)
+    is_held = (slots >= 0)[:, None, None]
     rows = is_full.nonzero()[:, 0].tolist() if on_host else []
     for plane, states in zip(planes, (k, v), strict=True):
         flat = plane.exact.view(-1, plane.num_heads, plane.dim)
@@ -150,7 +151,7 @@ def _write_sealed(
         if rows:
             plane.seal_places(numbers[rows].tolist(), places[rows].tolist())
         if not on_host:
-            # Rows whose block is not full write back what block 0 holds, which is a first block and never sealed.
+            # Rows whose block is not full write back what it holds.
             codes, token, mean = seal(plane.exact[places].transpose(1, 2), plane.codec)
             made = [codes.transpose(1, 2), token.transpose(1, 2), mean]
             for held, new in zip(plane.stored, made, strict=False):

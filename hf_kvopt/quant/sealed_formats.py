@@ -113,7 +113,7 @@ def tail_blocks(
     The first one, those that its queries read exact, and those to which a draft may be cut back.
     """
     if after <= 0:
-        return ()
+        return (0,)
     last, first = (after - 1) // block_size, max(0, before // block_size - 1)
     if last - first <= _DRAFT_BLOCKS:
         return tuple(sorted({0, *range(first, last + 1)}))
