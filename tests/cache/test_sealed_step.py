@@ -1,6 +1,7 @@
 """Sealed blocks of fixed capacity: a compiled step gives the bits of a growing cache, block after block."""
 
 import copy
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -8,9 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+from torch._inductor.utils import run_and_get_code
 from transformers import PreTrainedModel
+from transformers.generation import CompileConfig
 
-from hf_kvopt import CACHE_KEYWORD, CacheStateError, OutOfBlocks, QuantizedPagedCache
+from hf_kvopt import CACHE_KEYWORD, CacheStateError, OutOfBlocks, QuantizedPagedCache, enable
 from tests.cache.sealed import FORMATS
 from tests.helpers import generate, prompt, tiny_model
 
@@ -21,6 +25,7 @@ PADDED = (37, 64, 5)
 @pytest.fixture(autouse=True)
 def _fresh_graphs() -> Iterator[None]:
     torch._dynamo.reset()
+    counters.clear()
     yield
     torch._dynamo.reset()
 
@@ -91,6 +96,20 @@ def test_a_second_turn_a_cut_and_a_new_text_go_on_as_in_a_growing_cache() -> Non
             assert torch.equal(got, want)
 
 
+def test_inductor_differs_by_rounding_alone_and_writes_the_pools_where_they_lie() -> None:
+    model = tiny_model()
+    cache, want = new_cache(model, "int4"), logits_of(model, model, new_cache(model, "int4"), steps=20)
+    step, counter = compiled(model, "inductor")
+    got, parts = run_and_get_code(lambda: logits_of(step, model, cache, steps=20))
+    # Sums of 48 products in two layers, in another order: a few units in the last place of the largest logit.
+    assert (got - want).abs().max() <= 64 * torch.finfo(torch.float32).eps * want.abs().max()
+    assert counter.frame_count == 1
+    code = "\n".join(parts)
+    assert code.count("hf_kvopt.write_sealed.default(") == len(cache.layers)
+    made = {int(size) for size in re.findall(r"= empty_strided_cpu\(\((\d+),", code)}
+    assert made.isdisjoint({len(x) for layer in cache.layers for plane in layer.pool.planes for x in plane.tensors})
+
+
 @pytest.mark.parametrize("attention", ["sdpa"])
 def test_transformers_own_attention_reads_a_compiled_sealed_cache(attention: str) -> None:
     model = tiny_model("full", attention)
@@ -101,11 +120,28 @@ def test_transformers_own_attention_reads_a_compiled_sealed_cache(attention: str
     assert counter.frame_count == 1
 
 
-def test_generate_gives_the_tokens_of_a_growing_cache() -> None:
-    model = tiny_model()
-    want = generate(model, prompt(*PADDED), new_cache(model, "k4v2", fixed=False), max_new_tokens=24)
-    got = generate(model, prompt(*PADDED), new_cache(model, "k4v2"), max_new_tokens=24, disable_compile=True)
-    assert torch.equal(got, want)
+@pytest.mark.parametrize("kind", ["full", "mixed"])
+def test_an_enabled_model_generates_the_tokens_of_a_growing_cache(kind: str) -> None:
+    inputs, options = prompt(150, 90, 3), {"max_new_tokens": 40, "do_sample": False}
+    want = enable(tiny_model(kind), "int4").generate(**inputs, **options)
+    model = enable(tiny_model(kind), "int4", max_tokens=3 * 192, compileable=True)
+    config = CompileConfig(backend="aot_eager", mode=None, fullgraph=True)
+    config._compile_all_devices = True
+    assert torch.equal(model.generate(**inputs, **options), want)
+    assert not counters["stats"]["unique_graphs"]
+    for _ in range(2):
+        assert torch.equal(model.generate(**inputs, **options, compile_config=config), want)
+        assert counters["stats"]["unique_graphs"] == 1
+    with pytest.raises(OutOfBlocks, match="got room for 192 in each of 3 rows"):
+        model.generate(**inputs, max_new_tokens=50)
+
+
+@pytest.mark.parametrize("draft", ["prompt_lookup", "lookahead"])
+def test_drafts_give_the_tokens_of_a_growing_cache(draft: str) -> None:
+    inputs, options = prompt(70, 30), {"max_new_tokens": 60, "do_sample": False}
+    want = enable(tiny_model(), "int4", block_size=BLOCK).generate(**inputs, **options)
+    fixed = {"block_size": BLOCK, "max_tokens": 2 * ROW, "compileable": True}
+    assert torch.equal(enable(tiny_model(), "int4", draft=draft, **fixed).generate(**inputs, **options), want)
 
 
 @torch.no_grad()
@@ -136,7 +172,7 @@ def followed(
     return torch.stack(found)
 
 
-@pytest.mark.parametrize("place", [3, 17, 40])
+@pytest.mark.parametrize("place", [3, 40])
 def test_rows_that_change_places_stay_one_graph_and_equal_those_of_a_growing_cache(place: int) -> None:
     model = tiny_model()
     step, counter = compiled(model)
@@ -179,7 +215,7 @@ def test_a_copy_goes_on_by_itself_in_memory_of_its_own(is_compiled: bool) -> Non
         fixed, growing = twins
 
 
-@pytest.mark.parametrize("name", ["int4", "k8v4"])
+@pytest.mark.parametrize("name", ["k8v4"])
 def test_layers_that_seal_and_layers_that_do_not_are_one_graph(name: str) -> None:
     model, found = tiny_model("mixed"), []
     step, counter = compiled(model)
