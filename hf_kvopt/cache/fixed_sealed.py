@@ -65,8 +65,6 @@ class FixedSealedLayer(FixedLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self._is_static(key_states.shape[2]):
             return _read_on_host(self, key_states, value_states)
-        if not torch.compiler.is_compiling() and is_on_host(self.length):
-            self.clock = int(self.length)
         self._check(key_states, value_states)
         pool, table = self.pool, self.table
         assert pool is not None
@@ -82,12 +80,15 @@ class FixedSealedLayer(FixedLayer):
     def _append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """Write and read by the host's table, behind what steps on the device wrote."""
         table = self.table
-        self.clock = int(self.length)
         self._check(key_states, value_states)
         if self.is_first or not table.allocator.pools:
             self._take_table_back()
-        handles = super()._append(key_states, value_states)
-        self.length.fill_(self.clock)
+        try:
+            self.clock = int(self.length)
+            handles = super()._append(key_states, value_states)
+            self.length.fill_(self.clock)
+        finally:
+            self.clock = 0  # as in all layers of fixed capacity: the length alone says how much is held
         version = table.version
         table.publish()
         if version == table.version:
@@ -127,7 +128,6 @@ class FixedSealedLayer(FixedLayer):
                 self.table.crop(self.table.clock - length)
             self.table.publish()
         self.length.fill_(length)
-        self.clock = length
 
     def keep(self, num_tokens: int, path: Any) -> None:
         """See `FixedLayer.keep`."""

@@ -13,6 +13,7 @@ from hf_kvopt import CACHE_KEYWORD, OutOfBlocks, QuantizedPagedCache
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.kernels import devices
 from hf_kvopt.pool.ahead import AheadTable
+from hf_kvopt.quant.policy import LayerName
 from tests.cache.test_sealed_step import BLOCK, ROW, followed, new_cache
 from tests.helpers import VOCAB, prompt, tiny_model
 
@@ -162,13 +163,14 @@ def test_tokens_past_the_capacity_that_nobody_waited_for_are_said_and_reset_ends
 
 
 @pytest.mark.parametrize("is_on_host", [True, False], ids=["host", "device"])
+@pytest.mark.parametrize("formats", [{}, {0: "native"}, {1: "native"}], ids=str)
 @torch.no_grad()
 def test_a_step_that_is_refused_or_breaks_off_leaves_all_that_was_held(
-    is_on_host: bool, monkeypatch: pytest.MonkeyPatch
+    formats: dict[LayerName, str], is_on_host: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, ids = tiny_model(), prompt(40, 40, 40)["input_ids"]
-    fixed, growing = new_cache(model, "int4"), new_cache(model, "int4", fixed=False)
-    for cache in (fixed, growing):
+    fixed, other = (new_cache(model, "int4", layer_formats=formats) for _ in range(2))
+    for cache in (fixed, other):
         followed(model, model, cache, ids, 5)
     with monkeypatch.context() as patch:
         patch.setattr(devices, "is_on_host", lambda tensor: is_on_host)
@@ -179,7 +181,7 @@ def test_a_step_that_is_refused_or_breaks_off_leaves_all_that_was_held(
             model(ids[:, :1], **{CACHE_KEYWORD: fixed})
     with pytest.raises(CacheStateError, match=r"stopped half way.*taken back and 45 are left"):
         model(ids[:, :1], **{CACHE_KEYWORD: fixed})
-    assert torch.equal(*(followed(model, model, cache, ids[:, :4], 20) for cache in (fixed, growing)))
+    assert torch.equal(*(followed(model, model, cache, ids[:, :4], 20) for cache in (fixed, other)))
 
 
 def _interrupted(*args: object, **kwargs: object) -> None:

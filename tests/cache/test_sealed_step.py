@@ -30,10 +30,12 @@ def _fresh_graphs() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def new_cache(model: PreTrainedModel, name: str, batch: int = 3, *, fixed: bool = True) -> QuantizedPagedCache:
+def new_cache(
+    model: PreTrainedModel, name: str, batch: int = 3, *, fixed: bool = True, **options: Any
+) -> QuantizedPagedCache:
     """Build a cache of ROW tokens a row, or a growing one."""
     capacity: dict[str, Any] = {"max_tokens": batch * ROW, "compileable": True} if fixed else {}
-    return QuantizedPagedCache(model.config, format=name, skip_layers=(), block_size=BLOCK, **capacity)
+    return QuantizedPagedCache(model.config, format=name, skip_layers=(), block_size=BLOCK, **capacity, **options)
 
 
 @torch.no_grad()
