@@ -51,9 +51,8 @@ class QuantizedPagedCache(PagedCache):
     with latent attention (DeepSeek) store latents and rotary keys both in the keys' format.
 
     Raises:
-        ValueError: an unknown format, guard or layer; a format that seals blocks for latents, or for some layers of
-            fixed capacity alone; or, at
-            the first update, a head_dim that codes of 4 bits cannot pack.
+        ValueError: an unknown format, guard or layer; a format that seals blocks for latents; or, at the first update,
+            a head_dim that codes of 4 bits cannot pack.
         UnsupportedDevice: a format that no visible card can read (float8 e4m3 before compute capability 8.9).
 
     Source: KIVI, arXiv:2402.02750 (keys and values lose differently); QuaRot, arXiv:2404.00456 (rotation); transformers
