@@ -140,6 +140,17 @@ def test_a_text_in_one_piece_and_in_chunks_is_stored_as_in_a_growing_cache(chunk
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("held", [51, 64, 65])
+def test_steps_are_cut_back_by_a_block_without_a_loss(held: int) -> None:
+    model, ids = tiny_model(), prompt(20)["input_ids"]
+    uncut, cut = new_cache(model, "int4", 1), new_cache(model, "int4", 1)
+    followed(model, model, uncut, ids, held - BLOCK - 20)
+    followed(model, model, cut, ids, held - 20)
+    cut.crop(-BLOCK)
+    assert not any(table.is_approximate for table in cut._tables.values())
+    assert torch.equal(*(followed(model, model, cache, ids[:, :1], 30) for cache in (uncut, cut)))
+
+
 @torch.no_grad()
 def test_tokens_past_the_capacity_that_nobody_waited_for_are_said_and_reset_ends_it(
     monkeypatch: pytest.MonkeyPatch,
