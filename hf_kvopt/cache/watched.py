@@ -75,10 +75,12 @@ class WatchedCache(DynamicCache):
                         handle.set_guard(guard)
             return states
         except BaseException:
-            # The layer that refused, or broke off, has not advanced: its clock is where this forward began. One that
-            # holds less than others of its kind did before tells nothing of these.
-            if is_paged and layer.clock >= layer.table.step_start:
-                self._step().undo_to(layer.clock)
+            # The layer that refused, or broke off, has not advanced: it ends where this forward began. One that holds
+            # less than others of its kind did before tells nothing of these.
+            if is_paged and not torch.compiler.is_compiling():
+                end = int(layer.get_seq_length())
+                if end >= layer.table.step_start:
+                    self._step().undo_to(end)
             if self._log is not None:
                 self._log.note_refusal()
             raise
