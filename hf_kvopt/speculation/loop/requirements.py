@@ -12,11 +12,11 @@ from hf_kvopt import compat
 from hf_kvopt.cache.paged import PagedCache
 from hf_kvopt.cache.quantized import QuantizedPagedCache
 from hf_kvopt.cache.recording import state_layers
+from hf_kvopt.cache.stepwise import reads_by_token
 from hf_kvopt.compat import ModelTraits, model_traits
 from hf_kvopt.errors import CacheStateError, UnsupportedModel
 from hf_kvopt.prefix.attributes import is_rowwise
 from hf_kvopt.speculation.loop.prefill import prompt_columns
-from hf_kvopt.speculation.loop.stepwise import reads_by_token
 
 # Model types for which a forward over several tokens differs from several forwards over one.
 _NOT_BY_TOKEN = {
