@@ -84,7 +84,7 @@ def test_a_hit_gives_the_logits_of_a_cold_call_bit_for_bit(name: str, rows: int)
     assert store.stats().hits == 0
     hit, known = logits(model, store, inputs)
     assert torch.equal(hit, cold)
-    assert known == 80 if rows == 1 else 119
+    assert known == (80 if rows == 1 else 119)
     assert store.stats().hits == (1 if rows == 1 else 3)
     assert store.stats().hit_tokens > store.stats().prompt_tokens // 3
 
@@ -113,12 +113,13 @@ def test_a_cold_batch_reads_what_its_rows_have_in_common_once(name: str) -> None
         lengths.append(len(keys) * keys.shape[2])
         return original(cache, keys, *args, **kwargs)
 
-    inputs = batch(*(SYSTEM + text(n, seed=n) for n in (5, 11, 3, 40)))
+    inputs = batch(*(SYSTEM + text(n, seed=n) for n in (60, 75, 50, 90)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PrefixSharedCache, "update", note)
         cache = store.cache(**inputs)
     layers = sum(store.blocks.pools[i] is not None for i in store.blocks.pools)
-    assert sum(lengths) // layers < 2 * len(SYSTEM) + 60
+    # Each row's own part, and what all begin with once.
+    assert sum(lengths) // layers <= 96 + sum(4 + n for n in (60, 75, 50, 90))
     assert torch.equal(generate(model, inputs, **{CACHE_KEYWORD: cache}), plain(model, inputs))
 
 
@@ -130,6 +131,10 @@ def test_a_second_turn_goes_on_behind_the_answer(name: str) -> None:
     second = batch(first[0].tolist() + text(20, seed=2))
     assert store.match_length(second["input_ids"][:, :-1]) == first.shape[1] - 1
     assert torch.equal(turn(store, second), plain(model, second))
+    # The answer is gone on from again, though a longer text has taken the place of its last block.
+    again = batch(first[0].tolist() + text(20, seed=5))
+    assert store.match_length(again["input_ids"]) == first.shape[1] - 1
+    assert torch.equal(turn(store, again), plain(model, again))
     # Written otherwise from the answer on: the states at the last whole block of the prompt serve.
     other = batch(SYSTEM[:-2] + text(20, seed=3))
     assert store.match_length(other["input_ids"]) == 80
