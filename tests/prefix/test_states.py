@@ -132,7 +132,7 @@ def test_a_second_turn_goes_on_behind_the_answer(name: str) -> None:
     assert store.match_length(second["input_ids"][:, :-1]) == first.shape[1] - 1
     assert torch.equal(turn(store, second), plain(model, second))
     # The answer is gone on from again, though a longer text has taken the place of its last block.
-    again = batch(first[0].tolist() + text(20, seed=5))
+    again = batch(first[0, :-1].tolist() + text(20, seed=5))
     assert store.match_length(again["input_ids"]) == first.shape[1] - 1
     assert torch.equal(turn(store, again), plain(model, again))
     # Written otherwise from the answer on: the states at the last whole block of the prompt serve.
