@@ -392,6 +392,26 @@ def test_drafts_and_shared_prefixes_give_plain_tokens_turn_after_turn(name: str,
     assert torch.equal(generate(model, second), plain(reference, second))
 
 
+def test_an_assistant_of_transformers_own_leaves_the_states_of_what_was_kept() -> None:
+    reference, assistant, inputs = built("lfm2"), built("llama"), batch(SYSTEM)
+    model = enable(built("lfm2"), prefix_sharing=True)
+    wanted = plain(reference, inputs)
+    for _ in range(2):
+        assert torch.equal(generate(model, inputs, assistant_model=assistant), wanted)
+    second = batch(wanted[0].tolist() + text(20, seed=2))
+    store = prefix_store(model)
+    assert store.match_length(second["input_ids"][:, :-1]) >= wanted.shape[1] - 1
+    assert torch.equal(generate(model, second), plain(reference, second))
+
+
+@each_kind
+def test_a_prefill_in_chunks_goes_on_behind_what_is_known(name: str) -> None:
+    model, reference = enable(built(name), prefix_sharing=True), built(name)
+    for inputs in (batch(SYSTEM), batch(SYSTEM), unlike()):
+        for chunk in (7, 16):
+            assert torch.equal(generate(model, inputs, prefill_chunk_size=chunk), plain(reference, inputs))
+
+
 def rows_of(tokens: Tensor, inputs: dict[str, Tensor]) -> list[tuple[list[int], int]]:
     pads = (inputs["attention_mask"] == 0).sum(1).tolist()
     return [(row + text(7, seed=i), pad) for i, (row, pad) in enumerate(zip(tokens.tolist(), pads, strict=True))]
