@@ -116,7 +116,7 @@ def test_models_with_states_share_draft_and_compile_nothing() -> None:
     assert "forget their states" in choice(made, "prefix sharing").reason
     del fields["num_experts"], fields["use_mamba_kernels"]
     fields |= {"model_type": "falcon_h1"}
-    made = planned(fields, workload="chat", context="4k")
+    made = planned(fields, device=CPU, workload="chat", context="4k")
     assert made.option.shares_prefix
     assert made.option.draft == "none"
 
