@@ -85,7 +85,8 @@ class _Prepared:
             own = [launch.args[name] for name in launch.scratch]
             made += [x for x in own if isinstance(x, Tensor) and not any(x is y for y in (*inputs, *made))]
         replays = [_Replay(launch) for launch in plan.launches]
-        if not all(replay.find([*inputs, *made]) for replay in replays):
+        # What is allocated anew is contiguous; strides of a plan are numbers in it.
+        if not all(x.is_contiguous() for x in made) or not all(replay.find([*inputs, *made]) for replay in replays):
             return None
         return cls(replays, made, len(plan.results))
 

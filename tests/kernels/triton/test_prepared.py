@@ -120,6 +120,18 @@ def test_what_is_found_nowhere_is_not_run_again(known):
     assert [float(run[0, 0] / x[0, 0]) for run in runs] == [2, 3]
 
 
+def test_strides_of_what_is_not_contiguous_are_not_kept(known):
+    def plan():
+        args = {"a_ptr": x, "s_ptr": x.new_empty(4, 2).t()}
+        return prepared.Plan((Launch(Counted(), (1, 1, 1), args, {}, ("s_ptr",)),), ())
+
+    x = torch.randn(2, 4)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Launch, "run", lambda self: None)
+        prepared.run_prepared((x,), "test", plan)
+    assert not known
+
+
 def test_constants_are_kept_and_scratch_is_made_anew(compiled):
     x, constant = torch.randn(2, 4), torch.randn(2, 4)
     seen = []
