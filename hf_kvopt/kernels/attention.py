@@ -63,6 +63,8 @@ def _graph_accepts(call: AttentionCall) -> bool:
     """Take what a compiled graph reads from blocks; dropout and gradients are torch's."""
     if not torch.compiler.is_compiling() or call.dropout or not isinstance(call.k, KVView):
         return False
+    if call.k.plane.sealed is not None:
+        return False
     return isinstance(call.v, KVView) and not (torch.is_grad_enabled() and call.q.requires_grad)
 
 
@@ -139,8 +141,8 @@ READERS = (
     Reader("codes", codes.accepts, codes.run),
     Reader("torch", dense.accepts, dense.run),
 )
-# Without Triton, and sealed blocks, which few layers have, behind what most are read by.
-CPU_READERS = tuple(READERS[i] for i in (0, 3, 4, 2, 5, 6))
+# Without Triton; sealed blocks, which few layers have, come behind what most are read by.
+CPU_READERS = tuple(READERS[i] for i in (3, 4, 0, 2, 5, 6))
 
 define_op(
     "attend_fixed",

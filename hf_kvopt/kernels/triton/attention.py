@@ -50,7 +50,7 @@ def run(call: AttentionCall) -> Tensor:
     """Call the op that suits."""
     q, k, v, pattern, _ = call
     q = q if q.stride(-1) == 1 else q.contiguous()
-    shared = _shared(q, k, v, pattern)  # while it is known here where rows start
+    shared = _shared(q, k, v, pattern) if len(q) > 1 else None  # while it is known here where rows start
     if pattern.starts is not None:
         pattern = pattern._replace(starts=_on_device(pattern.starts, k, q.device))
     if not isinstance(k, KVView) or not isinstance(v, KVView):
