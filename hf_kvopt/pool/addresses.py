@@ -127,8 +127,7 @@ class Addresses:
             hidden = [max(0, start - lag) for start, lag in zip(starts, self.lags, strict=True)]
             if any(len(set(hidden[i : i + size])) > 1 for i in range(0, len(hidden), size)):
                 return None
-        late = self.clock - columns  # `base` is part of both
-        seen = [length - late - q_len for length in self.lengths]
+        seen = [columns - lag - q_len for lag in self.lags]
         return shared_tokens(self._runs, self.block_size, seen, device)
 
     def read(self, x: Tensor, skip: int, kv_len: int) -> Tensor:
@@ -188,5 +187,5 @@ class Addresses:
 
     def _lengths_changed(self) -> None:
         self.version += 1
-        self._step, self._rows_on, self._shared_of = None, None, None
+        self._step, self._rows_on = None, None
         self._tensors.forget_all_but("table")

@@ -151,7 +151,7 @@ def _paged_decode_kernel(
     if starts_ptr is not None:
         kv_lo = tl.maximum(kv_lo, tl.load(starts_ptr + batch))
     if shared_ptr is not None:
-        kv_lo = tl.maximum(kv_lo, tl.load(shared_ptr + batch // run))
+        kv_lo = tl.maximum(kv_lo, tl.load(shared_ptr + tl.program_id(0) // row_tiles // run))
     kv_lo = tl.minimum(kv_lo, seq_len)
     start, end = _split_bounds(
         seq_lens_ptr, num_batch, NUM_KV_HEADS * row_tiles, pid_split, num_splits, kv_lo, seq_len,
@@ -267,7 +267,8 @@ def plan_splits(
         "num_batch": batch,
         "row_tiles": row_tiles,
         "num_splits": num_splits,
-        "BLOCK_BATCH": next_power_of_two(batch),
+        # Of one length ptxas spills 8 bytes (float32, sm_90).
+        "BLOCK_BATCH": max(4, next_power_of_two(batch)),
         "MIN_SPLIT_TILES": 1 if target.family == "interpret" else MIN_TILES,
         "NUM_WORKERS": workers_per_sm * target.num_sms,
     }
