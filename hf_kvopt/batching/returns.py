@@ -33,10 +33,6 @@ class _Look(NamedTuple):
     done: Future[None]
     number: int  # of looks at this text so far, this one included
 
-    def is_of(self, job: Job, key: Key) -> bool:
-        """Tell whether it read what is known of a job's text now, under the key that it is filed under now."""
-        return self.restore.key == key and self.restore.text == job.text[:-1]
-
 
 class Returns:
     """What comes back for the jobs of one scheduler.
@@ -67,7 +63,7 @@ class Returns:
         if num_known // size >= len(text) // size:
             return True
         look = self._looks.get(job)
-        is_stale = look is None or not look.is_of(job, key)
+        is_stale = look is None or look.restore.key != key  # else the model changed since
         if look is not None and not is_stale:
             if not look.done.done():
                 self.is_looking = True
@@ -87,7 +83,7 @@ class Returns:
         Whoever calls holds the store's lock, and was told by `is_known` that all was found.
         """
         look = self._looks.pop(job, None)
-        if look is None or not look.done.done() or not look.is_of(job, key) or not look.restore.take():
+        if look is None or not look.done.done() or look.restore.key != key or not look.restore.take():
             return False
         self.arriving.append(job)
         self._copies[job] = look.restore, self._threads.submit(_told, look.restore.fill)

@@ -33,6 +33,7 @@ class Simulation:
     shares: bool
     rng: random.Random
     host_tier: int | None = None
+    is_forgetful: bool = True  # with a tier: lets go of what is known now and then
     finished: list[Job] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -47,7 +48,7 @@ class Simulation:
         self.scheduler.add(Job(Request(prompt), rules, (self.num_jobs - priority, self.num_jobs)))
 
     def step(self) -> StepPlan:
-        if self.host_tier and self.rng.random() < 0.5:  # what is known is found below the device
+        if self.host_tier and self.is_forgetful and self.rng.random() < 0.5:  # what is known is found below the device
             self.store.flush()
             with self.store.lock:
                 self.store.index.evict(self.max_blocks)
