@@ -1,8 +1,9 @@
 """`python -m evals.policies`: what each eviction policy loses, by budget, beside the cache that keeps all.
 
-Three tasks, each with a prompt that is read in one forward and then shrinks: perplexity of the last quarter of a text,
-a needle at several depths whose question ends the prompt, and one of several keys. The memory that is held at the end
-is counted by the allocator. The question is part of the prompt: policies that go by the last queries know it.
+Three tasks, each with a prompt that is read in one forward (by `Hierarchical` in eight) and shrinks: perplexity of the
+last quarter of a text, a needle at several depths whose question ends the prompt, and one of several keys. The memory
+that is held at the end is counted by the allocator. The question is part of the prompt: policies that go by the last
+queries know it.
 
 `--stream TOKENS` measures something else: that time and memory of a token stay flat, see `evals.policies.stream`.
 """
@@ -27,7 +28,7 @@ from evals._common.screen import progress, show_table
 from evals.needle.prompts import TASKS, make_prompts
 from evals.perplexity.segments import make_segments
 from evals.policies.plot import draw
-from evals.policies.sides import POLICIES, WHOLE, PolicySide
+from evals.policies.sides import POLICIES, WHOLE, PolicySide, make_side
 from evals.policies.stream import run_stream
 
 # At half the memory, or half the heads; no perplexity is asked of policies that go by heads.
@@ -72,7 +73,8 @@ def run(args: argparse.Namespace) -> int:
         return run_stream(args)
     subject = load_subject(args)
     check_length(subject, args.context)
-    sides = [PolicySide(WHOLE, 1.0), *(PolicySide(name, share) for name in args.policies for share in args.budgets)]
+    sides = [PolicySide(WHOLE, 1.0)]
+    sides += [make_side(name, share, args.context) for name in args.policies for share in args.budgets]
     prompts = _prompts(args, subject)
     sums: dict[PolicySide, dict[str, list[Sums]]] = {side: {name: [] for name, *_ in prompts} for side in sides}
     with progress(len(prompts)) as advance:

@@ -35,7 +35,7 @@ class _Look(NamedTuple):
 
 
 class Returns:
-    """What comes back for the jobs of one scheduler.
+    """Texts on their way back to the device, for the jobs of one scheduler.
 
     Args:
         store: whose blocks they are.
