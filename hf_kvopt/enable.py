@@ -186,9 +186,7 @@ def enable(
     batch_config = batch_config_of(model, cache, batching, cache_options, drafting, tiers)
     disable(model)
     _require_unreplaced(model, "generate" if sharing is not None or drafting is not None else None)
-    previous = model.config._attn_implementation
-    if attention:
-        set_attention(model)
+    previous = set_attention(model) if attention else model.config._attn_implementation
     # In the instance's own dict: `generate` calls the methods through self (nn.Module would file them elsewhere).
     if compat.PREPARE_INPUTS not in model.__dict__:  # another library's, such as PEFT's soft prompts, stays
         model.__dict__[compat.PREPARE_INPUTS] = PreparedInputs(model)
@@ -218,13 +216,14 @@ def disable(model: PreTrainedModel) -> PreTrainedModel:
     """Put back what `enable` changed; a no-op on a model that is not enabled."""
     wrapped, model = model, compat.unwrapped(model)
     if hasattr(model, _STATE):
-        previous = getattr(model, _STATE).previous_attention
+        state: Enabled = getattr(model, _STATE)
         delattr(model, _STATE)
         for name in (compat.MAKE_CACHE, compat.PREPARE_INPUTS, compat.PREFILL, compat.MAKE_MANAGER, "generate"):
             if isinstance(model.__dict__.get(name), InstanceOverride):
                 del model.__dict__[name]
         drop_manager(model)
-        reset_attention(model, previous)
+        if state.attention:
+            reset_attention(model, state.previous_attention)
     return wrapped
 
 
@@ -277,8 +276,7 @@ def _sharing(
             )
         return Sharing(prefix_sharing, {})
     options = {**options, **tiers, "format": format_of_cache(cache)}
-    PrefixStore(model, **options)  # refuse now what cannot be shared
-    return Sharing(None, options)
+    return Sharing(PrefixStore(model, **options), options)
 
 
 def _check_options(cache: str | None, options: dict[str, Any]) -> None:

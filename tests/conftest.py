@@ -8,6 +8,8 @@ import torch
 
 # What speculation learns on tiny models is no use to anybody, and tests must not learn from each other.
 os.environ.setdefault("HF_KVOPT_REMEMBER", "0")
+# No test needs the hub, and where it cannot be reached each name that is asked for waits for a while.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture(scope="session")

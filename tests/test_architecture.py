@@ -40,7 +40,7 @@ ALLOWED = {
         "pool",
         "quant",
         "config",
-        "overrides.latents",
+        "overrides.attention",
         "ranks",
         "compat",
     ),

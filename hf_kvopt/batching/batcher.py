@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from hf_kvopt import compat
 from hf_kvopt.batching.job import Job
 from hf_kvopt.batching.request import Request
+from hf_kvopt.batching.requirements import require_counts, require_seed
 from hf_kvopt.batching.rules import Rules
 from hf_kvopt.batching.settings import BatchConfig, Runtime
 from hf_kvopt.batching.stats import BatchStats
@@ -127,8 +128,8 @@ class Batcher:
             seed: of the first one, the others count on from there; None draws all of them.
             settings: see `submit`.
         """
-        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-            raise ValueError(f"n must be an integer of at least 1: got {n!r}")
+        require_counts(n=n)
+        require_seed(seed)
         seeds = [None] * n if seed is None else list(range(seed, seed + n))
         return [self.submit(input_ids, seed=one, **settings) for one in seeds]
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from hf_kvopt import ranks
 from hf_kvopt.batching.job import Job
 from hf_kvopt.batching.request import Request
+from hf_kvopt.batching.requirements import require_counts, require_seed
 from hf_kvopt.batching.settings import BatchConfig, Runtime, split_settings
 from hf_kvopt.compat.ranks import text_group
 from hf_kvopt.errors import OutOfBlocks
@@ -50,6 +51,8 @@ def generate_many(
         >>> [len(tokens) for tokens in outputs]
         [4, 4]
     """
+    require_counts(num_return_sequences=num_return_sequences)
+    require_seed(seed)
     own, settings = split_settings(settings)
     runtime = Runtime(model, BatchConfig(cache=cache, **own))
     requests: list[Request] = []

@@ -113,3 +113,20 @@ def num_positions(model: PreTrainedModel) -> int | None:
         if isinstance(module, nn.Embedding) and ("position" in name or "wpe" in name.split("."))
     ]  # fmt: skip
     return longest if tables else None
+
+
+def require_counts(**counts: Any) -> None:
+    """Raise ValueError for a number that is none of things to count, of which there is at least one."""
+    for name, value in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be an integer of at least 1: got {value!r}")
+
+
+def require_seed(seed: int | None) -> None:
+    """Raise TypeError or ValueError for what seeds no generator."""
+    if seed is None:
+        return
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"seed must be an integer, or None to draw one: got {seed!r}")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must fit in 64 bits: got {seed}")

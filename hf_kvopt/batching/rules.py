@@ -7,7 +7,7 @@ setting means here what it means there, and what is refused there is refused her
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ from transformers.generation import (
 )
 
 from hf_kvopt import compat
+from hf_kvopt.batching.requirements import require_counts, require_seed
 
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 _RETURNS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states", "return_dict_in_generate")
@@ -33,6 +34,7 @@ _NOT_HERE = (
     "custom_generate", "assistant_model", "streamer", "synced_gpus", "inputs", "input_ids", "inputs_embeds",
     "attention_mask", "position_ids", "negative_prompt_ids", "negative_prompt_attention_mask", *compat.CACHE_NAMES,
 )  # fmt: skip
+_WHOLE = ("max_new_tokens", "min_new_tokens", "max_length", "min_length")
 # Judged here by the last token, the length and the clock; other criteria are shown the whole text.
 _OWN = (MaxLengthCriteria, EosTokenCriteria, MaxTimeCriteria)
 
@@ -128,6 +130,8 @@ def rules_for(
         ValueError, TypeError: a setting that generate() refuses, or that makes no sense for one row of a batch.
     """
     started = time.monotonic()
+    require_seed(seed)
+    _require_readable(settings)
     config: GenerationConfig | None = settings.get("generation_config")
     if stop_strings is None and config is not None and config.stop_strings is not None:
         stop_strings = config.stop_strings
@@ -159,6 +163,24 @@ def rules_for(
     )
 
 
+def _require_readable(settings: Mapping[str, Any]) -> None:
+    """Raise TypeError for settings that generate() would trip over without a word, or read as something else."""
+    config = settings.get("generation_config")
+    if config is not None and not isinstance(config, GenerationConfig):
+        raise TypeError(f"generation_config must be a GenerationConfig of transformers: got {type(config).__name__}")
+    for place in (vars(config) if config is not None else {}, settings):
+        for name in _WHOLE:
+            value = place.get(name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+                raise TypeError(f"{name} must be an integer: got {value!r}")
+        most = place.get("max_time")
+        if most is not None and (not isinstance(most, (int, float)) or isinstance(most, bool)):
+            raise TypeError(f"max_time must be a number of seconds: got {most!r}")
+    samples = settings.get("num_return_sequences")
+    if samples is not None:
+        require_counts(num_return_sequences=samples)
+
+
 def _prepare(model: PreTrainedModel, prompt: Sequence[int], settings: dict[str, Any]) -> _Prepared:
     """Let generate() prepare a call for one prompt, and take what it made."""
     made: list[_Prepared] = []
@@ -182,7 +204,11 @@ def _prepare(model: PreTrainedModel, prompt: Sequence[int], settings: dict[str, 
         )
     ids = torch.tensor([list(prompt)], device=model.device if model.device.type != "meta" else "cpu")
     generate: Callable[..., Any] = GenerationMixin.generate
-    generate(model, ids, attention_mask=torch.ones_like(ids), custom_generate=take, **settings)
+    try:
+        generate(model, ids, attention_mask=torch.ones_like(ids), custom_generate=take, **settings)
+    except (TypeError, AttributeError) as error:  # words of Python, which do not say what they are about
+        told = ", ".join(f"{name}={value!r:.60}" for name, value in settings.items())
+        raise TypeError(f"generate() could not read the settings of a request: got {told}; it says: {error}") from error
     return made[0]
 
 

@@ -10,16 +10,15 @@ from transformers import PreTrainedModel
 from transformers.generation import CompileConfig
 
 from hf_kvopt import compat
-from hf_kvopt.attention.register import ATTENTION_NAME
 from hf_kvopt.batching.engine import Engine
 from hf_kvopt.batching.graph import GraphStep
 from hf_kvopt.batching.probe import require_equal
-from hf_kvopt.batching.requirements import as_prompt, num_positions, require_packable
+from hf_kvopt.batching.requirements import as_prompt, num_positions, require_counts, require_packable
 from hf_kvopt.batching.rules import Rules, rules_for
 from hf_kvopt.cache.divided import require_followed
 from hf_kvopt.config import CacheConfig
 from hf_kvopt.errors import nearest
-from hf_kvopt.overrides import latents
+from hf_kvopt.overrides.attention import reset_attention, set_attention
 from hf_kvopt.prefix.store import PrefixStore
 from hf_kvopt.prefix.tiers.settings import tier_settings
 from hf_kvopt.quant import KV_FORMATS, is_pair
@@ -55,10 +54,7 @@ class BatchConfig:
             )
         size = PLAIN_BLOCK if self.block_size is None else self.block_size
         CacheConfig(block_size=size, max_tokens=self.max_tokens)  # refuses what cannot work
-        for name in ("max_rows", "prefill_chunk"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1: got {value!r}")
+        require_counts(max_rows=self.max_rows, prefill_chunk=self.prefill_chunk)
         if not isinstance(self.compile, (bool, CompileConfig)):
             raise TypeError(f"compile must be True, False or a CompileConfig of transformers: got {self.compile!r}")
         # Refuses a folder that cannot be written, and sizes that cannot be.
@@ -116,14 +112,12 @@ class Runtime:
         )
         drafter = _drafter(model, config.draft)
         self.max_positions = num_positions(model)
-        self._attention_before: Any = model.config._attn_implementation
-        if self._attention_before != ATTENTION_NAME:
-            model.set_attn_implementation(ATTENTION_NAME)
-            latents.install(model)
         self.engine = Engine(model, store, config.max_rows, config.prefill_chunk, config.prefix_sharing, drafter)
         if config.compile is not False:
             chosen = config.compile if isinstance(config.compile, CompileConfig) else CompileConfig()
             self.engine.graph = GraphStep(model, chosen)
+        self._previous_attention = set_attention(model)
+        self._is_closed = False
         try:
             require_equal(model)
         except BaseException:
@@ -175,8 +169,8 @@ class Runtime:
         return max_new_tokens
 
     def close(self, reason: str, error: BaseException | None = None) -> None:
-        """End all jobs, give memory back, and let the model be as it was."""
+        """End all jobs, give memory back, and let the model be as it was; a no-op the second time."""
         self.engine.close(reason, error)
-        if self._attention_before != ATTENTION_NAME and self.model.config._attn_implementation == ATTENTION_NAME:
-            latents.uninstall(self.model)
-            self.model.set_attn_implementation(self._attention_before)
+        if not self._is_closed:
+            self._is_closed = True
+            reset_attention(self.model, self._previous_attention)

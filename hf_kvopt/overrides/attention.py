@@ -1,9 +1,12 @@
-"""Choose our attention for a model: with `enable`, or for the time of a measurement."""
+"""Choose our attention for a model: for as long as `enable`, a batcher or a measurement uses it."""
 
 import functools
 import logging
+import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from transformers import PreTrainedModel
 
@@ -15,31 +18,55 @@ from hf_kvopt.overrides import latents
 logger = logging.getLogger(__name__)
 
 
+class _Use(NamedTuple):
+    """Our attention on one model."""
+
+    previous: str  # attention before the first user
+    num_users: int
+
+
+_lock = threading.Lock()
+_uses: weakref.WeakKeyDictionary[PreTrainedModel, _Use] = weakref.WeakKeyDictionary()
+
+
 @contextmanager
 def our_attention(model: PreTrainedModel) -> Iterator[None]:
     """Set `attn_implementation="hf_kvopt"` where the model takes it, and put back what was set before."""
-    previous = model.config._attn_implementation
-    if previous == ATTENTION_NAME or attention_obstacle(model) is not None:
+    if attention_obstacle(model) is not None:
         yield
         return
-    set_attention(model)
+    previous = set_attention(model)
     try:
         yield
     finally:
         reset_attention(model, previous)
 
 
-def set_attention(model: PreTrainedModel) -> None:
-    """Set our attention on `model`, and let its latent layers hand on what is cached."""
-    model.set_attn_implementation(ATTENTION_NAME)
-    latents.install(model)
+def set_attention(model: PreTrainedModel) -> str:
+    """Set our attention on `model`, and let its latent layers hand on what is cached.
+
+    Returns:
+        The attention that was set before the first of those who use ours now; each of them calls `reset_attention`.
+    """
+    with _lock:
+        use = _uses.get(model) or _Use(model.config._attn_implementation, 0)
+        if model.config._attn_implementation != ATTENTION_NAME:
+            model.set_attn_implementation(ATTENTION_NAME)
+        latents.install(model)
+        _uses[model] = use._replace(num_users=use.num_users + 1)
+        return use.previous
 
 
 def reset_attention(model: PreTrainedModel, previous: str) -> None:
-    """Undo `set_attention`: put back the attention called `previous`; a no-op where it is still set."""
-    latents.uninstall(model)
-    if model.config._attn_implementation != previous:
-        model.set_attn_implementation(previous)
+    """Undo one `set_attention`; the last one puts `previous` back, unless the user has set an attention since."""
+    with _lock:
+        use = _uses.pop(model, _Use(previous, 1))  # a copy of an enabled model is its own only user
+        if use.num_users > 1:
+            _uses[model] = use._replace(num_users=use.num_users - 1)
+            return
+        latents.uninstall(model)
+        if ATTENTION_NAME == model.config._attn_implementation != previous:
+            model.set_attn_implementation(previous)
 
 
 def takes_attention(model: PreTrainedModel, wanted: bool | None, is_all: bool) -> bool:

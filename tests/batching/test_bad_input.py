@@ -2,14 +2,19 @@
 
 import logging
 import threading
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, LogitsProcessor, LogitsProcessorList
 
-from hf_kvopt import Batcher, CacheStateError, generate_many
+from hf_kvopt import ATTENTION_NAME, Batcher, CacheStateError, UnsupportedModel, compat, disable, enable, generate_many
+from hf_kvopt.batching import settings as batch_settings
+from tests.attention.models import case_named
 from tests.batching.texts import PROMPTS, alone, model_of, text
 from tests.helpers import VOCAB, tiny_model
+from tests.models.tiny import build
 
 MODEL = model_of("full")
 
@@ -86,10 +91,95 @@ def test_settings_of_generate_that_make_no_request(batcher: Batcher, settings: d
         batcher.submit(PROMPTS[0], **settings)
 
 
-@pytest.mark.parametrize("n", [0, 1.5, True])
-def test_samples_are_counted(batcher: Batcher, n: object) -> None:
-    with pytest.raises(ValueError, match="n must be an integer"):
-        batcher.submit_samples(PROMPTS[0], n)  # type: ignore[arg-type]
+@pytest.mark.parametrize("n", [0, -1, 1.5, True, "2"])
+def test_samples_are_counted(batcher: Batcher, n: Any) -> None:
+    with pytest.raises(ValueError, match="n must be an integer of at least 1"):
+        batcher.submit_samples(PROMPTS[0], n)
+    for call in (lambda **options: generate_many(MODEL, PROMPTS, **options), partial(batcher.submit, PROMPTS[0])):
+        with pytest.raises(ValueError, match="num_return_sequences must be an integer of at least 1"):
+            call(num_return_sequences=n)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "words"),
+    [
+        ({"max_new_tokens": "5"}, TypeError, "max_new_tokens must be an integer: got '5'"),
+        ({"max_new_tokens": 2.5}, TypeError, "max_new_tokens must be an integer: got 2.5"),
+        ({"min_new_tokens": True}, TypeError, "min_new_tokens must be an integer: got True"),
+        ({"generation_config": GenerationConfig(max_length=2.5)}, TypeError, "max_length must be an integer"),
+        (
+            {"generation_config": {"do_sample": False}},
+            TypeError,
+            "must be a GenerationConfig.*got dict",
+        ),
+        ({"max_time": "soon"}, TypeError, "max_time must be a number of seconds: got 'soon'"),
+        ({"eos_token_id": "a"}, TypeError, "could not read the settings.*eos_token_id='a'"),
+        ({"logits_processor": 5}, TypeError, "could not read the settings.*logits_processor=5"),
+        ({"seed": "x"}, TypeError, "seed must be an integer, or None to draw one: got 'x'"),
+        ({"seed": True}, TypeError, "seed must be an integer"),
+        ({"seed": 2**64}, ValueError, "seed must fit in 64 bits"),
+        ({"seed": -(2**63) - 1}, ValueError, "seed must fit in 64 bits"),
+    ],
+    ids=lambda value: str(next(iter(value.items())))[:40] if isinstance(value, dict) else "",
+)
+def test_settings_that_python_would_word_are_named(
+    batcher: Batcher, settings: dict, error: type[Exception], words: str
+) -> None:
+    for call in (lambda **options: generate_many(MODEL, PROMPTS, **options), partial(batcher.submit, PROMPTS[0])):
+        with pytest.raises(error, match=words):
+            call(**settings)
+    if "seed" in settings:
+        with pytest.raises(error, match=words):
+            batcher.submit_samples(PROMPTS[0], 2, **settings)
+
+
+def test_a_prompt_that_generate_would_heal_is_refused(batcher: Batcher) -> None:
+    class Heals:
+        """Tokenizer enough for `heal_tokens`, which is replaced below."""
+
+    heal = lambda ids, tokenizer: ids + 1  # noqa: E731
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(type(MODEL), "heal_tokens", lambda self, ids, tokenizer=None: heal(ids, tokenizer))
+        with pytest.raises(ValueError, match="changes the prompt, such as token_healing"):
+            batcher.submit([1, 2, 3], token_healing=True, tokenizer=Heals())
+
+
+@pytest.mark.parametrize("kind", ["full", "mla"])
+@pytest.mark.parametrize("beside", ["batcher", "enable"])
+def test_our_attention_stays_as_long_as_anyone_uses_it(kind: str, beside: str) -> None:
+    model = tiny_model("full", "sdpa") if kind == "full" else build(case_named("deepseek_v3"), "sdpa")
+    expected = [alone(model, prompt, max_new_tokens=6) for prompt in PROMPTS[:2]]
+    with Batcher(model) as batcher:
+        assert batcher.submit(PROMPTS[0], max_new_tokens=6, do_sample=False).result(60) == expected[0]
+        if beside == "batcher":
+            Batcher(model).close()
+        else:
+            disable(enable(model))
+        assert batcher.submit(PROMPTS[1], max_new_tokens=6, do_sample=False).result(60) == expected[1]
+        enable(model)
+    assert model.config._attn_implementation == ATTENTION_NAME
+    with Batcher(model) as batcher:
+        batcher.close()
+        batcher.close()
+    assert model.config._attn_implementation == ATTENTION_NAME, "enable still uses it"
+    disable(model)
+    assert model.config._attn_implementation == "sdpa"
+    assert not any(compat.EXPAND_KV in module.__dict__ for module in model.modules())
+
+
+def test_a_batcher_that_cannot_be_made_changes_no_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(model: object) -> None:
+        raise UnsupportedModel("no")
+
+    model = tiny_model("full", "sdpa")
+    monkeypatch.setattr(batch_settings, "require_equal", fails)
+    for _ in range(2):
+        with pytest.raises(UnsupportedModel, match="no"):
+            Batcher(model)
+        assert model.config._attn_implementation == "sdpa"
+    with pytest.raises(ValueError, match="training mode"):
+        Batcher(model.train())
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_what_is_no_model_and_what_trains() -> None:

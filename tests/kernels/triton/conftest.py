@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import pytest
@@ -20,9 +21,23 @@ def pytest_configure(config):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _patched_once_a_launch():
-    """Spare the interpreter a third of its time: it patches triton.language again at each call of an inner function."""
-    original = interpreter._patch_lang
+def _cheaper_interpreter():
+    """Spare the interpreter half of its time; each change is of its bookkeeping, none of what a kernel computes."""
+    with pytest.MonkeyPatch.context() as patches:
+        # Whether a sum of small test integers overflows is asked in 64 bits at each addition.
+        builder = interpreter.interpreter_builder
+        patches.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False))
+        if hasattr(interpreter, "_LangPatchScope"):
+            patches.setattr(interpreter, "_patch_lang", _patched_once_a_launch(interpreter._patch_lang))
+        patches.setattr(interpreter, "_get_np_dtype", _by_name(interpreter._get_np_dtype))
+        semantic = type(interpreter.interpreter_semantic)
+        patches.setattr(semantic, "broadcast_impl_value", _unless_alike(semantic.broadcast_impl_value))
+        patches.setattr(tl.core, "_unwrap_shape", _once_a_shape(tl.core._unwrap_shape))
+        yield
+
+
+def _patched_once_a_launch(original):
+    """Patch triton.language once a launch, where the interpreter does it at each call of an inner function."""
 
     def patch(fn):
         names = [value for value in fn.__globals__.values() if value is tl or value is tl.core]
@@ -30,10 +45,44 @@ def _patched_once_a_launch():
             return original(fn)
         return interpreter._LangPatchScope()
 
-    with pytest.MonkeyPatch.context() as patches:
-        if hasattr(interpreter, "_LangPatchScope"):
-            patches.setattr(interpreter, "_patch_lang", patch)
-        yield
+    return patch
+
+
+def _by_name(original):
+    """Look a dtype up, where the interpreter builds a table of all of them each time."""
+    known = {}
+
+    def get(dtype):
+        scalar = dtype.scalar
+        if scalar.name not in known:
+            known[scalar.name] = original(scalar)
+        return known[scalar.name]
+
+    return get
+
+
+def _once_a_shape(original):
+    """Unwrap each shape once."""
+    known = {}
+
+    def unwrap(shape):
+        values = tuple(getattr(size, "value", size) for size in shape)
+        if values not in known:
+            known[values] = original(shape)
+        return known[values]
+
+    return unwrap
+
+
+def _unless_alike(original):
+    """Return operands of one shape as they are."""
+
+    def broadcast(self, lhs, rhs):
+        if lhs.type.is_block() and rhs.type.is_block() and lhs.type.shape == rhs.type.shape:
+            return lhs, rhs
+        return original(self, lhs, rhs)
+
+    return broadcast
 
 
 @pytest.fixture(autouse=True)
