@@ -20,6 +20,7 @@ from hf_kvopt.eviction.policy import EvictionPolicy
 from hf_kvopt.pool.ahead import AheadTable
 from hf_kvopt.pool.allocator import BlockAllocator
 from hf_kvopt.pool.block_table import BlockTable
+from hf_kvopt.pool.chunked import ChunkedTable
 from hf_kvopt.pool.evicting import EvictingTable
 from hf_kvopt.pool.scored import ScoredTable
 from hf_kvopt.pool.tail import Tails
@@ -45,7 +46,8 @@ class TableMaker(NamedTuple):
             allocator.tails = Tails()
         policy = policy or self.policy
         if policy is not None and window is None:
-            kind = ScoredTable if policy.scores_prompts else EvictingTable
+            scored = ChunkedTable if policy.shrinks_chunks else ScoredTable
+            kind = scored if policy.scores_prompts else EvictingTable
             return kind(allocator, self.config.block_size, policy)
         return BlockTable(allocator, self.config.block_size, window)
 
