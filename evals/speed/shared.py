@@ -128,9 +128,9 @@ def attention_of(args: argparse.Namespace, kv_heads: int, fmt: str) -> Callable[
     layers: list[tuple[PoolAddress, PoolAddress]] = []
     for _ in range(8):
         pools = [quantize(torch.randn(shape, generator=draw), get_format(fmt), torch.float16) for _ in range(2)]
-        planes = [[None if x is None else x.movedim(0, 2) for x in pool] for pool in pools]
+        planes = [(codes.movedim(0, 2), None if scale is None else scale.movedim(0, 2)) for codes, scale in pools]
         held.append(planes)
-        k, v = (address_of(*(x for x in plane if x is not None)) for plane in planes)
+        k, v = (address_of(*plane) for plane in planes)
         assert k is not None
         assert v is not None
         layers.append((k, v))

@@ -107,7 +107,5 @@ def test_plain_generate_of_an_enabled_model_takes_an_assistant_with_states(name:
 def test_what_cannot_be_taken_back_is_refused_before_the_first_token() -> None:
     given: dict[str, Tensor] = inputs(1)
     spec = hf_kvopt.speculative(built("recurrent_gemma"), gamma=4, fallback=False)
-    with pytest.raises(
-        UnsupportedModel, match="speculation .* RecurrentGemmaForCausalLM|RecurrentGemmaForCausalLM keeps states"
-    ):
+    with pytest.raises(UnsupportedModel, match=r"speculation .* RecurrentGemma|RecurrentGemmaForCausalLM keeps states"):
         tokens(built("lfm2"), given, custom_generate=spec)
