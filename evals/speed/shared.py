@@ -125,12 +125,15 @@ def attention_of(args: argparse.Namespace, kv_heads: int, fmt: str) -> Callable[
     draw = torch.Generator().manual_seed(0)
     shape = (kv_heads, count + args.rows * own, BLOCK_SIZE, 64)
     held = []  # addresses and, so that they hold, the tensors
-    layers: list[tuple[PoolAddress | None, ...]] = []
+    layers: list[tuple[PoolAddress, PoolAddress]] = []
     for _ in range(8):
         pools = [quantize(torch.randn(shape, generator=draw), get_format(fmt), torch.float16) for _ in range(2)]
-        planes = [[None if x is None else x.movedim(0, 2) for x in pool] for pool in pools]
+        planes = [(codes.movedim(0, 2), None if scale is None else scale.movedim(0, 2)) for codes, scale in pools]
         held.append(planes)
-        layers.append(tuple(address_of(*plane) for plane in planes))
+        k, v = (address_of(*plane) for plane in planes)
+        assert k is not None
+        assert v is not None
+        layers.append((k, v))
     q = torch.randn(args.rows, 8, 1, 64, generator=draw)
     tokens = count * BLOCK_SIZE // 64 * 64
     shared = SharedBlocks(torch.tensor([tokens], dtype=torch.int32), tokens, (args.rows - 1) * tokens)

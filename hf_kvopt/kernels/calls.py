@@ -21,6 +21,24 @@ from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.quant import Format, Quantized, dequantize, get_format, rotate, unguarded
 
 
+class SealedStep(NamedTuple):
+    """What a step on the device knows of sealed blocks beside their codes; see `kernels.sealed_kv`.
+
+    Args:
+        token: [num_blocks, block_size, num_kv_heads, num_groups] float16.
+        means: [num_blocks, num_kv_heads, dim] float16; None where none is taken out.
+        exact: [places, block_size, num_kv_heads, dim].
+        exact_table: [batch, max_blocks] int32, places.
+        lags: [batch] int64, columns before each row's first token.
+    """
+
+    token: Tensor
+    means: Tensor | None
+    exact: Tensor
+    exact_table: Tensor
+    lags: Tensor
+
+
 class Stored(NamedTuple):
     """The keys, or the values, of one layer as they lie in blocks.
 
@@ -29,12 +47,14 @@ class Stored(NamedTuple):
         scale: [num_blocks, block_size, num_kv_heads, *scale_shape]; None for native storage.
         rotates: whether vectors are rotated before they are stored.
         address: where the tensors lie, for the compiled kernels of a CPU; None where those cannot read or write them.
+        sealed: where `codes` are those of sealed blocks, the rest of them.
     """
 
     codes: Tensor
     scale: Tensor | None
     rotates: bool = False
     address: PoolAddress | None = None
+    sealed: SealedStep | None = None
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -141,6 +161,7 @@ class KVSpec(NamedTuple):
     format: str
     rotates: bool = False  # before it was quantized: a query must be, too
     is_scattered: bool = False  # rows in a graph lie anywhere, and own no equal shares of the blocks
+    is_key: bool = False  # of sealed blocks, whose keys and values have codecs of their own
 
     def rows(self, block_table: Tensor, seq_lens: Tensor) -> EqualRows:
         """Make the rows of a graph out of their tensors."""
@@ -204,6 +225,13 @@ class KVView(NamedTuple):
     def dense(self) -> Tensor:
         """Return [batch, num_kv_heads, kv_len, head_dim]: a view of the pool where rows lie evenly, else a copy."""
         self.check_valid()
+        if self.plane.sealed is not None:
+            step, rows = self.plane.sealed, self.rows
+            assert isinstance(rows, EqualRows)
+            read: Tensor = torch.ops.hf_kvopt.read_sealed(
+                self.plane.codes, *step, rows.block_table, rows.seq_lens, self.spec.format, self.spec.is_key
+            )
+            return read
         # A window has let go of the first of these tokens already, or they are wanted as they came.
         if self.states is not None and (self.skip < 0 or self.plane.scale is not None):
             return self.states

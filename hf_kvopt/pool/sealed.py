@@ -159,7 +159,7 @@ class SealedPlane:
             picked = self.unsealed(numbers[:, low - first : high - first].reshape(-1))
             picked = picked.unflatten(0, (len(rows), -1)).transpose(1, 2).flatten(2, 3)
             out[:, :, (low - first) * size : (high - first) * size] = picked
-        places = tail.exact_table(table, self.exact.device)[list(rows), first - base : stop - base].long()
+        places = table.exact_table(self.exact.device)[list(rows), first - base : stop - base].long()
         for a, b in ((first, min(stop, low)), (max(low, high), stop)):
             if a < b:
                 picked = self.exact[places[:, a - first : b - first]]  # [rows, blocks, block_size, heads, dim]

@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 import hf_kvopt
 from hf_kvopt import CACHE_KEYWORD, PagedCache, PrefixStore, QuantizedPagedCache
-from hf_kvopt.errors import CacheStateError, UnsupportedModel
+from hf_kvopt.errors import CacheStateError
 from hf_kvopt.plan.geometry import layers_of
 from hf_kvopt.plan.kv_bytes import CacheSpec
 from hf_kvopt.quant import FormatPolicy, dequantize, get_kv_format, quantize
@@ -29,7 +29,6 @@ from tests.speculation.drafters import Oracle
 
 LOOPED = {case.name: case for case in covered_cases() if case.name in ("hrm_text", "dory", "inkling2_loop_text")}
 ALL = pytest.mark.parametrize("case", LOOPED.values(), ids=LOOPED)
-WITH_STATES = {"inkling2_loop_text"}
 WAYS: dict[str, dict[str, Any]] = {
     "beams": {"num_beams": 3, "num_return_sequences": 2},
     "samples": {"do_sample": True, "num_return_sequences": 3},
@@ -165,12 +164,8 @@ def test_speculation_gives_the_eager_tokens(case: Case) -> None:
 
 
 @ALL
-def test_a_shared_prefix_is_used_by_all_passes_or_refused(case: Case, tmp_path: Path) -> None:
+def test_a_shared_prefix_is_used_by_all_passes(case: Case, tmp_path: Path) -> None:
     model = build(case)
-    if case.name in WITH_STATES:
-        with pytest.raises(UnsupportedModel, match="prefixes cannot be shared"):
-            hf_kvopt.enable(model, prefix_sharing=True)
-        return
     hf_kvopt.enable(model, prefix_sharing=True)
     # Two rows that begin alike: the store, still empty, reads one of them ahead of the batch.
     begin = torch.cat([inputs_of(case)["input_ids"][:1] + i for i in range(4)], dim=1)

@@ -6,6 +6,7 @@ lengths) are checked under HF_KVOPT_DEBUG=1 only, because reading them stops the
 
 from __future__ import annotations
 
+import functools
 import os
 
 import torch
@@ -21,8 +22,9 @@ from hf_kvopt.quant import Format, format_of
 COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
+@functools.cache
 def debug_enabled() -> bool:
-    """Return whether device-side values are to be checked."""
+    """Return whether device-side values are to be checked; the environment is read once."""
     return os.environ.get("HF_KVOPT_DEBUG", "0") == "1"
 
 

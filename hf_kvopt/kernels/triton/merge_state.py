@@ -128,7 +128,7 @@ def plan_merge_state(
         "BLOCK_D": next_power_of_two(v_dim),
         "BLOCK_S": 16,
     }
-    return Launch(_merge_state_kernel, (num_rows, 1, 1), args, {"num_warps": 4})
+    return Launch(_merge_state_kernel, (num_rows, 1, 1), args, {"num_warps": 4}, ("part_out_ptr", "part_lse_ptr"))
 
 
 def merge_state(

@@ -25,6 +25,7 @@ from hf_kvopt.kernels.triton.launch import Config, Launch, Target, cdiv, next_po
 from hf_kvopt.kernels.triton.merge_state import plan_merge_state
 from hf_kvopt.kernels.triton.optional import tl, triton
 from hf_kvopt.kernels.triton.paged_tile import attend_tile, load_query, load_scales
+from hf_kvopt.kernels.triton.prepared import Plan, run_prepared
 from hf_kvopt.kernels.triton.splits import most_keys, of_splits
 from hf_kvopt.kernels.triton.tile import add_sink, log_sum, reciprocal, store_output
 
@@ -271,7 +272,8 @@ def plan_splits(
         "MIN_SPLIT_TILES": 1 if target.family == "interpret" else MIN_TILES,
         "NUM_WORKERS": workers_per_sm * target.num_sms,
     }
-    return Launch(_paged_decode_kernel, (batch * row_tiles, kv.num_kv_heads, num_splits), args, config.options)
+    grid = (batch * row_tiles, kv.num_kv_heads, num_splits)
+    return Launch(_paged_decode_kernel, grid, args, config.options, ("out_ptr", "lse_ptr"))
 
 
 def decode_scratch(
@@ -297,13 +299,28 @@ def paged_decode(
     config: Config | None = None,
     num_splits: int | None = None,
 ) -> AttentionOut:
-    """Attend to all tokens of each row through its table, whatever rows share (cascade.py reads that once); nothing on
-    the host depends on a length."""
+    """Attend to all tokens of each row through its table, whatever rows share (cascade.py reads that once).
+
+    Nothing on the host depends on a length.
+    """
+
+    def plan() -> Plan:
+        return _planned(q, kv, pattern, scratch, config, num_splits)
+
+    inputs = (q, *kv, pattern.sinks, pattern.starts, pattern.mask, scratch)
+    out, lse = run_prepared(inputs, ("paged_decode", *pattern[:4], config, num_splits), plan)
+    return AttentionOut(out, lse)
+
+
+def _planned(
+    q: Tensor, kv: PagedKV, pattern: Pattern, scratch: Tensor | None, config: Config | None, num_splits: int | None
+) -> Plan:
+    """Check the arguments of `paged_decode`, choose the tiles and splits, and write the launches down."""
     target = target_of(q)
     check_paged(q, kv, pattern, target)
     out, lse = empty_results(q, kv.v_dim)
     if not out.numel():
-        return AttentionOut(out, lse)
+        return Plan((), (out, lse))
     batch, num_heads, q_len, k_dim = q.shape
     num_rows = q_len * num_heads // kv.num_kv_heads
     config = config or decode_config(max(k_dim, kv.v_dim), q.dtype, kv.formats, num_rows, pattern.has_mask, target)
@@ -311,6 +328,5 @@ def paged_decode(
         row_tiles = cdiv(num_rows, config.block_m)
         keys = most_keys(pattern, q_len, kv.capacity)
         num_splits = choose_splits(batch, kv.num_kv_heads, row_tiles, keys, config.block_n, target)
-    for launch in plan_paged_decode(q, kv, pattern, out, lse, scratch, target, config, num_splits):
-        launch.run()
-    return AttentionOut(out, lse)
+    launches = plan_paged_decode(q, kv, pattern, out, lse, scratch, target, config, num_splits)
+    return Plan(launches, (out, lse))
