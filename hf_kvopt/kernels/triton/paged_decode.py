@@ -26,7 +26,7 @@ from hf_kvopt.kernels.triton.merge_state import plan_merge_state
 from hf_kvopt.kernels.triton.optional import tl, triton
 from hf_kvopt.kernels.triton.paged_tile import attend_tile, load_query, load_scales
 from hf_kvopt.kernels.triton.prepared import Plan, run_prepared
-from hf_kvopt.kernels.triton.splits import most_keys, of_splits
+from hf_kvopt.kernels.triton.splits import most_keys, of_splits, split_bounds
 from hf_kvopt.kernels.triton.tile import add_sink, log_sum, reciprocal, store_output
 
 paged_decode_reference = paged_reference
@@ -35,38 +35,6 @@ paged_decode_reference = paged_reference
 # programs per multiprocessor that the shares aim at.
 MAX_SPLITS, GRID_PER_SM, WORKERS_PER_SM = 128, 32, 8
 MIN_TILES = 2  # of one split: less would be lost to writing and merging its part
-
-
-@triton.jit
-def _split_bounds(
-    seq_lens_ptr,
-    num_batch,
-    programs_per_row,
-    pid_split,
-    num_splits,
-    kv_lo,
-    kv_hi,
-    reach,  # tokens at the end of a row that its queries see at most; read under a window only
-    BLOCK_BATCH: tl.constexpr,
-    MIN_SPLIT_TILES: tl.constexpr,
-    NUM_WORKERS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-):
-    """Return the kv range [start, end) of this split, aligned to BLOCK_N at its start; empty if end <= start."""
-    first_tile = kv_lo // BLOCK_N
-    num_tiles = tl.cdiv(kv_hi, BLOCK_N) - first_tile
-    offs_b = tl.arange(0, BLOCK_BATCH)
-    lens = tl.load(seq_lens_ptr + offs_b, mask=offs_b < num_batch, other=0)
-    if HAS_WINDOW:
-        lens = tl.minimum(lens, reach)
-    all_tiles = tl.sum(tl.cdiv(lens, BLOCK_N).to(tl.int64), 0) * programs_per_row
-    share = tl.maximum(tl.cdiv(all_tiles, NUM_WORKERS), MIN_SPLIT_TILES)
-    splits = tl.minimum(tl.cdiv(num_tiles, share), num_splits)
-    # Even parts: a share of 62 of 128 tiles gives 43 + 43 + 42, not 62 + 62 + 4.
-    tiles = tl.cdiv(num_tiles, tl.maximum(splits, 1)).to(tl.int32)
-    start = (first_tile + pid_split * tiles) * BLOCK_N
-    return start, tl.minimum(start + tiles * BLOCK_N, kv_hi)
 
 
 # Sizes that change while a sequence grows or a batch shrinks must not compile the kernel anew.
@@ -153,7 +121,7 @@ def _paged_decode_kernel(
     if shared_ptr is not None:
         kv_lo = tl.maximum(kv_lo, tl.load(shared_ptr + tl.program_id(0) // row_tiles // run))
     kv_lo = tl.minimum(kv_lo, seq_len)
-    start, end = _split_bounds(
+    start, end = split_bounds(
         seq_lens_ptr, num_batch, NUM_KV_HEADS * row_tiles, pid_split, num_splits, kv_lo, seq_len,
         window + q_len - 1, BLOCK_BATCH, MIN_SPLIT_TILES, NUM_WORKERS, BLOCK_N, HAS_WINDOW,
     )  # fmt: skip

@@ -11,11 +11,11 @@ stay on the device. Splits, their merge and their bounds are those of `paged_dec
 from __future__ import annotations
 
 from hf_kvopt.kernels.triton.optional import tl, triton
-from hf_kvopt.kernels.triton.paged_decode import _split_bounds as split_bounds
 from hf_kvopt.kernels.triton.paged_prefill import visit_bounds
 from hf_kvopt.kernels.triton.sealed_means import store_mean_dots
 from hf_kvopt.kernels.triton.sealed_runs import attend_exact, attend_sealed
 from hf_kvopt.kernels.triton.sealed_turn import turned, turned_query
+from hf_kvopt.kernels.triton.splits import split_bounds
 from hf_kvopt.kernels.triton.tile import add_sink, log_sum, reciprocal, store_plane
 
 

@@ -1,4 +1,4 @@
-"""Splits of one attention over its keys: where each writes its part, and what it computes of the pattern."""
+"""Splits of one attention over its keys: which keys each takes, where it writes its part, and what of the pattern."""
 
 from __future__ import annotations
 
@@ -7,6 +7,39 @@ from torch import Tensor
 
 from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.kernels.triton.checks import check_contiguous, check_dtype
+from hf_kvopt.kernels.triton.optional import tl, triton
+
+
+@triton.jit
+def split_bounds(
+    seq_lens_ptr,
+    num_batch,
+    programs_per_row,
+    pid_split,
+    num_splits,
+    kv_lo,
+    kv_hi,
+    reach,  # tokens at the end of a row that its queries see at most; read under a window only
+    BLOCK_BATCH: tl.constexpr,
+    MIN_SPLIT_TILES: tl.constexpr,
+    NUM_WORKERS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+):
+    """Return the kv range [start, end) of this split, aligned to BLOCK_N at its start; empty if end <= start."""
+    first_tile = kv_lo // BLOCK_N
+    num_tiles = tl.cdiv(kv_hi, BLOCK_N) - first_tile
+    offs_b = tl.arange(0, BLOCK_BATCH)
+    lens = tl.load(seq_lens_ptr + offs_b, mask=offs_b < num_batch, other=0)
+    if HAS_WINDOW:
+        lens = tl.minimum(lens, reach)
+    all_tiles = tl.sum(tl.cdiv(lens, BLOCK_N).to(tl.int64), 0) * programs_per_row
+    share = tl.maximum(tl.cdiv(all_tiles, NUM_WORKERS), MIN_SPLIT_TILES)
+    splits = tl.minimum(tl.cdiv(num_tiles, share), num_splits)
+    # Even parts: a share of 62 of 128 tiles gives 43 + 43 + 42, not 62 + 62 + 4.
+    tiles = tl.cdiv(num_tiles, tl.maximum(splits, 1)).to(tl.int32)
+    start = (first_tile + pid_split * tiles) * BLOCK_N
+    return start, tl.minimum(start + tiles * BLOCK_N, kv_hi)
 
 
 def of_splits(
