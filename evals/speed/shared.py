@@ -23,10 +23,10 @@ from evals._common.rows import append_rows, provenance
 from evals._common.screen import show_table
 from evals._common.shapes import random_model
 from hf_kvopt import ATTENTION_NAME, CACHE_KEYWORD, PagedCache
-from hf_kvopt.kernels.calls import SharedBlocks
 from hf_kvopt.kernels.cpu import paged_attention
 from hf_kvopt.kernels.cpu.address import PoolAddress, address_of
 from hf_kvopt.kernels.pattern import Pattern
+from hf_kvopt.kernels.shared_blocks import SharedBlocks
 from hf_kvopt.quant import get_format, quantize
 
 BLOCK_SIZE = 16

@@ -18,6 +18,7 @@ from hf_kvopt.errors import CacheStateError
 from hf_kvopt.kernels.blocks import gathered, row_views
 from hf_kvopt.kernels.cpu.address import PoolAddress
 from hf_kvopt.kernels.pattern import Pattern
+from hf_kvopt.kernels.shared_blocks import SharedBlocks
 from hf_kvopt.quant import Format, Quantized, dequantize, get_format, rotate, unguarded
 
 
@@ -64,26 +65,6 @@ class Stored(NamedTuple):
 
 # Block table [batch, max_blocks], tokens held [batch] and columns before the first one [batch], or None; all int32.
 RowTensors = tuple[Tensor, Tensor, Tensor | None]
-
-
-class SharedBlocks(NamedTuple):
-    """Tokens of which adjacent rows hold the very same blocks, so that a kernel can read these once for all of them.
-
-    Args:
-        tokens: [runs] int32, a multiple of `SHARED_TILE`: how many leading tokens all rows of each run share. A run is
-            batch // runs rows after one another. Every query sees these tokens by its position, and the rows of a run
-            have the same first token that is not hidden by the pattern's `starts`.
-        most: the greatest of `tokens`.
-        saved: tokens that need not be read again.
-    """
-
-    tokens: Tensor
-    most: int
-    saved: int
-
-
-# Shared tokens are counted in whole tiles of every kernel.
-SHARED_TILE = 64
 
 
 class Rows(Protocol):

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from hf_kvopt.kernels.blocks import gathered, strided
-from hf_kvopt.kernels.calls import RowTensors, SharedBlocks
+from hf_kvopt.kernels.calls import RowTensors
+from hf_kvopt.kernels.shared_blocks import SharedBlocks
 from hf_kvopt.pool.runs import Runs, shared_tokens
 from hf_kvopt.pool.slots import Memo, RowLayout, Step, padded_rows
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from hf_kvopt.kernels.calls import SHARED_TILE, SharedBlocks
+from hf_kvopt.kernels.shared_blocks import SHARED_TILE, SharedBlocks
 
 
 class Runs(NamedTuple):

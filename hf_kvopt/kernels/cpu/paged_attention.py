@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_kvopt.kernels.calls import AttentionCall, KVView, SharedBlocks
+from hf_kvopt.kernels.calls import AttentionCall, KVView
 from hf_kvopt.kernels.cpu.address import PoolAddress
 from hf_kvopt.kernels.cpu.jit.spec import BOOL_MASK, CHUNK, FLOAT_MASK, NO_MASK, NO_WINDOW, SharedSpec, Spec, part_items
 from hf_kvopt.kernels.cpu.program import bits_of, can_compile, compiled, lanes, num_threads
 from hf_kvopt.kernels.pattern import LOG2E, Pattern
+from hf_kvopt.kernels.shared_blocks import SharedBlocks
 
 # Scaled queries of a KV head's group, which each thread keeps on its stack: chunks of 512 tokens with 4 heads of 64. A
 # chunk of 512 queries against 640 tokens takes 0.48x of SDPA's time (2 cores, AVX-512).

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from hf_kvopt.kernels.calls import SharedBlocks
 from hf_kvopt.kernels.cpu import paged_attention as cpu_jit
 from hf_kvopt.kernels.cpu.address import address_of
 from hf_kvopt.kernels.cpu.jit.spec import CHUNK
 from hf_kvopt.kernels.cpu.program import can_compile
 from hf_kvopt.kernels.pattern import Pattern
+from hf_kvopt.kernels.shared_blocks import SharedBlocks
 from tests.kernels.cpu.test_paged_attention import HEADS, PAIRS, Rows, make_rows, stored
 
 pytestmark = pytest.mark.skipif(not can_compile(), reason="needs llvmlite and AVX2")
