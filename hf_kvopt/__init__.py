@@ -25,6 +25,7 @@ from hf_kvopt.enable import Enabled, disable, enable, enabled
 from hf_kvopt.errors import CacheStateError, KVOptError, OutOfBlocks, UnsupportedDevice, UnsupportedModel
 from hf_kvopt.eviction.expected import ExpectedAttention
 from hf_kvopt.eviction.heads import DuoAttention
+from hf_kvopt.eviction.hierarchical import Hierarchical
 from hf_kvopt.eviction.policy import EvictionPolicy
 from hf_kvopt.eviction.press import PressPolicy
 from hf_kvopt.eviction.pyramid import PyramidKV
@@ -62,6 +63,7 @@ __all__ = [
     "EvictionPolicy",
     "ExpectedAttention",
     "FormatLoss",
+    "Hierarchical",
     "KVOptError",
     "Knorm",
     "OutOfBlocks",

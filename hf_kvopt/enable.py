@@ -107,7 +107,8 @@ def enable(
             (TRL, transformers' server), use a `Batcher` with this cache, and the options `max_tokens`, `block_size`,
             `skip_layers` and `layer_formats`; or with the settings of a `BatchConfig`.
         max_loss: with cache="auto", per cent that perplexity may grow (0.5).
-        host_tier: with prefix_sharing=True, memory of the host for prompts beyond the device's room; see `PrefixStore`.
+        host_tier: with prefix_sharing=True or batching=True, memory of the host for prompts beyond the device's room;
+            see `PrefixStore` and `Batcher`. With both, each takes so much.
         disk_tier: likewise, a folder in which prompts outlive the process.
         disk_limit: cap on the files in that folder.
         cache_options: handed to the cache at each `generate` call, e.g. `block_size=32`, `max_tokens="32k"`,
@@ -180,9 +181,9 @@ def enable(
         make_cache(model, factory, cache_options)  # refuse bad options now, not in the first generate
         if cache != "paged" and not set(LAYER_OPTIONS) & set(cache_options):
             warn_of_loss(model, cache)
-    sharing = _sharing(model, cache, prefix_sharing, cache_options, tiers)
+    sharing = _sharing(model, cache, prefix_sharing, cache_options, tiers, batching is not False)
     drafting = _drafting(model, draft)
-    batch_config = batch_config_of(model, cache, batching, cache_options, drafting)
+    batch_config = batch_config_of(model, cache, batching, cache_options, drafting, tiers)
     disable(model)
     _require_unreplaced(model, "generate" if sharing is not None or drafting is not None else None)
     previous = set_attention(model) if attention else model.config._attn_implementation
@@ -250,13 +251,14 @@ def _sharing(
     prefix_sharing: bool | PrefixStore,
     options: dict[str, Any],
     tiers: dict[str, Any],
+    is_batching: bool,
 ) -> Sharing | None:
     """Return what shares the prefixes of `model`, checked; None where nothing does."""
-    if tiers and prefix_sharing is not True:
+    if tiers and prefix_sharing is not True and (prefix_sharing is not False or not is_batching):
         raise ValueError(
             f"{', '.join(tiers)} keep shared prompts below the device: got prefix_sharing="
-            f"{'False' if prefix_sharing is False else 'a store of its own'}; pass prefix_sharing=True, or give the "
-            "store these options"
+            f"{'False' if prefix_sharing is False else 'a store of its own'}; pass prefix_sharing=True or "
+            "batching=True, or give the store these options"
         )
     if prefix_sharing is False:
         return None

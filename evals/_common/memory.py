@@ -71,6 +71,13 @@ def peak_bytes(device: torch.device, body: Callable[[], object]) -> int:
     return max(0, (_status_bytes("VmHWM") if has_high_water else _max_rss_bytes()) - before)
 
 
+def resident_bytes(device: torch.device) -> int:
+    """Return what is held now: bytes that torch allocated on a GPU, else the resident set of the process."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return _status_bytes("VmRSS") if STATUS.exists() else _max_rss_bytes()
+
+
 def _reset_high_water() -> bool:
     """Reset Linux's VmHWM to the current resident set; return False if the system has none."""
     try:

@@ -51,7 +51,7 @@ def read_segments(
     sides: Sequence[Reader],  # the first is the baseline
     ids: Tensor,  # [batch, context]
     chunk: int,  # tokens fed at once
-    prefill: int = 0,  # tokens fed at once before them, and not scored
+    prefill: int = 0,  # tokens fed before them, at once or in pieces of a side's `prefill_size`, and not scored
 ) -> list[Reading]:
     """Read a batch of segments through an empty cache of each side."""
     context = ids.shape[1]
@@ -59,7 +59,8 @@ def read_segments(
     scores: list[list[Scores]] = [[] for _ in sides]
     if prefill:
         for side, cache in zip(sides, caches, strict=True):
-            _feed(side.attend(model), cache, ids[:, :prefill])
+            for part in ids[:, :prefill].split(getattr(side, "prefill_size", None) or prefill, dim=1):
+                _feed(side.attend(model), cache, part)
     # The last token is only predicted: feeding it would give unused logits.
     for begin in range(prefill, context - 1, chunk):
         end = min(begin + chunk, context - 1)

@@ -1,8 +1,11 @@
 """`python -m evals.policies`: what each eviction policy loses, by budget, beside the cache that keeps all.
 
-Three tasks, each with a prompt that is read in one forward and then shrinks: perplexity of the last quarter of a text,
-a needle at several depths whose question ends the prompt, and one of several keys. The memory that is held at the end
-is counted by the allocator. The question is part of the prompt: policies that go by the last queries know it.
+Three tasks, each with a prompt that is read in one forward (by `Hierarchical` in eight) and shrinks: perplexity of the
+last quarter of a text, a needle at several depths whose question ends the prompt, and one of several keys. The memory
+that is held at the end is counted by the allocator. The question is part of the prompt: policies that go by the last
+queries know it.
+
+`--stream TOKENS` measures something else: that time and memory of a token stay flat, see `evals.policies.stream`.
 """
 
 import argparse
@@ -15,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+import hf_kvopt
 from evals._common.cli import RESULTS, Parser, at_least
 from evals._common.models import Subject, add_model_arguments, check_length, load_subject
 from evals._common.prompts import add_text_arguments, load_texts, text_facts
@@ -24,7 +28,8 @@ from evals._common.screen import progress, show_table
 from evals.needle.prompts import TASKS, make_prompts
 from evals.perplexity.segments import make_segments
 from evals.policies.plot import draw
-from evals.policies.sides import POLICIES, WHOLE, PolicySide
+from evals.policies.sides import POLICIES, WHOLE, PolicySide, make_side
+from evals.policies.stream import run_stream
 
 # At half the memory, or half the heads; no perplexity is asked of policies that go by heads.
 AT_BUDGET, MOST_POINTS = 0.5, 0.01
@@ -52,6 +57,11 @@ def make_parser() -> Parser:
     parser.add_argument("--samples", type=at_least(1), default=4, help="needles at each depth (%(default)s)")
     parser.add_argument("--depths", type=at_least(2), default=5, help="from 0 to 100 %% (%(default)s)")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of the needles (%(default)s)")
+    parser.add_argument("--stream", type=at_least(8), help="tokens to stream under SinkRecent instead, such as 100000")
+    parser.add_argument("--recent", type=at_least(16), default=1024, help="tokens that a stream keeps (%(default)s)")
+    parser.add_argument(
+        "--format", choices=list(hf_kvopt.KV_FORMATS), default="native", help="storage format of a stream (%(default)s)"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "policies.json", help="JSON file to append rows to")
     parser.add_argument("--plot", type=Path, help="picture of this run (beside --out, with the model's name)")
     return parser
@@ -59,9 +69,12 @@ def make_parser() -> Parser:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, show, write and draw."""
+    if args.stream is not None:
+        return run_stream(args)
     subject = load_subject(args)
     check_length(subject, args.context)
-    sides = [PolicySide(WHOLE, 1.0), *(PolicySide(name, share) for name in args.policies for share in args.budgets)]
+    sides = [PolicySide(WHOLE, 1.0)]
+    sides += [make_side(name, share, args.context) for name in args.policies for share in args.budgets]
     prompts = _prompts(args, subject)
     sums: dict[PolicySide, dict[str, list[Sums]]] = {side: {name: [] for name, *_ in prompts} for side in sides}
     with progress(len(prompts)) as advance:

@@ -23,6 +23,11 @@ def _duo(budget: float, context: int, model: PreTrainedModel) -> hf_kvopt.DuoAtt
     return hf_kvopt.DuoAttention(measured[budget], sinks=16, recent=max(16, context // 8 - 32))
 
 
+def _chunk(context: int) -> int:
+    """Return the tokens of a chunk that `Hierarchical` reads."""
+    return max(16, context // 8)
+
+
 # Makes a policy for a share of a text of so many tokens.
 POLICIES: Mapping[str, Callable[[float, int, PreTrainedModel], hf_kvopt.EvictionPolicy]] = MappingProxyType(
     {
@@ -32,9 +37,15 @@ POLICIES: Mapping[str, Callable[[float, int, PreTrainedModel], hf_kvopt.Eviction
         "SnapKV": lambda budget, context, model: hf_kvopt.SnapKV(budget),
         "PyramidKV": lambda budget, context, model: hf_kvopt.PyramidKV(budget),
         "ExpectedAttention": lambda budget, context, model: hf_kvopt.ExpectedAttention(budget),
+        "Hierarchical": lambda budget, context, model: hf_kvopt.Hierarchical(max(16, round(budget * _chunk(context)))),
         "DuoAttention": _duo,
     }
 )
+
+
+def make_side(policy: str, budget: float, context: int) -> "PolicySide":
+    """Make the side of a policy for texts of `context` tokens."""
+    return PolicySide(policy, budget, _chunk(context) if policy == "Hierarchical" else None)
 
 
 class PolicySide(NamedTuple):
@@ -42,6 +53,7 @@ class PolicySide(NamedTuple):
 
     policy: str
     budget: float
+    prefill_size: int | None = None  # pieces that a prompt is read in; None: at once
 
     def __str__(self) -> str:
         return self.policy if self.policy == WHOLE else f"{self.policy} {self.budget:.0%}"

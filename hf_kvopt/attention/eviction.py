@@ -17,7 +17,7 @@ from hf_kvopt import compat
 from hf_kvopt.attention.mask import LazyMask, Pattern
 from hf_kvopt.attention.rotary import turn
 from hf_kvopt.errors import CacheStateError, UnsupportedModel
-from hf_kvopt.eviction.policy import PromptStates
+from hf_kvopt.eviction.policy import EvictionPolicy, PromptStates
 from hf_kvopt.kernels.sealed_view import SealedView
 from hf_kvopt.pool.handle import KVHandle, view_of
 
@@ -97,26 +97,39 @@ def choose_prompt(module: nn.Module, q: Tensor, key: Tensor, value: Tensor, scal
     table, reads = key.table, key.reads
     if table is None or table.policy is None or not table.policy.scores_prompts or reads is None:
         return
-    if table.step_start or q.shape[2] < 2 or table.has_chosen(reads):
+    if q.shape[2] < 2 or table.has_chosen(reads):
         return
     # Columns before a row's first token: noted padding, or none where rows begin behind it.
     padding = [pads + lag for pads, lag in zip(table.padding(), table.lags, strict=True)]
-    policy, rows = table.policy, []
-    counts = [policy.budget(key.shape[2] - pads) for pads in padding]
-    if all(count + pads == key.shape[2] for count, pads in zip(counts, padding, strict=True)):
+    policy, rows, held = table.policy, [], key.shape[2]
+    spans = [table.to_shrink(row, held - pads) for row, pads in enumerate(padding)]
+    if all(policy.budget(len(span)) == len(span) for span in spans):
         return
     k, v = view_of(key), view_of(value)
     keys, values = k.dense(), v.dense()
-    for row, (pads, count) in enumerate(zip(padding, counts, strict=True)):
-        own_q, own_k, own_v = (x[row, :, pads:] for x in (q, keys, values))
+    for row, (pads, span) in enumerate(zip(padding, spans, strict=True)):
+        own_q, own_k, own_v = (
+            q[row, :, max(0, pads - (held - q.shape[2])) :],
+            keys[row, :, pads:],
+            values[row, :, pads:],
+        )
         prompt = PromptStates(own_q, own_k, own_v, scale, partial(turn, module), module, row, pads)
-        scores = policy.score_states(prompt)
-        rows.append(scores.topk(count, dim=-1).indices.sort(dim=-1).values)
+        rows.append(_chosen(policy, prompt, span))
     states = None
     if isinstance(k, SealedView) and isinstance(v, SealedView):
         came = (k.arrived, v.arrived)
         states = [tuple(_picked(x, i, rows[i] + pads) for x in came) for i, pads in enumerate(padding)]
     table.choose(reads, rows, states)  # type: ignore[arg-type]
+
+
+def _chosen(policy: EvictionPolicy, states: PromptStates, span: range) -> Tensor:  # [num_kv_heads, count]
+    """Return the tokens that each KV head keeps of a row, ascending: those outside of `span`, and the best inside."""
+    tokens = torch.arange(states.k.shape[1], device=states.k.device).expand(len(states.k), -1)
+    count = policy.budget(len(span))
+    if count == len(span):
+        return tokens
+    best = policy.score_states(states)[:, span.start : span.stop].topk(count, dim=-1).indices + span.start
+    return torch.cat([tokens[:, : span.start], best.sort(dim=-1).values, tokens[:, span.stop :]], dim=1)
 
 
 def _picked(states: Tensor | None, row: int, columns: Tensor) -> Tensor:

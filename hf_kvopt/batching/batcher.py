@@ -47,6 +47,11 @@ class Batcher:
             of them. Tokens stay what they are without, sampled ones of a seed as well.
         compile: compile the step of decoding rows (`torch.compile`, one graph); a `CompileConfig` of transformers says
             how. Rows are rounded up to a few sizes. Prompts, drafts, and rows in sealed or latent storage stay eager.
+        host_tier: memory of the host, such as "16 GiB", for known texts that the device has no room for. They come
+            back while other rows go on; rows that give way are copied there where that is quicker than reading their
+            tokens again.
+        disk_tier: folder of files for known texts; see `PrefixStore`.
+        disk_limit: cap on these files; see `PrefixStore`.
 
     Greedy tokens are those of `model.generate` on the prompt alone, with that cache. A request's tokens do not depend
     on what else is computed; in other dtypes than float32 that holds up to rounding, as for any batch.

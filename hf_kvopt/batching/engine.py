@@ -99,10 +99,12 @@ class Engine:
             ended += self._take_all(plan, outputs)
             ended += self._leave()
             self.counts.note(plan, time.monotonic() - started)
+            self.scheduler.note_step(plan, time.monotonic() - started)
+        is_waiting = plan.is_empty and not ended and self.scheduler.wait()
         self.counts.finished += len(ended)
         for job in ended:
             job.tell()
-        return bool(ended) or not plan.is_empty
+        return bool(ended) or not plan.is_empty or is_waiting
 
     @property
     def stats(self) -> BatchStats:
@@ -113,7 +115,7 @@ class Engine:
             known = self.store.index.num_evictable * len(spaces)
         used = sum(number for _, number in spaces)
         return BatchStats(
-            waiting=len(scheduler.waiting),
+            waiting=len(scheduler.waiting) + len(scheduler.arriving),
             filling=len(scheduler.filling),
             decoding=len(self.rows.jobs),
             finished=counts.finished,
@@ -130,6 +132,8 @@ class Engine:
             used_blocks=used,
             row_blocks=used - known,
             evictions=prefixes.evictions,
+            spilled_blocks=prefixes.spilled,
+            restored_blocks=prefixes.restored,
         )
 
     def close(self, reason: str, error: BaseException | None = None) -> None:
@@ -137,7 +141,7 @@ class Engine:
         jobs = self.scheduler.jobs
         for job in jobs:
             job.close()
-        self.scheduler.waiting, self.scheduler.filling = [], []
+        self.scheduler.close()
         if self.drafts is not None:
             self.drafts.close()
         self.rows.close()

@@ -1,6 +1,7 @@
 """Scheduler: which jobs take part in the next forward, so that it cannot run out of blocks half way.
 
     waiting   [f] [g] [h]        admitted in order, as rows and blocks allow
+    arriving  [i]                                    with tiers: known blocks of its text are copied to the device
     filling   [d: 300 of 812]    [e: 0 of 40]        share the tokens of a step that decoding leaves them
     decoding  [a] [b] [c]        one token each, and what is drafted behind it
 
@@ -14,14 +15,19 @@ from collections.abc import Hashable
 from typing import NamedTuple
 
 from hf_kvopt.batching.job import Job
+from hf_kvopt.batching.returns import Returns
 from hf_kvopt.batching.room import Blocks, Room, total
 from hf_kvopt.batching.rows import Rows
+from hf_kvopt.batching.spills import Spills
 from hf_kvopt.prefix.filing import file_row, open_row
 from hf_kvopt.prefix.index import Match
 from hf_kvopt.prefix.store import PrefixStore
 
 Key = tuple[Hashable, Hashable]
 """What texts are filed under: see `PrefixStore.key_of`."""
+
+
+_MOMENT = 0.01  # seconds: new requests come in between
 
 
 class Portion(NamedTuple):
@@ -42,6 +48,11 @@ class StepPlan(NamedTuple):
         """Tell whether there is nothing to compute."""
         return not (self.drafts or self.portions)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the forward computes."""
+        return sum(1 + len(draft) for draft in self.drafts) + sum(number for _, number in self.portions)
+
 
 class Scheduler:
     """Owns the queue and the jobs that are being filled; the decoding ones are those of `rows`.
@@ -60,17 +71,25 @@ class Scheduler:
         self.waiting: list[Job] = []  # by rank
         self.filling: list[Job] = []  # by rank
         self.num_preempted = 0
+        tiers = store.blocks.tiers
+        self.returns = None if tiers is None else Returns(store, tiers)
+        self.spills = None if tiers is None else Spills(store, tiers)
         self._keys: dict[Hashable, Key | None] = {}  # by namespace, of this moment: to look at a model takes a while
 
     @property
     def is_idle(self) -> bool:
         """Tell whether no job is left."""
-        return not (self.waiting or self.filling or self.rows.jobs)
+        return not self.jobs
 
     @property
     def jobs(self) -> list[Job]:
         """All jobs, in no order."""
-        return [*self.waiting, *self.filling, *self.rows.jobs]
+        return [*self.waiting, *self.arriving, *self.filling, *self.rows.jobs]
+
+    @property
+    def arriving(self) -> list[Job]:
+        """Jobs whose known blocks are on their way to the device."""
+        return [] if self.returns is None else self.returns.arriving
 
     def add(self, job: Job) -> None:
         """Queue a job."""
@@ -82,20 +101,68 @@ class Scheduler:
         Args:
             drafts: what could be tried behind each decoding row; nothing is where room is short.
         """
+        self._land()
         with self.store.lock:
-            if not self.room.has(self._decoding(_longest(drafts))):
-                drafts = [[] for _ in drafts]
-            while not self.room.has(self._decoding(_longest(drafts))):
-                place = self._preempt_newest()
-                drafts = [draft for row, draft in enumerate(drafts) if row != place]
+            drafts, gone = self._make_way(drafts)
+        if self.spills is not None:
+            for job in gone:
+                self.spills.keep(job)
+        with self.store.lock:
             self._admit(_longest(drafts))
             portions = self._portions(_longest(drafts))
-            while not portions and not self.rows.jobs and self.filling:
-                # Half filled prompts hold all blocks, and none of them can go on.
-                self._preempt_newest()
-                portions = self._portions(0)
             self.room.take(self._needed(_longest(drafts), portions))
             return StepPlan(drafts, portions)
+
+    def wait(self) -> bool:
+        """Wait a moment for what comes back from the tiers; returns whether anything does."""
+        if self.returns is None or not (self.returns.is_looking or self.arriving):
+            return False
+        self.returns.wait(_MOMENT)
+        return True
+
+    def note_step(self, plan: StepPlan, seconds: float) -> None:
+        """Note how long a step took, for the rule by which rows that give way are copied."""
+        if self.spills is not None and plan.portions:
+            self.spills.note_step(plan.num_tokens, seconds)
+
+    def close(self) -> None:
+        """Forget all jobs, none of which has a cache any more, and end the threads."""
+        self.waiting, self.filling = [], []
+        if self.returns is not None:
+            self.returns.close()
+
+    def _make_way(self, drafts: list[list[int]]) -> tuple[list[list[int]], list[Job]]:
+        """Let jobs give way until a step can be computed; returns the drafts of rows that stay, and these jobs."""
+        gone: list[Job] = []
+        if not self.room.has(self._decoding(_longest(drafts))):
+            drafts = [[] for _ in drafts]
+        while not self.room.has(self._decoding(_longest(drafts))):
+            place = self._preempt_newest(gone)
+            drafts = [draft for row, draft in enumerate(drafts) if row != place]
+        # Half filled prompts may hold all blocks, so that none of them can go on.
+        while self._is_stuck():
+            self._preempt_newest(gone)
+        return drafts, gone
+
+    def _is_stuck(self) -> bool:
+        return bool(self.filling) and not self.rows.jobs and not self._portions(0)
+
+    def _land(self) -> None:
+        """Let jobs fill whose known blocks are there; where room is short, all that are on their way."""
+        if self.returns is None:
+            return
+        self.returns.is_looking = False
+        with self.store.lock:
+            is_short = not self.room.has(self._decoding(0)) or self._is_stuck()
+        if is_short:
+            self.returns.wait()
+        with self.store.lock:
+            for job in self.returns.landed():
+                if job.is_done:
+                    self.add(job)
+                else:
+                    self._open(job, self._key_of(job))
+                self.returns.leave(job)
 
     def file(self, job: Job) -> None:
         """Let others find the whole blocks that a filling job holds of its text."""
@@ -119,8 +186,8 @@ class Scheduler:
         filling = [self.room.needed(job.cache, number) for job, number in portions if job.cache is not None]
         return total([self._decoding(num_drafted), *filling], len(self.store.allocators))
 
-    def _preempt_newest(self) -> int | None:
-        """Let the job that came last give way; returns its row where it was decoding."""
+    def _preempt_newest(self, gone: list[Job]) -> int | None:
+        """Let the job that came last give way, and add it to `gone`; returns its row where it was decoding."""
         newest = max([*self.filling, *self.rows.jobs], key=_rank)
         self.num_preempted += 1
         newest.request.preemptions += 1
@@ -134,6 +201,7 @@ class Scheduler:
             self.file_rows([place])
             self.rows.leave([place])
         self.add(newest)
+        gone.append(newest)
         return place
 
     def _admit(self, num_drafted: int) -> None:
@@ -143,12 +211,14 @@ class Scheduler:
         it may go first, until that prompt is filled. As many are looked at as there are rows, however long the queue.
         """
         promised = [self._decoding(num_drafted), *(self._rest(job) for job in self.filling)]
+        promised += [self._rest_of_arriving(job) for job in self.arriving]
+        num_taken = len(self.filling) + len(self.rows.jobs) + len(self.arriving)
         for job in self.waiting[: self.max_rows]:
-            if len(self.filling) + len(self.rows.jobs) >= self.max_rows:
+            if num_taken >= self.max_rows:
                 return
             key = self._key_of(job)
             match = self.store.index.match(key, job.text[:-1]) if key is not None else Match([], 0)
-            if key is not None and self._is_about_to_be_known(job, key, match.length):
+            if job.is_done or (key is not None and self._is_about_to_be_known(job, key, match.length)):
                 continue
             # One token more than the text, so that it does not give way again before it has made any progress. Known
             # blocks that nobody else holds could be evicted as well, and count as taken.
@@ -156,13 +226,25 @@ class Scheduler:
             new = [self.room.blocks(len(job.text) + 1) - lent] * len(self.store.allocators)
             if not self.room.has(total([*promised, new], len(new))):
                 return
-            job.key = key
-            job.cache = open_row(self.store, job.text, key)
-            job.read_from = job.num_held
-            job.request.cached_tokens = max(job.request.cached_tokens, job.num_held)
-            promised.append(self._rest(job))
+            num_taken += 1
+            if self.returns is not None and key is not None and not self.returns.is_known(job, key, match.length):
+                promised.append(new)
+                continue
+            if self.returns is not None and self.returns.begin(job, key):
+                job.key = key
+                promised.append(self._rest_of_arriving(job))
+            else:
+                self._open(job, key)
+                promised.append(self._rest(job))
             self.waiting.remove(job)
-            bisect.insort(self.filling, job, key=_rank)
+
+    def _open(self, job: Job, key: Key | None) -> None:
+        """Let a job be filled, from behind what is known of its text."""
+        job.key = key
+        job.cache = open_row(self.store, job.text, key)
+        job.read_from = job.num_held
+        job.request.cached_tokens = max(job.request.cached_tokens, job.num_held)
+        bisect.insort(self.filling, job, key=_rank)
 
     def forget_keys(self) -> None:
         """Look at the model again before texts are next found or filed: it may have changed since."""
@@ -178,12 +260,19 @@ class Scheduler:
         assert job.cache is not None
         return self.room.needed(job.cache, job.num_missing + 1)
 
+    def _rest_of_arriving(self, job: Job) -> Blocks:
+        """Blocks that a job takes beyond those that come back for it, until it has decoded one token."""
+        assert self.returns is not None
+        return [self.room.blocks(len(job.text) + 1) - self.returns.num_held(job)] * len(self.store.allocators)
+
     def _is_about_to_be_known(self, job: Job, key: object, known: int) -> bool:
-        """Tell whether a prompt that is being filled gives a job more whole blocks than are known now."""
+        """Tell whether a prompt that is filled, or comes back, gives a job more whole blocks than are known now."""
         size = self.store.block_size
         text = job.text[:-1]
         return any(
-            _begins_alike(text, other.text, known // size * size + size) for other in self.filling if other.key == key
+            _begins_alike(text, other.text, known // size * size + size)
+            for other in (*self.filling, *self.arriving)
+            if other.key == key
         )
 
     def _portions(self, num_drafted: int) -> list[Portion]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -19,6 +20,7 @@ from hf_kvopt.config import CacheConfig
 from hf_kvopt.errors import nearest
 from hf_kvopt.overrides.attention import reset_attention, set_attention
 from hf_kvopt.prefix.store import PrefixStore
+from hf_kvopt.prefix.tiers.settings import tier_settings
 from hf_kvopt.quant import KV_FORMATS, is_pair
 from hf_kvopt.quant.policy import PLAIN_BLOCK, LayerName
 from hf_kvopt.speculation.drafters.base import Drafter
@@ -41,6 +43,9 @@ class BatchConfig:
     layer_formats: Mapping[LayerName, str] = field(default_factory=lambda: MappingProxyType({}))
     draft: Any = None
     compile: bool | CompileConfig = False
+    host_tier: str | int | None = None
+    disk_tier: str | Path | None = None
+    disk_limit: str | int | None = None
 
     def __post_init__(self) -> None:
         if self.cache not in _CACHES and not is_pair(self.cache):
@@ -52,6 +57,12 @@ class BatchConfig:
         require_counts(max_rows=self.max_rows, prefill_chunk=self.prefill_chunk)
         if not isinstance(self.compile, (bool, CompileConfig)):
             raise TypeError(f"compile must be True, False or a CompileConfig of transformers: got {self.compile!r}")
+        # Refuses a folder that cannot be written, and sizes that cannot be.
+        tiers = tier_settings(self.host_tier, self.disk_tier, self.disk_limit)
+        if tiers is not None and not self.prefix_sharing:
+            raise ValueError(
+                "host_tier and disk_tier keep texts that can be found again: got prefix_sharing=False; drop it, or them"
+            )
 
 
 def split_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -95,6 +106,9 @@ class Runtime:
             format=None if config.cache == "paged" else config.cache,
             skip_layers=config.skip_layers,
             layer_formats=config.layer_formats,
+            host_tier=config.host_tier,
+            disk_tier=config.disk_tier,
+            disk_limit=config.disk_limit,
         )
         drafter = _drafter(model, config.draft)
         self.max_positions = num_positions(model)

@@ -30,6 +30,8 @@ class BatchStats(NamedTuple):
     used_blocks: int  # held by requests or known texts
     row_blocks: int  # held by requests
     evictions: int
+    spilled_blocks: int  # copied to the tiers below the device
+    restored_blocks: int  # brought back from there
 
 
 class Counts:
@@ -45,8 +47,7 @@ class Counts:
         """Note a forward, whose new tokens were counted."""
         self.steps += 1
         num_new, self._new_before = self.new_tokens - self._new_before, self.new_tokens
-        self.computed_tokens += sum(1 + len(draft) for draft in plan.drafts)
-        self.computed_tokens += sum(number for _, number in plan.portions)
+        self.computed_tokens += plan.num_tokens
         self._recent.append((num_new, seconds))
 
     @property

@@ -26,7 +26,7 @@ class FixedLayer(PagedLayer):
     """A layer of `row_capacity` tokens a row. Sliding layers keep everything: their mask hides what is behind."""
 
     is_compileable = True
-    pool: KVPool | None  # never sealed: a graph stores token by token
+    pool: KVPool | None  # never sealed: see `FixedSealedLayer`
 
     def __init__(self, table: BlockTable, format: KVFormat = NATIVE_KV, exact_prefill: bool = False) -> None:
         super().__init__(table, format, exact_prefill)
@@ -195,15 +195,19 @@ class FixedLayer(PagedLayer):
         """Let row i be what row `indices[i]` was; addresses are fixed, so the rows are copied."""
         if self.pool is None:
             return
-        if len(indices) != self.table.batch_size:
-            raise CacheStateError(
-                f"a cache of fixed capacity keeps its batch size of {self.table.batch_size}: got {len(indices)} rows; "
-                "use PagedCache without compileable=True to change the batch"
-            )
+        self._require_batch(len(indices))
         for plane in self.pool.planes:
             plane.select_rows(indices)
         if self.centres is not None:
             self.centres.select(indices)
+
+    def _require_batch(self, num_rows: int) -> None:
+        """Raise CacheStateError where rows would be added or dropped."""
+        if num_rows != self.table.batch_size:
+            raise CacheStateError(
+                f"a cache of fixed capacity keeps its batch size of {self.table.batch_size}: got {num_rows} rows; use "
+                "the cache without compileable=True to change the batch"
+            )
 
     def _handle(self, plane: Plane, kv_len: int, states: Tensor | None = None) -> KVHandle:
         shape = (self.table.batch_size, plane.num_heads, kv_len, plane.dim)

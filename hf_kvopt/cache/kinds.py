@@ -39,7 +39,7 @@ class LayerMaker(NamedTuple):
             whole = self.rows.table_for(None, policy.own)
             exact = self.formats.exact_prefill
             return HeadwiseLayer(whole, others, policy.heads, format, exact) if policy.heads else others
-        return self.rows.layer_class(self.rows.table_for(window, policy), format, self.formats.exact_prefill)
+        return self.rows.make_layer(window, policy, format, self.formats.exact_prefill)
 
     def layer(
         self, kind: str, options: dict[str, Any], layer_idx: int, is_latent: bool, policy: LayerPolicy = None

@@ -34,7 +34,7 @@ from hf_kvopt.config import CacheConfig
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.eviction.policy import EvictionPolicy
 from hf_kvopt.pool.block_table import BlockTable
-from hf_kvopt.quant import FIXED_CAPACITY, FormatPolicy
+from hf_kvopt.quant import FormatPolicy
 
 _NATIVE = FormatPolicy()
 
@@ -83,8 +83,6 @@ class PagedCache(WatchedCache):
             raise TypeError(f"config must be a model's config, e.g. model.config: got {type(config).__name__}")
         block_size = formats.block_size() if block_size is None else block_size
         self.cache_config = CacheConfig(block_size=block_size, max_tokens=max_tokens, compileable=compileable)
-        if compileable:
-            formats.require_unsealed(FIXED_CAPACITY)
         self.formats = formats
         self.policy = checked_policy(policy, self.cache_config, config)
         self._rows = self._make_rows()

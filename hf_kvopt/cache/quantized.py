@@ -30,7 +30,7 @@ class QuantizedPagedCache(PagedCache):
         config: see `PagedCache`.
         format: "int8", "fp8_e4m3" or "fp8_e5m2"; "int4", "k8v4", "k4v2" or "int3", which seal blocks of 64 tokens when
             they are full, all but a row's first one and its newest ones; or a pair "keys/values" of formats of single
-            tokens, such as "int8/int4", for latent attention and fixed capacity, which have no blocks to seal.
+            tokens, such as "int8/int4", for latent attention, which has no blocks to seal.
         skip_layers: layers that stay as the model computes them: numbers (negative from the end), "first", "last",
             "sliding". Sliding layers by default, as they hold a window only; () to quantize those as well.
         layer_formats: formats of single layers by the same names, such as {"first": "int8", -1: "native"}; they go
@@ -51,8 +51,8 @@ class QuantizedPagedCache(PagedCache):
     with latent attention (DeepSeek) store latents and rotary keys both in the keys' format.
 
     Raises:
-        ValueError: an unknown format, guard or layer; a format that seals blocks for latents or fixed capacity; or, at
-            the first update, a head_dim that codes of 4 bits cannot pack.
+        ValueError: an unknown format, guard or layer; a format that seals blocks for latents; or, at the first update,
+            a head_dim that codes of 4 bits cannot pack.
         UnsupportedDevice: a format that no visible card can read (float8 e4m3 before compute capability 8.9).
 
     Source: KIVI, arXiv:2402.02750 (keys and values lose differently); QuaRot, arXiv:2404.00456 (rotation); transformers

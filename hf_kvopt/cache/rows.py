@@ -12,20 +12,24 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol, Self
 
 from hf_kvopt.cache.fixed import FixedLayer
+from hf_kvopt.cache.fixed_sealed import FixedSealedLayer
 from hf_kvopt.cache.layer import PagedLayer
 from hf_kvopt.config import CacheConfig
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.eviction.policy import EvictionPolicy
+from hf_kvopt.pool.ahead import AheadTable
 from hf_kvopt.pool.allocator import BlockAllocator
 from hf_kvopt.pool.block_table import BlockTable
+from hf_kvopt.pool.chunked import ChunkedTable
 from hf_kvopt.pool.evicting import EvictingTable
 from hf_kvopt.pool.scored import ScoredTable
 from hf_kvopt.pool.tail import Tails
-from hf_kvopt.quant import FormatPolicy
+from hf_kvopt.quant import FormatPolicy, KVFormat
 
 Layers = Sequence[PagedLayer]
-Kind = int | EvictionPolicy | None
-"""What layers with one table have in common: a window, none, or a policy of their own."""
+Kind = int | str | EvictionPolicy | None
+"""What layers with one table have in common: a window, none, a policy of their own, or that they seal blocks."""
+_SEALED = "sealed"
 
 
 class TableMaker(NamedTuple):
@@ -38,13 +42,20 @@ class TableMaker(NamedTuple):
     def __call__(self, window: int | None, policy: EvictionPolicy | None = None) -> BlockTable:
         """Make the table of all layers with this window, or none; `policy` is one of single layers."""
         allocator = BlockAllocator(self.config.max_blocks, block_size=self.config.block_size)
-        if self.formats.seals(window is not None):
+        if self.formats.seals(window is not None) and not self.config.compileable:
             allocator.tails = Tails()
         policy = policy or self.policy
         if policy is not None and window is None:
-            kind = ScoredTable if policy.scores_prompts else EvictingTable
+            scored = ChunkedTable if policy.shrinks_chunks else ScoredTable
+            kind = scored if policy.scores_prompts else EvictingTable
             return kind(allocator, self.config.block_size, policy)
         return BlockTable(allocator, self.config.block_size, window)
+
+    def ahead(self) -> AheadTable:
+        """Make the table of all layers of fixed capacity that seal their blocks."""
+        allocator = BlockAllocator(self.config.max_blocks, block_size=self.config.block_size)
+        allocator.tails = Tails()
+        return AheadTable(allocator, self.config.block_size)
 
 
 class MakesTables(Protocol):
@@ -64,12 +75,17 @@ class GrowingRows:
     """
 
     is_fixed = False
-    layer_class: type[PagedLayer] = PagedLayer
 
     def __init__(self, make_table: MakesTables, lock: AbstractContextManager[Any] | None = None) -> None:
         self.make_table = make_table
         self.lock = lock if lock is not None else contextlib.nullcontext()
         self.tables: dict[Kind, BlockTable] = {}
+
+    def make_layer(
+        self, window: int | None, policy: EvictionPolicy | None, format: KVFormat, exact_prefill: bool
+    ) -> PagedLayer:
+        """Make a layer of keys and values over the table of its kind."""
+        return PagedLayer(self.table_for(window, policy), format, exact_prefill)
 
     @property
     def num_rows(self) -> int:
@@ -172,20 +188,40 @@ class GrowingRows:
 
 
 class FixedRows(GrowingRows):
-    """One table that never changes: row r owns the r-th equal share of the blocks.
+    """Rows of one capacity, in one table that never changes: row r owns the r-th equal share of the blocks.
 
-    All layers keep all tokens, those with a window too; each knows its length.
+    All layers keep all tokens, those with a window too; each knows its length. Layers that seal their blocks have a
+    table of their own, of equal capacity.
     """
 
     is_fixed = True
-    layer_class = FixedLayer
+
+    make_table: TableMaker
+
+    def make_layer(
+        self, window: int | None, policy: EvictionPolicy | None, format: KVFormat, exact_prefill: bool
+    ) -> PagedLayer:
+        if format.sealed is not None:
+            return FixedSealedLayer(self._sealed_table(), format, exact_prefill)
+        return FixedLayer(self.table_for(None), format, exact_prefill)
 
     def table_for(self, window: int | None, policy: EvictionPolicy | None = None) -> BlockTable:
         return super().table_for(None)
 
+    def table_like(self, table: BlockTable) -> BlockTable:
+        return self._sealed_table() if isinstance(table, AheadTable) else self.table_for(None)
+
+    def _sealed_table(self) -> AheadTable:
+        table = self.tables.get(_SEALED)
+        if not isinstance(table, AheadTable):
+            table = self.make_table.ahead()
+            table.kind = _SEALED
+            self.tables[_SEALED] = table
+        return table
+
     def lengths(self, table: BlockTable, layers: Layers) -> list[int]:
-        lengths = [layer.held for layer in self._fixed(layers)]
-        return [max(lengths, default=0)] * table.batch_size
+        lengths = [layer.held for layer in self._fixed(layers) if layer.table is table]
+        return [max(0, max(lengths, default=0) - lag) for lag in table.lags]
 
     def require_croppable(self, num_tokens: int) -> None:
         """Any number can be removed: more than are held leave none."""
@@ -219,7 +255,9 @@ class FixedRows(GrowingRows):
             layer.forget()
 
     def undo(self, clock: int, layers: Layers) -> None:
-        """Nothing: a layer that refuses, or breaks off, has not written, and reads no further than its own length."""
+        for layer in self._fixed(layers):
+            if int(layer.length) > clock:
+                layer.set_length(clock)
 
     def take_back(self, clock: int, layers: Layers) -> None:
         for layer in self._fixed(layers):

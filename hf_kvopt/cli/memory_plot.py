@@ -53,7 +53,7 @@ def save_plot(path: Path, model: str, settings: dict[str, Any], report: MemoryRe
 
 
 def _is_taken(model: str, settings: dict[str, Any]) -> bool:
-    """Return whether the model's cache can be stored so: latents and fixed capacity refuse some formats."""
+    """Return whether the model's cache can be stored so: latents refuse some formats."""
     try:
         memory(model, **settings | {"context": 1})
     except BadInput:

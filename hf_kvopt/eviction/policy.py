@@ -43,6 +43,7 @@ class EvictionPolicy:
     """
 
     scores_prompts = False  # whether `score` is asked; see `hf_kvopt.eviction.scores`
+    shrinks_chunks = False  # whether `score` is asked of each chunk when the next one was read, not of a prompt once
     selects_blocks = False  # whether `read_tokens` is asked at each step of one token
     by_layer = False  # whether `at` is asked: then layers need not hold equally much
 

@@ -131,10 +131,21 @@ class SnapKV(PromptPolicy):
 
     def score(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         window = min(self.window, k.shape[1])
-        votes = _weights(q[:, -window:], k, scale)[..., : k.shape[1] - window].mean(dim=2)
-        smooth = F.avg_pool1d(votes, self.kernel, stride=1, padding=self.kernel // 2) if votes.shape[-1] else votes
-        own = smooth.new_full((len(k), window), torch.inf)
-        return torch.cat([smooth.mean(dim=1), own], dim=-1)
+        scores = attended(q[:, -window:], k, scale, self.kernel, k.shape[1] - window)
+        return F.pad(scores, (0, window), value=torch.inf)
+
+
+def attended(
+    q: Tensor,  # [num_heads, queries, head_dim], the last ones
+    k: Tensor,  # [num_kv_heads, tokens, head_dim]
+    scale: float,
+    kernel: int,  # odd
+    num_tokens: int | None = None,
+) -> Tensor:  # [num_kv_heads, num_tokens]
+    """Return the mean weight that queries give to the first `num_tokens` tokens, averaged over neighbours."""
+    votes = _weights(q, k, scale)[..., :num_tokens].mean(dim=2)
+    smooth = F.avg_pool1d(votes, kernel, stride=1, padding=kernel // 2) if votes.shape[-1] else votes
+    return smooth.mean(dim=1)
 
 
 def _weights(q: Tensor, k: Tensor, scale: float) -> Tensor:

@@ -1,6 +1,7 @@
 """Reading: the ordered list of backends that compute an attention; the first one that accepts a call runs it.
 
 triton      CUDA devices, and Triton's interpreter
+step        one query a row over sealed blocks of fixed capacity: one opaque op, which runs this list on what it holds
 sealed      layers whose full blocks are sealed: this CPU's machine code, or PyTorch's operations block by block
 graph       one opaque op in a compiled graph, over rows of fixed capacity: it runs this list when the graph runs
 compiled    this CPU's machine code, through the block table
@@ -35,9 +36,34 @@ def attend(call: AttentionCall) -> Tensor:
     raise AssertionError("the last backend of the list takes every call")
 
 
+def _step_accepts(call: AttentionCall) -> bool:
+    """Take what a step of fixed capacity reads from sealed blocks."""
+    k = call.k
+    if not isinstance(k, KVView) or k.plane.sealed is None or call.dropout:
+        return False
+    return not (torch.is_grad_enabled() and call.q.requires_grad)
+
+
+def _run_step(call: AttentionCall) -> Tensor:
+    """Hand what the views hold to one op, in a graph and outside of one."""
+    k, v = call.k, call.v
+    assert isinstance(k, KVView)
+    assert isinstance(v, KVView)
+    assert k.plane.sealed is not None
+    assert v.plane.sealed is not None
+    assert isinstance(k.rows, EqualRows)
+    out: Tensor = torch.ops.hf_kvopt.attend_sealed(
+        call.q, k.plane.codes, *k.plane.sealed[:3], v.plane.codes, *v.plane.sealed, *k.rows, k.spec.format,
+        *call.pattern,
+    )  # fmt: skip
+    return out
+
+
 def _graph_accepts(call: AttentionCall) -> bool:
     """Take what a compiled graph reads from blocks; dropout and gradients are torch's."""
     if not torch.compiler.is_compiling() or call.dropout or not isinstance(call.k, KVView):
+        return False
+    if call.k.plane.sealed is not None:
         return False
     return isinstance(call.v, KVView) and not (torch.is_grad_enabled() and call.q.requires_grad)
 
@@ -108,14 +134,15 @@ def _attend_fixed_fake(
 
 READERS = (
     Reader("triton", triton.accepts, triton.run),
+    Reader("step", _step_accepts, _run_step),
     Reader("sealed", sealed_tiles.accepts, sealed_tiles.run),
     Reader("graph", _graph_accepts, _run_in_graph),
     Reader("compiled", compiled.accepts, compiled.run),
     Reader("codes", codes.accepts, codes.run),
     Reader("torch", dense.accepts, dense.run),
 )
-# Without Triton, and sealed blocks, which few layers have, behind what most are read by.
-CPU_READERS = tuple(READERS[i] for i in (2, 3, 1, 4, 5))
+# Without Triton; sealed blocks, which few layers have, come behind what most are read by.
+CPU_READERS = tuple(READERS[i] for i in (3, 4, 1, 2, 5, 6))
 
 define_op(
     "attend_fixed",

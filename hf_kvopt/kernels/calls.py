@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,24 @@ from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.quant import Format, Quantized, dequantize, get_format, rotate, unguarded
 
 
+class SealedStep(NamedTuple):
+    """What a step on the device knows of sealed blocks beside their codes; see `kernels.sealed_kv`.
+
+    Args:
+        token: [num_blocks, block_size, num_kv_heads, num_groups] float16.
+        means: [num_blocks, num_kv_heads, dim] float16; None where none is taken out.
+        exact: [places, block_size, num_kv_heads, dim].
+        exact_table: [batch, max_blocks] int32, places.
+        lags: [batch] int64, columns before each row's first token.
+    """
+
+    token: Tensor
+    means: Tensor | None
+    exact: Tensor
+    exact_table: Tensor
+    lags: Tensor
+
+
 class Stored(NamedTuple):
     """The keys, or the values, of one layer as they lie in blocks.
 
@@ -29,12 +47,14 @@ class Stored(NamedTuple):
         scale: [num_blocks, block_size, num_kv_heads, *scale_shape]; None for native storage.
         rotates: whether vectors are rotated before they are stored.
         address: where the tensors lie, for the compiled kernels of a CPU; None where those cannot read or write them.
+        sealed: where `codes` are those of sealed blocks, the rest of them.
     """
 
     codes: Tensor
     scale: Tensor | None
     rotates: bool = False
     address: PoolAddress | None = None
+    sealed: SealedStep | None = None
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -44,6 +64,26 @@ class Stored(NamedTuple):
 
 # Block table [batch, max_blocks], tokens held [batch] and columns before the first one [batch], or None; all int32.
 RowTensors = tuple[Tensor, Tensor, Tensor | None]
+
+
+class SharedBlocks(NamedTuple):
+    """Tokens of which adjacent rows hold the very same blocks, so that a kernel can read these once for all of them.
+
+    Args:
+        tokens: [runs] int32, a multiple of `SHARED_TILE`: how many leading tokens all rows of each run share. A run is
+            batch // runs rows after one another. Every query sees these tokens by its position, and the rows of a run
+            have the same first token that is not hidden by the pattern's `starts`.
+        most: the greatest of `tokens`.
+        saved: tokens that need not be read again.
+    """
+
+    tokens: Tensor
+    most: int
+    saved: int
+
+
+# Shared tokens are counted in whole tiles of every kernel.
+SHARED_TILE = 64
 
 
 class Rows(Protocol):
@@ -56,6 +96,12 @@ class Rows(Protocol):
 
     def tensors_up_to(self, columns: int, device: torch.device) -> RowTensors:
         """The rows as attention reads them, without what lies behind the first `columns` columns that are held."""
+        ...
+
+    def shared_blocks(
+        self, columns: int, q_len: int, starts: Tensor | Sequence[int] | None, device: torch.device
+    ) -> SharedBlocks | None:
+        """Return what rows share of the tokens that all of their last `q_len` queries see; None for nothing."""
         ...
 
     def numbers(self, numbers: Sequence[int], device: torch.device) -> Tensor:
@@ -81,6 +127,9 @@ class EqualRows(NamedTuple):
     def tensors_up_to(self, columns: int, device: torch.device) -> RowTensors:
         """The rows as they are: `columns` may be the whole capacity."""
         return self.block_table, self.seq_lens, None
+
+    def shared_blocks(self, *_: Any) -> None:
+        """Nothing: the host knows no block of a graph."""
 
     def numbers(self, numbers: Sequence[int], device: torch.device) -> Tensor:
         """A copy: only prompts, which run uncompiled, have numbers."""
@@ -112,6 +161,7 @@ class KVSpec(NamedTuple):
     format: str
     rotates: bool = False  # before it was quantized: a query must be, too
     is_scattered: bool = False  # rows in a graph lie anywhere, and own no equal shares of the blocks
+    is_key: bool = False  # of sealed blocks, whose keys and values have codecs of their own
 
     def rows(self, block_table: Tensor, seq_lens: Tensor) -> EqualRows:
         """Make the rows of a graph out of their tensors."""
@@ -158,6 +208,14 @@ class KVView(NamedTuple):
         # A layer may hold fewer columns than its rows (it was not part of every forward).
         return self.rows.tensors_up_to(self.skip + self.spec.shape[2], self.plane.codes.device)
 
+    def shared_blocks(self, q_len: int, pattern: Pattern) -> SharedBlocks | None:
+        """Return the tokens that rows share and that all of their last `q_len` queries see; None for nothing."""
+        batch, _, kv_len, _ = self.spec.shape
+        is_narrow = pattern.window is not None and pattern.window < kv_len
+        if batch == 1 or self.skip or is_narrow:
+            return None
+        return self.rows.shared_blocks(kv_len, q_len, pattern.starts, self.plane.codes.device)
+
     def codes(self) -> Quantized:
         """Codes [batch, num_kv_heads, kv_len, width], and scales, of the columns that are handed out."""
         self.check_valid()
@@ -167,6 +225,13 @@ class KVView(NamedTuple):
     def dense(self) -> Tensor:
         """Return [batch, num_kv_heads, kv_len, head_dim]: a view of the pool where rows lie evenly, else a copy."""
         self.check_valid()
+        if self.plane.sealed is not None:
+            step, rows = self.plane.sealed, self.rows
+            assert isinstance(rows, EqualRows)
+            read: Tensor = torch.ops.hf_kvopt.read_sealed(
+                self.plane.codes, *step, rows.block_table, rows.seq_lens, self.spec.format, self.spec.is_key
+            )
+            return read
         # A window has let go of the first of these tokens already, or they are wanted as they came.
         if self.states is not None and (self.skip < 0 or self.plane.scale is not None):
             return self.states

@@ -48,7 +48,12 @@ def drop_manager(model: Any) -> None:
 
 
 def batch_config_of(
-    model: PreTrainedModel, cache: str | None, batching: bool | BatchConfig, options: dict[str, Any], draft: Any
+    model: PreTrainedModel,
+    cache: str | None,
+    batching: bool | BatchConfig,
+    options: dict[str, Any],
+    draft: Any,
+    tiers: dict[str, Any],
 ) -> BatchConfig | None:
     """Return how `model` is batched, checked; None where it is not."""
     if batching is False:
@@ -57,13 +62,13 @@ def batch_config_of(
         raise ValueError("batching needs a cache of this library: got cache=None; pass cache='paged'")
     require_packable(model)
     if isinstance(batching, BatchConfig):
-        if batching.cache != cache or options:
+        if batching.cache != cache or options or tiers:
             raise ValueError(
                 f"a BatchConfig names the cache and its options itself: got cache={cache!r} and options "
-                f"{sorted(options)} beside one with cache={batching.cache!r}; name them once"
+                f"{sorted(options | tiers)} beside one with cache={batching.cache!r}; name them once"
             )
         return batching
     wrong = sorted(set(options) - {"max_tokens", "block_size", *LAYER_OPTIONS})
     if wrong:
         raise TypeError(f"batching takes max_tokens, block_size and the formats of layers: got {wrong} too")
-    return BatchConfig(cache=cache, draft=draft, **options)
+    return BatchConfig(cache=cache, draft=draft, **options, **tiers)

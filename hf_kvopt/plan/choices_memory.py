@@ -113,8 +113,6 @@ def _why_native(w: Weighing) -> str:
 
 def _other_format(w: Weighing, name: str) -> str:
     peer = w.best._replace(format=name)
-    if peer.is_compiled and seals(name):
-        return f"{name}: seals whole blocks, which a cache of fixed addresses does not have"
     if peer not in w.timed:
         return f"{name}: {show_bytes(w.misfit(peer))} of KV{_kind(peer)} do not fit beside the weights"
     size, saved = f"{name}: {show_bytes(w.held[peer].batch_bytes)} of KV", w.saving(peer)

@@ -2,7 +2,6 @@
 
 from hf_kvopt.plan.inputs import show_bytes
 from hf_kvopt.plan.options import Option, accepted_of
-from hf_kvopt.plan.setup import seals
 from hf_kvopt.plan.weighing import MOST_ROWS_TO_DRAFT, Choice, Weighing, ms, plain, versus
 
 _NO_HEAD = "a trained head (EAGLE-3: 3.0x at batch 1, published): none given; pass --head if there is one"
@@ -103,8 +102,6 @@ def compile(w: Weighing) -> Choice:
         reason = "generate() does not compile weights of this quantization"
     elif w.layout.count > 1:
         reason = "a graph over several devices was never tried"
-    elif seals(w.best.format):
-        reason = f"{w.best.format} seals whole blocks, which a cache of fixed addresses does not have"
     elif graph not in w.timed:
         kept = " that keeps all tokens of sliding layers too" * setup.slides
         reason = f"a fixed cache{kept} takes {show_bytes(w.misfit(graph))}, which does not fit"

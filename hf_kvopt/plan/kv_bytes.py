@@ -19,7 +19,6 @@ from hf_kvopt.plan.geometry import LayerKV
 from hf_kvopt.plan.inputs import BadInput
 from hf_kvopt.quant import (
     CENTRE_TOKENS,
-    FIXED_CAPACITY,
     LATENTS,
     NATIVE_KV,
     SCALE_DTYPE,
@@ -28,7 +27,7 @@ from hf_kvopt.quant import (
     guard_for,
     require_unsealed,
 )
-from hf_kvopt.quant.sealed_formats import SEALED_BLOCK
+from hf_kvopt.quant.sealed_formats import MAX_TAIL_BLOCKS, SEALED_BLOCK
 
 _NATIVE = FormatPolicy()
 CACHES = ("paged", "dynamic", "static")
@@ -88,9 +87,9 @@ class CacheSpec:
             return NATIVE_KV
         chosen = policy.at(idx, is_sliding=layer.window is not None)
         is_latent = layer.attention == "MLA"
-        if self.compileable or is_latent:
+        if is_latent:
             try:
-                require_unsealed(chosen, FIXED_CAPACITY if self.compileable else LATENTS)
+                require_unsealed(chosen, LATENTS)
             except ValueError as error:
                 raise BadInput(str(error)) from error
         # Latents: the rotary part of the keys is stored in place of the values.
@@ -173,7 +172,7 @@ def kv_bytes(
 
     With `prompt=None` sliding layers count the most that they hold at any time up to `length`.
     """
-    tables: dict[int | None, _Table] = {}
+    tables: dict[tuple[int | None, bool], _Table] = {}
     content = stock = 0
     for layer, fmt in zip(layers, formats, strict=True):
         if not layer.has_kv:
@@ -184,15 +183,16 @@ def kv_bytes(
             continue
         content += batch * _held(spec, length, layer.window) * size // spec.block_size
         exact = spec.block_size * _vector_bytes(layer, NATIVE_KV, spec.dtype) if fmt.sealed is not None else 0
-        window = None if spec.compileable else layer.window  # one table for all layers
-        table = tables.setdefault(window, _Table(0, 0, 0))
+        # Of fixed capacity: one table for all layers that seal their blocks, and one for all others.
+        kind = (None, fmt.sealed is not None) if spec.compileable else (layer.window, False)
+        table = tables.setdefault(kind, _Table(0, 0, 0))
         beside = fixed_centre_bytes(layer, fmt, batch, spec.dtype) if spec.compileable else centre_bytes(layer, fmt)
-        tables[window] = _Table(table.block + size, table.beside + beside, table.exact_block + exact)
+        tables[kind] = _Table(table.block + size, table.beside + beside, table.exact_block + exact)
     if spec.cache != "paged":
         return KVBytes(content, content, content, stock)
     used = reserved = 0
     is_within_cap = True
-    for window, table in tables.items():
+    for (window, _), table in tables.items():
         blocks = _blocks(spec, batch, length, prompt, window)
         # Each table has its own block space, and the cap applies to each.
         is_within_cap &= blocks.used <= blocks.reserved
@@ -202,7 +202,8 @@ def kv_bytes(
         used += blocks.used * (held // max(1, blocks.reserved))
         if table.exact_block:
             places = tail_places(batch, length, prompt, window, spec.block_size)
-            reserved += places.reserved * table.exact_block
+            num_places = batch * MAX_TAIL_BLOCKS if spec.compileable else places.reserved
+            reserved += num_places * table.exact_block
             used += places.used * table.exact_block
     if spec.compileable:
         is_within_cap = spec.row_blocks(batch) * spec.block_size >= length

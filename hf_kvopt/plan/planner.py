@@ -27,7 +27,7 @@ from hf_kvopt.plan.options import (
     largest_holding,
     times_of,
 )
-from hf_kvopt.plan.setup import Setup, require_layout, seals, set_up
+from hf_kvopt.plan.setup import Setup, require_layout, set_up
 from hf_kvopt.plan.weighing import MOST_ROWS_TO_DRAFT, WORTH_A_LOSS, Choice, Weighing, plain
 
 
@@ -238,7 +238,7 @@ def _options(setup: Setup, layout: Layout, head: bool) -> Iterator[Option]:
         for shares_prefix in (False, True) if can_share else (False,):
             for draft in drafts if can_draft else ["none"]:
                 yield Option(name, False, shares_prefix, draft)
-        if can_compile and not seals(name):
+        if can_compile:
             yield Option(name, True, False, "none")
 
 

@@ -31,7 +31,7 @@ MOST_ABSORBED = 16
 
 
 def seals(format: str) -> bool:
-    """Return whether a format seals whole blocks, which neither latents nor caches of fixed addresses have."""
+    """Return whether a format seals whole blocks, which latents do not have."""
     return get_kv_format(format).sealed is not None
 
 

@@ -36,7 +36,7 @@ class BlockTable(ExactRows, Unevicted):
     def __init__(self, allocator: BlockAllocator, block_size: int, window: int | None = None) -> None:
         super().__init__(allocator, block_size)
         self.window = window
-        self.kind: int | EvictionPolicy | None = window  # under which the rows of a cache know it
+        self.kind: int | str | EvictionPolicy | None = window  # under which the rows of a cache know it
         self.record_past = False
         self.keeps_all = False  # a window hides what is behind it, but frees nothing: others may share it
         self.keep_contiguous = True

@@ -80,9 +80,10 @@ def _written(table: "BlockTable", start: int, stop: int) -> list[list[int]]:
 
 
 def require_tokens(policy: EvictionPolicy | None) -> None:
-    """Raise UnsupportedModel where a policy selects blocks by keys that are sealed."""
-    if policy is not None and policy.selects_blocks:
+    """Raise UnsupportedModel where a policy selects blocks, or moves old tokens, by keys that are sealed."""
+    if policy is not None and (policy.selects_blocks or policy.shrinks_chunks):
+        does = "selects blocks by" if policy.selects_blocks else "moves tokens of older chunks by"
         raise UnsupportedModel(
-            f"{policy} selects blocks by keys that are stored token by token: got a format that seals "
-            "whole blocks; use paged, int8 or fp8_e4m3"
+            f"{policy} {does} keys that are stored token by token: got a format that seals whole blocks; use paged, "
+            "int8 or fp8_e4m3"
         )

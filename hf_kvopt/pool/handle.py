@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_kvopt.errors import CacheStateError, UnsupportedModel
-from hf_kvopt.kernels.calls import EqualRows, KVSpec, KVView, Stored, TableRows
+from hf_kvopt.kernels.calls import EqualRows, KVSpec, KVView, SealedStep, Stored, TableRows
 from hf_kvopt.pool.lazy import LazyTensor
 from hf_kvopt.pool.reads import LayerReads, StepGuard
 
@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from hf_kvopt.pool.block_table import BlockTable
 
 # The tensors of a handle in a compiled graph.
-_PARTS = ("codes", "scale", "block_table", "seq_lens", "centre", "mask")
+_SEALED_PARTS = SealedStep._fields
+_PARTS = ("codes", "scale", "block_table", "seq_lens", "centre", "mask", *_SEALED_PARTS)
 logger = logging.getLogger(__name__)
-__all__ = ["EqualRows", "KVHandle", "KVSpec", "KVView", "Stored", "TableRows"]
+__all__ = ["EqualRows", "KVHandle", "KVSpec", "KVView", "SealedStep", "Stored", "TableRows"]
 
 
 class KVHandle(LazyTensor):
@@ -45,6 +46,11 @@ class KVHandle(LazyTensor):
     seq_lens: Tensor | None
     centre: Tensor | None
     mask: Tensor | None
+    token: Tensor | None  # this and the next four: see `SealedStep`
+    means: Tensor | None
+    exact: Tensor | None
+    exact_table: Tensor | None
+    lags: Tensor | None
     spec: KVSpec
     table: "BlockTable | None"
     reads: LayerReads | None
@@ -63,6 +69,8 @@ class KVHandle(LazyTensor):
         # One by one: a compiled graph sees tensors that are attributes, and no others.
         handle.codes, handle.scale, handle.centre, handle.spec = codes, stored.scale, view.centre, spec
         handle.mask = mask
+        sealed = stored.sealed if stored.sealed is not None else (None,) * 5
+        handle.token, handle.means, handle.exact, handle.exact_table, handle.lags = sealed
         if isinstance(rows, EqualRows):
             handle.block_table, handle.seq_lens, handle.table = *rows, None
         else:
@@ -113,18 +121,23 @@ class KVHandle(LazyTensor):
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], spec: KVSpec, *_: Any) -> "KVHandle":
-        plane = Stored(inner["codes"], inner.get("scale"), spec.rotates)
+        sealed = SealedStep(*map(inner.get, _SEALED_PARTS)) if "exact" in inner else None  # type: ignore[arg-type]
+        plane = Stored(inner["codes"], inner.get("scale"), spec.rotates, sealed=sealed)
         rows = spec.rows(inner["block_table"], inner["seq_lens"])
         return KVHandle(KVView(plane, rows, spec, centre=inner.get("centre")), mask=inner.get("mask"))
 
 
 def view_of(handle: KVHandle) -> KVView:
     """Return the frozen view that kernels take; in a compiled graph, which knows tensors alone, one made of these."""
-    if not torch.compiler.is_compiling():
+    # A table grows, which no graph knows.
+    if handle.table is not None or not torch.compiler.is_compiling():
         return handle._view
     assert handle.block_table is not None
     assert handle.seq_lens is not None
     stored, rows = Stored(handle.codes, handle.scale), handle.spec.rows(handle.block_table, handle.seq_lens)
+    if handle.exact is not None:
+        sealed = SealedStep(handle.token, handle.means, handle.exact, handle.exact_table, handle.lags)  # type: ignore[arg-type]
+        stored = Stored(handle.codes, None, False, None, sealed)
     return KVView(stored, rows, handle.spec, centre=handle.centre)
 
 

@@ -41,7 +41,7 @@ class ScoredTable(EvictingTable):
         self.choices, self.states, self.floors, self.shrunk = {}, {}, [], []
 
     def has_chosen(self, reads: object) -> bool:
-        return reads in self.choices or any(self.shrunk)
+        return self.step_start > 0 or reads in self.choices or any(self.shrunk)
 
     def choose(self, reads: object, rows: Sequence[Tensor], states: Sequence[tuple[Tensor, Tensor]] | None) -> None:
         self.choices[reads] = list(rows)

@@ -109,6 +109,10 @@ class SealedPlane:
         for i in range(0, len(full), _AT_ONCE):
             self._seal_full(full[i : i + _AT_ONCE], states, table, start)
 
+    def takes(self, x: Tensor) -> bool:
+        """Return whether states come from a layer of equal geometry and dtype, on the device of this one."""
+        return (x.shape[1], x.shape[3], x.dtype, x.device) == (self.num_heads, self.dim, self.dtype, self.home)
+
     def both_forms(self, new: Tensor | None = None) -> BothForms:
         """Return all that is stored, and the states of the last tokens, as kernels take them."""
         codes, token, *mean = self.stored
@@ -159,7 +163,7 @@ class SealedPlane:
             picked = self.unsealed(numbers[:, low - first : high - first].reshape(-1))
             picked = picked.unflatten(0, (len(rows), -1)).transpose(1, 2).flatten(2, 3)
             out[:, :, (low - first) * size : (high - first) * size] = picked
-        places = tail.exact_table(table, self.exact.device)[list(rows), first - base : stop - base].long()
+        places = table.exact_table(self.exact.device)[list(rows), first - base : stop - base].long()
         for a, b in ((first, min(stop, low)), (max(low, high), stop)):
             if a < b:
                 picked = self.exact[places[:, a - first : b - first]]  # [rows, blocks, block_size, heads, dim]

@@ -69,13 +69,33 @@ class Tails:
         """Give each of `blocks`, which have none, a place; the pools grow where there are too few."""
         lacking = len(blocks) - len(self._free)
         if lacking > 0:
-            capacity = self.capacity + max(lacking, self.capacity // 8)
-            for pool in self.pools:
-                pool.resize_tails(capacity)
-            self._free += range(self.capacity, capacity)
-            self.capacity = capacity
+            self.reserve(self.capacity + max(lacking, self.capacity // 8))
         for block in blocks:
             self.places[block] = self._free.pop()
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for `capacity` exact blocks in all."""
+        for pool in self.pools:
+            pool.resize_tails(capacity)
+        self._free += range(self.capacity, capacity)
+        self.capacity = capacity
+
+    def take(self, num_places: int) -> list[int]:
+        """Hand out places that belong to no block yet; see `put_back`."""
+        return [self._free.pop() for _ in range(num_places)]
+
+    def put_back(self, places: Iterable[int]) -> None:
+        """Take back places that belong to no block."""
+        self._free += places
+
+    def copy_from(self, other: "Tails") -> None:
+        """Become equal to `other`, of the same capacity."""
+        self.places, self._free = dict(other.places), list(other._free)
+
+    def assign(self, block: int, place: int) -> None:
+        """Give a block that has none a certain free place."""
+        self._free.remove(place)
+        self.places[block] = place
 
     def copied(self, src: Sequence[int], dst: Sequence[int]) -> list[tuple[int, int]]:
         """Places (from, to) to copy where block `src[i]` is copied to `dst[i]`, the same at every call."""

@@ -29,6 +29,10 @@ class Unevicted(Windowed):
         """Tell whether the layer of `reads` need not choose any more what it keeps of a prompt."""
         return True
 
+    def to_shrink(self, row: int, num_tokens: int) -> range:
+        """Return which of the `num_tokens` tokens that a row holds, behind its padding, are to be chosen of now."""
+        return range(num_tokens)
+
     def choose(self, reads: object, rows: Sequence[Tensor], states: Sequence[tuple[Tensor, Tensor]] | None) -> None:
         """Take note of what the layer of `reads` keeps of a prompt.
 

@@ -11,7 +11,6 @@ from hf_kvopt.prefix.cache import PrefixSharedCache
 from hf_kvopt.prefix.index import Match
 from hf_kvopt.prefix.shared_blocks import SharedBlocks
 from hf_kvopt.prefix.texts import end_tokens
-from hf_kvopt.prefix.tiers.restore import restore
 
 if TYPE_CHECKING:
     from hf_kvopt.prefix.store import PrefixStore
@@ -71,8 +70,7 @@ def file_row(
 
 
 def open_row(store: "PrefixStore", text: Sequence[int], key: Hashable) -> BatchCache:
-    """Make a cache of one row with what is known of `text`, less its last token, under a key of `key_of`."""
-    restore(store.blocks, key, [text[:-1]])
+    """Make a cache of one row with what lies on the device of `text`, less its last token, under a key of `key_of`."""
     cache = BatchCache(store.blocks)
     with store.lock:
         match = store.index.match(key, text[:-1]) if key is not None else Match([], 0)

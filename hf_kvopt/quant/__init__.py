@@ -1,7 +1,6 @@
 """Storage formats of keys and values, and their quantization in torch."""
 
 from hf_kvopt.quant.formats import (
-    FIXED_CAPACITY,
     FORMATS,
     KV_FORMATS,
     LATENTS,
@@ -32,7 +31,6 @@ from hf_kvopt.quant.reference import Quantized, dequantize, quantize, unpack_int
 
 __all__ = [
     "CENTRE_TOKENS",
-    "FIXED_CAPACITY",
     "FORMATS",
     "KV_FORMATS",
     "LATENTS",

@@ -157,7 +157,7 @@ def is_pair(name: str) -> bool:
 
 
 # What has no blocks to seal, for `require_unsealed`.
-FIXED_CAPACITY, LATENTS = "a cache of fixed capacity (compileable=True)", "latent attention"
+LATENTS = "latent attention"
 
 
 def require_unsealed(format: KVFormat, what: str) -> None:

@@ -9,7 +9,7 @@ Layers are numbered as in the cache. "first" and "last" are the first and the la
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
-from hf_kvopt.quant.formats import NATIVE_KV, KVFormat, get_kv_format, require_unsealed
+from hf_kvopt.quant.formats import NATIVE_KV, KVFormat, get_kv_format
 from hf_kvopt.quant.sealed_formats import SEALED_BLOCK
 
 GUARDS = ("auto", "off")
@@ -105,11 +105,6 @@ class FormatPolicy:
         if not (is_sliding and "sliding" in self.skip_layers):
             names.add(self.format)
         return any(get_kv_format(name).sealed is not None for name in names)
-
-    def require_unsealed(self, what: str) -> None:
-        """Raise ValueError where some layer may seal its blocks, which `what` does not."""
-        for name in (self.format, *self.layer_formats.values()):
-            require_unsealed(get_kv_format(name), what)
 
     def block_size(self) -> int:
         """Return the tokens of a block where nobody chose: more where blocks are sealed."""

@@ -113,7 +113,7 @@ def tail_blocks(
     The first one, those that its queries read exact, and those to which a draft may be cut back.
     """
     if after <= 0:
-        return ()
+        return (0,)
     last, first = (after - 1) // block_size, max(0, before // block_size - 1)
     if last - first <= _DRAFT_BLOCKS:
         return tuple(sorted({0, *range(first, last + 1)}))
@@ -125,6 +125,8 @@ def tail_blocks(
 # A step of no more blocks than this keeps all of its own blocks exact until the next one, so that drafts are cut back
 # without a loss; a longer one is a prompt.
 _DRAFT_BLOCKS = 4
+# The most that `tail_blocks` returns: of a short step the first block and all of its own, of a prompt no more.
+MAX_TAIL_BLOCKS = _DRAFT_BLOCKS + 2
 # How a code's bits are cut, low ones first, so that each piece divides a byte.
 _PARTS = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 

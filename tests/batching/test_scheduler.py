@@ -32,10 +32,12 @@ class Simulation:
     chunk: int
     shares: bool
     rng: random.Random
+    host_tier: int | None = None
+    is_forgetful: bool = True  # with a tier: lets go of what is known now and then
     finished: list[Job] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.store = PrefixStore(tiny_config(self.kind), max_tokens=self.max_blocks * BLOCK)
+        self.store = PrefixStore(tiny_config(self.kind), max_tokens=self.max_blocks * BLOCK, host_tier=self.host_tier)
         self.rows = Rows(self.store)
         self.scheduler = Scheduler(self.store, self.rows, self.max_rows, self.chunk, self.shares)
         self.num_jobs = 0
@@ -46,10 +48,16 @@ class Simulation:
         self.scheduler.add(Job(Request(prompt), rules, (self.num_jobs - priority, self.num_jobs)))
 
     def step(self) -> StepPlan:
+        if self.host_tier and self.is_forgetful and self.rng.random() < 0.5:  # what is known is found below the device
+            self.store.flush()
+            with self.store.lock:
+                self.store.index.evict(self.max_blocks)
         drafts = [[1] * self.rng.choice((0, 0, 1, 5)) for _ in self.rows.jobs]
         running = {*self.scheduler.filling, *self.rows.jobs}
         plan = self.scheduler.plan(drafts)
-        assert not plan.is_empty
+        if plan.is_empty:
+            assert self.scheduler.wait(), "nothing can go on"
+            return plan
         taking = [*self.scheduler.filling, *self.rows.jobs]
         oldest = min(taking, key=_rank)
         assert not running or oldest.rank <= min(map(_rank, running)), "the job that came first always takes part"
@@ -118,6 +126,7 @@ def workloads(draw: st.DrawFn) -> tuple[Simulation, list[tuple[int, list[int], i
         draw(st.integers(1, 40)),
         draw(st.booleans()),
         random.Random(draw(st.integers(0, 2**16))),
+        draw(st.sampled_from((None, 2**16, 2**30))),
     )
     common = [simulation.rng.randrange(5) for _ in range(64)]
     arrivals = []
@@ -148,6 +157,7 @@ def test_no_forward_runs_out_of_blocks_and_everybody_ends(workload) -> None:
     assert len(simulation.finished) == simulation.num_jobs
     for job in simulation.finished:
         assert job.num_new == job.rules.max_new_tokens
+    simulation.scheduler.close()
     simulation.store.index.clear()
     assert all(allocator.num_free == allocator.num_blocks for allocator in simulation.store.allocators)
 

@@ -109,9 +109,6 @@ def test_what_breaks_off_while_it_is_written_is_not_held(make_cache, layer_idx, 
     with pytest.raises(KeyboardInterrupt):
         generate(model, unpadded(text[:, :24]), cache)
     monkeypatch.undo()
-    if layer_idx and cache.cache_config.compileable:
-        with pytest.raises(CacheStateError, match=r"stopped half way.*taken back and 19 are left"):
-            generate(model, unpadded(text[:, :24]), cache)
     assert int(cache.get_seq_length()) == 19
     cache.check_integrity()
     assert torch.equal(generate(model, unpadded(text[:, :24]), cache, max_new_tokens=8), text)

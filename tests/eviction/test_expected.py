@@ -40,11 +40,14 @@ class Expected:
                 logits = [(key @ mean) / math.sqrt(dim) + key @ covariance @ key / dim / 2 for key in keys]
                 own.append(torch.stack(logits).softmax(0))
             scores[head, self.policy.sinks :] = torch.stack(own).mean(0) * v[head, self.policy.sinks :].norm(dim=-1)
+        scores[:, n - self.policy.window :] = 1e9
         return best(scores, self.policy.budget(n))
 
 
 @pytest.mark.parametrize("lengths", [(90,), (90, 61)], ids=str)
-@pytest.mark.parametrize("policy", [ExpectedAttention(0.4), ExpectedAttention(0.3, future=16, sinks=0)], ids=str)
+@pytest.mark.parametrize(
+    "policy", [ExpectedAttention(0.4, window=8), ExpectedAttention(0.3, future=16, sinks=0, window=1)], ids=str
+)
 @torch.no_grad()
 def test_tokens_are_those_of_the_formula(policy: ExpectedAttention, lengths: tuple[int, ...]) -> None:
     model, inputs = tiny_model(), distinct(*lengths)
@@ -60,7 +63,7 @@ def test_tokens_are_those_of_the_formula(policy: ExpectedAttention, lengths: tup
 
 @pytest.mark.parametrize("name", ["normed heads", "windows", "caps on scores", "part of a head rotates"])
 def test_other_models_shrink_rows_as_alone(name: str) -> None:
-    model = enable(make(CONFIGS[name], ATTENTION_NAME), cache="int8", policy=ExpectedAttention(0.4))
+    model = enable(make(CONFIGS[name], ATTENTION_NAME), cache="int8", policy=ExpectedAttention(0.4, window=8))
     inputs = prompt(80, 51)
     out = model.generate(**inputs, max_new_tokens=12, do_sample=False)
     own = unpadded(inputs["input_ids"][1:, 29:])
@@ -71,7 +74,7 @@ def test_other_models_shrink_rows_as_alone(name: str) -> None:
 @torch.no_grad()
 def test_a_model_without_rotation_is_refused_and_its_cache_goes_on() -> None:
     model = make(CONFIGS["learned positions"], ATTENTION_NAME)
-    cache = PagedCache(model.config, policy=ExpectedAttention(0.5))
+    cache = PagedCache(model.config, policy=ExpectedAttention(0.5, window=2))
     with pytest.raises(UnsupportedModel, match=r"no rotary embedding was found; use SnapKV"):
         model(**prompt(40), **{CACHE_KEYWORD: cache})
     assert cache.stats().num_tokens == 0
@@ -79,7 +82,9 @@ def test_a_model_without_rotation_is_refused_and_its_cache_goes_on() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"keep": 0}, {"keep": 2}, {"future": 0}, {"future": 1.5}, {"sinks": -1}, {"sinks": True}], ids=str
+    "options",
+    [{"keep": 0}, {"keep": 2}, {"future": 0}, {"future": 1.5}, {"sinks": -1}, {"sinks": True}, {"window": -1}],
+    ids=str,
 )
 def test_numbers_that_cannot_work_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):

@@ -282,10 +282,6 @@ def format_rules(f: Facts) -> list[Rule]:
             small_saving,
         ),
         *(Rule(f"not {{word}}: {{gib}} of KV{kind} do not fit beside the weights", misfit) for kind in kinds),
-        Rule(
-            "not {word}: seals whole blocks, which a cache of fixed addresses does not have",
-            lambda name: best.is_compiled and is_sealed(name),
-        ),
         Rule("not fp8_e4m3: the bytes of int8, with more loss", lambda: is_fast8(f.device)),
         Rule(
             "not fp8_e4m3: needs compute capability {num}, {any} has {num}",
@@ -453,10 +449,6 @@ def compile_rules(f: Facts) -> list[Rule]:
         Rule(
             "because generate() does not compile weights of this quantization",
             lambda: "quantization_config" in f.fields,
-        ),
-        Rule(
-            "because {word} seals whole blocks, which a cache of fixed addresses does not have",
-            lambda name: name == best.format and is_sealed(name),
         ),
         Rule("because a graph over several devices was never tried", lambda: f.made.num_devices > 1),
         *(

@@ -5,10 +5,9 @@ import torch
 from transformers import DeepseekV3Config, LlamaConfig
 
 from hf_kvopt import CACHE_KEYWORD, QuantizedPagedCache
-from hf_kvopt.plan.inputs import BadInput
 from hf_kvopt.plan.memory import memory
 from tests.cache.sealed import FORMATS
-from tests.helpers import prompt, tiny_model
+from tests.helpers import generate, prompt, tiny_model
 
 
 @pytest.mark.parametrize("name", FORMATS[:2])
@@ -35,17 +34,27 @@ def test_blocks_of_64_are_chosen_where_they_are_sealed():
     assert QuantizedPagedCache(model.config, format="int3").cache_config.block_size == 64
 
 
-@pytest.mark.parametrize("options", [{"format": "int4"}, {"layer_formats": {1: "k8v4"}}], ids=str)
-def test_fixed_capacity_is_refused_alike_by_the_cache_and_by_arithmetic(options):
-    model, fixed = tiny_model("full"), {"max_tokens": 256, "compileable": True}
-    name = options.get("format", "k8v4")
-    said = (
-        rf"a cache of fixed capacity \(compileable=True\) stores each token by itself: got format '{name}'.*'int4/int4'"
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("full", {}),
+        ("mixed", {}),
+        ("sliding", {}),
+        ("mixed", {"skip_layers": ()}),
+        ("full", {"layer_formats": {1: "int8"}}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["int4", "k8v4"])
+def test_fixed_capacity_holds_what_arithmetic_says(name, kind, options, batch):
+    model, fixed = tiny_model(kind), {"max_tokens": batch * 200, "compileable": True}
+    cache = QuantizedPagedCache(model.config, format=name, **options, **fixed)
+    generate(model, prompt(*[70] * batch), cache, disable_compile=True, max_new_tokens=3)
+    told = memory(
+        model, context=72, prompt=70, batch=batch, format=name, dtype="float32", weights=False, **options, **fixed
     )
-    with pytest.raises(ValueError, match=said):
-        QuantizedPagedCache(model.config, **options, **fixed)
-    with pytest.raises(BadInput, match=said):
-        memory(model, context=64, weights=False, **options, **fixed)
+    assert (cache.stats().reserved_bytes, cache.stats().used_bytes) == (told.reserved_bytes, told.used_bytes)
 
 
 def test_latents_are_refused_alike_by_the_cache_and_by_arithmetic():

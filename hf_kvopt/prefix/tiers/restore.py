@@ -34,12 +34,18 @@ def restore(blocks: SharedBlocks, key: Hashable, texts: Sequence[Sequence[int]])
 
     Whoever calls does not hold the store's lock.
     """
-    tiers = blocks.tiers
-    if tiers is None or key is None:
+    if blocks.tiers is None or key is None:
         return
-    tiers.learn(key)
     for text in texts:
-        _restore(tiers, key, text)
+        one = Restore(blocks.tiers, key, text)
+        one.find()
+        with blocks.lock:
+            is_any = one.take() > 0
+        if is_any:
+            try:
+                one.fill()
+            finally:
+                one.leave()
 
 
 def known_length(blocks: SharedBlocks, key: Hashable, text: Sequence[int]) -> int:
@@ -53,26 +59,68 @@ def known_length(blocks: SharedBlocks, key: Hashable, text: Sequence[int]) -> in
     return max(length, (start + len(blocks.tiers.find(key, text, start))) * blocks.block_size)
 
 
-def _restore(tiers: "Tiers", key: Key, text: Sequence[int]) -> None:
-    blocks = tiers.blocks
-    size, epoch = blocks.block_size, tiers.epoch
-    with blocks.lock:
-        start = blocks.index.match(key, text).length // size
-    records = tiers.find(key, text, start) if len(text) >= (start + 1) * size else []
-    if not records:
-        return
-    with blocks.lock:
-        match = blocks.index.match(key, text[: start * size])
-        records = records[: _readable(tiers, records)]
-        if match.length != start * size or not records:
-            return
+class Restore:
+    """One text on its way up: `find`, `take`, `fill`, `leave`, in this order, from any threads.
+
+    Args:
+        tiers: where it comes from.
+        key: what it is filed under.
+        text: tokens, of which whole blocks come back.
+    """
+
+    def __init__(self, tiers: "Tiers", key: Key, text: Sequence[int]) -> None:
+        self.tiers, self.key, self.text, self.epoch = tiers, key, list(text), tiers.epoch
+        self.start = 0  # first block that does not lie on the device
+        self.records: list[Record] = []
+        self._guest: _Guest | None = None
+
+    @property
+    def num_held(self) -> int:
+        """Blocks in each block space that are held from `take` to `leave`, those that lay on the device included."""
+        return 0 if self._guest is None else max(map(len, self._guest.rows), default=0)
+
+    def find(self) -> None:
+        """Read what the tiers know beyond what lies on the device; whoever calls does not hold the store's lock."""
+        blocks = self.tiers.blocks
+        size = blocks.block_size
+        self.tiers.learn(self.key)
+        with blocks.lock:
+            self.start = blocks.index.match(self.key, self.text).length // size
+        is_longer = len(self.text) >= (self.start + 1) * size
+        self.records = self.tiers.find(self.key, self.text, self.start) if is_longer else []
+
+    def take(self) -> int:
+        """Take blocks for what was found, and return for how many; whoever calls holds the store's lock."""
+        blocks = self.tiers.blocks
+        size = blocks.block_size
+        known = blocks.index.match(self.key, self.text).length // size
+        if known > self.start:  # computed meanwhile
+            self.start, self.records = known, self.records[known - self.start :]
+        match = blocks.index.match(self.key, self.text[: self.start * size])
+        if match.length != self.start * size:
+            self.records = []
+        self.records = self.records[: _readable(self.tiers, self.records)] if self.records else []
+        if not self.records:
+            return 0
         guest = _Guest(blocks, match)
-    try:
-        records = records[: guest.take(records)]
-        if records:
-            _fill(tiers, key, list(text[: (start + len(records)) * size]), records, guest, epoch)
-    finally:
-        guest.leave()
+        self.records = self.records[: guest.take(self.records)]
+        if self.records:
+            self._guest = guest
+        else:
+            guest.leave()
+        return len(self.records)
+
+    def fill(self) -> None:
+        """Copy what was found to the blocks, and let the index know them; without the store's lock, as `find`."""
+        assert self._guest is not None
+        text = self.text[: (self.start + len(self.records)) * self.tiers.blocks.block_size]
+        _fill(self.tiers, self.key, text, self.records, self._guest, self.epoch)
+
+    def leave(self) -> None:
+        """Let go of all blocks; what the index took stays."""
+        if self._guest is not None:
+            self._guest.leave()
+            self._guest = None
 
 
 class _Guest:

@@ -74,6 +74,33 @@ class Spiller:
         if new:
             self._start(new)
 
+    @torch.no_grad()
+    def keep_on_host(self, key: Hashable, path: Sequence[Node]) -> int:
+        """Copy what the host's memory lacks of a text now, in the calling thread, which does not hold the store's lock.
+
+        Returns:
+            The bytes that were copied.
+        """
+        blocks, num_bytes = self.tiers.blocks, 0
+        for nodes in self.tiers.missing_on_host(key, path):
+            for start in range(0, len(nodes), self._limit()):
+                with blocks.lock:
+                    some = [node for node in nodes[start : start + self._limit()] if not node.is_gone]
+                    batch = self._batch_of(key, some) if some else None
+                if batch is None:
+                    continue
+                rows = packed(batch.pieces)
+                with blocks.lock:
+                    kept = {id(node) for node in batch.unchanged()}
+                pairs = zip(batch.nodes, rows, strict=True)
+                records = {
+                    n.digest: Record(n.tokens, batch.is_exact, batch.layout, r) for n, r in pairs if id(n) in kept
+                }
+                self.tiers.put_on_host(key, records, [node.digest for node in path], batch.epoch)
+                num_bytes += rows.numel()
+                self.num_spilled += len(records)
+        return num_bytes
+
     def flush(self) -> None:
         """Wait until nothing is queued; whoever calls does not hold the store's lock."""
         while (thread := self._thread) is not None:
@@ -125,7 +152,7 @@ class Spiller:
 
     def _next(self) -> _Batch | None:
         """Take nodes of one key and one form from the queue; None where none of them needs a copy."""
-        limit = min(_BATCH_BLOCKS, max(1, _BATCH_BYTES // self.tiers.block_bytes()))
+        limit = self._limit()
         nodes: list[Node] = []
         key: Key = None
         with self._lock:
@@ -139,11 +166,17 @@ class Spiller:
                     nodes.append(node)
                 else:
                     node.waits = False
-        if not nodes:
-            return None
+        return self._batch_of(key, nodes) if nodes else None
+
+    def _batch_of(self, key: Key, nodes: list[Node]) -> _Batch:
+        """Note what nodes hold, all of which are exact or none; whoever calls holds the store's lock."""
         pieces = self.tiers.pieces(nodes)
         held, is_exact = [list(node.blocks) for node in nodes], nodes[0].is_exact
         return _Batch(key, nodes, held, is_exact, self.tiers.layout(is_exact), pieces, self.tiers.epoch)
+
+    def _limit(self) -> int:
+        """Return how many blocks are copied together."""
+        return min(_BATCH_BLOCKS, max(1, _BATCH_BYTES // self.tiers.block_bytes()))
 
 
 def _depths(nodes: Sequence[Node]) -> dict[bytes, int]:

@@ -123,14 +123,31 @@ class Tiers:
         self.touch(key, path)
         kept = {name for digest in path if (name := self._path(key, digest)) is not None}
         for digest, record in records.items():
-            with self._forgetting:
-                if self.host is not None and epoch == self.epoch:
-                    # A copy of its own: rows of one batch would keep each other.
-                    self.host.put(key, digest, record._replace(data=record.data.clone()), path)
+            self.put_on_host(key, {digest: record}, path, epoch)
             name = self._path(key, digest)
             if self.disk is not None and name is not None:
                 self.disk.put(name, record, kept, lambda: epoch == self.epoch)
         self.touch(key, path)
+
+    def put_on_host(self, key: Key, records: Mapping[bytes, Record], path: Sequence[bytes], epoch: int) -> None:
+        """Keep copies of blocks in the memory of the host alone; see `put`."""
+        for digest, record in records.items():
+            with self._forgetting:
+                if self.host is not None and epoch == self.epoch:
+                    # A copy of its own: rows of one batch would keep each other.
+                    self.host.put(key, digest, record._replace(data=record.data.clone()), path)
+
+    def missing_on_host(self, key: Key, path: Sequence[Node]) -> list[list[Node]]:
+        """Return the whole blocks of a text that the host's memory lacks and can hold, exact ones apart from others."""
+        if self.host is None:
+            return []
+        size, room = self.blocks.block_size, self.host.max_bytes // self.block_bytes()
+        lacking: dict[bool, list[Node]] = {False: [], True: []}
+        for node in path[:room]:
+            known = self.host.get(key, node.digest)
+            if len(node.tokens) == size and node.digest and (known is None or known.is_exact < node.is_exact):
+                lacking[node.is_exact].append(node)
+        return [nodes for nodes in lacking.values() if nodes]
 
     def has(self, key: Key, digest: bytes, is_exact: bool) -> bool:
         """Tell whether all tiers that can hold a block have it in this form; files are not read for the answer."""

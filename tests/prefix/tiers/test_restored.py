@@ -10,6 +10,7 @@ import torch
 from hf_kvopt import CACHE_KEYWORD, PrefixStore, disable, enable, prefix_store
 from hf_kvopt.pool.block_pieces import Piece
 from hf_kvopt.prefix.tiers import spill
+from hf_kvopt.prefix.tiers.restore import Restore
 from tests.helpers import KINDS, tiny_model
 from tests.prefix.prefixes import batch, counted, text, turn
 from tests.prefix.tiers.stores import FORMATS, LONG, SEALED, evict_all, fresh, known
@@ -129,6 +130,23 @@ def test_blocks_with_a_copy_go_before_those_that_wait_for_one(monkeypatch: pytes
     evict_all(store)
     assert waiting == 13
     assert store.match_length(LONG) == 192
+
+
+def test_what_was_computed_since_it_was_found_does_not_come_back_twice() -> None:
+    model = tiny_model()
+    store = PrefixStore(model, host_tier="1GiB")
+    turn(store, model, batch(LONG))
+    evict_all(store)
+    one = Restore(store.blocks.tiers, store.key_of(None), LONG)
+    one.find()
+    assert len(one.records) == 192 // 16
+    turn(store, model, batch(LONG[:100]))  # brings six blocks back
+    with store.lock:
+        assert one.take() == 192 // 16 - 6
+    one.fill()
+    one.leave()
+    store.check_integrity()
+    assert store.stats().restored == 192 // 16
 
 
 def is_free(lock: Any) -> bool:
