@@ -1,7 +1,7 @@
 """Reading: the ordered list of backends that compute an attention; the first one that accepts a call runs it.
 
-step        one query a row over sealed blocks of fixed capacity: one opaque op, which runs this list on what it holds
 triton      CUDA devices, and Triton's interpreter
+step        one query a row over sealed blocks of fixed capacity: one opaque op, which runs this list on what it holds
 sealed      layers whose full blocks are sealed: this CPU's machine code, or PyTorch's operations block by block
 graph       one opaque op in a compiled graph, over rows of fixed capacity: it runs this list when the graph runs
 compiled    this CPU's machine code, through the block table
@@ -133,8 +133,8 @@ def _attend_fixed_fake(
 
 
 READERS = (
-    Reader("step", _step_accepts, _run_step),
     Reader("triton", triton.accepts, triton.run),
+    Reader("step", _step_accepts, _run_step),
     Reader("sealed", sealed_tiles.accepts, sealed_tiles.run),
     Reader("graph", _graph_accepts, _run_in_graph),
     Reader("compiled", compiled.accepts, compiled.run),
@@ -142,7 +142,7 @@ READERS = (
     Reader("torch", dense.accepts, dense.run),
 )
 # Without Triton; sealed blocks, which few layers have, come behind what most are read by.
-CPU_READERS = tuple(READERS[i] for i in (3, 4, 0, 2, 5, 6))
+CPU_READERS = tuple(READERS[i] for i in (3, 4, 1, 2, 5, 6))
 
 define_op(
     "attend_fixed",

@@ -109,6 +109,10 @@ class SealedPlane:
         for i in range(0, len(full), _AT_ONCE):
             self._seal_full(full[i : i + _AT_ONCE], states, table, start)
 
+    def takes(self, x: Tensor) -> bool:
+        """Return whether states come from a layer of equal geometry and dtype, on the device of this one."""
+        return (x.shape[1], x.shape[3], x.dtype, x.device) == (self.num_heads, self.dim, self.dtype, self.home)
+
     def both_forms(self, new: Tensor | None = None) -> BothForms:
         """Return all that is stored, and the states of the last tokens, as kernels take them."""
         codes, token, *mean = self.stored

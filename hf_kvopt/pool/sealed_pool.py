@@ -47,11 +47,7 @@ class SealedPool:
 
     def matches(self, key_states: Tensor, value_states: Tensor) -> bool:
         """Return whether states come from a layer of equal geometry and dtype, on the device of this one."""
-        given = zip(self.planes, (key_states, value_states), strict=True)
-        return all(
-            (x.shape[1], x.shape[3], x.dtype, x.device) == (plane.num_heads, plane.dim, plane.dtype, plane.home)
-            for plane, x in given
-        )
+        return self.keys.takes(key_states) and self.values.takes(value_states)
 
     @property
     def num_bytes(self) -> int:

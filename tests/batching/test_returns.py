@@ -54,12 +54,14 @@ def drain(simulation: Simulation) -> None:
 
 
 def until_arriving(simulation: Simulation, gate: Gate) -> None:
+    """Plan, without a forward, until a copy was begun."""
     gate.begun.clear()
     for _ in range(500):
         if simulation.scheduler.arriving:
             assert gate.begun.wait(60)
             return
-        simulation.step()
+        simulation.scheduler.plan([[] for _ in simulation.rows.jobs])
+        simulation.scheduler.wait()
     raise AssertionError("nothing comes back")
 
 

@@ -56,7 +56,7 @@ def run(call: AttentionCall) -> Tensor:
     assert isinstance(k, KVView)
     assert isinstance(v, KVView)
     q = k.for_codes(q) if k.spec.rotates else q
-    shared = k.shared_blocks(q.shape[2], pattern) if len(q) > 1 else None
+    shared = k.shared_blocks(q.shape[2], pattern) if q.shape[0] > 1 else None
     if shared is not None and shared.saved * sum(x.plane.codes[0, 0].nbytes for x in (k, v)) < MIN_SAVED_BYTES:
         shared = None
     return attend_blocks(q, k.plane.address, v.plane.address, *k.row_tensors(), pattern, skip=k.skip, shared=shared)  # type: ignore[arg-type]

@@ -38,7 +38,7 @@ _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 def accepts(call: AttentionCall) -> bool:
     """Take calls on a device that runs the kernels; where one is passed on there, that is said once."""
-    if not runs_kernel(call.q):
+    if not runs_kernel(call.q) or (isinstance(call.k, KVView) and call.k.plane.sealed is not None):
         return False
     obstacle = _obstacle(call)
     if obstacle is not None:
@@ -50,7 +50,7 @@ def run(call: AttentionCall) -> Tensor:
     """Call the op that suits."""
     q, k, v, pattern, _ = call
     q = q if q.stride(-1) == 1 else q.contiguous()
-    shared = _shared(q, k, v, pattern) if len(q) > 1 else None  # while it is known here where rows start
+    shared = _shared(q, k, v, pattern) if q.shape[0] > 1 else None  # while it is known here where rows start
     if pattern.starts is not None:
         pattern = pattern._replace(starts=_on_device(pattern.starts, k, q.device))
     if not isinstance(k, KVView) or not isinstance(v, KVView):

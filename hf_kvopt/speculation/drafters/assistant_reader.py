@@ -58,8 +58,8 @@ class AssistantReader(Reader):
         for begin in range(start, width, step):
             part = [list(row[begin : begin + step]) for row in rows]
             logits = self._read_part(part)
-            for i, (row, new) in enumerate(zip(rows, part, strict=True)):
-                if new and len(row) <= begin + step:
+            for i, new in enumerate(part):
+                if new:
                     last[i] = logits[i, len(new) - 1]
         return torch.stack(last)
 
