@@ -14,6 +14,7 @@ from hf_kvopt.errors import CacheStateError
 from hf_kvopt.kernels import devices
 from hf_kvopt.pool.ahead import AheadTable
 from hf_kvopt.quant.policy import LayerName
+from hf_kvopt.quant.sealed_formats import MAX_TAIL_BLOCKS
 from tests.cache.test_sealed_step import BLOCK, ROW, followed, new_cache
 from tests.helpers import VOCAB, prompt, tiny_model
 
@@ -85,12 +86,13 @@ class Pair:
         return logits
 
     def check(self) -> None:
-        """Each block and each exact place of the fixed cache belongs to one owner."""
+        """Each block and each exact place of the fixed cache belongs to one owner, and memory does not grow."""
         self.fixed.check_integrity()
         (table,) = self.fixed._tables.values()
         assert isinstance(table, AheadTable)
         tails = table.allocator.tails
         assert tails is not None
+        assert tails.capacity == BATCH * MAX_TAIL_BLOCKS
         spare = [place for cycle in table.cycles for place in cycle.spare] if table.is_published else []
         assert sorted([*tails.places.values(), *tails._free, *spare]) == list(range(tails.capacity))
 
@@ -138,6 +140,18 @@ def test_a_text_in_one_piece_and_in_chunks_is_stored_as_in_a_growing_cache(chunk
         found[-1] += [states for layer in cache.layers for states in (layer.keys.clone(), layer.values.clone())]
     for got, want in zip(*found, strict=True):
         assert torch.equal(got, want)
+
+
+def test_rows_that_keep_most_blocks_exact_change_places_in_the_memory_they_have() -> None:
+    pair = Pair(tiny_model(), "int4", seed=0, is_on_host=True)
+    pair.start(40, 40, 40)
+    pair.feed(60)
+    for _ in range(3):
+        pair.reorder([1, 1, 1])
+        pair.check()
+        pair.feed(1)
+    pair.feed(20)
+    pair.check()
 
 
 @pytest.mark.parametrize("held", [51, 64, 65])
