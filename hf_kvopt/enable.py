@@ -274,8 +274,7 @@ def _sharing(
             )
         return Sharing(prefix_sharing, {})
     options = {**options, **tiers, "format": format_of_cache(cache)}
-    PrefixStore(model, **options)  # refuse now what cannot be shared
-    return Sharing(None, options)
+    return Sharing(PrefixStore(model, **options), options)
 
 
 def _check_options(cache: str | None, options: dict[str, Any]) -> None:

@@ -30,10 +30,10 @@ SHAPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 
 
-def random_model(shape: str, seed: int = 0) -> LlamaForCausalLM:
-    """Build the named shape in float32 on the CPU with weights drawn from `seed`."""
+def random_model(shape: str, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
+    """Build the named shape, with `changes` to its config, in float32 on the CPU with weights drawn from `seed`."""
     config = LlamaConfig(
-        **SHAPES[shape],
+        **{**SHAPES[shape], **changes},
         max_position_embeddings=65536,
         tie_word_embeddings=True,
         bos_token_id=None,

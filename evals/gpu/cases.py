@@ -12,7 +12,7 @@ from hf_kvopt.kernels.packed import Packed
 from hf_kvopt.kernels.paged_kv import PagedKV
 from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.kernels.sealed_kv import BothForms, Full, SealedKV
-from hf_kvopt.kernels.triton import flash_prefill, merge_state, paged_decode, paged_prefill, store_kv
+from hf_kvopt.kernels.triton import cascade, flash_prefill, merge_state, paged_decode, paged_prefill, store_kv
 from hf_kvopt.kernels.triton.configs import decode_config, flash_prefill_config, paged_prefill_config, sealed_config
 from hf_kvopt.kernels.triton.launch import Config, Launch, Target, cdiv
 from hf_kvopt.kernels.triton.seal_blocks import plan_seal_blocks
@@ -28,7 +28,8 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 class Case(NamedTuple):
     """One launch to compile; hashable, so that sweeps can be joined without repeats."""
 
-    # store_kv, paged_decode, paged_prefill, flash_prefill, merge_state, sealed_decode, sealed_prefill, seal_blocks
+    # store_kv, paged_decode, cascade, paged_prefill, flash_prefill, merge_state, sealed_decode, sealed_prefill,
+    # seal_blocks
     op: str
     k_dim: int = 128
     v_dim: int = 128
@@ -116,6 +117,9 @@ def launches_of(case: Case, target: Target) -> list[Launch]:
     table, lens = meta(batch, 512, dtype=torch.int32), meta(batch, dtype=torch.int32)
     kv = PagedKV(k_pool, v_pool, table, lens, k_scale, v_scale)
     pattern = pattern_of(case.pattern, batch, num_heads, case.q_len, kv.capacity)
+    if case.op == "cascade":
+        shared = kv._replace(shared=meta(1, dtype=torch.int32))
+        return list(cascade.plan_cascade(q, shared, pattern, out, lse, target)[:2])
     num_rows = case.q_len * case.group
     choose = paged_prefill_config if case.op == "paged_prefill" else decode_config
     config = case.config or choose(widest, case.dtype, formats, num_rows, pattern.has_mask, target)
@@ -164,6 +168,7 @@ def sweep(card_has_e4m3: bool, full: bool) -> list[Case]:
     """Return the cases of one card: a quick subset, or every kernel, format, column and pattern at least once."""
     formats = ["native", "int8", "int4"] + ["fp8_e4m3"] * card_has_e4m3
     cases = [Case("paged_decode", k_format=f, v_format=f) for f in formats]
+    cases += [Case("cascade", k_format=f, v_format=f, group=16) for f in formats]
     cases += [Case("paged_prefill", k_format=f, v_format=f, q_len=512) for f in ("native", "int4")]
     cases += [Case("paged_prefill", pattern="tree", q_len=60)]
     cases += [Case("flash_prefill", dim, dim, q_len=4096) for dim in (64, 128, 256)]
@@ -201,6 +206,12 @@ def _full_sweep(formats: list[str]) -> list[Case]:
         Case("paged_decode", dim, dim, k_format=fmt, v_format=fmt, pattern=pattern, q_len=8)
         for dim, fmt, pattern in itertools.product((128, 256), ("native", "int8"), _HEAVIEST)
     ]
+    # Rows that share a tile of their own: of codes it is one of `paged_decode`, whose patterns are above.
+    cases += [
+        Case("cascade", dim, dim, pattern=pattern, group=16)
+        for dim, pattern in itertools.product((128, 256), ("causal", *_HEAVIEST))
+    ]
+    cases += [Case("cascade"), Case("cascade", 64, 64, group=16), Case("cascade", dtype=FP32, group=16)]
     # The launch that a compiled generate() replays at the 1B shape that evals.gpu times.
     cases.append(Case("paged_decode", 64, 64, pattern="tree"))
     flash = [

@@ -41,6 +41,11 @@ class ForwardLog:
         """Return whether this forward has written nothing yet."""
         return all(part.startswith(READ) for _, part in self.written)
 
+    @property
+    def is_whole(self) -> bool:
+        """Return whether the last forward reached every layer and every part that any did."""
+        return not (self.is_broken or self.last < self.reach or self._lacks_parts())
+
     def begins(self, place: int, part: str = KEYS) -> bool:
         """Return whether `part` of the layer at `place` is the first one of a forward."""
         return not self.written or place < self.last or (place, part) in self.written

@@ -5,7 +5,7 @@
     keep [2]   the row goes on from s_2     each row from its own number of tokens
 
 States sum up a text, so tokens cannot be cut off them: going back means having kept what was there before. Layers whose
-states are recorded must be called with one token at a time, by whoever reads the draft (`speculation.loop.stepwise`).
+states are recorded must be called with one token at a time, by whoever reads the draft (`cache.stepwise`).
 """
 
 import copy
@@ -34,6 +34,10 @@ class State(NamedTuple):
     def num_bytes(self) -> int:
         """Bytes of both tensors."""
         return sum(part.nbytes for part in (self.conv, self.recurrent) if part is not None)
+
+
+RowStates = tuple[tuple[State, ...], ...]
+"""All states of one row: of each layer that holds any, in order, and of each state of it. Batch dimensions are 1."""
 
 
 class StateLayer(LinearAttentionLayer):
@@ -68,6 +72,10 @@ class StateLayer(LinearAttentionLayer):
             None if recurrent is None else recurrent.clone(),
             bool(self.has_previous_state[idx]),
         )
+
+    def row_of(self, row: int) -> tuple[State, ...]:
+        """Return copies of the states of one row as they are now, batch 1."""
+        return tuple(self._row_of(row, idx) for idx in range(self.number_of_states))
 
     def put(self, idx: int, state: State) -> None:
         """Let state `idx` be a copy of `state`."""
@@ -130,6 +138,16 @@ class StateLayer(LinearAttentionLayer):
             twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
 
+    def _row_of(self, row: int, idx: int) -> State:
+        conv, recurrent = self.conv_states[idx], self.recurrent_states[idx]
+        # Wider where transformers records what lies behind the window of the convolution.
+        width = self.conv_kernel_size[idx] if conv is not None else None
+        return State(
+            None if conv is None else conv[row : row + 1, ..., -(width or conv.shape[-1]) :].clone(),
+            None if recurrent is None else recurrent[row : row + 1].clone(),
+            bool(self.has_previous_state[idx]),
+        )
+
     def _batch_size(self) -> int:
         held = [part for states in (self.conv_states, self.recurrent_states) for part in states.values()]
         return next((len(part) for part in held if part is not None), 0)
@@ -141,6 +159,27 @@ class StateLayer(LinearAttentionLayer):
                     states[idx] = _rows(part, index)
             for copies in (self.history or {}).values():
                 copies[:] = [state.rows(index) for state in copies]
+
+
+def put_rows(layers: Sequence[StateLayer], rows: Sequence[RowStates | None]) -> None:
+    """Let row i of `layers` hold the states `rows[i]`; None is a row before its first token."""
+    for place, layer in enumerate(layers):
+        for idx in range(layer.number_of_states):
+            states = [None if row is None else row[place][idx] for row in rows]
+            has_previous = any(state is not None and state.has_previous for state in states)
+            layer.put(idx, State(_joined(states, "conv"), _joined(states, "recurrent"), has_previous))
+
+
+def num_bytes(row: RowStates) -> int:
+    """Return the bytes of all states of one row."""
+    return sum(state.num_bytes for states in row for state in states)
+
+
+def _joined(states: Sequence[State | None], name: str) -> Tensor | None:
+    """Return one part of the states of all rows, in which those without a token are as good as zeros."""
+    parts: list[Tensor | None] = [None if state is None else getattr(state, name) for state in states]
+    like = next((part for part in parts if part is not None), None)
+    return None if like is None else torch.cat([torch.zeros_like(like) if part is None else part for part in parts])
 
 
 def _rows(part: Tensor | None, index: Tensor) -> Tensor | None:

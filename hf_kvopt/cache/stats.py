@@ -38,7 +38,8 @@ class PrefixStats(NamedTuple):
     `rows` prompts were looked up, `hits` of them found something; `hit_tokens` of their `prompt_tokens` were there.
     `evictions` counts blocks. `used_bytes` are those of blocks that the tree or a cache holds, `reserved_bytes` all.
     Blocks that were `spilled` have a copy in a tier, `restored` ones came back from there; `host_bytes` and
-    `disk_bytes` are what the tiers hold.
+    `disk_bytes` are what the tiers hold. Where layers hold recurrent or convolution states, `checkpoints` counts the
+    places in texts from which a prompt can go on, and `state_bytes` what their states take beside the blocks.
     """
 
     rows: int
@@ -53,6 +54,8 @@ class PrefixStats(NamedTuple):
     restored: int = 0
     host_bytes: int = 0
     disk_bytes: int = 0
+    checkpoints: int = 0
+    state_bytes: int = 0
 
 
 def measure(rows: GrowingRows, layers: Sequence[PagedLayer]) -> CacheStats:

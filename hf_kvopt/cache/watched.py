@@ -87,19 +87,19 @@ class WatchedCache(DynamicCache):
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
         """Store convolution states; see `update`."""
-        self._before_write(layer_idx, f"conv {_state_idx(args, kwargs)}", conv_states.shape[-1])
+        self._before_state(layer_idx, f"conv {_state_idx(args, kwargs)}", conv_states.shape[-1])
         states: Tensor = super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
         return states
 
     def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
         """Store recurrent states; see `update`."""
-        self._before_write(layer_idx, f"recurrent {_state_idx(args, kwargs)}", 1)
+        self._before_state(layer_idx, f"recurrent {_state_idx(args, kwargs)}", 1)
         states: Tensor = super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
         return states
 
     def update_indexer(self, indexer_key_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
         """Store the keys of an indexer; see `update`."""
-        self._before_write(layer_idx, "indexer", indexer_key_states.shape[-2])
+        self._before_state(layer_idx, "indexer", indexer_key_states.shape[-2])
         states: Tensor = super().update_indexer(indexer_key_states, layer_idx, *args, **kwargs)
         return states
 
@@ -164,7 +164,7 @@ class WatchedCache(DynamicCache):
 
     def _before_write(self, layer_idx: int, part: str, num_tokens: int, batch: int = 0) -> None:
         """Refuse a write that would give a wrong token."""
-        if self.is_in_token or torch.compiler.is_compiling():
+        if self.is_in_token:
             return
         log, place = self._log, self._place(layer_idx)
         if log is not None and log.follows_half(place, part):
@@ -180,6 +180,11 @@ class WatchedCache(DynamicCache):
                 raise
         if log is not None:
             log.note(place, part)
+
+    def _before_state(self, layer_idx: int, part: str, num_tokens: int) -> None:
+        """Refuse a write of states that would give a wrong token; a graph is not asked."""
+        if not torch.compiler.is_compiling():
+            self._before_write(layer_idx, part, num_tokens)
 
     def _before_change(self, layer_idx: int, part: str, is_once: bool = True) -> None:
         """Refuse where states are handed out to a forward, to be changed, and the one before stopped half way.

@@ -16,10 +16,12 @@ from hf_kvopt.compat.generation import (
     running_call,
 )
 from hf_kvopt.compat.models import (
+    FORGETFUL,
     STATE_WRITES,
     WITHOUT_KV,
     appended_layers,
     holds_nothing,
+    holds_states,
     is_chunked,
     keeps_states_in_modules,
     layer_types,
@@ -77,6 +79,7 @@ __all__ = [
     "CACHE_KEYWORD",
     "CACHE_NAMES",
     "EXPAND_KV",
+    "FORGETFUL",
     "HANDS_OUT_STATES",
     "KEPT_MANAGER",
     "LOAD_MODEL",
@@ -106,6 +109,7 @@ __all__ = [
     "check",
     "eager_mask",
     "holds_nothing",
+    "holds_states",
     "is_chunked",
     "is_default_cache",
     "is_synced",

@@ -12,6 +12,8 @@ WITHOUT_KV = ("conv", "linear_attention", "dummy")
 """Kinds of layers without keys and values: states instead, or those of another layer."""
 STATE_WRITES = frozenset({"update_conv_state", "update_recurrent_state"})
 """Methods of a cache by which a module writes states; a module that has none names neither."""
+FORGETFUL = ("jamba", "zamba")
+"""Model types whose layers with states forget these where they read several tokens at once (Mamba 1)."""
 _STATES_IN_MODULES = ("recurrent_gemma",)  # model types whose states lie in the modules and not in a cache
 _layer_types_and_kwargs = find(cache_utils, "get_layer_types_and_kwargs")
 
@@ -64,6 +66,12 @@ def appended_layers(config: PreTrainedConfig) -> list[int]:
 def stock_layer(kind: str, options: dict[str, Any]) -> Any:
     """Make transformers' own cache layer of a kind."""
     return cache_utils.DYNAMIC_LAYER_TYPE_MAPPING[kind](**options)
+
+
+def holds_states(kind: str) -> bool:
+    """Return whether cache layers of a kind hold convolution or recurrent states, alone or beside keys and values."""
+    made = cache_utils.DYNAMIC_LAYER_TYPE_MAPPING.get(kind)
+    return made is not None and issubclass(made, cache_utils.LinearAttentionCacheLayerMixin)
 
 
 def holds_nothing(layer: object) -> bool:

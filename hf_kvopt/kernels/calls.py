@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -66,6 +66,26 @@ class Stored(NamedTuple):
 RowTensors = tuple[Tensor, Tensor, Tensor | None]
 
 
+class SharedBlocks(NamedTuple):
+    """Tokens of which adjacent rows hold the very same blocks, so that a kernel can read these once for all of them.
+
+    Args:
+        tokens: [runs] int32, a multiple of `SHARED_TILE`: how many leading tokens all rows of each run share. A run is
+            batch // runs rows after one another. Every query sees these tokens by its position, and the rows of a run
+            have the same first token that is not hidden by the pattern's `starts`.
+        most: the greatest of `tokens`.
+        saved: tokens that need not be read again.
+    """
+
+    tokens: Tensor
+    most: int
+    saved: int
+
+
+# Shared tokens are counted in whole tiles of every kernel.
+SHARED_TILE = 64
+
+
 class Rows(Protocol):
     """Which blocks hold the tokens of each row."""
 
@@ -76,6 +96,12 @@ class Rows(Protocol):
 
     def tensors_up_to(self, columns: int, device: torch.device) -> RowTensors:
         """The rows as attention reads them, without what lies behind the first `columns` columns that are held."""
+        ...
+
+    def shared_blocks(
+        self, columns: int, q_len: int, starts: Tensor | Sequence[int] | None, device: torch.device
+    ) -> SharedBlocks | None:
+        """Return what rows share of the tokens that all of their last `q_len` queries see; None for nothing."""
         ...
 
     def numbers(self, numbers: Sequence[int], device: torch.device) -> Tensor:
@@ -101,6 +127,9 @@ class EqualRows(NamedTuple):
     def tensors_up_to(self, columns: int, device: torch.device) -> RowTensors:
         """The rows as they are: `columns` may be the whole capacity."""
         return self.block_table, self.seq_lens, None
+
+    def shared_blocks(self, *_: Any) -> None:
+        """Nothing: the host knows no block of a graph."""
 
     def numbers(self, numbers: Sequence[int], device: torch.device) -> Tensor:
         """A copy: only prompts, which run uncompiled, have numbers."""
@@ -178,6 +207,14 @@ class KVView(NamedTuple):
             self.check_valid()
         # A layer may hold fewer columns than its rows (it was not part of every forward).
         return self.rows.tensors_up_to(self.skip + self.spec.shape[2], self.plane.codes.device)
+
+    def shared_blocks(self, q_len: int, pattern: Pattern) -> SharedBlocks | None:
+        """Return the tokens that rows share and that all of their last `q_len` queries see; None for nothing."""
+        batch, _, kv_len, _ = self.spec.shape
+        is_narrow = pattern.window is not None and pattern.window < kv_len
+        if batch == 1 or self.skip or is_narrow:
+            return None
+        return self.rows.shared_blocks(kv_len, q_len, pattern.starts, self.plane.codes.device)
 
     def codes(self) -> Quantized:
         """Codes [batch, num_kv_heads, kv_len, width], and scales, of the columns that are handed out."""

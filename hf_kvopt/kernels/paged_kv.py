@@ -23,6 +23,8 @@ class PagedKV(NamedTuple):
     seq_lens: Tensor  # [batch] int32, new tokens included
     k_scale: Tensor | None = None  # [num_blocks, block_size, num_kv_heads, *scale_shape]
     v_scale: Tensor | None = None
+    # [runs] int32, leading tokens of which all batch / runs rows of a run hold the same blocks; see calls.SharedBlocks
+    shared: Tensor | None = None
 
     @property
     def formats(self) -> tuple[Format, Format]:

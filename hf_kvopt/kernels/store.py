@@ -25,7 +25,7 @@ from hf_kvopt.kernels.cpu.address import address_of
 from hf_kvopt.kernels.devices import runs_kernel
 from hf_kvopt.kernels.library import define_op
 from hf_kvopt.kernels.reference import store as reference
-from hf_kvopt.kernels.sealed_kv import SealCall
+from hf_kvopt.kernels.sealed_kv import BothForms, SealCall
 from hf_kvopt.kernels.triton import store_kv as triton_store
 from hf_kvopt.kernels.triton.seal_blocks import can_seal, seal_blocks
 from hf_kvopt.quant import format_of, guarded
@@ -43,7 +43,10 @@ def writer_for(call: StoreCall) -> Writer:
 
 def sealer_for(call: SealCall) -> Sealer | None:
     """Return the first backend that takes calls like this one; None where storage has to do it by itself."""
-    return next((sealer for sealer in SEALERS if sealer.accepts(call)), None)
+    for sealer in SEALERS:
+        if sealer.accepts(call):
+            return sealer
+    return None
 
 
 def store_kv(
@@ -80,7 +83,7 @@ def _run_op(call: StoreCall) -> None:
     """Guard keys, and hand all to the op."""
     keys, values = call.parts
     k, v = guarded(keys.states, keys.plane.rotates, keys.centre), values.states
-    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    k, v = k if k.stride(-1) == 1 else k.contiguous(), v if v.stride(-1) == 1 else v.contiguous()
     slots = call.slots().reshape(-1)
     store_kv(k, v, keys.plane.codes, values.plane.codes, slots, keys.plane.scale, values.plane.scale)
 
@@ -114,17 +117,21 @@ class Sealer(NamedTuple):
 def _triton_seals(call: SealCall) -> bool:
     """Take what the kernel can quantize, on a device that runs it."""
     k, v = call.k, call.v
-    return runs_kernel(k.exact) and all(can_seal(x.codec, x.dim) for x in (k, v))
+    return runs_kernel(k.exact) and can_seal(k.codec, k.dim) and can_seal(v.codec, v.dim)
 
 
 def _run_triton(call: SealCall) -> None:
     """Write the states, and seal from them or from exact places."""
-    k, v = (x if x.new is None or x.new.stride(-1) == 1 else x._replace(new=x.new.contiguous()) for x in call[:2])
+    k, v = _with_contiguous(call.k), _with_contiguous(call.v)
     assert k.new is not None
     assert v.new is not None
     store_kv(k.new, v.new, k.exact, v.exact, call.slots().reshape(-1))
     if call.full is not None:
         seal_blocks(k, v, call.full())
+
+
+def _with_contiguous(x: BothForms) -> BothForms:
+    return x if x.new is None or x.new.stride(-1) == 1 else x._replace(new=x.new.contiguous())
 
 
 SEALERS = (Sealer("triton", _triton_seals, _run_triton),)

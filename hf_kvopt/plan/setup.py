@@ -98,7 +98,7 @@ class Setup:
 
     @property
     def has_states(self) -> bool:
-        """Return whether some layer keeps a recurrent state, which cannot be cropped or shared by token."""
+        """Return whether some layer keeps a recurrent state, which cannot be cut by token."""
         return any("states" in layer.kind for layer in self.layers)
 
     @property
@@ -114,6 +114,8 @@ class Setup:
             require_shareable(self.config, None if model is None else inspect.signature(model.forward).parameters)
         except UnsupportedModel as refused:
             return str(refused).partition(": got ")[2].partition(";")[0]
+        if self.config.get_text_config(decoder=True).model_type in compat.FORGETFUL:
+            return "its layers forget their states where several tokens are read at once"
         return None
 
     def block_size(self, shares_prefix: bool) -> int:

@@ -4,12 +4,14 @@ What is asked is kept until the rows or their lengths change: all layers of a st
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_kvopt.kernels.blocks import gathered, strided
-from hf_kvopt.kernels.calls import RowTensors
+from hf_kvopt.kernels.calls import RowTensors, SharedBlocks
+from hf_kvopt.pool.runs import Runs, shared_tokens
 from hf_kvopt.pool.slots import Memo, RowLayout, Step, padded_rows
 
 _UNKNOWN = (-1, -1)
@@ -34,6 +36,8 @@ class Addresses:
         self._step: tuple[tuple[int, int, int], Step] | None = None
         self._rows_on: tuple[torch.device, RowTensors] | None = None
         self._layout: RowLayout | None = None
+        self._runs: Runs | None = None
+        self._shared_of: tuple[tuple[Any, ...], SharedBlocks | None] | None = None
         self._span: tuple[int, int] | None = _UNKNOWN
 
     @property
@@ -100,6 +104,33 @@ class Addresses:
         late = self.clock - self.base - columns
         return (rows[0], (rows[1] - late).clamp(min=0), rows[2]) if late else rows
 
+    def shared_blocks(
+        self, columns: int, q_len: int, starts: Tensor | Sequence[int] | None, device: torch.device
+    ) -> SharedBlocks | None:
+        """Return what rows share of the tokens that all of their last `q_len` queries see; None for nothing, or where
+        `starts` are known to the device alone or hide unlike many tokens of a run."""
+        if self._runs is None:
+            self._runs = Runs.of(self.rows)
+        if self._runs.size == 1 or isinstance(starts, Tensor):
+            return None
+        asked = columns, q_len, None if starts is None else tuple(starts), device
+        if self._shared_of is None or self._shared_of[0] != asked:
+            self._shared_of = asked, self._find_shared(columns, q_len, starts, device)
+        return self._shared_of[1]
+
+    def _find_shared(
+        self, columns: int, q_len: int, starts: Sequence[int] | None, device: torch.device
+    ) -> SharedBlocks | None:
+        assert self._runs is not None
+        size = self._runs.size
+        if starts is not None:
+            hidden = [max(0, start - lag) for start, lag in zip(starts, self.lags, strict=True)]
+            if any(len(set(hidden[i : i + size])) > 1 for i in range(0, len(hidden), size)):
+                return None
+        late = self.clock - columns  # `base` is part of both
+        seen = [length - late - q_len for length in self.lengths]
+        return shared_tokens(self._runs, self.block_size, seen, device)
+
     def read(self, x: Tensor, skip: int, kv_len: int) -> Tensor:
         """Return [batch, num_kv_heads, kv_len, ...] of x [num_blocks, block_size, num_kv_heads, ...], from `skip` on: a
         view where rows lie evenly, else a copy."""
@@ -153,8 +184,9 @@ class Addresses:
         self.version += 1
         self._tensors = Memo()
         self._step, self._rows_on, self._layout, self._span = None, None, None, _UNKNOWN
+        self._runs, self._shared_of = None, None
 
     def _lengths_changed(self) -> None:
         self.version += 1
-        self._step, self._rows_on = None, None
+        self._step, self._rows_on, self._shared_of = None, None, None
         self._tensors.forget_all_but("table")

@@ -129,7 +129,8 @@ class KVHandle(LazyTensor):
 
 def view_of(handle: KVHandle) -> KVView:
     """Return the frozen view that kernels take; in a compiled graph, which knows tensors alone, one made of these."""
-    if not torch.compiler.is_compiling():
+    # A table grows, which no graph knows.
+    if handle.table is not None or not torch.compiler.is_compiling():
         return handle._view
     assert handle.block_table is not None
     assert handle.seq_lens is not None

@@ -12,22 +12,21 @@ import copy
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, Self
 
-import torch
 from torch import Tensor
 
 from hf_kvopt import compat
 from hf_kvopt.cache.layer import PagedLayer
-from hf_kvopt.cache.paged import PagedCache
 from hf_kvopt.cache.rows import GrowingRows
-from hf_kvopt.errors import CacheStateError
+from hf_kvopt.cache.states import RowStates, put_rows
 from hf_kvopt.pool import tail
+from hf_kvopt.prefix.filled import FilledCache
 from hf_kvopt.prefix.shared_blocks import SharedBlocks
 from hf_kvopt.prefix.texts import until
 
 Row = list[int]  # of blocks
 
 
-class PrefixSharedCache(PagedCache):
+class PrefixSharedCache(FilledCache):
     """Cache that `PrefixStore.cache` returns; hand it to `generate` once, then to `PrefixStore.commit`.
 
     Between calls: every row holds references on its blocks, and gives them back when the cache is committed or
@@ -36,14 +35,7 @@ class PrefixSharedCache(PagedCache):
 
     def __init__(self, blocks: SharedBlocks) -> None:
         self.blocks = blocks
-        self.key: Hashable = None  # what the prompts are filed under, the namespace included
-        self.namespace: Hashable = None
-        self.texts: list[list[int]] | None = None  # the prompt of each row, without padding; None while blank
-        self.pads: list[int] = []
-        self.prompt_columns = 0
-        self.is_to_check = False  # handed to a caller, who may change the model before it is used
-        self.is_committed = self.is_reordered = self._is_used = False
-        self._filled = self._chunk = self._seen = 0
+        self.is_reordered = False
         super().__init__(
             blocks.config, block_size=blocks.block_size, max_tokens=blocks.max_tokens, formats=blocks.formats
         )
@@ -86,8 +78,18 @@ class PrefixSharedCache(PagedCache):
         rows = [[set(blocks) for blocks in table.exact] for table in tables if table.exact]
         return [set.intersection(*some) for some in zip(*rows, strict=True)] if rows else []
 
-    def fill(self, rows: Sequence[Sequence[Row]], lags: Sequence[int], columns: int) -> None:
-        """Take over `rows` (for each table, one row of retained blocks a text), which reach up to `columns`."""
+    def fill(
+        self,
+        rows: Sequence[Sequence[Row]],
+        lags: Sequence[int],
+        columns: int,
+        states: Sequence[RowStates | None] = (),
+    ) -> None:
+        """Take over `rows` (for each table, one row of retained blocks a text), which reach up to `columns`.
+
+        Args:
+            states: what the layers with states hold there, for each row; None is a row without a token.
+        """
         if not columns and not any(lags):
             return  # rows that begin with the first forward are laid out by it
         self.append_passes()
@@ -96,6 +98,7 @@ class PrefixSharedCache(PagedCache):
         for idx, layer in enumerate(self.layers):
             if isinstance(layer, PagedLayer):
                 layer.clock, layer.pool = columns, self.blocks.pools.get(idx)
+        put_rows(self._stock_layers(), states if columns else ())
         self._filled = self._seen = columns
 
     def update(
@@ -114,7 +117,8 @@ class PrefixSharedCache(PagedCache):
             self._require_open()
             self._seen = min(self._seen, self._rows.clock)  # of a step that was undone nothing was seen
             if self.texts is not None and layer.clock == self._seen:
-                self._begin_forward(len(key_states), key_states.shape[2])
+                with self._noted(layer_idx):
+                    self._begin_forward(len(key_states), key_states.shape[2])
             if layer.is_empty:
                 self._choose_pool(layer, layer_idx, key_states, value_states)
             try:
@@ -154,9 +158,8 @@ class PrefixSharedCache(PagedCache):
         """Forget all tokens and the prompt; the store keeps what it knows."""
         with self.blocks.lock:
             super().reset()
-        self.texts, self.pads, self.key = None, [], None
-        self.prompt_columns = self._filled = self._chunk = self._seen = 0
-        self.is_to_check = self.is_reordered = self.is_committed = self._is_used = False
+        self._forget_prompt()
+        self.is_reordered = False
 
     def free(self) -> None:
         """Forget all tokens, as `reset` does: the memory is the store's."""
@@ -242,59 +245,3 @@ class PrefixSharedCache(PagedCache):
             sources = compat.appended_layers(self.blocks.config.get_text_config(decoder=True))
             missing = sources[len(self.layers) - self.blocks.num_layers :]
             self.layers += [copy.deepcopy(self.layers[idx]) for idx in missing]
-
-    def _require_open(self) -> None:
-        if self.is_committed:
-            raise CacheStateError(
-                "this cache was committed to its store, which shares its blocks now: got a further use of it; call "
-                "store.cache(input_ids, attention_mask) for the next turn"
-            )
-        self.blocks.require_alive()
-
-    def _begin_forward(self, batch: int, num_tokens: int) -> None:
-        """Check what the first forwards bring, and give each beam or returned sequence a row of its own."""
-        assert self.texts is not None
-        if self.is_to_check and not self._is_used and self._filled:
-            self.blocks.require_unchanged(self.key, self.namespace)
-        if not self._is_used and batch != len(self.texts) and batch % len(self.texts) == 0:
-            repeats = batch // len(self.texts)
-            self._select([row for row in range(len(self.texts)) for _ in range(repeats)])
-        if not self._is_used and self._filled:
-            self._require_own_prompt()
-        missing = self.prompt_columns - self._seen
-        if not self._filled or missing <= 0 or num_tokens == missing:
-            return
-        # Chunks of one size, the last of which may be smaller, are a chunked prefill; single tokens are not.
-        is_chunk = 1 < num_tokens < missing and num_tokens == (self._chunk or num_tokens)
-        if not is_chunk:
-            raise CacheStateError(
-                f"{num_tokens} tokens a row were fed behind the {self._seen} that are cached of a prompt of "
-                f"{self.prompt_columns}: got {'more' if num_tokens > missing else 'less'} than the {missing} that are "
-                "missing; pass generate() the whole input_ids and attention_mask that the cache was made for, and no "
-                "assistant_model"
-            )
-        self._chunk = num_tokens
-
-    def _require_own_prompt(self) -> None:
-        """Raise CacheStateError where the running generate() was given other prompts than this cache was filled for."""
-        call = compat.running_call(self)
-        columns = self.prompt_columns
-        if call is None or call.ids is None:
-            return
-        is_other = (
-            call.num_ids == columns
-            and len(call.ids) == len(self.texts or ())
-            and any(
-                row[pad:] != text for row, pad, text in zip(call.ids.tolist(), self.pads, self.texts or (), strict=True)
-            )
-        )
-        mask = None if call.mask is None or call.mask.dim() != 2 else call.mask[:, :columns].bool()
-        if mask is not None and len(mask) == len(self.pads):
-            pads = torch.tensor(self.pads, device=mask.device)[:, None]
-            is_other |= not torch.equal(mask, torch.arange(mask.shape[1], device=mask.device) >= pads)
-        if is_other:
-            raise CacheStateError(
-                "this cache was filled for other prompts: got other tokens, or an attention_mask that hides some of "
-                "them, by which the keys of all tokens behind would be others; pass generate() the input_ids and the "
-                "attention_mask that store.cache(...) was given, or use PagedCache"
-            )

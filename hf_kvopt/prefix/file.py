@@ -1,6 +1,7 @@
 """Prefix stores on disk: one safetensors file, with a manifest in its header that says what the tensors are.
 
     "layer 0 keys", "layer 0 keys scale", ...     the tree's blocks in the manifest's order, see `pool.block_pieces`
+    "states 12 16 0 0 conv", ...                  where layers hold states, see `prefix.file_states`
 
 The manifest holds the tree (tokens and parent of each block), the model's fingerprint, format and versions, and a
 SHA-256 of itself and of every tensor: a truncated or changed file is refused before anything is allocated.
@@ -22,6 +23,7 @@ from transformers import PreTrainedModel
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.pool.block_pieces import describe, is_centre, pieces_of, put_centres, states_like
 from hf_kvopt.prefix.cache import PrefixSharedCache
+from hf_kvopt.prefix.file_states import put_states, states_of
 from hf_kvopt.prefix.identity import fingerprint
 from hf_kvopt.prefix.node import Node, descendants
 from hf_kvopt.prefix.shared_blocks import SharedBlocks, device_of
@@ -50,6 +52,8 @@ def save(blocks: SharedBlocks, path: Path) -> None:
         exact = [] if tails is None else [tails.places[node.blocks[space]] for node in nodes if node.is_exact]
         pieces = pieces_of(layer_idx, pool, [node.blocks[space] for node in nodes], exact)
         tensors |= {piece.name: piece.typed(piece.read()).cpu() for piece in pieces}
+    states, held = states_of(nodes)
+    tensors |= held
     manifest = {
         "version": VERSION,
         "model": model,
@@ -62,6 +66,8 @@ def save(blocks: SharedBlocks, path: Path) -> None:
         },
         "pools": {str(idx): [describe(plane) for plane in pool.planes] for idx, pool in blocks.pools.items()},
         "nodes": _tree(blocks, nodes),
+        "state_limit": blocks.state_limit,
+        "states": states,
         "tensors": {name: _digest(tensor) for name, tensor in tensors.items()},
     }
     text = json.dumps(manifest, sort_keys=True)
@@ -94,6 +100,7 @@ def read(path: Path, model: PreTrainedModel) -> Contents:
         "format": formats["format"],
         "skip_layers": tuple(formats["skip_layers"]),
         "layer_formats": dict(formats["layer_formats"]),
+        "state_limit": manifest.get("state_limit"),
     }
     return Contents(options, manifest, tensors)
 
@@ -106,7 +113,9 @@ def fill(blocks: SharedBlocks, contents: Contents, cache: PrefixSharedCache) -> 
             allocator.ensure_free(num_blocks)
         rows = [allocator.allocate(num_blocks) for allocator in blocks.allocators]
         _fill_pools(blocks, contents, cache, rows)
-        _plant(blocks, contents.manifest["nodes"], rows)
+        texts = _plant(blocks, contents.manifest["nodes"], rows)
+        lengths = [len(entry["tokens"]) for entry in contents.manifest["nodes"]]
+        put_states(blocks, cache, contents.manifest.get("states", ()), contents.tensors, texts, lengths)
         for allocator, row in zip(blocks.allocators, rows, strict=True):
             allocator.release(row)
 
@@ -161,8 +170,10 @@ def _fill_pools(blocks: SharedBlocks, contents: Contents, cache: PrefixSharedCac
         put_centres(int(idx), pool, numbers, tensors)
 
 
-def _plant(blocks: SharedBlocks, entries: list[dict[str, Any]], rows: list[list[int]]) -> None:
-    """Insert every text of the tree; parents come before children."""
+def _plant(
+    blocks: SharedBlocks, entries: list[dict[str, Any]], rows: list[list[int]]
+) -> list[tuple[Hashable, list[int]]]:
+    """Insert every text of the tree, parents before children; return key and tokens up to the end of each node."""
     paths: list[tuple[Hashable, list[int], list[int]]] = []
     key = blocks.key_of(None)
     assert key is not None  # a model without a key has no fingerprint
@@ -176,6 +187,7 @@ def _plant(blocks: SharedBlocks, entries: list[dict[str, Any]], rows: list[list[
         paths.append(path)
         kept = [j for j, number in enumerate(path[2]) if entries[number].get("exact")]
         blocks.index.insert(path[0], path[1], [[row[j] for j in path[2]] for row in rows], kept)
+    return [(owner, tokens) for owner, tokens, _ in paths]
 
 
 def _tree(blocks: SharedBlocks, nodes: list[Node]) -> list[dict[str, Any]]:

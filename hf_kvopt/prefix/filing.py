@@ -33,9 +33,13 @@ def file_call(blocks: SharedBlocks, cache: PrefixSharedCache, output_ids: Tensor
                 "whose states nobody can go on from; drop it"
             )
         num_new = 0
+        is_stateful = blocks.index.checkpoints is not None and is_prompt_whole and cache.is_between_forwards
         for i, (text, length) in enumerate(zip(texts, lengths, strict=False)):
             exact = cache.exact_blocks[i] if cache.exact_blocks else ()
             num_new += blocks.index.insert(cache.key, text[:length], [table_rows[i] for table_rows in rows], exact)
+            # The states are of all that the row read: not of a text that ended before, or of a prompt alone.
+            if is_stateful and 0 < length <= len(text):
+                blocks.index.keep_states(cache.key, text[:length], cache.states_of(i))
         if close:
             cache.close()
     return num_new
@@ -79,3 +83,14 @@ def open_row(store: "PrefixStore", text: Sequence[int], key: Hashable) -> BatchC
         store._prompt_tokens += len(text)
         store._hit_tokens += match.length
     return cache
+
+
+def require_ours(store: "PrefixStore", cache: PrefixSharedCache) -> None:
+    """Raise CacheStateError unless `cache` is an open one that `store` filled for some prompts."""
+    if not isinstance(cache, PrefixSharedCache) or cache.blocks is not store.blocks:
+        kind = "one of another store" if isinstance(cache, PrefixSharedCache) else type(cache).__name__
+        raise CacheStateError(f"commit takes a cache that this store made: got {kind}; use store.cache(...)")
+    store.blocks.require_alive()
+    if cache.is_committed or cache.texts is None:
+        state = "was committed already" if cache.is_committed else "was reset, or never filled for a prompt"
+        raise CacheStateError(f"this cache {state}: got another commit; make one with store.cache(...)")

@@ -23,8 +23,8 @@ from hf_kvopt.prefix.index import Match
 from hf_kvopt.prefix.shared_blocks import SharedBlocks
 
 # A forward of its own must save this many tokens, and an eighth of the batch's.
-_WORTHWHILE = 32
-_CHUNK = 2048
+WORTHWHILE_TOKENS = 32
+CHUNK_TOKENS = 2048
 Trie = dict[tuple[int, ...], Any]
 
 
@@ -48,7 +48,7 @@ def fill_from(
             return known
     # Too small for the whole batch beside what is in use: go on with what is there.
     with contextlib.suppress(OutOfBlocks):
-        while done := _compute_round(blocks, cache.key, texts, device, chunk_size or _CHUNK):
+        while done := _compute_round(blocks, cache.key, texts, device, chunk_size or CHUNK_TOKENS):
             computed += done
     with blocks.lock:
         _level(blocks, cache, [blocks.index.match(cache.key, text) for text in texts])
@@ -64,7 +64,7 @@ def _level(blocks: SharedBlocks, cache: PrefixSharedCache, matches: Sequence[Mat
             cache.pads, [lengths_to_go_on_from(match.nodes, match.length, size) for match in matches]
         )
     columns = columns if columns > 1 else 0
-    rows = _taken(blocks, matches, [max(0, columns - pad) for pad in cache.pads])
+    rows = taken(blocks, matches, [max(0, columns - pad) for pad in cache.pads])
     cache.fill(rows, cache.pads, columns)
     # The same prompt may come again; its last token is generate()'s.
     texts = cache.texts or []
@@ -82,7 +82,7 @@ def _is_worthwhile(blocks: SharedBlocks, texts: Sequence[list[int]], pads: Seque
         missing.append(len(text) - length)
         _plan(planned, text, blocks.block_size)
     apart = sum(len(group) * missing[group[0]] for group in _groups(missing)) + len(texts)
-    return together - apart >= max(_WORTHWHILE, together // 8)
+    return together - apart >= max(WORTHWHILE_TOKENS, together // 8)
 
 
 def _compute_round(
@@ -123,7 +123,7 @@ def _begin(
     cache = PrefixSharedCache(blocks)
     held = [match.length for match in matches]
     columns = max(held)
-    cache.fill(_taken(blocks, matches, held), [columns - n for n in held], columns)
+    cache.fill(taken(blocks, matches, held), [columns - n for n in held], columns)
     size = blocks.block_size
     pins = [{*match.wanted, *_parting(text, all_texts, size)} for text, match in zip(texts, matches, strict=True)]
     return Part(texts, cache, held, pins)
@@ -137,7 +137,7 @@ def _compute(blocks: SharedBlocks, key: Hashable, part: Part, device: torch.devi
         new = [text[n : n + chunk_size] for n, text in zip(held, texts, strict=True)]
         ends = [n + len(tokens) for n, tokens in zip(held, new, strict=True)]
         cache.pin([{*kept, *read_behind(n, size), n // size} for kept, n in zip(pins, ends, strict=True)])
-        _forward(blocks, cache, new, held, device)
+        read_parts(blocks, cache, new, held, device)
         held = ends
         cache.crop_rows(held)
     with blocks.lock:
@@ -158,7 +158,7 @@ def _parting(text: list[int], others: Sequence[list[int]], block_size: int) -> s
 
 
 @torch.no_grad()
-def _forward(
+def read_parts(
     blocks: SharedBlocks,
     cache: PrefixSharedCache,
     parts: Sequence[list[int]],
@@ -187,7 +187,7 @@ def _forward(
     )
 
 
-def _taken(blocks: SharedBlocks, matches: Sequence[Match], lengths: Sequence[int]) -> list[list[list[int]]]:
+def taken(blocks: SharedBlocks, matches: Sequence[Match], lengths: Sequence[int]) -> list[list[list[int]]]:
     """For each block space the blocks of the first `lengths[i]` tokens of every match, retained."""
     size = blocks.block_size
     cut = [Match(match.nodes[: -(-length // size)], length) for match, length in zip(matches, lengths, strict=True)]

@@ -41,11 +41,17 @@ def require_shareable(config: PreTrainedConfig, forward_parameters: Any = None) 
             f"the encoder's input as well as on the tokens; {advice}"
         )
     decoder = config.get_text_config(decoder=True)
-    kinds = sorted(set(compat.layer_types(decoder)[0]) - set(_SHARED_KINDS))
-    if kinds:
+    kinds = set(compat.layer_types(decoder)[0])
+    others = sorted(kind for kind in kinds - set(_SHARED_KINDS) if not compat.holds_states(kind))
+    if others:
         raise UnsupportedModel(
-            f"prefixes cannot be shared for {name}: got layers of kind {', '.join(kinds)}, whose states sum up a text "
-            f"and cannot be cut at a prefix; {advice}"
+            f"prefixes cannot be shared for {name}: got layers of kind {', '.join(others)}, whose storage is not cut "
+            f"at a prefix; {advice}"
+        )
+    if kinds <= set(compat.WITHOUT_KV) or compat.keeps_states_in_modules(decoder):
+        raise UnsupportedModel(
+            f"prefixes cannot be shared for {name}: got a model without keys and values in a cache, or one that keeps "
+            f"its states in its modules, where no cache sees them; {advice}"
         )
     scaled = sorted(compat.length_dependent_rope(decoder))
     if scaled:

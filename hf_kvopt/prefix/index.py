@@ -14,7 +14,9 @@ import heapq
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from typing import NamedTuple
 
+from hf_kvopt.cache.states import RowStates
 from hf_kvopt.pool.allocator import BlockAllocator
+from hf_kvopt.prefix.checkpoints import Checkpoints, found
 from hf_kvopt.prefix.exact import keep_marks, lengths_to_go_on_from, read_behind
 from hf_kvopt.prefix.node import Node, Tokens, covering, descendants, longest_common
 
@@ -42,33 +44,64 @@ class PrefixIndex:
         self._evictable: tuple[list[int], int] = ([], 0)  # the count, and what it was counted at
         # Told of the nodes of each text that was inserted, from its first block on.
         self.on_insert: Callable[[Hashable, Sequence[Node]], None] | None = None
+        self.checkpoints: Checkpoints | None = None  # where layers hold states
         self._holders = [_Holder(self, idx) for idx in range(len(allocators))]
         for allocator, holder in zip(allocators, self._holders, strict=True):
             allocator.add_holder(holder)
 
     def match(self, key: Hashable, tokens: Sequence[int]) -> Match:
-        """The longest known prefix of `tokens` that can be gone on from (see `prefix.exact`); it is not held yet."""
+        """The longest known prefix of `tokens` that can be gone on from (see `places`); it is not held yet."""
+        spelled = self.spell(key, tokens)
+        return self._to_go_on_from(spelled, tokens) if self.is_sealed or self.checkpoints is not None else spelled
+
+    def spell(self, key: Hashable, tokens: Sequence[int]) -> Match:
+        """The longest known prefix of `tokens`, whether or not it can be gone on from there."""
         node, nodes, length = self.roots.get(key), [], 0
         while node is not None:
             rest = tuple(tokens[length : length + self.block_size])
-            found = longest_common(node, rest)
-            if found is None:
+            common = longest_common(node, rest)
+            if common is None:
                 break
-            node, count = found
+            node, count = common
             nodes.append(node)
             length += count
             if count < self.block_size:
                 break
-        return self._to_go_on_from(nodes, length) if self.is_sealed else Match(nodes, length)
+        return Match(nodes, length)
+
+    def places(self, spelled: Match, tokens: Sequence[int]) -> set[int]:
+        """Lengths that `tokens` can be gone on from: all of a block exact (see `exact`), and states (`checkpoints`).
+
+        Args:
+            spelled: what `spell` returned for `tokens`.
+        """
+        nodes, length, size = spelled.nodes, spelled.length, self.block_size
+        exact = lengths_to_go_on_from(nodes, length, size) if self.is_sealed else None
+        if self.checkpoints is None:
+            return set(range(length + 1)) if exact is None else exact
+        held = {0, *found(nodes, tokens, length, size)}
+        return held if exact is None else held & exact
+
+    def keep_states(self, key: Hashable, tokens: Sequence[int], states: RowStates) -> None:
+        """Keep what the layers with states hold behind a text that was inserted."""
+        nodes, length, _ = self.spell(key, tokens)
+        if nodes and length == len(tokens) and self.checkpoints is not None:
+            self.checkpoints.put(nodes[-1], length - (len(nodes) - 1) * self.block_size, states)
+
+    def states_at(self, spelled: Match, tokens: Sequence[int], length: int) -> RowStates | None:
+        """Return what the layers with states hold behind the first `length` tokens; None where that is not known."""
+        place = found(spelled.nodes, tokens, spelled.length, self.block_size).get(length)
+        return None if place is None or self.checkpoints is None else self.checkpoints.use(*place)
 
     @property
     def is_sealed(self) -> bool:
         """Return whether layers of some block space seal their blocks."""
         return any(allocator.tails is not None for allocator in self.allocators)
 
-    def _to_go_on_from(self, nodes: list[Node], length: int) -> Match:
-        whole = max(lengths_to_go_on_from(nodes, length, self.block_size))
-        if whole < length:
+    def _to_go_on_from(self, spelled: Match, tokens: Sequence[int]) -> Match:
+        nodes, length, _ = spelled
+        whole = max(self.places(spelled, tokens))
+        if whole < length and self.is_sealed:
             for block in read_behind(length, self.block_size):
                 nodes[block].is_wanted = True
         wanted = tuple(i for i, node in enumerate(nodes) if node.is_wanted)
@@ -188,6 +221,8 @@ class PrefixIndex:
             node.is_gone = True
         self.roots.clear()
         self.num_nodes = 0
+        if self.checkpoints is not None:
+            self.checkpoints.clear()
 
     def nodes(self) -> Iterator[Node]:
         """All nodes, parents before children."""
@@ -196,11 +231,13 @@ class PrefixIndex:
 
     def _add(self, parent: Node, tokens: Tokens, blocks: list[int]) -> Node:
         siblings = parent.children.setdefault(tokens[0], {})
+        node = Node(tokens, blocks, parent)
         for known in list(siblings.values()):
             # The end of an older text that this one goes on from.
             if known.tokens == tokens[: len(known.tokens)] and not known.pins:
+                if self.checkpoints is not None:
+                    self.checkpoints.move(known, node)
                 self._remove(known)
-        node = Node(tokens, blocks, parent)
         # First held, then found: an interrupt between the two loses a block, and no token.
         for allocator, block in zip(self.allocators, blocks, strict=True):
             allocator.retain([block])
@@ -215,6 +252,8 @@ class PrefixIndex:
         if not siblings:
             del node.parent.children[node.tokens[0]]
         node.is_gone = True
+        if self.checkpoints is not None:
+            self.checkpoints.drop(node)
         for allocator, block in zip(self.allocators, node.blocks, strict=True):
             allocator.release([block])
         self.num_nodes -= 1

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+from hf_kvopt.cache.states import RowStates
+
 Tokens = tuple[int, ...]
 
 
@@ -10,7 +12,7 @@ class Node:
 
     __slots__ = (
         "blocks", "children", "digest", "is_exact", "is_gone", "is_queued", "is_wanted", "parent", "pins", "stamp",
-        "tokens", "waits",
+        "states", "tokens", "waits",
     )  # fmt: skip
 
     def __init__(self, tokens: Tokens, blocks: list[int], parent: "Node | None") -> None:
@@ -18,6 +20,8 @@ class Node:
         # By first token, then by all: a match inside a block looks at few siblings.
         self.children: dict[int, dict[Tokens, Node]] = {}
         self.stamp = self.pins = 0
+        # Where layers hold states: what they held behind the first n tokens of this node; see `prefix.checkpoints`.
+        self.states: dict[int, RowStates] = {}
         # Where blocks are sealed: whether this one is kept as it was computed, and whether a text that parts from this
         # one would need it so.
         self.is_exact = self.is_wanted = False

@@ -20,16 +20,19 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_kvopt import compat
 from hf_kvopt.cache.kinds import LayerMaker
 from hf_kvopt.cache.rows import GrowingRows
+from hf_kvopt.cache.states import StateLayer
 from hf_kvopt.config import CacheConfig
-from hf_kvopt.errors import CacheStateError
+from hf_kvopt.errors import CacheStateError, UnsupportedModel
 from hf_kvopt.pool import tail
 from hf_kvopt.pool.allocator import BlockAllocator
 from hf_kvopt.pool.block_table import BlockTable
 from hf_kvopt.pool.sealed_pool import SealedPool
 from hf_kvopt.pool.storage import KVPool
 from hf_kvopt.pool.tail import Tails
+from hf_kvopt.prefix.checkpoints import Checkpoints
 from hf_kvopt.prefix.identity import ModelIdentity, require_shareable
 from hf_kvopt.prefix.index import PrefixIndex
+from hf_kvopt.prefix.probe import require_going_on
 from hf_kvopt.quant import FormatPolicy
 
 if TYPE_CHECKING:
@@ -46,14 +49,20 @@ class SharedBlocks:
         model_or_config: see `PrefixStore`.
         limits: tokens a block, and the cap on tokens.
         formats: how the layers are stored.
+        state_limit: most bytes of states that are kept, where layers hold any; see `PrefixStore`.
 
     Raises:
-        UnsupportedModel: the keys and values of a token depend on more than the tokens before it.
+        UnsupportedModel: the keys and values of a token depend on more than the tokens before it, or layers hold
+            states and there is no model to read prompts up to where they are kept.
         ValueError: a format names a layer that does not exist.
     """
 
     def __init__(
-        self, model_or_config: PreTrainedModel | PreTrainedConfig, limits: CacheConfig, formats: FormatPolicy
+        self,
+        model_or_config: PreTrainedModel | PreTrainedConfig,
+        limits: CacheConfig,
+        formats: FormatPolicy,
+        state_limit: int | None = None,
     ) -> None:
         compat.check()
         self._model: weakref.ref[PreTrainedModel] | None = None
@@ -74,8 +83,13 @@ class SharedBlocks:
         # Makes the block space of every kind of layer, in the order of a cache's tables.
         decoder = self.config.get_text_config(decoder=True)
         maker = LayerMaker(GrowingRows(self.table_for), formats).resolved(decoder)
-        self.num_layers = len(maker.layers(decoder))
+        layers = maker.layers(decoder)
+        self.num_layers = len(layers)
         self.index = PrefixIndex(self.allocators, self.block_size)
+        self.state_limit = state_limit
+        if any(isinstance(getattr(layer, "states", layer), StateLayer) for layer in layers):
+            self._require_reader()
+            self.index.checkpoints = Checkpoints(self.state_bytes)
         self.tiers: Tiers | None = None  # below the device
 
     @property
@@ -168,6 +182,20 @@ class SharedBlocks:
         allocator.pools.append(pool)
         self.pools[layer_idx] = pool
 
+    def _require_reader(self) -> None:
+        """Raise UnsupportedModel unless there is a model that reads prompts, where layers hold states, in parts."""
+        if self.model is None:
+            raise UnsupportedModel(
+                "states sum up a text, and the store reads a prompt up to where they are kept: got a "
+                f"{type(self.config).__name__} alone; make the store from the model"
+            )
+        require_going_on(self.model)
+
+    def state_stats(self) -> dict[str, int]:
+        """Return how many checkpoints of states are kept, and their bytes, by the names that `PrefixStats` has."""
+        kept = self.index.checkpoints
+        return {} if kept is None else {"checkpoints": len(kept), "state_bytes": kept.num_bytes}
+
     def check_integrity(self) -> None:
         """Raise KVOptError unless every block is free or held exactly as often as it is counted."""
         with self.lock:
@@ -184,14 +212,26 @@ class SharedBlocks:
                 used += tail.used_bytes(allocator)
         return used, reserved
 
+    def state_bytes(self) -> int:
+        """Return the most bytes of states that are kept: by default as many as the keys and values may take."""
+        if self.state_limit is not None:
+            return self.state_limit
+        spaces = self._allocators.values()
+        a_block = sum(pool.num_bytes // max(1, space.num_blocks) for space in spaces for pool in space.pools)
+        return self._share * a_block
+
+    @property
+    def _share(self) -> int:
+        """Blocks that are kept at most where nobody needs more."""
+        return self._max_blocks if self._max_blocks is not None else -(-DEFAULT_TOKENS // self.block_size)
+
     def _let_go(self, allocator: BlockAllocator, blocks: list[int]) -> bool:
         """Forget the ends of texts that lie in `blocks`: a row goes on in them, and there is no room for a copy."""
         return self.index.forget(self.allocators.index(allocator), set(blocks)) > 0
 
     def _make_room(self, allocator: BlockAllocator, missing: int) -> None:
         """Evict instead of growing where the store holds its share already."""
-        share = self._max_blocks if self._max_blocks is not None else -(-DEFAULT_TOKENS // self.block_size)
-        excess = allocator.num_blocks + missing - share
+        excess = allocator.num_blocks + missing - self._share
         if excess > 0:
             self.index.evict(excess)
 

@@ -15,13 +15,14 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_kvopt.cache.stats import PrefixStats
-from hf_kvopt.config import CacheConfig
+from hf_kvopt.config import CacheConfig, parse_bytes
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.pool.allocator import BlockAllocator
 from hf_kvopt.prefix import file as prefix_file
 from hf_kvopt.prefix.cache import PrefixSharedCache
-from hf_kvopt.prefix.filing import file_call
+from hf_kvopt.prefix.filing import file_call, require_ours
 from hf_kvopt.prefix.fill import fill_from
+from hf_kvopt.prefix.fill_states import fill_with_states
 from hf_kvopt.prefix.index import PrefixIndex
 from hf_kvopt.prefix.shared_blocks import SharedBlocks
 from hf_kvopt.prefix.texts import as_text, end_tokens, require_mask, texts_of
@@ -48,6 +49,8 @@ class PrefixStore:
         host_tier: memory of the host, such as "16 GiB", for copies of texts that the device has no room for.
         disk_tier: folder of files for such copies, which other processes and later ones find; see `flush`.
         disk_limit: cap on these files, such as "64 GiB"; None takes half of what the disk has free.
+        state_limit: cap on copies of recurrent and convolution states, such as "2 GiB", for models that have layers
+            with them; by default as much as the keys and values of `max_tokens` take.
 
     Raises:
         UnsupportedModel: keys and values depend on more than the tokens before; tiers for a model divided over ranks.
@@ -83,13 +86,15 @@ class PrefixStore:
         host_tier: str | int | None = None,
         disk_tier: str | Path | None = None,
         disk_limit: str | int | None = None,
+        state_limit: str | int | None = None,
     ) -> None:
         if not isinstance(model_or_config, PreTrainedModel | PreTrainedConfig):
             raise TypeError(f"a store takes a transformers model or config: got {type(model_or_config).__name__}")
         formats = FormatPolicy(format=format or "native", skip_layers=skip_layers, layer_formats=layer_formats or {})
         block_size = formats.block_size() if block_size is None else block_size
         limits = CacheConfig(block_size=block_size, max_tokens=max_tokens)
-        self.blocks = SharedBlocks(model_or_config, limits, formats)
+        state_bytes = None if state_limit is None else parse_bytes(state_limit, "state_limit")
+        self.blocks = SharedBlocks(model_or_config, limits, formats, state_bytes)
         self.blocks.tiers = tiers_for(self.blocks, tier_settings(host_tier, disk_tier, disk_limit))
         self._rows = self._hits = self._prompt_tokens = self._hit_tokens = 0
 
@@ -172,7 +177,8 @@ class PrefixStore:
             return False
         restore(self.blocks, key, [text[:-1] for text in texts])
         cache.begin(key, namespace, texts, pads)
-        known = fill_from(self.blocks, cache, input_ids.device, chunk_size)
+        fill = fill_from if self.index.checkpoints is None else fill_with_states
+        known = fill(self.blocks, cache, input_ids.device, chunk_size)
         self._rows += len(texts)
         self._hits += sum(length > 0 for length in known)
         self._prompt_tokens += sum(map(len, texts))
@@ -193,7 +199,7 @@ class PrefixStore:
             CacheStateError: a cache of another store, one that was committed, or a model that changed meanwhile.
             ValueError: ids that do not go on from the prompts that the cache was made for.
         """
-        self._require_ours(cache)
+        require_ours(self, cache)
         if not cache.is_reordered and cache.extended(output_ids, end_tokens(self.model)) is None:
             raise ValueError(
                 "output_ids must be what generate() returned for this cache, the prompts included: got "
@@ -236,6 +242,7 @@ class PrefixStore:
                 num_blocks=self.index.num_nodes,
                 used_bytes=used,
                 reserved_bytes=reserved,
+                **self.blocks.state_stats(),
                 **({} if self.blocks.tiers is None else self.blocks.tiers.stats()._asdict()),
             )
 
@@ -289,12 +296,3 @@ class PrefixStore:
             match = self.index.match(key, text)
             self.index.pin(match, count)
             return match.length
-
-    def _require_ours(self, cache: PrefixSharedCache) -> None:
-        if not isinstance(cache, PrefixSharedCache) or cache.blocks is not self.blocks:
-            kind = "one of another store" if isinstance(cache, PrefixSharedCache) else type(cache).__name__
-            raise CacheStateError(f"commit takes a cache that this store made: got {kind}; use store.cache(...)")
-        self.blocks.require_alive()
-        if cache.is_committed or cache.texts is None:
-            state = "was committed already" if cache.is_committed else "was reset, or never filled for a prompt"
-            raise CacheStateError(f"this cache {state}: got another commit; make one with store.cache(...)")

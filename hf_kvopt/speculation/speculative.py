@@ -21,6 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 from hf_kvopt import compat
 from hf_kvopt.cache import recording
 from hf_kvopt.cache.mark import Mark
+from hf_kvopt.cache.stepwise import stepwise
 from hf_kvopt.errors import nearest
 from hf_kvopt.speculation.drafters.assistant import AssistantDrafter
 from hf_kvopt.speculation.drafters.base import Drafter
@@ -37,7 +38,6 @@ from hf_kvopt.speculation.loop.remembered import Remembered
 from hf_kvopt.speculation.loop.requirements import cache_for, require_steady_rope, require_supported
 from hf_kvopt.speculation.loop.scores import NodeScores
 from hf_kvopt.speculation.loop.stats import SpeculationStats
-from hf_kvopt.speculation.loop.stepwise import stepwise
 
 logger = logging.getLogger(__name__)
 

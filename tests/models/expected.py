@@ -71,3 +71,12 @@ NOT_DRAFTED = {
     **_all("Qwen2VLForConditionalGeneration", "positions along several axes"),
     **_all("MllamaForConditionalGeneration", "a mask over the image that grows with the text"),
 }
+
+
+# Models with states of which `PrefixStore` shares no prefixes.
+NOT_SHARED = {
+    **_all("falcon_mamba mamba mamba2 minimax", OWN_CACHE),
+    **_all("recurrent_gemma", "keeps states in its modules"),
+    **_all("jamba zamba", "forgets its states where several tokens are read at once"),
+    **_all("qwen4_exp qwen4_exp_text", "layers with an indexer"),
+}

@@ -113,7 +113,12 @@ def test_models_with_states_share_draft_and_compile_nothing() -> None:
     }
     made = planned(fields, workload="code", context="4k")
     assert made.option == Option("native", False, False, "none")
-    assert "states sum up a text" in choice(made, "prefix sharing").reason
+    assert "forget their states" in choice(made, "prefix sharing").reason
+    del fields["num_experts"], fields["use_mamba_kernels"]
+    fields |= {"model_type": "falcon_h1"}
+    made = planned(fields, device=CPU, workload="chat", context="4k")
+    assert made.option.shares_prefix
+    assert made.option.draft == "none"
 
 
 def test_written_in_attention_keeps_its_own() -> None:

@@ -14,8 +14,8 @@ import hf_kvopt
 from hf_kvopt import PagedCache, UnsupportedModel, speculative
 from hf_kvopt.cache import recording
 from hf_kvopt.cache.states import StateLayer
+from hf_kvopt.cache.stepwise import TokenByToken, holders, stepwise
 from hf_kvopt.errors import CacheStateError
-from hf_kvopt.speculation.loop.stepwise import TokenByToken, holders, stepwise
 from tests.models.cases import Case
 from tests.models.tiny import build
 from tests.speculation.drafters import Oracle

@@ -209,6 +209,7 @@ class Drafting:
             "num_kv_heads": w.num_kv_heads,
             "group": w.num_heads // w.num_kv_heads,
             "q_len": 1,
+            "run": 1,
             "q": self._queries.data_ptr(),
             "q_batch": w.num_heads * w.head_dim,
             "q_head": w.head_dim,
@@ -231,7 +232,8 @@ class Drafting:
         splits = -(-(table.shape[1] << held.k.block_shift) // CHUNK)
         num_tasks = len(table) * w.num_kv_heads * splits
         group = w.num_heads // w.num_kv_heads
-        parts = self._reserve("parts", num_tasks * -(-group // spec.rows) * spec.rows * part_items(spec))
+        padded = -(-group // spec.rows) * spec.rows
+        parts = self._reserve("parts", num_tasks * padded * part_items(spec))
         for plane, address in (("k", held.k), ("v", held.v)):
             names = (f"{plane}{axis}" for axis in ("", "_block", "_token", "_head"))
             described = dict(zip(names, address.arguments[:4], strict=True))
@@ -241,6 +243,7 @@ class Drafting:
         self._attention |= {
             "num_tasks": num_tasks,
             "splits": splits,
+            "padded": padded,
             "table": table.data_ptr(),
             "table_row": table.stride(0),
             "block_shift": held.k.block_shift,

@@ -12,15 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_kvopt.kernels.calls import AttentionCall, KVView
+from hf_kvopt.kernels.calls import AttentionCall, KVView, SharedBlocks
 from hf_kvopt.kernels.cpu.address import PoolAddress
-from hf_kvopt.kernels.cpu.jit.spec import BOOL_MASK, CHUNK, FLOAT_MASK, NO_MASK, NO_WINDOW, Spec, part_items
+from hf_kvopt.kernels.cpu.jit.spec import BOOL_MASK, CHUNK, FLOAT_MASK, NO_MASK, NO_WINDOW, SharedSpec, Spec, part_items
 from hf_kvopt.kernels.cpu.program import bits_of, can_compile, compiled, lanes, num_threads
 from hf_kvopt.kernels.pattern import LOG2E, Pattern
 
 # Scaled queries of a KV head's group, which each thread keeps on its stack: chunks of 512 tokens with 4 heads of 64. A
 # chunk of 512 queries against 640 tokens takes 0.48x of SDPA's time (2 cores, AVX-512).
 MAX_QUERY_BYTES = 1 << 19
+# Queries of one task over shared tokens: with their sums, of 128 channels, 128 KiB that stay in the second-level cache.
+MAX_SHARED_QUERIES = 128
+# Reads of shared tokens below which a second call is not worth its 3 to 8 us (2 cores, AVX-512).
+MIN_SAVED_BYTES = 1 << 20
 QUERY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NO_MASK, _NO_SINKS = (NO_MASK, 0, 0, 0, 0), (0, 0, 0, 0)
 _KEPT_SCRATCH = 1 << 16  # float32 values: what decoding takes
@@ -51,7 +55,10 @@ def run(call: AttentionCall) -> Tensor:
     assert isinstance(k, KVView)
     assert isinstance(v, KVView)
     q = k.for_codes(q) if k.spec.rotates else q
-    return attend_blocks(q, k.plane.address, v.plane.address, *k.row_tensors(), pattern, skip=k.skip)  # type: ignore[arg-type]
+    shared = k.shared_blocks(q.shape[2], pattern)
+    if shared is not None and shared.saved * sum(x.plane.codes[0, 0].nbytes for x in (k, v)) < MIN_SAVED_BYTES:
+        shared = None
+    return attend_blocks(q, k.plane.address, v.plane.address, *k.row_tensors(), pattern, skip=k.skip, shared=shared)  # type: ignore[arg-type]
 
 
 def can_attend(
@@ -79,11 +86,13 @@ def attend_blocks(
     pattern: Pattern,
     *,
     skip: int = 0,
+    shared: SharedBlocks | None = None,
 ) -> Tensor:
     """Attention with queries aligned to the end of each row: query i sits at token seq_len - q_len + i.
 
     The pattern's `starts` and `mask` count columns: row i's token t stands in column t + lags[i] - skip. Its sinks may
-    differ by query, [batch | 1, num_heads, q_len | 1, 1].
+    differ by query, [batch | 1, num_heads, q_len | 1, 1]. What rows share is read once for all; no bit of the output
+    shows it.
 
     Returns:
         [batch, q_len, num_heads, v_head_dim] contiguous, in q's dtype; 0 for a query that may see no token.
@@ -99,22 +108,45 @@ def attend_blocks(
     splits = -(-capacity // CHUNK)
     num_tasks = batch * k.num_heads * splits
     out = states.new_empty((batch, q_len, num_heads, v.dim))
-    parts = scratch(num_tasks * -(-rows // together) * together * part_size)
+    padded = -(-rows // together) * together
+    parts = scratch(num_tasks * padded * part_size)
     work = batch * num_heads * q_len * capacity * (head_dim + v.dim)
     first, behind, held = pattern_arguments(pattern)
     # In the order of spec.ARGUMENTS.
     arguments = array("q", (
-        0, num_tasks, num_threads() if work > SERIAL_WORK else 1, splits, k.num_heads, group, q_len,
+        0, num_tasks, num_threads() if work > SERIAL_WORK else 1, splits, k.num_heads, group, q_len, padded,
         states.data_ptr(), *states.stride()[:3],
         *k.arguments, *v.arguments,
         block_table.data_ptr(), block_table.stride(0), k.block_shift, seq_lens.data_ptr(),
         first, 0 if lags is None else lags.data_ptr(), skip,
-        *behind,
+        *((0, 1) if shared is None else (shared.tokens.data_ptr(), batch // len(shared.tokens))), *behind,
         out.data_ptr(), parts.data_ptr(),
     ))  # fmt: skip
+    if shared is not None:
+        _attend_shared(shared, batch, rows, (k.dim, v.dim, k.code, v.code, scale_bits, lanes()), arguments)
     program.run(arguments.buffer_info()[0])
     del held
     return out if q.dtype == torch.float32 else out.to(q.dtype)
+
+
+def _attend_shared(
+    shared: SharedBlocks,
+    batch: int,
+    num_queries: int,  # of a row and KV head
+    fields: tuple[Any, ...],  # of the spec
+    arguments: "array[int]",  # of what each row does alone
+) -> None:
+    """Begin the parts of all rows with the tokens that they share."""
+    runs, (_, _, num_threads, _, num_kv_heads) = len(shared.tokens), arguments[:5]
+    splits, run = -(-shared.most // CHUNK), batch // runs
+    # As many rows as a thread can keep, but no thread without a task.
+    pieces = max(1, -(-num_threads // (runs * num_kv_heads * splits)), -(-run * num_queries // MAX_SHARED_QUERIES))
+    piece = -(-run // pieces)
+    num_tasks = runs * -(-run // piece) * num_kv_heads * splits
+    own = arguments[:]
+    own[1] = num_tasks
+    own.extend((piece, splits))
+    _shared_program(min(piece * num_queries, 4), *fields).run(own.buffer_info()[0])
 
 
 def pattern_arguments(pattern: Pattern) -> tuple[int, tuple[int, ...], tuple[Tensor | None, ...]]:
@@ -160,6 +192,11 @@ def scratch(size: int) -> Tensor:
     if kept is None:
         kept = _THREAD.scratch = torch.empty(_KEPT_SCRATCH, dtype=torch.float32, device="cpu")
     return kept
+
+
+@cache
+def _shared_program(*fields: Any) -> Any:
+    return compiled("shared", SharedSpec(*fields))
 
 
 @cache

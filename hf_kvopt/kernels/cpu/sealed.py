@@ -77,17 +77,18 @@ def attend_sealed_blocks(
     splits = -(-capacity // CHUNK)
     num_tasks = batch * k.num_heads * splits
     out = states.new_empty((batch, q_len, num_heads, v.dim))
-    parts = scratch(num_tasks * -(-num_queries // together) * together * part_size)
+    padded = -(-num_queries // together) * together
+    parts = scratch(num_tasks * padded * part_size)
     work = batch * num_heads * q_len * capacity * (head_dim + v.dim)
     before, behind, held = pattern_arguments(pattern)
     # In the order of spec.ARGUMENTS and spec.SEALED_ARGUMENTS.
     arguments = array("q", (
-        0, num_tasks, num_threads() if work > SERIAL_WORK else 1, splits, k.num_heads, group, q_len,
+        0, num_tasks, num_threads() if work > SERIAL_WORK else 1, splits, k.num_heads, group, q_len, padded,
         states.data_ptr(), *states.stride()[:3],
         *k.exact, *v.exact,
         rows.block_table.data_ptr(), rows.block_table.stride(0), shift, rows.seq_lens.data_ptr(),
         before, 0 if rows.lags is None else rows.lags.data_ptr(), rows.skip,
-        *behind,
+        0, 1, *behind,
         out.data_ptr(), parts.data_ptr(),
         rows.exact_table.data_ptr(), rows.exact_table.stride(0), rows.first_block,
         0 if depths is None else depths.data_ptr(),

@@ -23,10 +23,14 @@ from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.kernels.sealed_kv import BothForms, SealedKV
 from hf_kvopt.kernels.sealed_view import FEW_BLOCKS, SealedView, depths
 from hf_kvopt.kernels.triton import ops
+from hf_kvopt.kernels.triton.paged_decode import paged_decode
 from hf_kvopt.kernels.triton.sealed_attention import sealed_attention
 
 logger = logging.getLogger(__name__)
 
+# Reads of shared tokens below which a launch of its own, some 10 us, is not worth it: what an H200 takes from its
+# second-level cache in about as long.
+_MIN_SAVED_BYTES = 1 << 25
 # Queries times the heads of a KV group that one tile of the split kernel takes at most.
 _DECODE_ROWS = 64
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -46,6 +50,7 @@ def run(call: AttentionCall) -> Tensor:
     """Call the op that suits."""
     q, k, v, pattern, _ = call
     q = q if q.stride(-1) == 1 else q.contiguous()
+    shared = _shared(q, k, v, pattern)  # while it is known here where rows start
     if pattern.starts is not None:
         pattern = pattern._replace(starts=_on_device(pattern.starts, k, q.device))
     if not isinstance(k, KVView) or not isinstance(v, KVView):
@@ -56,7 +61,17 @@ def run(call: AttentionCall) -> Tensor:
         return _over_dense(q, k.dense(), v.dense(), pattern)
     if isinstance(k, SealedView) and isinstance(v, SealedView):
         return _over_sealed(q, k, v, pattern)
-    return _over_blocks(q, k, v, pattern)
+    return _over_blocks(q, k, v, pattern, shared)
+
+
+def _shared(q: Tensor, k: Tensor | KVView, v: Tensor | KVView, pattern: Pattern) -> Tensor | None:
+    """Return how many tokens each run of rows shares, where that saves time; see `SharedBlocks`."""
+    if not isinstance(k, KVView) or not isinstance(v, KVView) or isinstance(k, SealedView) or k.states is not None:
+        return None
+    shared = k.shared_blocks(q.shape[2], pattern)
+    if shared is None or shared.saved * sum(x.plane.codes[0, 0].nbytes for x in (k, v)) < _MIN_SAVED_BYTES:
+        return None
+    return shared.tokens
 
 
 def _on_device(starts: Tensor | Sequence[int], k: Tensor | KVView, device: torch.device) -> Tensor:
@@ -66,13 +81,17 @@ def _on_device(starts: Tensor | Sequence[int], k: Tensor | KVView, device: torch
     return torch.as_tensor(starts, dtype=torch.int32, device=device)
 
 
-def _over_blocks(q: Tensor, k: KVView, v: KVView, pattern: Pattern) -> Tensor:
+def _over_blocks(q: Tensor, k: KVView, v: KVView, pattern: Pattern, shared: Tensor | None) -> Tensor:
     block_table, seq_lens, lags = k.row_tensors()
     if k.skip or lags is not None:
         pattern = _by_token(k, lags, pattern)
-    kv = PagedKV(k.plane.codes, v.plane.codes, block_table, seq_lens, k.plane.scale, v.plane.scale)
+    kv = PagedKV(k.plane.codes, v.plane.codes, block_table, seq_lens, k.plane.scale, v.plane.scale, shared)
     group = q.shape[1] // k.spec.shape[1]
-    op = ops.paged_decode if q.shape[2] * group <= _DECODE_ROWS else ops.paged_prefill
+    if q.shape[2] * group > _DECODE_ROWS:
+        return ops.paged_prefill(k.for_codes(q), kv, pattern).out
+    # An op is for graphs; outside of them a decode step would pay for its way through the dispatcher.
+    is_op = shared is not None or torch.compiler.is_compiling()
+    op = ops.paged_decode if is_op else paged_decode
     return op(k.for_codes(q), kv, pattern).out
 
 
@@ -86,7 +105,7 @@ def _over_sealed(q: Tensor, k: SealedView, v: SealedView, pattern: Pattern) -> T
     if k.skip or lags is not None:
         pattern = _by_token(k, lags, pattern)
     is_few = q_len * (q.shape[1] // k.spec.shape[1]) <= _DECODE_ROWS and q_len <= FEW_BLOCKS * size
-    k_forms, v_forms = (_both_forms(x, with_new=not is_few) for x in (k, v))
+    k_forms, v_forms = _both_forms(k, with_new=not is_few), _both_forms(v, with_new=not is_few)
     kv = SealedKV(k_forms, v_forms, block_table, table.exact_table(q.device), seq_lens, table.first_block, nodes)
     return sealed_attention(q, kv, pattern, few=is_few).out
 
@@ -136,9 +155,8 @@ def _obstacle(call: AttentionCall) -> str | None:
     """Say why the kernels cannot take this call; None where they can."""
     q, k, v, pattern, dropout = call
     v_dim = v.spec.shape[-1] if isinstance(v, KVView) else v.shape[-1]
-    dims = (q.shape[-1], v_dim)
-    if any(dim % 8 or not 32 <= dim <= 256 for dim in dims):
-        return f"head sizes {dims} (kernels take multiples of 8 from 32 to 256)"
+    if not _takes_dims(q.shape[-1], v_dim):
+        return f"head sizes {q.shape[-1], v_dim} (kernels take multiples of 8 from 32 to 256)"
     if q.dtype not in _KERNEL_DTYPES:
         return f"{q.dtype} (kernels take float16, bfloat16 and float32)"
     if dropout or (torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (q, k, v))):
@@ -148,6 +166,11 @@ def _obstacle(call: AttentionCall) -> str | None:
     if isinstance(k, SealedView) and isinstance(v, SealedView):
         return _sealed_obstacle(k, v)
     return None
+
+
+@cache
+def _takes_dims(*dims: int) -> bool:
+    return all(dim % 8 == 0 and 32 <= dim <= 256 for dim in dims)
 
 
 def _sealed_obstacle(k: SealedView, v: SealedView) -> str | None:

@@ -6,6 +6,7 @@ lengths) are checked under HF_KVOPT_DEBUG=1 only, because reading them stops the
 
 from __future__ import annotations
 
+import functools
 import os
 
 import torch
@@ -21,8 +22,9 @@ from hf_kvopt.quant import Format, format_of
 COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
+@functools.cache
 def debug_enabled() -> bool:
-    """Return whether device-side values are to be checked."""
+    """Return whether device-side values are to be checked; the environment is read once."""
     return os.environ.get("HF_KVOPT_DEBUG", "0") == "1"
 
 
@@ -136,7 +138,7 @@ def _check_mask(mask: Tensor, batch: int, num_heads: int, q_len: int) -> None:
 
 def check_paged(q: Tensor, kv: PagedKV, pattern: Pattern, target: Target) -> None:
     """Check every argument of a paged attention op."""
-    k_pool, v_pool, block_table, seq_lens, k_scale, v_scale = kv
+    k_pool, v_pool, block_table, seq_lens, k_scale, v_scale, shared = kv
     check_shape("q", q, (None, None, None, None))
     check_dtype("q", q, *COMPUTE_DTYPES)
     check_last_contiguous("q", q)
@@ -155,11 +157,23 @@ def check_paged(q: Tensor, kv: PagedKV, pattern: Pattern, target: Target) -> Non
     check_last_contiguous("block_table", block_table)
     check_shape("seq_lens", seq_lens, (batch,))
     check_dtype("seq_lens", seq_lens, torch.int32)
+    if shared is not None:
+        _check_shared(shared, batch)
+        check_device("shared", shared, q)
     check_pattern(pattern, q)
     for name, tensor in (("k_pool", k_pool), ("v_pool", v_pool), ("block_table", block_table), ("seq_lens", seq_lens)):
         check_device(name, tensor, q)
     if debug_enabled():
         check_table_values(block_table, seq_lens, k_pool.shape[0], k_pool.shape[1])
+
+
+def _check_shared(shared: Tensor, batch: int) -> None:
+    """Raise unless the batch is as many rows for each entry."""
+    check_shape("shared", shared, (None,))
+    check_dtype("shared", shared, torch.int32)
+    check_contiguous("shared", shared)
+    if not len(shared) or batch % len(shared):
+        raise ValueError(f"shared must have one entry for each run of a batch of {batch} rows: got {len(shared)}")
 
 
 def check_table_values(block_table: Tensor, seq_lens: Tensor, num_blocks: int, block_size: int) -> None:

@@ -136,6 +136,26 @@ def decode_config(
     return config._replace(block_m=block_m, block_n=max(16, block_n))
 
 
+def shared_config(
+    head_dim: int,
+    dtype: torch.dtype,
+    formats: tuple[Format, Format],
+    num_rows: int,  # query heads of a group x q_len x rows that share the keys
+    has_mask: bool,
+    target: Target,
+) -> Config:
+    """Return the configuration of one KV head's work for many rows over the same keys; see `decode_config`.
+
+    64 rows a tile, with a chunk's keys, where a chunk has as many: then half as many programs read a key. Not of codes:
+    on sm_100 that spills.
+    """
+    few = decode_config(head_dim, dtype, formats, num_rows, has_mask, target)
+    many = paged_prefill_config(head_dim, dtype, formats, num_rows, has_mask, target)
+    if num_rows <= few.block_m or many.block_m < 64 or any(fmt.has_scale for fmt in formats):
+        return few
+    return many._replace(block_m=64)
+
+
 def least_decode_tile(target: Target) -> int:
     """Return the fewest keys that a tile of any decode configuration may have."""
     return min(max(16, config.block_n // 2) for config in _PAGED_DECODE[target.family])

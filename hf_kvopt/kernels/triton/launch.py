@@ -35,13 +35,15 @@ class Launch(NamedTuple):
     grid: tuple[int, int, int]
     args: dict[str, Any]
     options: dict[str, Any]
+    scratch: tuple[str, ...] = ()  # arguments that were allocated for this launch, and may be allocated anew
+    constants: tuple[str, ...] = ()  # tensors that are the same ones at each call
 
-    def run(self) -> None:
-        """Launch on the current stream of the device that the tensors live on."""
+    def run(self) -> Any:
+        """Launch on the current stream of the device that the tensors live on; return what Triton compiled."""
         device = next(value.device for value in self.args.values() if isinstance(value, Tensor))
         # Triton launches on the current device, which is another one where a model is spread over several.
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            self.kernel[self.grid](**self.args, **self.options)
+            return self.kernel[self.grid](**self.args, **self.options)
 
 
 class Config(NamedTuple):

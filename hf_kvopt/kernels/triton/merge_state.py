@@ -41,10 +41,10 @@ def merge_state_reference(
     return AttentionOut((weights * parts).sum(dim=0).to(dtype or partial_out.dtype), lse)
 
 
-@triton.jit(do_not_specialize=["num_rows", "q_len", "num_heads", "num_splits"])
+@triton.jit(do_not_specialize=["num_rows", "q_len", "num_heads", "num_splits", "stride_part_h", "stride_part_m"])
 def _merge_state_kernel(
     part_out_ptr,  # [num_splits, batch, q_len, num_heads, v_dim]
-    part_lse_ptr,  # [num_splits, batch, num_heads, q_len], natural log
+    part_lse_ptr,  # [num_splits, batch, num_heads, q_len], the last two in any order, natural log
     sinks_ptr,
     out_ptr,  # [batch, q_len, num_heads, v_dim]
     lse_ptr,  # [batch, num_heads, q_len]
@@ -52,6 +52,8 @@ def _merge_state_kernel(
     q_len,
     num_heads,
     num_splits,
+    stride_part_h,
+    stride_part_m,
     V_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -60,7 +62,9 @@ def _merge_state_kernel(
     row = tl.program_id(0).to(tl.int64)
     head = row % num_heads
     batch_q = row // num_heads
-    lse_row = (batch_q // q_len * num_heads + head) * q_len + batch_q % q_len
+    batch, token = batch_q // q_len, batch_q % q_len
+    lse_row = (batch * num_heads + head) * q_len + token
+    part_row = batch * num_heads * q_len + head * stride_part_h + token * stride_part_m
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < V_DIM
 
@@ -68,7 +72,7 @@ def _merge_state_kernel(
     greatest = tl.full([BLOCK_S], float("-inf"), tl.float32)
     for start in range(0, num_splits, BLOCK_S):
         mask_s = start + offs_s < num_splits
-        part = tl.load(part_lse_ptr + (start + offs_s) * num_rows + lse_row, mask=mask_s, other=float("-inf"))
+        part = tl.load(part_lse_ptr + (start + offs_s) * num_rows + part_row, mask=mask_s, other=float("-inf"))
         greatest = tl.maximum(greatest, part)
     m_i = tl.max(greatest, 0) * 1.4426950408889634
     if sinks_ptr is not None:
@@ -80,7 +84,7 @@ def _merge_state_kernel(
     acc = tl.zeros([BLOCK_D], tl.float32)
     for start in range(0, num_splits, BLOCK_S):
         mask_s = start + offs_s < num_splits
-        part = tl.load(part_lse_ptr + (start + offs_s) * num_rows + lse_row, mask=mask_s, other=float("-inf"))
+        part = tl.load(part_lse_ptr + (start + offs_s) * num_rows + part_row, mask=mask_s, other=float("-inf"))
         weight = tl.exp2(part * 1.4426950408889634 - pivot)
         # Splits that hold nothing have written their lse only. [BLOCK_S, BLOCK_D]
         wanted = (mask_s & (part != float("-inf")))[:, None] & mask_d[None, :]
@@ -118,11 +122,13 @@ def plan_merge_state(
         "q_len": q_len,
         "num_heads": num_heads,
         "num_splits": num_splits,
+        "stride_part_h": partial_lse.stride(2),
+        "stride_part_m": partial_lse.stride(3),
         "V_DIM": v_dim,
         "BLOCK_D": next_power_of_two(v_dim),
         "BLOCK_S": 16,
     }
-    return Launch(_merge_state_kernel, (num_rows, 1, 1), args, {"num_warps": 4})
+    return Launch(_merge_state_kernel, (num_rows, 1, 1), args, {"num_warps": 4}, ("part_out_ptr", "part_lse_ptr"))
 
 
 def merge_state(

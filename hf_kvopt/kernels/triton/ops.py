@@ -22,13 +22,17 @@ from hf_kvopt.kernels.packed import Packed
 from hf_kvopt.kernels.paged_kv import PagedKV, empty_results
 from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.kernels.reference.attention import AttentionOut, paged_reference
+from hf_kvopt.kernels.triton import cascade as _cascade
 from hf_kvopt.kernels.triton import flash_prefill as _flash_prefill
 from hf_kvopt.kernels.triton import merge_state as _merge_state
 from hf_kvopt.kernels.triton import paged_decode as _paged_decode
 from hf_kvopt.kernels.triton import paged_prefill as _paged_prefill
 
 # Flat, in the field order of PagedKV: the ops know tensors and numbers only.
-_PAGED = "Tensor q, Tensor k_pool, Tensor v_pool, Tensor block_table, Tensor seq_lens, Tensor? k_scale, Tensor? v_scale"
+_PAGED = (
+    "Tensor q, Tensor k_pool, Tensor v_pool, Tensor block_table, Tensor seq_lens, Tensor? k_scale, Tensor? v_scale, "
+    "Tensor? shared"
+)
 _FLASH_PREFILL = (
     f"(Tensor q, Tensor k, Tensor v, {PATTERN}, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
     "SymInt? max_q_len=None) -> (Tensor, Tensor)"
@@ -104,6 +108,8 @@ def _paged_decode_impl(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     kv, pattern = PagedKV(*rest[:_POOLS]), Pattern(*rest[_POOLS : _POOLS + _FIELDS])
     if _takes_kernel(q):
         scratch = rest[_POOLS + _FIELDS] if len(rest) > _POOLS + _FIELDS else None
+        if scratch is None and _cascade.can_share(kv, pattern, q.shape[2]):
+            return _both(_cascade.cascade(q, kv, pattern))
         return _both(_paged_decode.paged_decode(q, kv, pattern, scratch=scratch))
     return _both(paged_reference(q, kv, pattern))
 

@@ -25,6 +25,7 @@ from hf_kvopt.kernels.triton.launch import Config, Launch, Target, cdiv, next_po
 from hf_kvopt.kernels.triton.merge_state import plan_merge_state
 from hf_kvopt.kernels.triton.optional import tl, triton
 from hf_kvopt.kernels.triton.paged_tile import attend_tile, load_query, load_scales
+from hf_kvopt.kernels.triton.prepared import Plan, run_prepared
 from hf_kvopt.kernels.triton.splits import most_keys, of_splits
 from hf_kvopt.kernels.triton.tile import add_sink, log_sum, reciprocal, store_output
 
@@ -69,7 +70,12 @@ def _split_bounds(
 
 
 # Sizes that change while a sequence grows or a batch shrinks must not compile the kernel anew.
-@triton.jit(do_not_specialize=["q_len", "num_batch", "row_tiles", "num_splits", "mask_len", "stride_table_b"])
+@triton.jit(
+    do_not_specialize=[
+        "q_len", "num_batch", "row_tiles", "num_splits", "run", "mask_len", "stride_lse_h", "stride_lse_m",
+        "stride_table_b",
+    ]
+)  # fmt: skip
 def _paged_decode_kernel(
     q_ptr,
     k_ptr,
@@ -82,7 +88,9 @@ def _paged_decode_kernel(
     mask_ptr,
     sinks_ptr,
     out_ptr,  # [num_splits, batch, q_len, num_heads, v_dim]
-    lse_ptr,  # [num_splits, batch, num_heads, q_len]
+    lse_ptr,  # [num_splits, batch, num_heads, q_len], the last two in any order
+    shared_ptr,  # [batch / run] int32: leading tokens that others attend to, see cascade.py
+    run,
     q_len,
     num_batch,
     row_tiles,
@@ -94,6 +102,8 @@ def _paged_decode_kernel(
     stride_q_b,
     stride_q_h,
     stride_q_m,
+    stride_lse_h,
+    stride_lse_m,
     stride_table_b,
     stride_mask_b,
     stride_mask_h,
@@ -140,6 +150,8 @@ def _paged_decode_kernel(
         kv_lo = tl.maximum(seq_len - q_len + first_row // GROUP - window + 1, 0)
     if starts_ptr is not None:
         kv_lo = tl.maximum(kv_lo, tl.load(starts_ptr + batch))
+    if shared_ptr is not None:
+        kv_lo = tl.maximum(kv_lo, tl.load(shared_ptr + batch // run))
     kv_lo = tl.minimum(kv_lo, seq_len)
     start, end = _split_bounds(
         seq_lens_ptr, num_batch, NUM_KV_HEADS * row_tiles, pid_split, num_splits, kv_lo, seq_len,
@@ -148,7 +160,7 @@ def _paged_decode_kernel(
 
     num_heads = NUM_KV_HEADS * GROUP
     part = pid_split.to(tl.int64) * num_batch + batch
-    lse_ptrs = lse_ptr + (part * num_heads + head) * q_len + token
+    lse_ptrs = lse_ptr + part * num_heads * q_len + head * stride_lse_h + token * stride_lse_m
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     if (start >= end) & (num_splits > 1):
         tl.store(lse_ptrs, m_i, mask=mask_m)
@@ -222,26 +234,45 @@ def plan_paged_decode(
     num_splits: int,
 ) -> list[Launch]:
     """Write the launches down: the splits, and their merge if there is more than one."""
+    parts, part_lse, own = of_splits(pattern, q.shape[2], scratch, out, lse, num_splits)
+    launches = [plan_splits(q, kv._replace(shared=None), own, parts, part_lse, target, config, num_splits)]
+    if num_splits > 1:
+        launches.append(plan_merge_state(parts, part_lse, pattern.sinks, out, lse))
+    return launches
+
+
+def plan_splits(
+    q: Tensor,
+    kv: PagedKV,
+    pattern: Pattern,
+    parts: Tensor,  # [num_splits, batch, q_len, num_heads, v_dim], or without the first axis where it is one
+    part_lse: Tensor,  # [num_splits, batch, num_heads, q_len], the last two in any order
+    target: Target,
+    config: Config,
+    num_splits: int,
+    workers_per_sm: int = WORKERS_PER_SM,
+) -> Launch:
+    """Write down the launch that computes the parts, of each row behind the tokens that it shares."""
     batch, num_heads, q_len, _ = q.shape
     row_tiles = cdiv(q_len * num_heads // kv.num_kv_heads, config.block_m)
-    parts, part_lse, own = of_splits(pattern, q_len, scratch, out, lse, num_splits)
     args = {
         **paged_args(q, kv, config, target),
-        **pattern_args(own),
+        **pattern_args(pattern),
         "out_ptr": parts,
         "lse_ptr": part_lse,
+        "stride_lse_h": part_lse.stride(-2),
+        "stride_lse_m": part_lse.stride(-1),
+        "shared_ptr": kv.shared,
+        "run": 1 if kv.shared is None else batch // len(kv.shared),
         "num_batch": batch,
         "row_tiles": row_tiles,
         "num_splits": num_splits,
         "BLOCK_BATCH": next_power_of_two(batch),
         "MIN_SPLIT_TILES": 1 if target.family == "interpret" else MIN_TILES,
-        "NUM_WORKERS": WORKERS_PER_SM * target.num_sms,
+        "NUM_WORKERS": workers_per_sm * target.num_sms,
     }
     grid = (batch * row_tiles, kv.num_kv_heads, num_splits)
-    launches = [Launch(_paged_decode_kernel, grid, args, config.options)]
-    if num_splits > 1:
-        launches.append(plan_merge_state(parts, part_lse, pattern.sinks, out, lse))
-    return launches
+    return Launch(_paged_decode_kernel, grid, args, config.options, ("out_ptr", "lse_ptr"))
 
 
 def decode_scratch(
@@ -267,12 +298,28 @@ def paged_decode(
     config: Config | None = None,
     num_splits: int | None = None,
 ) -> AttentionOut:
-    """Attend to all tokens of each row through its table; nothing on the host depends on a length."""
+    """Attend to all tokens of each row through its table, whatever rows share (cascade.py reads that once).
+
+    Nothing on the host depends on a length.
+    """
+
+    def plan() -> Plan:
+        return _planned(q, kv, pattern, scratch, config, num_splits)
+
+    inputs = (q, *kv, pattern.sinks, pattern.starts, pattern.mask, scratch)
+    out, lse = run_prepared(inputs, ("paged_decode", *pattern[:4], config, num_splits), plan)
+    return AttentionOut(out, lse)
+
+
+def _planned(
+    q: Tensor, kv: PagedKV, pattern: Pattern, scratch: Tensor | None, config: Config | None, num_splits: int | None
+) -> Plan:
+    """Check the arguments of `paged_decode`, choose the tiles and splits, and write the launches down."""
     target = target_of(q)
     check_paged(q, kv, pattern, target)
     out, lse = empty_results(q, kv.v_dim)
     if not out.numel():
-        return AttentionOut(out, lse)
+        return Plan((), (out, lse))
     batch, num_heads, q_len, k_dim = q.shape
     num_rows = q_len * num_heads // kv.num_kv_heads
     config = config or decode_config(max(k_dim, kv.v_dim), q.dtype, kv.formats, num_rows, pattern.has_mask, target)
@@ -280,6 +327,5 @@ def paged_decode(
         row_tiles = cdiv(num_rows, config.block_m)
         keys = most_keys(pattern, q_len, kv.capacity)
         num_splits = choose_splits(batch, kv.num_kv_heads, row_tiles, keys, config.block_n, target)
-    for launch in plan_paged_decode(q, kv, pattern, out, lse, scratch, target, config, num_splits):
-        launch.run()
-    return AttentionOut(out, lse)
+    launches = plan_paged_decode(q, kv, pattern, out, lse, scratch, target, config, num_splits)
+    return Plan(launches, (out, lse))

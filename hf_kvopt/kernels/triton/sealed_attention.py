@@ -17,6 +17,7 @@ from hf_kvopt.kernels.triton.configs import sealed_config
 from hf_kvopt.kernels.triton.launch import Config, Launch, Target, cdiv, next_power_of_two, target_of
 from hf_kvopt.kernels.triton.merge_state import plan_merge_state
 from hf_kvopt.kernels.triton.paged_decode import MIN_TILES, WORKERS_PER_SM, choose_splits
+from hf_kvopt.kernels.triton.prepared import Plan, run_prepared
 from hf_kvopt.kernels.triton.sealed_arguments import check_sealed, sealed_args
 from hf_kvopt.kernels.triton.sealed_kernel import sealed_attention_kernel
 from hf_kvopt.kernels.triton.splits import most_keys, of_splits
@@ -56,7 +57,8 @@ def plan_sealed(
         "HAS_WHOLE": num_splits == 1,
     }
     grid = (batch * row_tiles, kv.num_kv_heads, num_splits)
-    launches = [Launch(sealed_attention_kernel, grid, args, config.options)]
+    scratch, constants = ("out_ptr", "lse_ptr", "means_ptr"), ("k_turn_ptr", "v_turn_ptr")
+    launches = [Launch(sealed_attention_kernel, grid, args, config.options, scratch, constants)]
     if num_splits > 1:
         launches.append(plan_merge_state(parts, part_lse, pattern.sinks, out, lse))
     return launches
@@ -75,11 +77,26 @@ def sealed_attention(
 
     What few queries read exact has a place; many queries find their own tokens among the new states.
     """
+
+    def plan() -> Plan:
+        return _planned(q, kv, pattern, few, config, num_splits)
+
+    k, v, *tables, first_block, depths = kv
+    codecs = (k.codec, v.codec)
+    inputs = (q, *k[:4], k.new, *v[:4], v.new, *tables, depths, pattern.sinks, pattern.starts, pattern.mask)
+    settings = ("sealed_attention", *pattern[:4], *codecs, first_block == 0, few, config, num_splits)
+    return AttentionOut(*run_prepared(inputs, settings, plan))
+
+
+def _planned(
+    q: Tensor, kv: SealedKV, pattern: Pattern, few: bool, config: Config | None, num_splits: int | None
+) -> Plan:
+    """Check the arguments of `sealed_attention`, choose the tiles and splits, and write the launches down."""
     target = target_of(q)
     check_sealed(q, kv, pattern)
     out, lse = empty_results(q, kv.v.dim)
     if not out.numel():
-        return AttentionOut(out, lse)
+        return Plan((), (out, lse))
     batch, num_heads, q_len, k_dim = q.shape
     num_rows = q_len * num_heads // kv.num_kv_heads
     config = config or sealed_config(
@@ -97,6 +114,4 @@ def sealed_attention(
         keys = most_keys(pattern, q_len, kv.capacity)
         splits = choose_splits(batch, kv.num_kv_heads, row_tiles, keys, config.block_n, target)
         num_splits = splits if few else 1
-    for launch in plan_sealed(q, kv, pattern, out, lse, target, config, num_splits):
-        launch.run()
-    return AttentionOut(out, lse)
+    return Plan(plan_sealed(q, kv, pattern, out, lse, target, config, num_splits), (out, lse))

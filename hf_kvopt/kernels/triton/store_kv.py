@@ -24,6 +24,7 @@ from hf_kvopt.kernels.triton.checks import (
 )
 from hf_kvopt.kernels.triton.launch import Launch, Target, cdiv, next_power_of_two, target_of
 from hf_kvopt.kernels.triton.optional import tl, triton
+from hf_kvopt.kernels.triton.prepared import Plan, run_prepared
 from hf_kvopt.kernels.triton.store_tile import store_one
 from hf_kvopt.quant import Format, format_of, quantize
 from hf_kvopt.quant.reference import FLOAT16_NUDGE
@@ -183,9 +184,13 @@ def store_kv(
     v_scale: Tensor | None = None,
 ) -> None:
     """Scatter keys and values into their slots; two tokens must not share a slot."""
-    launch = plan_store_kv(k, v, k_pool, v_pool, slot_mapping, k_scale, v_scale, target_of(k))
-    if slot_mapping.numel():
-        launch.run()
+    inputs = (k, v, k_pool, v_pool, slot_mapping, k_scale, v_scale)
+
+    def plan() -> Plan:
+        launch = plan_store_kv(*inputs, target_of(k))
+        return Plan((launch,) if slot_mapping.numel() else (), ())
+
+    run_prepared(inputs, "store_kv", plan)
 
 
 def _format_args(prefix: str, fmt: Format, scale: Tensor | None) -> dict[str, float]:

@@ -35,11 +35,17 @@ def tiers_for(blocks: "SharedBlocks", settings: TierSettings | None) -> "Tiers |
     """Return the tiers of a store; None where it has none.
 
     Raises:
-        UnsupportedModel: the model is divided over ranks, which would know unlike texts.
+        UnsupportedModel: the model is divided over ranks, which would know unlike texts; layers hold states.
         ValueError: files without a model, whose identity they must carry.
     """
     if settings is None:
         return None
+    if blocks.index.checkpoints is not None:
+        raise UnsupportedModel(
+            f"tiers hold blocks of keys and values, and no states: got a {type(blocks.config).__name__} with layers "
+            "that hold states, without which its blocks are of no use; drop host_tier and disk_tier, or save the store "
+            "to a file"
+        )
     if settings.disk is not None and blocks.model is None:
         raise ValueError(
             "disk_tier needs the model, by whose weights files are told from those of others: got a store made from a "

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_kvopt.cache.paged import PagedCache
+from hf_kvopt.speculation.drafters.assistant_reader import AssistantReader, empty_cache
 from hf_kvopt.speculation.drafters.base import Draft, Drafter, DraftSession, Plan, Read, Sampler
-from hf_kvopt.speculation.loop.reader import Reader
+from hf_kvopt.speculation.loop.requirements import require_states_taken_back
 
 
 class AssistantDrafter(Drafter):
@@ -54,6 +54,7 @@ class AssistantDrafter(Drafter):
             )
         if self.model.config.is_encoder_decoder:
             raise ValueError("the assistant must be a decoder: got an encoder-decoder model")
+        require_states_taken_back(self.model, empty_cache(self.model))
 
     def begin(self, target: PreTrainedModel, batch_size: int) -> DraftSession:
         return _AssistantSession(self.model, target.config.get_text_config(decoder=True).vocab_size, batch_size)
@@ -63,7 +64,7 @@ class _AssistantSession(DraftSession):
     """Session of an assistant, whose cache holds the tokens of `extend` except those in `unread`."""
 
     def __init__(self, model: PreTrainedModel, vocab_size: int, batch_size: int) -> None:
-        self.reader = empty_reader(model, batch_size)
+        self.reader = AssistantReader(model, batch_size)
         self.vocab_size = vocab_size
         self.threshold = threshold_of(model)
         self.unread: list[list[int]] = [[] for _ in range(batch_size)]  # not fed yet; ends with the root
@@ -113,7 +114,7 @@ class _AssistantSession(DraftSession):
         self.reader.select(rows)
 
     def close(self) -> None:
-        self.reader.cache.free()
+        self.reader.close()
 
     def _tried(self) -> list[list[int]]:
         """Return the drafted tokens that the cache holds, for each row."""
@@ -123,13 +124,8 @@ class _AssistantSession(DraftSession):
 
     def _catch_up(self) -> Tensor:
         """Read the unread tokens, the root last, and return logits [batch, vocab] after the root."""
-        unread, width = self.unread, max(len(row) for row in self.unread)
-        fed = torch.tensor([row + [0] * (width - len(row)) for row in unread], device=self.reader.device)
-        outputs = self.reader.forward(fed)
-        lens = [len(row) for row in unread]
-        self.reader.keep(width, [list(range(n)) for n in lens])
-        self.unread = [[] for _ in unread]
-        return self._logits(outputs.logits[range(len(lens)), [n - 1 for n in lens]])
+        unread, self.unread = self.unread, [[] for _ in self.unread]
+        return self._logits(self.reader.read(unread))
 
     def _logits(self, logits: Tensor) -> Tensor:
         """Pad or cut logits to [batch, vocab] over the target's ids, so that padding is never drafted."""
@@ -137,13 +133,6 @@ class _AssistantSession(DraftSession):
         if missing > 0:
             return torch.nn.functional.pad(logits, (0, missing), value=float("-inf"))
         return logits[:, : self.vocab_size]
-
-
-def empty_reader(model: PreTrainedModel, batch_size: int) -> Reader:
-    """Return a reader of an assistant over an empty cache from which drafted tokens can be taken back."""
-    cache = PagedCache(config=model.config.get_text_config(decoder=True))
-    cache.activate_past_recording()
-    return Reader(model, cache, [0] * batch_size, None, [0] * batch_size, torch.device("cpu"))
 
 
 def threshold_of(model: PreTrainedModel) -> float:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_kvopt.speculation.drafters.assistant import common_prefix, empty_reader, is_sure, threshold_of
+from hf_kvopt.speculation.drafters.assistant import common_prefix, is_sure, threshold_of
+from hf_kvopt.speculation.drafters.assistant_reader import AssistantReader, empty_cache
 from hf_kvopt.speculation.drafters.base import Draft, Drafter, DraftSession, Plan, Read, Sampler
-from hf_kvopt.speculation.loop.reader import Reader
+from hf_kvopt.speculation.loop.requirements import require_states_taken_back
 
 
 class RetokenizedDrafter(Drafter):
@@ -41,6 +42,9 @@ class RetokenizedDrafter(Drafter):
             )
         if model.config.is_encoder_decoder:
             raise ValueError("the assistant must be a decoder: got an encoder-decoder model")
+
+    def check(self, target: PreTrainedModel) -> None:
+        require_states_taken_back(self.model, empty_cache(self.model))
 
     def begin(self, target: PreTrainedModel, batch_size: int) -> DraftSession:
         return _RetokenizedSession(self, target.config.get_text_config(decoder=True).vocab_size, batch_size)
@@ -100,7 +104,7 @@ class _RetokenizedSession(DraftSession):
             self._start_over()
 
     def close(self) -> None:
-        self.reader.cache.free()
+        self.reader.close()
 
     def _start_over(self) -> None:
         """Hold an empty cache."""
@@ -108,8 +112,8 @@ class _RetokenizedSession(DraftSession):
         self.held = [[] for _ in self.texts]
         self.reader = self._new_reader()
 
-    def _new_reader(self) -> Reader:
-        return empty_reader(self.drafter.model, len(self.texts))
+    def _new_reader(self) -> AssistantReader:
+        return AssistantReader(self.drafter.model, len(self.texts))
 
     def _drafted(self, ids: list[list[int]], gamma: int) -> list[list[int]]:
         """Return up to `gamma` ids of the assistant after each row of `ids`."""
@@ -132,17 +136,14 @@ class _RetokenizedSession(DraftSession):
         """Let the cache hold `ids` and return logits [batch, vocab] after the last of each row, which is read anew."""
         kept = [min(common_prefix(mine, new), len(new) - 1) for mine, new in zip(self.held, ids, strict=True)]
         counts = [len(mine) - n for mine, n in zip(self.held, kept, strict=True)]
-        if max(counts) > min(map(len, self.held)):  # a row is shorter than what another one takes back
+        # A row may be shorter than what another one takes back, or the text be written otherwise before the draft.
+        if not self.reader.can_drop(counts):
             self._start_over()
             kept = [0] * len(ids)
         else:
             self.reader.drop(counts)
-        unread = [row[n:] for row, n in zip(ids, kept, strict=True)]
-        width = max(map(len, unread))
-        outputs = self.reader.forward(torch.tensor([row + [0] * (width - len(row)) for row in unread]))
-        self.reader.keep(width, [list(range(len(row))) for row in unread])
+        logits = self.reader.read([row[n:] for row, n in zip(ids, kept, strict=True)])
         self.held = [list(row) for row in ids]
-        logits: Tensor = outputs.logits[range(len(ids)), [len(row) - 1 for row in unread]]
         return logits
 
     def _usable(self, chain: list[int], plan: Plan) -> list[int]:

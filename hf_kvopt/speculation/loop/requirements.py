@@ -12,11 +12,11 @@ from hf_kvopt import compat
 from hf_kvopt.cache.paged import PagedCache
 from hf_kvopt.cache.quantized import QuantizedPagedCache
 from hf_kvopt.cache.recording import state_layers
+from hf_kvopt.cache.stepwise import reads_by_token
 from hf_kvopt.compat import ModelTraits, model_traits
 from hf_kvopt.errors import CacheStateError, UnsupportedModel
 from hf_kvopt.prefix.attributes import is_rowwise
 from hf_kvopt.speculation.loop.prefill import prompt_columns
-from hf_kvopt.speculation.loop.stepwise import reads_by_token
 
 # Model types for which a forward over several tokens differs from several forwards over one.
 _NOT_BY_TOKEN = {
@@ -148,11 +148,7 @@ def cache_for(model: PreTrainedModel, model_kwargs: dict[str, Any]) -> tuple[Pag
             f"speculation needs rows that can be cut one by one: got a {kind}; pass "
             f"{compat.CACHE_KEYWORD}=hf_kvopt.PagedCache(config=model.config), or none, and no cache_implementation"
         )
-    if cache._stock_layers() and (cache._states_elsewhere or not state_layers(cache) or not reads_by_token(model)):
-        raise UnsupportedModel(
-            f"{type(model).__name__} keeps states or keys of its own beside keys and values, which cannot be taken "
-            "back token by token: got speculation; generate without custom_generate"
-        )
+    require_states_taken_back(model, cache)
     slides = any(layer.is_sliding for layer in cache._paged_layers())
     if slides and not _traits(model).masks_windows:
         raise UnsupportedModel(
@@ -160,6 +156,15 @@ def cache_for(model: PreTrainedModel, model_kwargs: dict[str, Any]) -> tuple[Pag
             "tokens share what is handed out; generate without custom_generate"
         )
     return cache, is_own
+
+
+def require_states_taken_back(model: PreTrainedModel, cache: PagedCache) -> None:
+    """Raise UnsupportedModel where `model`, target or assistant, keeps what cannot go back to a token before."""
+    if cache._stock_layers() and (cache._states_elsewhere or not state_layers(cache) or not reads_by_token(model)):
+        raise UnsupportedModel(
+            f"{type(model).__name__} keeps states or keys of its own beside keys and values, which cannot be taken "
+            "back token by token: got speculation; generate without custom_generate"
+        )
 
 
 def counts_columns(model: PreTrainedModel) -> bool:

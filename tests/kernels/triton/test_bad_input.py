@@ -11,7 +11,7 @@ from hf_kvopt.kernels.packed import Packed
 from hf_kvopt.kernels.paged_kv import PagedKV
 from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.kernels.triton import ops as dispatch
-from hf_kvopt.kernels.triton.checks import check_dense
+from hf_kvopt.kernels.triton.checks import check_dense, debug_enabled
 from hf_kvopt.kernels.triton.flash_prefill import flash_prefill, flash_prefill_reference
 from hf_kvopt.kernels.triton.merge_state import merge_state
 from hf_kvopt.kernels.triton.paged_decode import paged_decode
@@ -20,6 +20,16 @@ from hf_kvopt.kernels.triton.store_kv import store_kv
 from tests.kernels.triton.conftest import make_paged, make_query
 
 OPS = pytest.mark.parametrize("op", [paged_decode, paged_prefill], ids=["decode", "prefill"])
+
+
+@pytest.fixture
+def debug():
+    """Turn the checks of values on."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("HF_KVOPT_DEBUG", "1")
+        debug_enabled.cache_clear()
+        yield
+    debug_enabled.cache_clear()
 
 
 def paged_arguments(formats=("native", "native")):
@@ -93,8 +103,7 @@ def test_quantized_pools_need_their_scales(op):
 
 
 @OPS
-def test_debug_mode_catches_lengths_over_capacity_and_foreign_tables(op, monkeypatch):
-    monkeypatch.setenv("HF_KVOPT_DEBUG", "1")
+def test_debug_mode_catches_lengths_over_capacity_and_foreign_tables(op, debug):
     arguments = paged_arguments()
     call(op, arguments)
     arguments["seq_lens"] = torch.tensor([49, 3], dtype=torch.int32)
@@ -147,13 +156,12 @@ def test_store_names_the_argument(case):
         ([4, 1, 4], "got a slot twice"),
     ],
 )
-def test_debug_mode_catches_slots_outside_of_the_pool(slots, message, monkeypatch):
-    monkeypatch.setenv("HF_KVOPT_DEBUG", "1")
+def test_debug_mode_catches_slots_outside_of_the_pool(slots, message, debug):
     with pytest.raises(ValueError, match=message):
         store_kv(**{**store_arguments(), "slot_mapping": torch.tensor(slots)})
 
 
-def test_dense_attention_names_the_argument(monkeypatch):
+def test_dense_attention_names_the_argument(debug):
     q = make_query(1, 2, 3, 32)
     bounds = torch.tensor([0, 3], dtype=torch.int32)
     with pytest.raises(TypeError, match="k must be float32: got float16"):
@@ -174,7 +182,6 @@ def test_dense_attention_names_the_argument(monkeypatch):
         check_dense(q.to("meta"), q.to("meta"), far, Pattern(1.0), Packed(bounds.to("meta"), bounds.to("meta")))
     with pytest.raises(ValueError, match="take neither starts nor mask"):
         flash_prefill(q, q, q, Pattern(1.0, starts=starts), Packed(bounds, bounds))
-    monkeypatch.setenv("HF_KVOPT_DEBUG", "1")
     with pytest.raises(ValueError, match="cu_seqlens_k must rise from 0 to at most 3"):
         flash_prefill(q, q, q, Pattern(1.0), Packed(bounds, bounds + 1))
 

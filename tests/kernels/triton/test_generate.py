@@ -5,6 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import hf_kvopt
+from hf_kvopt.kernels.triton import attention, cascade
 from hf_kvopt.kernels.triton.optional import INTERPRET
 
 SHAPE = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -64,3 +65,27 @@ def test_a_second_prompt_behind_the_first_reads_its_blocks():
             [model(part, **{hf_kvopt.CACHE_KEYWORD: cache}).logits for part in ids.split([17, 20, 3], dim=1)], dim=1
         )
     assert (got - want).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("padding", [0, 3], ids="{} padding tokens".format)
+def test_beams_read_their_prompt_together(monkeypatch, padding):
+    monkeypatch.setattr(attention, "_MIN_SAVED_BYTES", 0)
+    runs = []
+    plan_cascade = cascade.plan_cascade
+    monkeypatch.setattr(
+        cascade, "plan_cascade", lambda q, kv, *rest: runs.append(kv.shared.tolist()) or plan_cascade(q, kv, *rest)
+    )
+    torch.manual_seed(0)
+    model_class, config = MODELS["grouped queries"]
+    model = model_class(config).eval()
+    model.generation_config.eos_token_id = None
+    ids = torch.randint(3, 97, (2, 70))
+    mask = torch.ones_like(ids)
+    mask[1, :padding] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "num_beams": 2}
+    model.set_attn_implementation("eager")
+    want = model.generate(ids, **options)
+    model.set_attn_implementation("hf_kvopt")
+    got = model.generate(ids, **{hf_kvopt.CACHE_KEYWORD: hf_kvopt.PagedCache(config)}, **options)
+    assert torch.equal(got, want)
+    assert [64, 64] in runs

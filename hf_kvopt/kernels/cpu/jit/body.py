@@ -6,15 +6,15 @@ from llvmlite import ir
 
 from hf_kvopt.kernels.cpu.jit.emitter import F32, I32, I64, NEG_INF
 from hf_kvopt.kernels.cpu.jit.kernel import Kernel
-from hf_kvopt.kernels.cpu.jit.spec import SealedSpec, Spec, part_items
+from hf_kvopt.kernels.cpu.jit.spec import SealedSpec, SharedSpec, Spec, part_items
 
 
 class Body(Kernel):
     """A function of the kernel."""
 
-    def __init__(self, function: ir.Function, spec: Spec | SealedSpec) -> None:
+    def __init__(self, function: ir.Function, spec: Spec | SharedSpec | SealedSpec) -> None:
         super().__init__(function, spec.lanes, spec.arguments)
-        self.spec: Spec | SealedSpec = spec
+        self.spec: Spec | SharedSpec | SealedSpec = spec
         self.k_vectors, self.v_vectors = (-(-dim // spec.lanes) for dim in (spec.k_dim, spec.v_dim))
 
     def num_rows(self) -> ir.Value:
@@ -23,10 +23,7 @@ class Body(Kernel):
 
     def num_padded(self) -> ir.Value:
         """`num_rows`, rounded up to what is computed together."""
-        rows = self.spec.rows
-        return self.b.mul(
-            self.b.udiv(self.b.add(self.num_rows(), self.integer(rows - 1)), self.integer(rows)), self.integer(rows)
-        )
+        return self.number("padded")
 
     def per_row(self, name: str, row: ir.Value, default: int | None = None) -> ir.Value:
         """An item of an int32 array; `default` where the address may be 0."""
@@ -36,6 +33,10 @@ class Body(Kernel):
         with self.b.if_then(self.b.icmp_signed("!=", self.number(name), self.integer(0))):
             value.set(self.per_row(name, row))
         return value.get()
+
+    def column0_of(self, row: ir.Value) -> ir.Value:
+        """The token of a row that stands in the first column."""
+        return self.b.sub(self.number("skip"), self.per_row("lags", row, 0))
 
     def part(self, pair: ir.Value, split: ir.Value) -> ir.Value:
         """(acc, m, l) of the rows of a task."""

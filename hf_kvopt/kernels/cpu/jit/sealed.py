@@ -168,7 +168,7 @@ class SealedWorker(Worker):
     def _turn_sums(self) -> None:
         """Bring the sums of sealed values back from the rotated space."""
         with self.loop(self.integer(0), self.num_padded(), 1) as query:
-            row = self.part_row(self.part_of_task, query)
+            row = self._part_row(query)
             slots = [self.item(row, F32, self.integer(i * self.lanes)) for i in range(self.v_vectors)]
             for slot, x in zip(slots, rotated(self, [self.load(s) for s in slots], self.spec.v_dim), strict=True):
                 self.store(x, slot)
@@ -236,7 +236,7 @@ class SealedWorker(Worker):
         Returns:
             By how much each row's sums so far shrink, and - middle * sum(p * s) of each row and group.
         """
-        rows = [self.part_row(self.part_of_task, self.b.add(query, self.integer(q))) for q in self._rows]
+        rows = [self._part_row(self.b.add(query, self.integer(q))) for q in self._rows]
         old = [self.b.load(self.extreme(row), typ=F32) for row in rows]
         new = self._maxima(old, bounds)
         pivots = [self.pivot(m) for m in new]
@@ -266,7 +266,7 @@ class SealedWorker(Worker):
 
     def _add_sealed(self, query: ir.Value, alphas: list[ir.Value], added: list[list[ir.Value]], vectors: range) -> None:
         """acc = acc * alpha - middle * sum(p * s) + weights @ codes, for some of the channels."""
-        rows = [self.part_row(self.part_of_task, self.b.add(query, self.integer(q))) for q in self._rows]
+        rows = [self._part_row(self.b.add(query, self.integer(q))) for q in self._rows]
         slots = [[self.item(row, F32, self.integer(i * self.lanes)) for i in vectors] for row in rows]
         acc = [
             [

@@ -32,6 +32,23 @@ class Spec(NamedTuple):
         return ARGUMENTS
 
 
+class SharedSpec(NamedTuple):
+    """One compiled kernel over tokens that rows have in common; see `Spec` for the fields."""
+
+    rows: int
+    k_dim: int
+    v_dim: int
+    k_code: str
+    v_code: str
+    scale_bits: int
+    lanes: int
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Names of what the kernel is given."""
+        return ARGUMENTS + SHARED_ARGUMENTS
+
+
 class SealedSpec(NamedTuple):
     """One compiled kernel over blocks of which the old ones are sealed.
 
@@ -70,17 +87,21 @@ TILE = 64
 CHUNK = 1024
 
 # An int64 each; addresses, counts, strides. Strides of k, v, their scales and the mask are in bytes, others in items.
+# `padded` are the queries of a KV head, rounded up to what is computed together. `run` rows after another have the same
+# blocks for their first `shared[row // run]` tokens (int32, multiples of TILE), which were attended to before.
 ARGUMENTS = (
-    "next_task", "num_tasks", "num_threads", "splits", "num_kv_heads", "group", "q_len",
+    "next_task", "num_tasks", "num_threads", "splits", "num_kv_heads", "group", "q_len", "padded",
     "q", "q_batch", "q_head", "q_token",
     "k", "k_block", "k_token", "k_head", "k_scale", "k_scale_block", "k_scale_head",
     "v", "v_block", "v_token", "v_head", "v_scale", "v_scale_block", "v_scale_head",
     "table", "table_row", "block_shift", "seq_lens", "starts", "lags", "skip",
-    "is_causal", "window", "scale", "softcap",
+    "shared", "run", "is_causal", "window", "scale", "softcap",
     "mask_kind", "mask", "mask_batch", "mask_head", "mask_token",
     "sinks", "sinks_batch", "sinks_head", "sinks_token",
     "out", "parts",
 )  # fmt: skip
+# What the kernel that attends to shared tokens is given besides: rows of a task, and the tasks of the longest run.
+SHARED_ARGUMENTS = ("piece", "shared_splits")
 # What a kernel over sealed blocks is given besides; strides are in bytes.
 SEALED_ARGUMENTS = (
     "exact_table", "exact_table_row", "first_block", "depths",
@@ -97,7 +118,7 @@ NO_WINDOW = 1 << 40
 NO_MASK, BOOL_MASK, FLOAT_MASK = 0, 1, 2
 
 
-def part_items(spec: Spec | SealedSpec) -> int:
+def part_items(spec: Spec | SharedSpec | SealedSpec) -> int:
     """float32 values that a task keeps of one row: the weighted sum of values, the greatest score, the denominator."""
     return -(-spec.v_dim // spec.lanes) * spec.lanes + spec.lanes  # so that rows are aligned alike
 

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-
 from llvmlite import ir
 
 from hf_kvopt.kernels.cpu.jit.block_reader import BlockReader
-from hf_kvopt.kernels.cpu.jit.body import Body
 from hf_kvopt.kernels.cpu.jit.codec import CODECS
-from hf_kvopt.kernels.cpu.jit.emitter import F32, I8, I32, NEG_INF
-from hf_kvopt.kernels.cpu.jit.spec import BOOL_MASK, CHUNK, FLOAT_MASK, TILE, SealedSpec, Spec
-from hf_kvopt.kernels.pattern import LOG2E
+from hf_kvopt.kernels.cpu.jit.emitter import F32, I32, NEG_INF
+from hf_kvopt.kernels.cpu.jit.scoring import Scoring
+from hf_kvopt.kernels.cpu.jit.spec import CHUNK, TILE, SealedSpec, SharedSpec, Spec
 
 # Sums that are kept in registers at once, by lanes; the other registers hold what is multiplied.
 _ACCUMULATORS = {16: 16, 8: 8}
-_LEAST_FLOAT = -3.4028234663852886e38
 
 
-class Worker(Body):
-    """Takes tasks until none is left."""
+class Worker(Scoring):
+    """Takes tasks until none is left.
 
-    def __init__(self, function: ir.Function, spec: Spec | SealedSpec, finish: ir.Function) -> None:
+    Args:
+        function: an empty function.
+        spec: what it computes.
+        finish: called with the row and KV head of a task that is all there is of them; None: never.
+    """
+
+    def __init__(
+        self, function: ir.Function, spec: Spec | SharedSpec | SealedSpec, finish: ir.Function | None = None
+    ) -> None:
         super().__init__(function, spec)
         self.finish = finish
         self.k_codec, self.v_codec = CODECS[spec.k_code], CODECS[spec.v_code]
@@ -34,7 +38,7 @@ class Worker(Body):
 
     def emit(self) -> None:
         """Write the function."""
-        self.queries = self.allocate(self.b.mul(self.num_padded(), self.integer(self.k_vectors * self.lanes * 4)))
+        self.queries = self.allocate(self.b.mul(self._most_queries(), self.integer(self.k_vectors * self.lanes * 4)))
         with self.tasks() as task:
             self._task(task)
         self.b.ret_void()
@@ -49,8 +53,21 @@ class Worker(Body):
         self._bounds(row, split)
         self._prepare()
         self._read()
+        assert self.finish is not None
         with self.b.if_then(self.b.icmp_signed("==", splits, self.integer(1))):
             self.b.call(self.finish, [self.arguments, pair])
+
+    def _most_queries(self) -> ir.Value:
+        """Queries of any task at most."""
+        return self.num_padded()
+
+    def _num_queries(self) -> ir.Value:
+        """Queries of this task, rounded up to what is computed together."""
+        return self.num_padded()
+
+    def _part_row(self, query: ir.Value) -> ir.Value:
+        """(acc, m, l) of a query of this task."""
+        return self.part_row(self.part_of_task, query)
 
     def _open(self, row: ir.Value, kv_head: ir.Value) -> None:
         """Make the readers of the keys and values of a task."""
@@ -64,57 +81,53 @@ class Worker(Body):
             self.first = self.greatest(self.begin, tile)
             self.stop = self.least(self.end, self.b.add(tile, self.integer(TILE)))
             self._load_scales()
-            with self.loop(self.integer(0), self.num_padded(), self.spec.rows) as query:
+            with self.loop(self.integer(0), self._num_queries(), self.spec.rows) as query:
                 bounds = [self._seen(self.b.add(query, self.integer(q))) for q in self._rows]
                 with self.b.if_then(self._is_seen(bounds)):
                     self._tile(query, bounds)
 
     def _bounds(self, row: ir.Value, split: ir.Value) -> None:
-        """The tokens of this task: those that some query sees."""
+        """The tokens of this task: those that some query sees, and that were not attended to before."""
         self.seq_len = self.per_row("seq_lens", row)
         self.past = self.b.sub(self.seq_len, self.number("q_len"))
-        column0 = self.b.sub(self.number("skip"), self.per_row("lags", row, 0))
-        self.column0 = column0  # the token that stands in the first column
-        start = self.b.add(column0, self.per_row("starts", row, 0))
+        self.column0 = self.column0_of(row)
+        start = self.b.add(self.column0, self.per_row("starts", row, 0))
         window_start = self.b.add(self.b.sub(self.past, self.number("window")), self.integer(1))
         lowest = self.greatest(self.greatest(start, window_start), self.integer(0))
         chunk = self.b.mul(split, self.integer(CHUNK))
-        self.begin = self.greatest(lowest, chunk)
+        shared = self.per_row("shared", self.b.udiv(row, self.number("run")), 0)
+        self.is_begun = self.b.icmp_signed(">", shared, chunk)
+        self.begin = self.greatest(self.greatest(lowest, shared), chunk)
         self.end = self.least(self.seq_len, self.b.add(chunk, self.integer(CHUNK)))
 
     def _prepare(self) -> None:
         """Scale the queries, and start with nothing seen; the last query fills up the rows computed together."""
         last = self.b.sub(self.num_rows(), self.integer(1))
-        scale = self.splat(self.real("scale"))
         with self.loop(self.integer(0), self.num_padded(), 1) as query:
-            source = self.item(self.pointer("q"), F32, self.locate(self.where, "q", self.least(query, last)))
-            for i in range(self.k_vectors):
-                count = min(self.lanes, self.spec.k_dim - i * self.lanes)
-                channels = self.widen(self.load(self.item(source, F32, self.integer(i * self.lanes)), F32, count))
-                self.store(self.b.fmul(channels, scale), self._query(query, i))
-            row = self.part_row(self.part_of_task, query)
-            for i in range(self.v_vectors):
-                self.store(self.splat(0.0), self.item(row, F32, self.integer(i * self.lanes)))
-            self.b.store(ir.Constant(F32, NEG_INF), self.extreme(row))
-            self.b.store(ir.Constant(F32, 0.0), self.denominator(row))
+            self._scale(query, self.where, self.least(query, last))
+            with self.b.if_then(self.b.not_(self.is_begun)):
+                self._clear(self._part_row(query))
+
+    def _scale(self, query: ir.Value, where: tuple[ir.Value, ir.Value], source: ir.Value) -> None:
+        """Keep query `source` of a row and KV head, scaled, as this task's number `query`."""
+        address = self.item(self.pointer("q"), F32, self.locate(where, "q", source))
+        scale = self.splat(self.real("scale"))
+        for i in range(self.k_vectors):
+            count = min(self.lanes, self.spec.k_dim - i * self.lanes)
+            channels = self.widen(self.load(self.item(address, F32, self.integer(i * self.lanes)), F32, count))
+            self.store(self.b.fmul(channels, scale), self._query(query, i))
+
+    def _clear(self, row: ir.Value) -> None:
+        """Let a query have seen nothing."""
+        for i in range(self.v_vectors):
+            self.store(self.splat(0.0), self.item(row, F32, self.integer(i * self.lanes)))
+        self.b.store(ir.Constant(F32, NEG_INF), self.extreme(row))
+        self.b.store(ir.Constant(F32, 0.0), self.denominator(row))
 
     def _query(self, query: ir.Value, i: int) -> ir.Value:
         """Address of the i-th vector of a scaled query."""
         items = self.b.mul(query, self.integer(self.k_vectors * self.lanes))
         return self.item(self.queries, F32, self.b.add(items, self.integer(i * self.lanes)))
-
-    def _score(self, q: int, token: ir.Value) -> ir.Value:
-        """Address of the score of query q of the tile and a token."""
-        offset = self.b.add(self.b.sub(token, self.tile), self.integer(q * TILE))
-        return self.item(self.scores, F32, offset)
-
-    @property
-    def _rows(self) -> range:
-        return range(self.spec.rows)
-
-    def _vectors(self) -> AbstractContextManager[ir.Value]:
-        """A loop over the tile's tokens, a vector at a time from a multiple of the lanes on."""
-        return self.loop(self.round_down(self.first, self.lanes), self.stop, self.lanes)
 
     def _load_scales(self) -> None:
         for plane, codec, scales in ((self.k, self.k_codec, self.k_scales), (self.v, self.v_codec, self.v_scales)):
@@ -133,15 +146,6 @@ class Worker(Body):
         alphas = self._softmax(query, bounds)
         for first in range(0, self.v_vectors, self.width):
             self._add_values(query, alphas, range(first, min(first + self.width, self.v_vectors)))
-
-    def _cap_and_mask(self, query: ir.Value) -> None:
-        """Do to the scores of a tile what the pattern says."""
-        is_capped = self.b.icmp_signed("!=", self.number("softcap"), self.integer(0))
-        with self.b.if_then(is_capped), self._vectors() as token:
-            self._cap(token)
-        for kind, item in ((BOOL_MASK, 1), (FLOAT_MASK, 4)):
-            with self.b.if_then(self.b.icmp_signed("==", self.number("mask_kind"), self.integer(kind))):
-                self._mask(query, kind, item)
 
     def _products(self, query: ir.Value, token: ir.Value) -> None:
         """Scores of `rows` queries and `unit` tokens."""
@@ -168,56 +172,9 @@ class Worker(Body):
         """Channels with scales of their own; other scales touch the scores and the weights instead."""
         return numbers if pair is None else self.fma(numbers, *pair)
 
-    def _store_scores(self, scores: ir.Value, first: int, token: ir.Value) -> None:
-        """Store a vector whose lanes are the scores number first, first + 1, ... = q * unit + t."""
-        count = min(self.unit, self.lanes)
-        for lane in range(0, self.lanes, count):
-            q, t = divmod(first + lane, self.unit)
-            if q < self.spec.rows:
-                self.store(self.narrow(scores, lane, count), self._score(q, self.b.add(token, self.integer(t))))
-
-    def _rescale(self, token: ir.Value) -> None:
-        scales = self.load(self.item(self.k_scales, F32, self.b.sub(token, self.tile)))
-        for q in self._rows:
-            self.store(self.b.fmul(self.load(self._score(q, token)), scales), self._score(q, token))
-
-    def _cap(self, token: ir.Value) -> None:
-        cap = self.splat(self.real("softcap"))
-        for q in self._rows:
-            self.store(self.b.fmul(cap, self.tanh(self.load(self._score(q, token)))), self._score(q, token))
-
-    def _mask(self, query: ir.Value, kind: int, item: int) -> None:
-        """Apply the mask, whose memory ends with the last token: whole vectors first, then one token at a time."""
-        last = self.b.sub(self.num_rows(), self.integer(1))
-        count = self.b.sub(self.stop, self.first)
-        middle = self.b.add(self.first, self.round_down(count, self.lanes))
-        for q in self._rows:
-            offset = self.locate(self.where, "mask", self.least(self.b.add(query, self.integer(q)), last))
-            row = self.at(self.pointer("mask"), offset)
-            for lanes, first, stop in ((self.lanes, self.first, middle), (1, middle, self.stop)):
-                with self.loop(first, stop, lanes) as token:
-                    column = self.b.sub(token, self.column0)
-                    self._mask_some(self.at(row, self.b.mul(column, self.integer(item))), q, token, kind, lanes)
-
-    def _mask_some(self, address: ir.Value, q: int, token: ir.Value, kind: int, lanes: int) -> None:
-        scores = self.load(self._score(q, token), F32, lanes)
-        nothing = ir.Constant(scores.type, [NEG_INF] * lanes)
-        if kind == BOOL_MASK:
-            allowed = self.load(address, I8, lanes)
-            scores = self.b.select(
-                self.b.icmp_unsigned("!=", allowed, ir.Constant(allowed.type, None)), scores, nothing
-            )
-        else:
-            bias = self.load(address, F32, lanes)
-            least, log2_e = (ir.Constant(bias.type, [value] * lanes) for value in (_LEAST_FLOAT, LOG2E))
-            # The least float stands for minus infinity. NaN goes on.
-            hidden = self.b.fcmp_ordered("<=", bias, least)
-            scores = self.b.select(hidden, nothing, self.b.fadd(scores, self.b.fmul(bias, log2_e)))
-        self.store(scores, self._score(q, token))
-
     def _softmax(self, query: ir.Value, bounds: list[tuple[ir.Value, ir.Value]]) -> list[ir.Value]:
         """Turn scores into weights of the values; returns by how much each row's sums so far shrink."""
-        rows = [self.part_row(self.part_of_task, self.b.add(query, self.integer(q))) for q in self._rows]
+        rows = [self._part_row(self.b.add(query, self.integer(q))) for q in self._rows]
         old = [self.b.load(self.extreme(row), typ=F32) for row in rows]
         new = self._maxima(old, bounds)
         pivots = [self.pivot(m) for m in new]
@@ -272,7 +229,7 @@ class Worker(Body):
 
     def _add_values(self, query: ir.Value, alphas: list[ir.Value], vectors: range) -> None:
         """acc = acc * alpha + weights @ values, for some of the channels."""
-        rows = [self.part_row(self.part_of_task, self.b.add(query, self.integer(q))) for q in self._rows]
+        rows = [self._part_row(self.b.add(query, self.integer(q))) for q in self._rows]
         slots = [[self.item(row, F32, self.integer(i * self.lanes)) for i in vectors] for row in rows]
         acc = [
             [self.var(self.b.fmul(self.load(slot), alpha)) for slot in of_row]
