@@ -18,26 +18,9 @@ from hf_kvopt.errors import CacheStateError
 from hf_kvopt.kernels.blocks import gathered, row_views
 from hf_kvopt.kernels.cpu.address import PoolAddress
 from hf_kvopt.kernels.pattern import Pattern
+from hf_kvopt.kernels.sealed_kv import SealedStep
 from hf_kvopt.kernels.shared_blocks import SharedBlocks
 from hf_kvopt.quant import Format, Quantized, dequantize, get_format, rotate, unguarded
-
-
-class SealedStep(NamedTuple):
-    """What a step on the device knows of sealed blocks beside their codes; see `kernels.sealed_kv`.
-
-    Args:
-        token: [num_blocks, block_size, num_kv_heads, num_groups] float16.
-        means: [num_blocks, num_kv_heads, dim] float16; None where none is taken out.
-        exact: [places, block_size, num_kv_heads, dim].
-        exact_table: [batch, max_blocks] int32, places.
-        lags: [batch] int64, columns before each row's first token.
-    """
-
-    token: Tensor
-    means: Tensor | None
-    exact: Tensor
-    exact_table: Tensor
-    lags: Tensor
 
 
 class Stored(NamedTuple):

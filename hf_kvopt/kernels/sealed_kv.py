@@ -93,3 +93,21 @@ def turning(dim: int, rotates: bool, device: torch.device) -> Turning:
         matrix = torch.eye(dim)
         matrix = hadamard(matrix) if rotates else matrix
         return Turning(matrix.sign().to(torch.int8).to(device), float(matrix.abs().max()))
+
+
+class SealedStep(NamedTuple):
+    """What a step on the device knows of sealed blocks beside their codes.
+
+    Args:
+        token: [num_blocks, block_size, num_kv_heads, num_groups] float16.
+        means: [num_blocks, num_kv_heads, dim] float16; None where none is taken out.
+        exact: [places, block_size, num_kv_heads, dim].
+        exact_table: [batch, max_blocks] int32, places.
+        lags: [batch] int64, columns before each row's first token.
+    """
+
+    token: Tensor
+    means: Tensor | None
+    exact: Tensor
+    exact_table: Tensor
+    lags: Tensor

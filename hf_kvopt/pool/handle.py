@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from hf_kvopt.errors import CacheStateError, UnsupportedModel
-from hf_kvopt.kernels.calls import EqualRows, KVSpec, KVView, SealedStep, Stored, TableRows
+from hf_kvopt.kernels.calls import EqualRows, KVSpec, KVView, Stored, TableRows
+from hf_kvopt.kernels.sealed_kv import SealedStep
 from hf_kvopt.pool.lazy import LazyTensor
 from hf_kvopt.pool.reads import LayerReads, StepGuard
 

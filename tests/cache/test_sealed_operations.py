@@ -13,7 +13,11 @@ from hf_kvopt import CACHE_KEYWORD, OutOfBlocks, QuantizedPagedCache
 from hf_kvopt.errors import CacheStateError
 from hf_kvopt.kernels import devices
 from hf_kvopt.pool.ahead import AheadTable
+from hf_kvopt.pool.allocator import BlockAllocator
+from hf_kvopt.pool.sealed_pool import SealedPool
+from hf_kvopt.pool.tail import Tails
 from hf_kvopt.quant.policy import LayerName
+from hf_kvopt.quant.sealed_formats import MAX_TAIL_BLOCKS, SEALED
 from tests.cache.test_sealed_step import BLOCK, ROW, followed, new_cache
 from tests.helpers import VOCAB, prompt, tiny_model
 
@@ -85,12 +89,13 @@ class Pair:
         return logits
 
     def check(self) -> None:
-        """Each block and each exact place of the fixed cache belongs to one owner."""
+        """Each block and each exact place of the fixed cache belongs to one owner, and memory does not grow."""
         self.fixed.check_integrity()
         (table,) = self.fixed._tables.values()
         assert isinstance(table, AheadTable)
         tails = table.allocator.tails
         assert tails is not None
+        assert tails.capacity == BATCH * MAX_TAIL_BLOCKS
         spare = [place for cycle in table.cycles for place in cycle.spare] if table.is_published else []
         assert sorted([*tails.places.values(), *tails._free, *spare]) == list(range(tails.capacity))
 
@@ -138,6 +143,18 @@ def test_a_text_in_one_piece_and_in_chunks_is_stored_as_in_a_growing_cache(chunk
         found[-1] += [states for layer in cache.layers for states in (layer.keys.clone(), layer.values.clone())]
     for got, want in zip(*found, strict=True):
         assert torch.equal(got, want)
+
+
+def test_rows_that_keep_most_blocks_exact_change_places_in_the_memory_they_have() -> None:
+    pair = Pair(tiny_model(), "int4", seed=0, is_on_host=True)
+    pair.start(40, 40, 40)
+    pair.feed(60)
+    for _ in range(3):
+        pair.reorder([1, 1, 1])
+        pair.check()
+        pair.feed(1)
+    pair.feed(20)
+    pair.check()
 
 
 @pytest.mark.parametrize("held", [51, 64, 65])
@@ -197,3 +214,30 @@ def test_a_step_that_is_refused_or_breaks_off_leaves_all_that_was_held(
 
 def _interrupted(*args: object, **kwargs: object) -> None:
     raise KeyboardInterrupt
+
+
+def test_a_step_stores_the_same_on_a_host_and_on_a_device() -> None:
+    found = []
+    for is_on_host in (True, False):
+        drawn = torch.Generator().manual_seed(0)
+        k, v = torch.randn(2, 2, 2, 1, 32, generator=drawn)
+        allocator = BlockAllocator(4, block_size=BLOCK)
+        allocator.tails = Tails()
+        allocator.extend(4)
+        allocator.tails.reserve(4)
+        pool = SealedPool(k, v, allocator, SEALED["int4"])
+        for plane in pool.planes:
+            plane.exact.copy_(torch.randn(plane.exact.shape, generator=drawn))
+        # Row 0 fills block 0, which is its second one; row 1 does not fill a block.
+        blocks, places = torch.tensor([[1, 0], [2, 3]], dtype=torch.int32), torch.tensor([[0, 1], [2, 3]]).int()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(devices, "is_on_host", lambda tensor, is_on_host=is_on_host: is_on_host)
+            torch.ops.hf_kvopt.write_sealed(
+                k, v, *pool.keys.stored, pool.keys.exact, *pool.values.stored, None, pool.values.exact,
+                blocks, places, torch.tensor([0, 5]), torch.tensor(2 * BLOCK - 1), "int4",
+            )  # fmt: skip
+        found.append([tensor for plane in pool.planes for tensor in plane.tensors])
+        assert all(bool(tensor[0].any()) for plane in pool.planes for tensor in plane.stored)
+        assert not any(bool(tensor[1:].any()) for plane in pool.planes for tensor in plane.stored)
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
