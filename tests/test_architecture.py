@@ -88,7 +88,7 @@ WITH_TRANSFORMERS = (
     "cli", "compat", "packaged", "calibration", "ranks", "__main__",
 )  # fmt: skip
 # Rungs 2 and 4 of the proof compile and time the kernels, which are no public names.
-KERNEL_PROOFS = ("evals/gpu/", "evals/kernels.py")
+KERNEL_PROOFS = ("evals/gpu/", "evals/kernels.py", "evals/speed/shared.py")
 PROVEN = ("hf_kvopt.kernels", "hf_kvopt.quant", "triton")
 PUBLIC = {*hf_kvopt.__all__, "__version__"}
 
