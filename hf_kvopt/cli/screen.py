@@ -48,6 +48,14 @@ def model_parser(command: str, description: str, examples: str, context: str) ->
     return parser
 
 
+def add_tiers(parser: argparse.ArgumentParser) -> None:
+    """Add the options of tiers below the device to a command that batches."""
+    add = parser.add_argument
+    add("--host-tier", help="memory of the host for prompts and rows that the device has no room for, such as 16GiB")
+    add("--disk-tier", help="folder for prompts that neither has room for")
+    add("--disk-limit", help="most bytes of that folder, such as 100GiB (half of what is free there)")
+
+
 def table(rows: Sequence[Sequence[object]], columns: Sequence[str] = ()) -> str:
     """Align rows: with columns, the first as text and the others to the right; without, all as text."""
     lines = [[str(cell) for cell in row] for row in ([columns] if columns else []) + list(rows)]

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hf_kvopt.batching.settings import BatchConfig
-from hf_kvopt.cli.screen import Parser, whole_number
+from hf_kvopt.cli.screen import Parser, add_tiers, whole_number
 from hf_kvopt.enable import enable
 from hf_kvopt.overrides.cache_maker import CACHES
 from hf_kvopt.packaged import model_source
@@ -40,6 +40,7 @@ def make_parser() -> Parser:
     add("--max-tokens", help="hard cap on the tokens held over all requests, such as 200k (grows as needed)")
     add("--max-rows", type=whole_number, default=64, help="requests computed at a time (%(default)s)")
     add("--prefill-chunk", type=whole_number, default=512, help="prompt tokens of one step (%(default)s)")
+    add_tiers(parser)
     add("--compile", action="store_true", help="compile the step of decoding rows")
     add("--device", default="auto", help="such as cuda:0 or cpu (%(default)s)")
     add("--dtype", default="auto", help="float32, bfloat16 or float16 (%(default)s)")
@@ -59,6 +60,9 @@ def run(args: argparse.Namespace) -> int:
             max_rows=args.max_rows,
             prefill_chunk=args.prefill_chunk,
             draft=args.draft,
+            host_tier=args.host_tier,
+            disk_tier=args.disk_tier,
+            disk_limit=args.disk_limit,
             compile=args.compile,
         )
     except ValueError as error:

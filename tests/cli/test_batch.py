@@ -52,7 +52,9 @@ def test_rows_come_out_in_order_with_their_columns(
     prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out.jsonl"
-    assert main(["batch", *arguments(prompts, output, "--max-rows", "5", "--cache", "int8")]) == 0
+    assert (
+        main(["batch", *arguments(prompts, output, "--max-rows", "5", "--cache", "int8", "--host-tier", "64MiB")]) == 0
+    )
     rows = rows_of(output)
     assert [row["id"] for row in rows] == [row["index"] for row in rows] == list(range(len(TEXTS)))
     assert [row["prompt"] for row in rows] == TEXTS
@@ -123,6 +125,8 @@ def test_processes_that_share_a_model_write_once(prompts: Path, tmp_path: Path) 
         ('{"prompt": "a"}\n', ("--tp-size", "2"), "--tp-size 2 takes as many processes: got 1"),
         ('{"prompt": "a"}\n', ("--model", "/nosuch"), "cannot load '/nosuch'"),
         ('{"prompt": "a"}\n', ("--max-tokens", "many"), "max_tokens"),
+        ('{"prompt": "a"}\n', ("--host-tier", "much"), "host_tier"),
+        ('{"prompt": "a"}\n', ("--disk-limit", "1GiB"), "disk_limit caps the files of disk_tier"),
     ],
 )
 def test_bad_input_is_one_line(

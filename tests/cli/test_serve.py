@@ -94,7 +94,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(model: Path) -> Iterator[Live]:
-    live = Live(model, "--cache", "int8", "--draft", "prompt_lookup", "--max-tokens", "4k", "--max-rows", "8")
+    live = Live(
+        model,
+        "--cache",
+        "int8",
+        "--draft",
+        "prompt_lookup",
+        "--max-tokens",
+        "4k",
+        "--max-rows",
+        "8",
+        "--host-tier",
+        "64MiB",
+    )
     yield live
     assert live.close() == 0
 
@@ -221,7 +233,9 @@ def test_a_signal_lets_requests_end_and_cancels_what_takes_too_long(model: Path,
             long.result(1)
 
 
-@pytest.mark.parametrize("options", [["--max-tokens", "many"], ["--max-rows", "0"], ["--cache", "int5"], []])
+@pytest.mark.parametrize(
+    "options", [["--max-tokens", "many"], ["--max-rows", "0"], ["--cache", "int5"], ["--disk-limit", "1GiB"], []]
+)
 def test_bad_options_end_with_status_2(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["serve", *(["model"] if options else []), *options])
