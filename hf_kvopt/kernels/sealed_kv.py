@@ -96,7 +96,7 @@ def turning(dim: int, rotates: bool, device: torch.device) -> Turning:
 
 
 class SealedStep(NamedTuple):
-    """What a step on the device knows of sealed blocks beside their codes.
+    """Tells a step on the device what lies beside the codes of sealed blocks.
 
     Args:
         token: [num_blocks, block_size, num_kv_heads, num_groups] float16.

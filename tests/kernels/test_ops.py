@@ -93,7 +93,7 @@ def test_schemas_and_fakes_agree_with_the_ops():
 def test_int4_pools_give_outputs_of_unpacked_width():
     arguments = step_arguments("int4")
     fake = torch.ops.hf_kvopt.paged_decode(
-        *(x.to("meta") for x in (arguments[0], arguments[3], arguments[4], *arguments[7:9])), None, None, 0.2
+        *(x.to("meta") for x in (arguments[0], arguments[3], arguments[4], *arguments[7:9])), None, None, None, 0.2
     )
     assert fake[0].shape == step(*arguments)[0].shape == (2, 20, 4, 32)
 

@@ -181,7 +181,10 @@ def cache_rules(f: Facts) -> list[Rule]:
         Rule("cache: paged, capped at {num} tokens", lambda n: capped(n) and is_grown),
         Rule(
             "because a graph needs fixed addresses: {gib} from the start",
-            lambda size: same_bytes(size, p.most_kv_bytes) and same_bytes(size, p.kv_bytes),
+            # Sealed blocks have exact places beside them, of which a batch uses a part.
+            lambda size: (
+                same_bytes(size, p.most_kv_bytes) and (is_sealed(f.best.format) or same_bytes(size, p.kv_bytes))
+            ),
         ),
         Rule("because a store for {any} of this size, {gib} at most", store),
         Rule(

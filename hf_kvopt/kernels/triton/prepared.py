@@ -26,7 +26,7 @@ Given = Sequence[Tensor | Sequence[int] | None]  # before it is checked
 
 
 class Plan(NamedTuple):
-    """What a call launches, and which tensors it returns."""
+    """Says what a call launches, and which tensors it returns."""
 
     launches: Sequence[Launch]
     results: tuple[Tensor, ...]  # allocated by the plan
