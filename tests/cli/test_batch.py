@@ -66,6 +66,7 @@ def test_rows_come_out_in_order_with_their_columns(
     assert "nothing to do" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_gives_what_an_undisturbed_one_gives(prompts: Path, tmp_path: Path) -> None:
     sampled = ["--settings", '{"do_sample": true, "temperature": 0.9}', "--max-rows", "2", "--max-new-tokens", "40"]
     whole, resumed = tmp_path / "whole.jsonl", tmp_path / "resumed.jsonl"
@@ -84,6 +85,7 @@ def test_a_killed_run_goes_on_and_gives_what_an_undisturbed_one_gives(prompts: P
     assert resumed.read_bytes() == whole.read_bytes()
 
 
+@pytest.mark.slow
 def test_processes_of_torchrun_and_shards_give_what_one_process_gives(prompts: Path, tmp_path: Path) -> None:
     whole, divided, sharded = (tmp_path / f"{name}.jsonl" for name in ("whole", "divided", "sharded"))
     assert main(["batch", *arguments(prompts, whole)]) == 0
@@ -96,6 +98,7 @@ def test_processes_of_torchrun_and_shards_give_what_one_process_gives(prompts: P
     assert sharded.read_bytes() == whole.read_bytes()
 
 
+@pytest.mark.slow
 def test_processes_that_share_a_model_write_once(prompts: Path, tmp_path: Path) -> None:
     from tests.helpers import tiny_model
 

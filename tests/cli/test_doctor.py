@@ -69,6 +69,7 @@ def test_what_runs_on_a_cpu_is_told_by_what_is_compiled_there(
         assert falls_back["compile"].endswith("generate() compiles by itself on GPUs alone")
 
 
+@pytest.mark.slow
 def test_the_kernels_run_a_whole_generation_in_the_interpreter() -> None:
     if doctor.find_spec("triton") is None:
         pytest.skip("Triton is not installed")

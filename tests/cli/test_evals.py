@@ -21,6 +21,7 @@ def test_every_eval_of_the_folder_has_its_line() -> None:
     assert set(evals.EVALS) == there - {"__init__"}
 
 
+@pytest.mark.slow
 def test_an_eval_runs_and_hands_its_status_on(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "hf_kvopt", "eval", "memory", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
@@ -43,6 +44,7 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert capsys.readouterr().err == "eval needs nosuch_package: pip install 'hf-kvopt[evals]'\n"
 
 
+@pytest.mark.slow
 def test_a_wheel_carries_the_evals_and_runs_them(tmp_path: Path) -> None:
     source, site, elsewhere = tmp_path / "source", tmp_path / "site", tmp_path / "elsewhere"
     elsewhere.mkdir()

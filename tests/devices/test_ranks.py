@@ -10,7 +10,7 @@ from tests.devices.conftest import Groups
 from tests.devices.ranks import errors, returned
 from tests.helpers import generate, tiny_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 # Jobs after which the ranks can go on together share one group of processes.
 TOGETHER = (
     "heads,policies,batch,batch_errors,local_heads,slow_rank,unlike_options,unlike_prompts,unlike_stores,saved_store,pipeline,"

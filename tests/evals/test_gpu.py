@@ -26,6 +26,7 @@ CPU = Bench(torch.device("cpu"), 1, time.monotonic() + 10**6, rehearsal=True)
 LIMITS = {"copy_gb_s": 4300.0, "matmul_tflop_s": 780.0}
 
 
+@pytest.mark.slow
 def test_every_part_runs_on_a_cpu_and_leaves_its_rows(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "evals.gpu", "--rehearse", "--tune", "--out", str(tmp_path)]
@@ -110,6 +111,7 @@ def endless(bench):
     time.sleep(600)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_one_red_row_and_the_others_go_on():
     jobs = [Job("killed", killed, (), "x"), Job("broken", broken, (), "y"), Job("warm", broken)]
     jobs += [Job(f"fine {i}", fine, (i,), "z") for i in range(4)]
@@ -122,6 +124,7 @@ def test_a_process_that_dies_is_one_red_row_and_the_others_go_on():
     assert [rows[f"fine {i}"]["value"] for i in range(4)] == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_what_does_not_end_is_skipped_and_its_process_is_gone():
     bench = CPU._replace(deadline=time.monotonic() + 6)
     jobs = [Job("endless", endless, (), "x"), Job("endless too", endless, (), "x"), Job("after", fine, (1,), "y")]

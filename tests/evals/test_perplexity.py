@@ -356,6 +356,7 @@ def test_shards_part_the_work_and_put_it_together_in_order(monkeypatch: pytest.M
     assert Shard(0, 1).gather(items) == items
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_figures_of_one(tmp_path: Path) -> None:
     one, two = tmp_path / "one.json", tmp_path / "two.json"
     arguments = [*SHORT, "--segments", "5", "--shape", "tiny", "--device", "cpu", "--sides", "int4+hf_kvopt"]

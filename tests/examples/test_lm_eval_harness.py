@@ -9,6 +9,8 @@ import pytest
 
 from evals.reference_model import MODEL_PATH
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("lm_eval", reason="pip install 'hf-kvopt[neighbours]'")
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -4,6 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "quickstart.py"
 LINES = ("transformers' default", 'enable(cache="paged")', 'enable(cache="int8")', 'enable(draft="eagle3")')

@@ -12,9 +12,10 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted((Path(__file__).parent / "triton").glob("test_*.py"))
 NUM_PROCESSES = 5  # each takes seconds to start
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="triton/ is collected in this process"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="triton/ is collected in this process"),
+]
 
 
 @pytest.mark.parametrize("part", range(NUM_PROCESSES))

@@ -229,6 +229,7 @@ def test_the_draft_vocabulary_is_the_most_frequent_of_the_data(target, data, tmp
     assert counts[head.t2d].min() >= counts[~head.t2d].max()
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_head(target, data, tmp_path):
     args = ["--model", target, "--data", data, "--out", tmp_path, "--row-len", 32, "--batch-size", 2, "--steps", 2]
     args += ["--layers", 0, 1, -1, "--max-steps", 6, "--eval-every", 3, "--heldout", data, "--cpu", "--accumulate", 2]

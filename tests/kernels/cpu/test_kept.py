@@ -84,6 +84,7 @@ def test_the_newest_files_stay(home, monkeypatch):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_kept_code_computes_what_fresh_code_does(home):
     code = (
         "import torch, logging, sys\n"

@@ -3,6 +3,7 @@
 import threading
 from pathlib import Path
 
+import pytest
 import torch
 
 from hf_kvopt import CACHE_KEYWORD, PrefixStore
@@ -13,6 +14,7 @@ from tests.prefix.tiers.stores import on_disk
 CYCLES, THREADS = 1000, 4
 
 
+@pytest.mark.slow
 def test_threads_that_spill_and_restore_never_get_a_wrong_token(tmp_path: Path, one_thread: None) -> None:
     model = tiny_model()
     texts = [text(40 + 7 * seed, seed=seed // 2) for seed in range(14)]  # pairs that begin alike
