@@ -5,11 +5,21 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 # What speculation learns on tiny models is no use to anybody, and tests must not learn from each other.
 os.environ.setdefault("HF_KVOPT_REMEMBER", "0")
 # No test needs the hub, and where it cannot be reached each name that is asked for waits for a while.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def fresh_graphs() -> Iterator[None]:
+    """Let torch.compile know no graph of another test, and count from nothing."""
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture(scope="session")

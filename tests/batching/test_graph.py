@@ -1,7 +1,5 @@
 """Decoding rows as one compiled step: equal tokens, one graph, no wait and one copy to the device."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -22,16 +20,9 @@ from tests.kernels.triton.pretended import pretended
 from tests.kernels.triton.test_pretended import llama
 from tests.models.tiny import build
 
+pytestmark = pytest.mark.usefixtures("fresh_graphs")
 # The quickest to compile: it calls the operations that run without it.
 EAGER = CompileConfig(backend="eager", mode=None)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_graphs() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(

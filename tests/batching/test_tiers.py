@@ -43,6 +43,23 @@ def without_background(batcher: Batcher) -> None:
     batcher._worker.runtime.engine.scheduler.spills.tiers.spiller._start = lambda new: None
 
 
+def held_back(batcher: Batcher, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """Let all that is known lie in the tiers alone; return what tells of a copy that comes back, and what lets it."""
+    store = batcher._worker.runtime.engine.store
+    begun, hold, original = threading.Event(), threading.Event(), restore._write
+
+    def write(*args: Any) -> Any:
+        begun.set()
+        assert hold.wait(60)
+        return original(*args)
+
+    store.flush()
+    with store.lock:
+        store.index.evict(10_000)
+    monkeypatch.setattr(restore, "_write", write)
+    return begun, hold
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("format", FORMATS)
 def test_tokens_stay_the_same_where_rows_spill_and_come_back(format: str, kind: str, tmp_path: Path) -> None:
@@ -98,20 +115,9 @@ def test_the_rule_weighs_bytes_against_operations(monkeypatch: pytest.MonkeyPatc
 
 def test_other_rows_go_on_while_blocks_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     model, long = model_of("full"), text(200, seed=3)
-    hold, begun, original = threading.Event(), threading.Event(), restore._write
-
-    def write(*args: Any) -> Any:
-        begun.set()
-        assert hold.wait(60)
-        return original(*args)
-
     with Batcher(model, host_tier="1GiB", block_size=BLOCK) as batcher:
-        store = batcher._worker.runtime.engine.store
         first = batcher.submit(long, max_new_tokens=4, do_sample=False).result(60)
-        store.flush()
-        with store.lock:
-            store.index.evict(10_000)
-        monkeypatch.setattr(restore, "_write", write)
+        begun, hold = held_back(batcher, monkeypatch)
         late = batcher.submit(long, max_new_tokens=4, do_sample=False)
         assert begun.wait(60)
         other = batcher.submit(PROMPTS[1], max_new_tokens=7, do_sample=False)
@@ -145,20 +151,9 @@ def test_the_lock_is_free_at_every_copy(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 def test_requests_that_end_while_their_blocks_come_back_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model, long = model_of("full"), text(200, seed=3)
-    hold, begun, original = threading.Event(), threading.Event(), restore._write
-
-    def write(*args: Any) -> Any:
-        begun.set()
-        assert hold.wait(60)
-        return original(*args)
-
     with Batcher(model, host_tier="1GiB", block_size=BLOCK) as batcher:
-        store = batcher._worker.runtime.engine.store
         batcher.submit(long, max_new_tokens=4, do_sample=False).result(60)
-        store.flush()
-        with store.lock:
-            store.index.evict(10_000)
-        monkeypatch.setattr(restore, "_write", write)
+        begun, hold = held_back(batcher, monkeypatch)
         late = batcher.submit(long, max_new_tokens=4, do_sample=False)
         assert begun.wait(60)
         late.cancel()

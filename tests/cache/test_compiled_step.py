@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 from transformers.generation import CompileConfig
@@ -21,19 +20,13 @@ import hf_kvopt
 from hf_kvopt import CACHE_KEYWORD, CacheStateError, OutOfBlocks, PagedCache, QuantizedPagedCache
 from hf_kvopt.kernels.cpu import paged_attention, store
 from tests.attention.models import case_named
+from tests.cache.graphs import compiled, decoded
 from tests.helpers import generate, prompt, tiny_model
 from tests.models.tiny import build
 
+pytestmark = pytest.mark.usefixtures("fresh_graphs")
 ROW, PADDED = 64, (17, 33, 5)
 FORMATS = ("native", "int8", "fp8_e4m3", "fp8_e5m2", "int4/int4", "int8/int4")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_graphs() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 def new_cache(model: PreTrainedModel, name: str, batch: int, *, fixed: bool = True, **options: Any) -> PagedCache:
@@ -55,7 +48,6 @@ def loud(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-@torch.no_grad()
 def logits_of(
     forward: Callable[..., Any],
     model: PreTrainedModel,
@@ -65,25 +57,8 @@ def logits_of(
     *,
     fixed: bool = True,
 ) -> Tensor:
-    """Feed a prompt uncompiled, then decode greedily with `forward`; returns logits [steps, batch, vocab]."""
-    inputs = prompt(*lengths)
-    mask, found = inputs["attention_mask"], []
-    out = model(**inputs, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), **{CACHE_KEYWORD: cache})
-    for _ in range(steps):
-        token = out.logits[:, -1:].argmax(-1)
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        padding = mask.new_zeros(len(mask), ROW - mask.shape[1])
-        positions = (mask.sum(-1, keepdim=True) - 1).contiguous()
-        given = torch.cat([mask, padding], dim=1) if fixed else mask
-        out = forward(token, attention_mask=given, position_ids=positions, **{CACHE_KEYWORD: cache})
-        found.append(out.logits[:, -1].clone())
-    return torch.stack(found)
-
-
-def compiled(model: PreTrainedModel, backend: str = "eager") -> tuple[Any, CompileCounterWithBackend]:
-    """The model's forward as one graph, and a count of the graphs that were made."""
-    counter = CompileCounterWithBackend(backend)
-    return torch.compile(model.forward, fullgraph=True, backend=counter), counter
+    """Return what `decoded` does for a cache of ROW tokens a row, or for one that grows."""
+    return decoded(forward, model, cache, lengths, steps, ROW if fixed else None)
 
 
 def assert_same_step(

@@ -8,26 +8,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 from transformers import PreTrainedModel
 from transformers.generation import CompileConfig
 
 from hf_kvopt import CACHE_KEYWORD, CacheStateError, OutOfBlocks, QuantizedPagedCache, enable
+from tests.cache.graphs import compiled, decoded
 from tests.cache.sealed import FORMATS
 from tests.helpers import generate, prompt, tiny_model
 
+pytestmark = pytest.mark.usefixtures("fresh_graphs")
 BLOCK, ROW = 16, 160
 PADDED = (37, 64, 5)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_graphs() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 def new_cache(
@@ -38,7 +31,6 @@ def new_cache(
     return QuantizedPagedCache(model.config, format=name, skip_layers=(), block_size=BLOCK, **capacity, **options)
 
 
-@torch.no_grad()
 def logits_of(
     forward: Callable[..., Any],
     model: PreTrainedModel,
@@ -46,25 +38,8 @@ def logits_of(
     lengths: tuple[int, ...] = PADDED,
     steps: int = 50,
 ) -> Tensor:
-    """Feed a prompt uncompiled, then decode greedily with `forward`; returns logits [steps, batch, vocab]."""
-    inputs = prompt(*lengths)
-    mask, found = inputs["attention_mask"], []
-    out = model(**inputs, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), **{CACHE_KEYWORD: cache})
-    for _ in range(steps):
-        token = out.logits[:, -1:].argmax(-1)
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        padding = mask.new_zeros(len(mask), ROW - mask.shape[1])
-        positions = (mask.sum(-1, keepdim=True) - 1).contiguous()
-        given = torch.cat([mask, padding], dim=1) if cache.is_compileable else mask
-        out = forward(token, attention_mask=given, position_ids=positions, **{CACHE_KEYWORD: cache})
-        found.append(out.logits[:, -1].clone())
-    return torch.stack(found)
-
-
-def compiled(model: PreTrainedModel, backend: str = "eager") -> tuple[Any, CompileCounterWithBackend]:
-    """The model's forward as one graph, and a count of the graphs that were made."""
-    counter = CompileCounterWithBackend(backend)
-    return torch.compile(model.forward, fullgraph=True, backend=counter), counter
+    """Return what `decoded` does for a cache of ROW tokens a row, or for one that grows."""
+    return decoded(forward, model, cache, lengths, steps, ROW if cache.is_compileable else None)
 
 
 @pytest.mark.parametrize("name", FORMATS)
