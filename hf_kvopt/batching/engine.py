@@ -98,8 +98,9 @@ class Engine:
             self.scheduler.forget_keys()
             ended += self._take_all(plan, outputs)
             ended += self._leave()
-            self.counts.note(plan, time.monotonic() - started)
-            self.scheduler.note_step(plan, time.monotonic() - started)
+            seconds = time.monotonic() - started
+            self.counts.note(plan, seconds)
+            self.scheduler.note_step(plan, seconds)
         is_waiting = plan.is_empty and not ended and self.scheduler.wait()
         self.counts.finished += len(ended)
         for job in ended:

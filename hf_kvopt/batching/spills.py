@@ -8,13 +8,10 @@ quickest step that read a prompt, and the copies so far. The first row that give
 """
 
 import time
-from typing import TYPE_CHECKING
 
 from hf_kvopt.batching.job import Job
+from hf_kvopt.prefix.store import PrefixStore
 from hf_kvopt.prefix.tiers.tiers import Tiers
-
-if TYPE_CHECKING:
-    from hf_kvopt.prefix.store import PrefixStore
 
 _WAYS = 2  # down and up
 
@@ -27,7 +24,7 @@ class Spills:
         tiers: of the store; without memory of the host nothing is copied.
     """
 
-    def __init__(self, store: "PrefixStore", tiers: Tiers) -> None:
+    def __init__(self, store: PrefixStore, tiers: Tiers) -> None:
         self.store, self.tiers = store, tiers
         self.seconds_per_token: float | None = None  # of the quickest step that read a prompt
         self._copied_bytes, self._seconds = 0, 0.0

@@ -20,11 +20,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
-from hf_kvopt.cli.screen import Parser, add_tiers, whole_number
+from hf_kvopt.cli.screen import BATCHING, Parser, add_batching, whole_number
 from hf_kvopt.offline.completer import ADDED, Completer, require_free
 from hf_kvopt.offline.parts import INDEX, Parts
 from hf_kvopt.offline.prompts import prompt_columns
-from hf_kvopt.overrides.cache_maker import CACHES
 from hf_kvopt.plan import BadInput
 
 _LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
@@ -52,12 +51,7 @@ def make_parser() -> Parser:
     add("--num-samples", type=whole_number, default=1, help="completions of each prompt (%(default)s)")
     add("--settings", type=_settings, default={}, help="other settings of generate(), as JSON (the model's own)")
     add("--seed", type=int, default=0, help="of the first sample; the others count on (%(default)s)")
-    add("--cache", choices=sorted(CACHES), default="paged", help="how keys and values are stored (%(default)s)")
-    add("--draft", help="prompt_lookup, lookahead, or the folder or hub id of a draft head")
-    add("--max-tokens", help="hard cap on the tokens held over all rows, such as 200k (grows as needed)")
-    add("--max-rows", type=whole_number, default=64, help="prompts computed at a time (%(default)s)")
-    add("--prefill-chunk", type=whole_number, default=512, help="prompt tokens of one step (%(default)s)")
-    add_tiers(parser)
+    add_batching(parser, "prompts")
     add("--tp-size", type=whole_number, default=1, help="processes that share one model (%(default)s)")
     add("--shard", type=_shard, help="I/N: rows I, I + N, ... alone (the process and their number)")
     add("--device", help="such as cuda:0 or cpu (cuda of this process when there is one)")
@@ -149,11 +143,8 @@ def _complete(
 ) -> None:
     """Complete rows, and add each to the part file as it ends; without `parts` another process adds them."""
     model = _load(args, state)
-    own = (
-        "cache", "draft", "max_tokens", "max_rows", "prefill_chunk", "host_tier", "disk_tier", "disk_limit", "seed",
-        "max_new_tokens",
-    )  # fmt: skip
-    settings = {**args.settings, **{name: getattr(args, name) for name in own}}
+    own = {name: getattr(args, name) for name in (*BATCHING, "seed", "max_new_tokens")}
+    settings = {**args.settings, **own}
     tokenizer = _tokenizer(args, names)
     try:
         completer = Completer(model, tokenizer, num_return_sequences=args.num_samples, **settings)

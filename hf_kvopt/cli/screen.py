@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from hf_kvopt.errors import KVOptError
+from hf_kvopt.overrides.cache_maker import CACHES
 from hf_kvopt.packaged import model_source
 from hf_kvopt.plan import BadInput
 
@@ -48,9 +49,20 @@ def model_parser(command: str, description: str, examples: str, context: str) ->
     return parser
 
 
-def add_tiers(parser: argparse.ArgumentParser) -> None:
-    """Add the options of tiers below the device to a command that batches."""
+BATCHING = (
+    "cache", "draft", "max_tokens", "max_rows", "prefill_chunk", "host_tier", "disk_tier", "disk_limit",
+)  # fmt: skip
+"""Settings of a batch that a command has options for; see `add_batching`."""
+
+
+def add_batching(parser: argparse.ArgumentParser, rows: str) -> None:
+    """Add the options of a command that batches; `rows` is what it calls those of the batch."""
     add = parser.add_argument
+    add("--cache", choices=sorted(CACHES), default="paged", help="how keys and values are stored (%(default)s)")
+    add("--draft", help="prompt_lookup, lookahead, or the folder or hub id of a draft head")
+    add("--max-tokens", help=f"hard cap on the tokens held over all {rows}, such as 200k (grows as needed)")
+    add("--max-rows", type=whole_number, default=64, help=f"{rows} computed at a time (%(default)s)")
+    add("--prefill-chunk", type=whole_number, default=512, help="prompt tokens of one step (%(default)s)")
     add("--host-tier", help="memory of the host for prompts and rows that the device has no room for, such as 16GiB")
     add("--disk-tier", help="folder for prompts that neither has room for")
     add("--disk-limit", help="most bytes of that folder, such as 100GiB (half of what is free there)")

@@ -16,9 +16,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from hf_kvopt.batching.settings import BatchConfig
-from hf_kvopt.cli.screen import Parser, add_tiers, whole_number
+from hf_kvopt.cli.screen import BATCHING, Parser, add_batching
 from hf_kvopt.enable import enable
-from hf_kvopt.overrides.cache_maker import CACHES
 from hf_kvopt.packaged import model_source
 from hf_kvopt.plan import BadInput
 
@@ -35,12 +34,7 @@ def make_parser() -> Parser:
     parser = Parser("python -m hf_kvopt serve", description=about, epilog=_EXAMPLES, formatter_class=form)
     add = parser.add_argument
     add("model", metavar="MODEL", help="hub id or folder")
-    add("--cache", choices=sorted(CACHES), default="paged", help="how keys and values are stored (%(default)s)")
-    add("--draft", help="prompt_lookup, lookahead, or the folder or hub id of a draft head")
-    add("--max-tokens", help="hard cap on the tokens held over all requests, such as 200k (grows as needed)")
-    add("--max-rows", type=whole_number, default=64, help="requests computed at a time (%(default)s)")
-    add("--prefill-chunk", type=whole_number, default=512, help="prompt tokens of one step (%(default)s)")
-    add_tiers(parser)
+    add_batching(parser, "requests")
     add("--compile", action="store_true", help="compile the step of decoding rows")
     add("--device", default="auto", help="such as cuda:0 or cpu (%(default)s)")
     add("--dtype", default="auto", help="float32, bfloat16 or float16 (%(default)s)")
@@ -54,17 +48,7 @@ def make_parser() -> Parser:
 def run(args: argparse.Namespace) -> int:
     """Load the model and serve until a signal."""
     try:
-        config = BatchConfig(
-            cache=args.cache,
-            max_tokens=args.max_tokens,
-            max_rows=args.max_rows,
-            prefill_chunk=args.prefill_chunk,
-            draft=args.draft,
-            host_tier=args.host_tier,
-            disk_tier=args.disk_tier,
-            disk_limit=args.disk_limit,
-            compile=args.compile,
-        )
+        config = BatchConfig(compile=args.compile, **{name: getattr(args, name) for name in BATCHING})
     except ValueError as error:
         raise BadInput(str(error)) from None
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hf_kvopt.config import parse_tokens
-from hf_kvopt.eviction.scores import PromptPolicy, attended
+from hf_kvopt.eviction.scores import PromptPolicy, attended, check_votes
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,7 @@ class Hierarchical(PromptPolicy):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tokens", parse_tokens(self.tokens, "tokens"))
-        for name in ("window", "kernel"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a number of tokens of at least 1: got {value!r}")
-        if not self.kernel % 2:
-            raise ValueError(f"kernel must be odd, so that votes stay where they are: got {self.kernel}")
+        check_votes(self.window, self.kernel)
 
     def budget(self, length: int) -> int:
         assert isinstance(self.tokens, int)

@@ -119,11 +119,7 @@ class SnapKV(PromptPolicy):
 
     def __post_init__(self) -> None:
         check_share(self.keep)
-        for name, value in (("window", self.window), ("kernel", self.kernel)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a number of tokens of at least 1: got {value!r}")
-        if not self.kernel % 2:
-            raise ValueError(f"kernel must be odd, so that votes stay where they are: got {self.kernel}")
+        check_votes(self.window, self.kernel)
 
     @property
     def least(self) -> int:
@@ -133,6 +129,15 @@ class SnapKV(PromptPolicy):
         window = min(self.window, k.shape[1])
         scores = attended(q[:, -window:], k, scale, self.kernel, k.shape[1] - window)
         return F.pad(scores, (0, window), value=torch.inf)
+
+
+def check_votes(window: int, kernel: int) -> None:
+    """Raise ValueError unless the last `window` queries can vote, and votes be averaged over `kernel` neighbours."""
+    for name, value in (("window", window), ("kernel", kernel)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a number of tokens of at least 1: got {value!r}")
+    if not kernel % 2:
+        raise ValueError(f"kernel must be odd, so that votes stay where they are: got {kernel}")
 
 
 def attended(

@@ -241,6 +241,16 @@ class AttentionCall(NamedTuple):
         is_shifted = isinstance(self.k, KVView) and self.k.centre is not None
         return is_shifted and (self.pattern.sinks is not None or self.pattern.softcap is not None)
 
+    def shared_blocks(self, least_bytes: int) -> SharedBlocks | None:
+        """Return what rows share of keys and values in blocks, where reading it once saves so many bytes of reads."""
+        q, k, v, pattern, _ = self
+        if not isinstance(k, KVView) or not isinstance(v, KVView) or k.states is not None:
+            return None
+        shared = k.shared_blocks(q.shape[2], pattern)
+        if shared is None or shared.saved * sum(x.plane.codes[0, 0].nbytes for x in (k, v)) < least_bytes:
+            return None
+        return shared
+
 
 class Reader(NamedTuple):
     """A backend that reads: attention, [batch, q_len, num_heads, v_head_dim] contiguous."""

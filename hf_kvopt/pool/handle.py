@@ -47,11 +47,11 @@ class KVHandle(LazyTensor):
     seq_lens: Tensor | None
     centre: Tensor | None
     mask: Tensor | None
-    token: Tensor | None  # this and the next four: see `SealedStep`
-    means: Tensor | None
-    exact: Tensor | None
-    exact_table: Tensor | None
-    lags: Tensor | None
+    token: Tensor | None = None  # this and the next four: see `SealedStep`; of a growing cache nothing sets them
+    means: Tensor | None = None
+    exact: Tensor | None = None
+    exact_table: Tensor | None = None
+    lags: Tensor | None = None
     spec: KVSpec
     table: "BlockTable | None"
     reads: LayerReads | None
@@ -70,8 +70,8 @@ class KVHandle(LazyTensor):
         # One by one: a compiled graph sees tensors that are attributes, and no others.
         handle.codes, handle.scale, handle.centre, handle.spec = codes, stored.scale, view.centre, spec
         handle.mask = mask
-        sealed = stored.sealed if stored.sealed is not None else (None,) * 5
-        handle.token, handle.means, handle.exact, handle.exact_table, handle.lags = sealed
+        if stored.sealed is not None:
+            handle.token, handle.means, handle.exact, handle.exact_table, handle.lags = stored.sealed
         if isinstance(rows, EqualRows):
             handle.block_table, handle.seq_lens, handle.table = *rows, None
         else:

@@ -7,6 +7,7 @@ A compiled graph sees one opaque op each. On a device nothing waits for a value:
 block number of -1 is not sealed.
 """
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -26,6 +27,8 @@ from hf_kvopt.pool.fixed_rows import require_room
 from hf_kvopt.pool.sealed import SealedPlane
 from hf_kvopt.quant import get_kv_format
 from hf_kvopt.quant.sealed import seal
+
+_NUM_FORMS = 4  # tensors of keys or of values, see `_FORMS`
 
 
 class StepRows:
@@ -90,8 +93,9 @@ class StepRows:
         raise CacheStateError("sealed and exact blocks are not one tensor: got read(); use dense()")
 
 
-def _plane(codes: Tensor, token: Tensor, mean: Tensor | None, exact: Tensor, name: str, is_key: bool) -> SealedPlane:
-    """A plane over these tensors."""
+def _plane(forms: Sequence[Any], name: str, is_key: bool) -> SealedPlane:
+    """A plane over what `_FORMS` names: codes, token, mean where there is one, exact."""
+    codes, token, mean, exact = forms
     sealed = get_kv_format(name).sealed
     assert sealed is not None
     plane = object.__new__(SealedPlane)
@@ -101,26 +105,21 @@ def _plane(codes: Tensor, token: Tensor, mean: Tensor | None, exact: Tensor, nam
     return plane
 
 
+def _planes(forms: Sequence[Tensor | None], name: str) -> tuple[SealedPlane, SealedPlane]:
+    """Return the planes of keys and values over what `_FORMS` names of each."""
+    return _plane(forms[:_NUM_FORMS], name, True), _plane(forms[_NUM_FORMS:], name, False)
+
+
 def _write_sealed(
     k: Tensor,  # [batch, num_kv_heads, 1, k_dim]
     v: Tensor,
-    k_codes: Tensor,
-    k_token: Tensor,
-    k_mean: Tensor | None,
-    k_exact: Tensor,
-    v_codes: Tensor,
-    v_token: Tensor,
-    v_mean: Tensor | None,
-    v_exact: Tensor,
-    block_table: Tensor,
-    exact_table: Tensor,
-    lags: Tensor,
-    length: Tensor,
-    format: str,
+    *rest: Any,  # the forms of keys and values, the rows, and the format, as the op names them
 ) -> None:
     """Write the token of column `length` of each row."""
-    size, capacity = k_exact.shape[1], block_table.shape[1] * k_exact.shape[1]
-    on_host = devices.is_on_host(length)
+    forms, (block_table, exact_table, lags, length, format) = rest[: 2 * _NUM_FORMS], rest[2 * _NUM_FORMS :]
+    planes = _planes(forms, format)
+    size = planes[0].block_size
+    capacity, on_host = block_table.shape[1] * size, devices.is_on_host(length)
     if on_host:
         require_room(1, int(length), capacity)
     tokens = (length - lags).clamp(max=capacity - 1)
@@ -130,10 +129,6 @@ def _write_sealed(
     index = block_table.gather(1, blocks)[:, 0].long()
     numbers = torch.where(is_full, index, -1)
     slots = torch.where(length < capacity, places * size + offsets, -1)
-    planes = (
-        _plane(k_codes, k_token, k_mean, k_exact, format, True),
-        _plane(v_codes, v_token, v_mean, v_exact, format, False),
-    )
     if devices.runs_kernel(k):
         batch = torch.arange(len(slots), device=slots.device)
         full = Full(numbers, places, batch, torch.zeros_like(batch))
@@ -142,51 +137,44 @@ def _write_sealed(
         if sealer is not None:
             sealer.run(call)
             return
-    is_held = (slots >= 0)[:, None, None]
     rows = is_full.nonzero()[:, 0].tolist() if on_host else []
     for plane, states in zip(planes, (k, v), strict=True):
-        flat = plane.exact.view(-1, plane.num_heads, plane.dim)
-        written = slots.clamp(min=0)
-        flat[written] = torch.where(is_held, states[:, :, 0], flat[written])
+        _write_plane(plane, states, slots)
         if rows:
             plane.seal_places(numbers[rows].tolist(), places[rows].tolist())
         if not on_host:
-            # Rows whose block is not full write back what it holds.
-            codes, token, mean = seal(plane.exact[places].transpose(1, 2), plane.codec)
-            made = [codes.transpose(1, 2), token.transpose(1, 2), mean]
-            for held, new in zip(plane.stored, made, strict=False):
-                assert new is not None
-                due = is_full.view(-1, *[1] * (new.dim() - 1))
-                held[index] = torch.where(due, new, held[index])
+            _seal_without_kernel(plane, index, places, is_full)
 
 
-def _attend_sealed(
-    query: Tensor,
-    k_codes: Tensor,
-    k_token: Tensor,
-    k_mean: Tensor | None,
-    k_exact: Tensor,
-    v_codes: Tensor,
-    v_token: Tensor,
-    v_mean: Tensor | None,
-    v_exact: Tensor,
-    exact_table: Tensor,
-    lags: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    format: str,
-    *pattern: Any,
-) -> Tensor:
-    """Attend with one query a row to all that it holds."""
-    rows = StepRows(block_table, exact_table, seq_lens, lags, k_exact.shape[1])
+def _write_plane(plane: SealedPlane, states: Tensor, slots: Tensor) -> None:
+    """Write states [batch, heads, 1, dim] to their exact slots; those of slot -1 go nowhere."""
+    flat = plane.exact.view(-1, plane.num_heads, plane.dim)
+    written = slots.clamp(min=0)
+    flat[written] = torch.where((slots >= 0)[:, None, None], states[:, :, 0], flat[written])
+
+
+def _seal_without_kernel(plane: SealedPlane, index: Tensor, places: Tensor, is_full: Tensor) -> None:
+    """Seal the blocks that are full without a look at which; the others write back what they hold."""
+    codes, token, mean = seal(plane.exact[places].transpose(1, 2), plane.codec)
+    made = [codes.transpose(1, 2), token.transpose(1, 2), mean]
+    for held, new in zip(plane.stored, made, strict=False):
+        assert new is not None
+        due = is_full.view(-1, *[1] * (new.dim() - 1))
+        held[index] = torch.where(due, new, held[index])
+
+
+def _attend_sealed(query: Tensor, *rest: Any) -> Tensor:
+    """Attend with one query a row to all that it holds; `rest` as the op names it."""
+    forms, (exact_table, lags, block_table, seq_lens, format, *pattern) = rest[: 2 * _NUM_FORMS], rest[2 * _NUM_FORMS :]
+    planes = _planes(forms, format)
+    rows = StepRows(block_table, exact_table, seq_lens, lags, planes[0].block_size)
     scoring = Pattern(*pattern)
-    kv_len = block_table.shape[1] * k_exact.shape[1]
+    kv_len = block_table.shape[1] * rows.block_size
     if devices.is_on_host(seq_lens):
         kv_len = rows.clock
         if scoring.mask is not None:
             scoring = scoring._replace(mask=scoring.mask[..., :kv_len])
-    k = _view(_plane(k_codes, k_token, k_mean, k_exact, format, True), rows, kv_len)
-    v = _view(_plane(v_codes, v_token, v_mean, v_exact, format, False), rows, kv_len)
+    k, v = (_view(plane, rows, kv_len) for plane in planes)
     return attend(AttentionCall(query, k, v, scoring))
 
 
@@ -208,11 +196,12 @@ def _read_sealed(
     is_key: bool,
 ) -> Tensor:
     """Return [batch, num_kv_heads, capacity, dim] as the last token of each row reads it, finite throughout."""
-    plane = _plane(codes, token, mean, exact, format, is_key)
+    plane = _plane((codes, token, mean, exact), format, is_key)
     rows = StepRows(block_table, exact_table, seq_lens, lags, exact.shape[1])
     return plane.read(rows, block_table.shape[1] * exact.shape[1]).contiguous()  # type: ignore[arg-type]
 
 
+# What a plane is made of, and in which order.
 _FORMS = "Tensor{0} {1}_codes, Tensor{2} {1}_token, Tensor{3}? {1}_mean, Tensor{4} {1}_exact"
 define_op(
     "write_sealed",

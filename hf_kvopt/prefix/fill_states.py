@@ -24,6 +24,7 @@ from hf_kvopt.prefix.exact import read_behind
 from hf_kvopt.prefix.fill import CHUNK_TOKENS, WORTHWHILE_TOKENS, read_parts, taken
 from hf_kvopt.prefix.index import Match
 from hf_kvopt.prefix.shared_blocks import SharedBlocks
+from hf_kvopt.prefix.texts import common_prefix
 
 
 class Plan(NamedTuple):
@@ -91,7 +92,7 @@ def _plans(
 def _partings(texts: Sequence[list[int]]) -> list[set[int]]:
     """Return for each text how many tokens it begins with as another one does, for each of the others."""
     order = sorted(range(len(texts)), key=lambda i: texts[i])
-    common = [_num_common(texts[a], texts[b]) for a, b in itertools.pairwise(order)]
+    common = [common_prefix(texts[a], texts[b]) for a, b in itertools.pairwise(order)]
     found: list[set[int]] = [set() for _ in texts]
     for place, i in enumerate(order):
         # In sorted order, two texts share the least of what the neighbours between them do.
@@ -101,11 +102,6 @@ def _partings(texts: Sequence[list[int]]) -> list[set[int]]:
                 shared = min(shared, count)
                 found[i].add(shared)
     return found
-
-
-def _num_common(a: Sequence[int], b: Sequence[int]) -> int:
-    pairs = enumerate(zip(a, b, strict=False))
-    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 def _read_round(

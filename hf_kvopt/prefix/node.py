@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from hf_kvopt.cache.states import RowStates
+from hf_kvopt.prefix.texts import common_prefix
 
 Tokens = tuple[int, ...]
 
@@ -51,7 +52,7 @@ def longest_common(node: Node, rest: Tokens) -> tuple[Node, int] | None:
     siblings = node.children.get(rest[0], {}) if rest else {}
     if rest in siblings:
         return siblings[rest], len(rest)
-    shared = [(_num_common(child.tokens, rest), child) for child in siblings.values()]
+    shared = [(common_prefix(child.tokens, rest), child) for child in siblings.values()]
     if not shared:
         return None
     count, child = max(shared, key=lambda pair: (pair[0], pair[1].is_exact))
@@ -64,10 +65,3 @@ def covering(node: Node, chunk: Tokens) -> Node | None:
     if chunk in siblings:
         return siblings[chunk]
     return next((child for child in siblings.values() if child.tokens[: len(chunk)] == chunk), None)
-
-
-def _num_common(a: Tokens, b: Tokens) -> int:
-    for count, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return count
-    return min(len(a), len(b))

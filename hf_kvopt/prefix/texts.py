@@ -7,6 +7,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Return how many tokens two texts begin with alike."""
+    for count, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return count
+    return min(len(a), len(b))
+
+
 def texts_of(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[list[list[int]], list[int]]:
     """The tokens of each row without its padding, and how many pads stand before them.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_kvopt.kernels.calls import AttentionCall, KVView
 from hf_kvopt.kernels.cpu.address import PoolAddress
-from hf_kvopt.kernels.cpu.jit.spec import BOOL_MASK, CHUNK, FLOAT_MASK, NO_MASK, NO_WINDOW, SharedSpec, Spec, part_items
+from hf_kvopt.kernels.cpu.jit.spec import BOOL_MASK, CHUNK, FLOAT_MASK, NO_MASK, NO_WINDOW, Spec, part_items
 from hf_kvopt.kernels.cpu.program import bits_of, can_compile, compiled, lanes, num_threads
 from hf_kvopt.kernels.pattern import LOG2E, Pattern
 from hf_kvopt.kernels.shared_blocks import SharedBlocks
@@ -56,9 +56,7 @@ def run(call: AttentionCall) -> Tensor:
     assert isinstance(k, KVView)
     assert isinstance(v, KVView)
     q = k.for_codes(q) if k.spec.rotates else q
-    shared = k.shared_blocks(q.shape[2], pattern) if q.shape[0] > 1 else None
-    if shared is not None and shared.saved * sum(x.plane.codes[0, 0].nbytes for x in (k, v)) < MIN_SAVED_BYTES:
-        shared = None
+    shared = call.shared_blocks(MIN_SAVED_BYTES) if q.shape[0] > 1 else None
     return attend_blocks(q, k.plane.address, v.plane.address, *k.row_tensors(), pattern, skip=k.skip, shared=shared)  # type: ignore[arg-type]
 
 
@@ -197,7 +195,7 @@ def scratch(size: int) -> Tensor:
 
 @cache
 def _shared_program(*fields: Any) -> Any:
-    return compiled("shared", SharedSpec(*fields))
+    return compiled("shared", Spec(*fields)._replace(is_shared=True))
 
 
 @cache

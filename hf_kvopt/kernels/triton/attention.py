@@ -22,7 +22,7 @@ from hf_kvopt.kernels.paged_kv import PagedKV
 from hf_kvopt.kernels.pattern import Pattern
 from hf_kvopt.kernels.sealed_kv import BothForms, SealedKV
 from hf_kvopt.kernels.sealed_view import FEW_BLOCKS, SealedView, depths
-from hf_kvopt.kernels.triton import ops
+from hf_kvopt.kernels.triton import cascade, ops
 from hf_kvopt.kernels.triton.paged_decode import paged_decode
 from hf_kvopt.kernels.triton.sealed_attention import sealed_attention
 
@@ -50,7 +50,9 @@ def run(call: AttentionCall) -> Tensor:
     """Call the op that suits."""
     q, k, v, pattern, _ = call
     q = q if q.stride(-1) == 1 else q.contiguous()
-    shared = _shared(q, k, v, pattern) if q.shape[0] > 1 else None  # while it is known here where rows start
+    # While it is known here where rows start. Sealed blocks are read row by row.
+    is_shared = q.shape[0] > 1 and not isinstance(k, SealedView)
+    shared = call.shared_blocks(_MIN_SAVED_BYTES) if is_shared else None
     if pattern.starts is not None:
         pattern = pattern._replace(starts=_on_device(pattern.starts, k, q.device))
     if not isinstance(k, KVView) or not isinstance(v, KVView):
@@ -61,17 +63,7 @@ def run(call: AttentionCall) -> Tensor:
         return _over_dense(q, k.dense(), v.dense(), pattern)
     if isinstance(k, SealedView) and isinstance(v, SealedView):
         return _over_sealed(q, k, v, pattern)
-    return _over_blocks(q, k, v, pattern, shared)
-
-
-def _shared(q: Tensor, k: Tensor | KVView, v: Tensor | KVView, pattern: Pattern) -> Tensor | None:
-    """Return how many tokens each run of rows shares, where that saves time; see `SharedBlocks`."""
-    if not isinstance(k, KVView) or not isinstance(v, KVView) or isinstance(k, SealedView) or k.states is not None:
-        return None
-    shared = k.shared_blocks(q.shape[2], pattern)
-    if shared is None or shared.saved * sum(x.plane.codes[0, 0].nbytes for x in (k, v)) < _MIN_SAVED_BYTES:
-        return None
-    return shared.tokens
+    return _over_blocks(q, k, v, pattern, None if shared is None else shared.tokens)
 
 
 def _on_device(starts: Tensor | Sequence[int], k: Tensor | KVView, device: torch.device) -> Tensor:
@@ -90,8 +82,8 @@ def _over_blocks(q: Tensor, k: KVView, v: KVView, pattern: Pattern, shared: Tens
     if q.shape[2] * group > _DECODE_ROWS:
         return ops.paged_prefill(k.for_codes(q), kv, pattern).out
     # An op is for graphs; outside of them a decode step would pay for its way through the dispatcher.
-    is_op = shared is not None or torch.compiler.is_compiling()
-    op = ops.paged_decode if is_op else paged_decode
+    kernel = paged_decode if shared is None else cascade.decode
+    op = ops.paged_decode if torch.compiler.is_compiling() else kernel
     return op(k.for_codes(q), kv, pattern).out
 
 

@@ -21,12 +21,17 @@ from hf_kvopt.kernels.triton.checks import check_paged
 from hf_kvopt.kernels.triton.configs import decode_config, shared_config
 from hf_kvopt.kernels.triton.launch import Launch, Target, cdiv, target_of
 from hf_kvopt.kernels.triton.merge_state import plan_merge_state
-from hf_kvopt.kernels.triton.paged_decode import WORKERS_PER_SM, choose_splits, plan_splits
+from hf_kvopt.kernels.triton.paged_decode import WORKERS_PER_SM, choose_splits, paged_decode, plan_splits
 from hf_kvopt.kernels.triton.splits import of_splits
 
 # Working programs per multiprocessor where a tile has as many rows: each split writes the output of all of them, which
 # at eight (64 splits of 8,192 tokens) would be more bytes than the keys and values.
 TALL, TALL_WORKERS_PER_SM = 64, 2
+
+
+def decode(q: Tensor, kv: PagedKV, pattern: Pattern) -> AttentionOut:
+    """Attend as `paged_decode` does, reading once what rows share where that can be."""
+    return cascade(q, kv, pattern) if can_share(kv, pattern, q.shape[2]) else paged_decode(q, kv, pattern)
 
 
 def cascade(

@@ -108,8 +108,8 @@ def _paged_decode_impl(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     kv, pattern = PagedKV(*rest[:_POOLS]), Pattern(*rest[_POOLS : _POOLS + _FIELDS])
     if _takes_kernel(q):
         scratch = rest[_POOLS + _FIELDS] if len(rest) > _POOLS + _FIELDS else None
-        if scratch is None and _cascade.can_share(kv, pattern, q.shape[2]):
-            return _both(_cascade.cascade(q, kv, pattern))
+        if scratch is None:
+            return _both(_cascade.decode(q, kv, pattern))
         return _both(_paged_decode.paged_decode(q, kv, pattern, scratch=scratch))
     return _both(paged_reference(q, kv, pattern))
 

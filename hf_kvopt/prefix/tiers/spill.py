@@ -46,6 +46,11 @@ class _Batch(NamedTuple):
             if not node.is_gone and node.blocks == blocks and node.is_exact == self.is_exact
         ]
 
+    def records(self, rows: Tensor, kept: Sequence[Node]) -> dict[bytes, Record]:
+        """Return the copies of the nodes `kept`, by their digests; `rows` are what all nodes hold."""
+        own = dict(zip(map(id, self.nodes), rows, strict=True))
+        return {node.digest: Record(node.tokens, self.is_exact, self.layout, own[id(node)]) for node in kept}
+
 
 class Spiller:
     """The queue of one store, and the thread that empties it.
@@ -89,13 +94,8 @@ class Spiller:
                     batch = self._batch_of(key, some) if some else None
                 if batch is None:
                     continue
-                rows = packed(batch.pieces)
-                with blocks.lock:
-                    kept = {id(node) for node in batch.unchanged()}
-                pairs = zip(batch.nodes, rows, strict=True)
-                records = {
-                    n.digest: Record(n.tokens, batch.is_exact, batch.layout, r) for n, r in pairs if id(n) in kept
-                }
+                rows, kept = self._copied(batch)
+                records = batch.records(rows, kept)
                 self.tiers.put_on_host(key, records, [node.digest for node in path], batch.epoch)
                 num_bytes += rows.numel()
                 self.num_spilled += len(records)
@@ -134,20 +134,22 @@ class Spiller:
         if batch is None:
             return
         try:
-            rows = packed(batch.pieces)
-            with blocks.lock:
-                kept = batch.unchanged()
-            self._keep(batch, dict(zip(map(id, batch.nodes), rows, strict=True)), kept)
+            self._keep(batch, *self._copied(batch))
         finally:
             with blocks.lock:
                 for node in batch.nodes:
                     node.waits = False
 
-    def _keep(self, batch: _Batch, rows: dict[int, Tensor], kept: Sequence[Node]) -> None:
-        records = {node.digest: Record(node.tokens, batch.is_exact, batch.layout, rows[id(node)]) for node in kept}
+    def _copied(self, batch: _Batch) -> tuple[Tensor, list[Node]]:
+        """Read what all nodes of a batch hold, without the store's lock; return it, and those that did not change."""
+        rows = packed(batch.pieces)
+        with self.tiers.blocks.lock:
+            return rows, batch.unchanged()
+
+    def _keep(self, batch: _Batch, rows: Tensor, kept: Sequence[Node]) -> None:
         depth = _depths(kept)
         path = sorted(depth, key=depth.__getitem__, reverse=True)
-        self.tiers.put(batch.key, records, path, batch.epoch)
+        self.tiers.put(batch.key, batch.records(rows, kept), path, batch.epoch)
         self.num_spilled += len(kept)
 
     def _next(self) -> _Batch | None:

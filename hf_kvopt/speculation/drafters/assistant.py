@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_kvopt.prefix.texts import common_prefix
 from hf_kvopt.speculation.drafters.assistant_reader import AssistantReader, empty_cache
 from hf_kvopt.speculation.drafters.base import Draft, Drafter, DraftSession, Plan, Read, Sampler
 from hf_kvopt.speculation.loop.requirements import require_states_taken_back
@@ -145,8 +146,3 @@ def is_sure(logits: Tensor, token: Tensor, q: Tensor | None, threshold: float) -
     p = logits.float().softmax(-1) if q is None else q
     sure: list[bool] = (p.gather(-1, token[:, None].to(p.device))[:, 0] >= threshold).tolist()
     return sure
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Return the length of the common prefix of two lists of ids."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_kvopt.speculation.drafters.assistant import common_prefix, is_sure, threshold_of
+from hf_kvopt.prefix.texts import common_prefix
+from hf_kvopt.speculation.drafters.assistant import is_sure, threshold_of
 from hf_kvopt.speculation.drafters.assistant_reader import AssistantReader, empty_cache
 from hf_kvopt.speculation.drafters.base import Draft, Drafter, DraftSession, Plan, Read, Sampler
 from hf_kvopt.speculation.loop.requirements import require_states_taken_back

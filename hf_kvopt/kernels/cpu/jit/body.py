@@ -6,15 +6,15 @@ from llvmlite import ir
 
 from hf_kvopt.kernels.cpu.jit.emitter import F32, I32, I64, NEG_INF
 from hf_kvopt.kernels.cpu.jit.kernel import Kernel
-from hf_kvopt.kernels.cpu.jit.spec import SealedSpec, SharedSpec, Spec, part_items
+from hf_kvopt.kernels.cpu.jit.spec import SealedSpec, Spec, part_items
 
 
 class Body(Kernel):
     """A function of the kernel."""
 
-    def __init__(self, function: ir.Function, spec: Spec | SharedSpec | SealedSpec) -> None:
+    def __init__(self, function: ir.Function, spec: Spec | SealedSpec) -> None:
         super().__init__(function, spec.lanes, spec.arguments)
-        self.spec: Spec | SharedSpec | SealedSpec = spec
+        self.spec: Spec | SealedSpec = spec
         self.k_vectors, self.v_vectors = (-(-dim // spec.lanes) for dim in (spec.k_dim, spec.v_dim))
 
     def num_rows(self) -> ir.Value:

@@ -14,12 +14,12 @@ from llvmlite import ir
 from hf_kvopt.kernels.cpu.jit.block_reader import BlockReader
 from hf_kvopt.kernels.cpu.jit.emitter import F32, I32, I64, PTR
 from hf_kvopt.kernels.cpu.jit.kernel import module_of
-from hf_kvopt.kernels.cpu.jit.spec import BOOL_MASK, CHUNK, TILE, SharedSpec, part_items
+from hf_kvopt.kernels.cpu.jit.spec import BOOL_MASK, CHUNK, TILE, Spec, part_items
 from hf_kvopt.kernels.cpu.jit.wide_tile import WideTile, widened
 from hf_kvopt.kernels.cpu.jit.worker import Worker
 
 
-def emit(spec: SharedSpec) -> ir.Module:
+def emit(spec: Spec) -> ir.Module:
     """A module with one function `run(arguments)`."""
     return module_of(lambda function: SharedWorker(function, spec).emit(), spec.lanes, spec.arguments)
 
@@ -27,7 +27,7 @@ def emit(spec: SharedSpec) -> ir.Module:
 class SharedWorker(Worker):
     """Takes tasks until none is left, each of several rows; by its position, every query sees all tokens of a task."""
 
-    spec: SharedSpec
+    spec: Spec
 
     def emit(self) -> None:
         # An address for each query.

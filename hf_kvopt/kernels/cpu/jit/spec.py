@@ -16,6 +16,7 @@ class Spec(NamedTuple):
         v_code: how values are stored.
         scale_bits: of a stored scale, 16 or 32.
         lanes: float32 values in a vector register: 16 (AVX-512) or 8 (AVX2).
+        is_shared: whether it attends to what rows have in common, for all of them.
     """
 
     rows: int
@@ -25,28 +26,12 @@ class Spec(NamedTuple):
     v_code: str
     scale_bits: int
     lanes: int
+    is_shared: bool = False
 
     @property
     def arguments(self) -> tuple[str, ...]:
         """Names of what the kernel is given."""
-        return ARGUMENTS
-
-
-class SharedSpec(NamedTuple):
-    """One compiled kernel over tokens that rows have in common; see `Spec` for the fields."""
-
-    rows: int
-    k_dim: int
-    v_dim: int
-    k_code: str
-    v_code: str
-    scale_bits: int
-    lanes: int
-
-    @property
-    def arguments(self) -> tuple[str, ...]:
-        """Names of what the kernel is given."""
-        return ARGUMENTS + SHARED_ARGUMENTS
+        return ARGUMENTS + SHARED_ARGUMENTS if self.is_shared else ARGUMENTS
 
 
 class SealedSpec(NamedTuple):
@@ -118,7 +103,7 @@ NO_WINDOW = 1 << 40
 NO_MASK, BOOL_MASK, FLOAT_MASK = 0, 1, 2
 
 
-def part_items(spec: Spec | SharedSpec | SealedSpec) -> int:
+def part_items(spec: Spec | SealedSpec) -> int:
     """float32 values that a task keeps of one row: the weighted sum of values, the greatest score, the denominator."""
     return -(-spec.v_dim // spec.lanes) * spec.lanes + spec.lanes  # so that rows are aligned alike
 

@@ -8,7 +8,7 @@ from hf_kvopt.kernels.cpu.jit.block_reader import BlockReader
 from hf_kvopt.kernels.cpu.jit.codec import CODECS
 from hf_kvopt.kernels.cpu.jit.emitter import F32, I32, NEG_INF
 from hf_kvopt.kernels.cpu.jit.scoring import Scoring
-from hf_kvopt.kernels.cpu.jit.spec import CHUNK, TILE, SealedSpec, SharedSpec, Spec
+from hf_kvopt.kernels.cpu.jit.spec import CHUNK, TILE, SealedSpec, Spec
 
 # Sums that are kept in registers at once, by lanes; the other registers hold what is multiplied.
 _ACCUMULATORS = {16: 16, 8: 8}
@@ -23,9 +23,7 @@ class Worker(Scoring):
         finish: called with the row and KV head of a task that is all there is of them; None: never.
     """
 
-    def __init__(
-        self, function: ir.Function, spec: Spec | SharedSpec | SealedSpec, finish: ir.Function | None = None
-    ) -> None:
+    def __init__(self, function: ir.Function, spec: Spec | SealedSpec, finish: ir.Function | None = None) -> None:
         super().__init__(function, spec)
         self.finish = finish
         self.k_codec, self.v_codec = CODECS[spec.k_code], CODECS[spec.v_code]
